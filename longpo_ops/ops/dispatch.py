@@ -1,0 +1,139 @@
+"""Which back-end runs the tiles, chosen once per device and dtype, and why.
+
+    torch    PyTorch, every device, float32 and float64 tiles
+    cpu      C++ (csrc/cpu), CPU, float32 tiles
+    triton   Triton (kernels/), CUDA
+    cuda     CUDA C++ (csrc/cuda), CUDA
+
+The first usable one of the device's order is taken. `backend="..."` on a call or LONGPO_OPS_BACKEND forces one; a forced
+back-end that cannot run raises with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+
+import torch
+
+from .tiles import Tiles, TorchTiles
+
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+NAMES = ("torch", "cpu", "triton", "cuda")
+
+
+class Unusable(Exception):
+    """A back-end that cannot run here; its text says why."""
+
+
+@functools.cache
+def _load(name: str) -> Tiles:
+    """The back-end of that name. Raises Unusable when this machine cannot run it."""
+    if name == "torch":
+        return TorchTiles()
+    if name == "cpu":
+        return _load_cpu()
+    if not torch.cuda.is_available():
+        raise Unusable("torch sees no CUDA device")
+    return _load_triton() if name == "triton" else _load_cuda()
+
+
+def _load_cpu() -> Tiles:
+    from .build import BuildError
+
+    try:
+        from .cpu_tiles import CpuTiles
+
+        return CpuTiles()
+    except BuildError as error:
+        raise Unusable(str(error)) from error
+
+
+def _load_triton() -> Tiles:
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise Unusable(
+            f"the kernels need sm_80 or newer, this device is sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+        )
+    try:
+        from longpo_ops.kernels.tiles import TritonTiles
+    except ImportError as error:
+        raise Unusable(f"triton cannot be imported: {error}") from error
+    return TritonTiles()
+
+
+def _load_cuda() -> Tiles:
+    from .build import BuildError
+
+    try:
+        from .cuda_tiles import CudaTiles
+
+        return CudaTiles()
+    except BuildError as error:
+        raise Unusable(str(error)) from error
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why that back-end cannot run these inputs, or None."""
+    home = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(name, device.type)
+    if home != device.type:
+        return f"it runs on {home} tensors, these are on {device.type}"
+    if dtype == torch.float64 and name != "torch":
+        return "float64 runs on the torch back-end only"
+    try:
+        _load(name)
+    except Unusable as error:
+        return str(error)
+    return None
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> Tiles:
+    """The back-end for hidden states of `dtype` on `device`.
+
+    Raises ValueError for an unknown name, or for a forced back-end (argument or LONGPO_OPS_BACKEND) that cannot run here.
+    """
+    forced = name or os.environ.get("LONGPO_OPS_BACKEND") or None
+    if forced is not None and forced not in NAMES:
+        raise ValueError(f"backend={forced!r}: expected one of {', '.join(NAMES)}")
+    return _choose(device.type, dtype, forced)
+
+
+@functools.cache
+def _choose(device_type: str, dtype: torch.dtype, forced: str | None) -> Tiles:
+    device = torch.device(device_type)
+    if forced is not None:
+        reason = _refusal(forced, device, dtype)
+        if reason:
+            raise ValueError(f"backend={forced!r} cannot run here: {reason}. Leave backend unset to have one chosen")
+        return _load(forced)
+    for candidate in ORDER.get(device_type, ("torch",)):
+        reason = _refusal(candidate, device, dtype)
+        if reason is None:
+            return _load(candidate)
+        if dtype != torch.float64:
+            warnings.warn(
+                f"longpo_ops: back-end {candidate!r} is not used on {device_type}: {reason}. "
+                "The next one gives the same results, more slowly.",
+                stacklevel=4,
+            )
+    raise AssertionError("the torch back-end refuses nothing")
+
+
+def explain_backend(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """A few lines: which back-end runs inputs of `dtype` on `device` (default: CUDA if there is one), and why the others
+    do not. Loads (and if need be compiles) what it asks about."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    forced = os.environ.get("LONGPO_OPS_BACKEND")
+    order = ORDER.get(device.type, ("torch",))
+    reasons = {name: _refusal(name, device, dtype) for name in NAMES}
+    chosen = forced or next(name for name in order if reasons[name] is None)
+    lines = [
+        f"{device.type}, {str(dtype).removeprefix('torch.')}: {chosen}" + (" (LONGPO_OPS_BACKEND)" if forced else "")
+    ]
+    for name in NAMES:
+        if name == chosen:
+            note = reasons[name] or "runs"
+        else:
+            note = reasons[name] or ("usable, after the chosen one" if name in order else "usable, opt-in")
+        lines.append(f"  {name:7s}{note}")
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""Per-token log-probs and cross-entropy of a language-model head, without its logits.
+
+logp_t = l_t[y_t] - logsumexp(l_t),   l_t = softcap * tanh(scale * (W h_t + b) / softcap) / temperature
+
+linear_logprobs        (N,) log-probs, exact gradients for any upstream gradient; backward recomputes: 8 N H V
+linear_cross_entropy   sum_t w_t * -logp_t with its gradients in one visit of the head: 6 N H V
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_head, check_labels, check_numbers, check_rows, check_workspace, compute_dtype, logit_map
+from .operators import logps_op, sweep_op
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """-> (N,) log-probs of the labels, float32 (float64 for float64 inputs), 0 where labels == ignore_index.
+
+    Row t of hidden predicts labels[t]: nothing is shifted. hidden and weight share one of float32, bfloat16, float16,
+    float64, or autocast is on. Gradients reach hidden, weight and bias, exact for any upstream gradient; ignored rows are
+    never read. Labels on the host cost no synchronisation. workspace_bytes, backend: as in fused_preference_loss.
+
+    Raises ValueError naming the argument, what came and what was expected.
+    """
+    check_head(hidden, weight, bias)
+    check_rows(hidden)
+    check_labels(labels, (hidden.shape[0],))
+    dtype = compute_dtype(hidden, weight)
+    scratch = check_workspace(workspace_bytes, weight, dtype)
+    map = logit_map(scale, softcap, temperature)
+    return logps_op(hidden, weight, bias, labels, ignore_index, *map, scratch, dtype, backend or "")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,) int64
+    *,
+    row_weights: Tensor | None = None,  # (N,)
+    reduction: str = "mean",
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """-> () weighted NLL of the labels, or (N,) with reduction="none"; float32 (float64 for float64 inputs).
+
+    reduction: "sum" of row_weights * NLL; "mean": that sum over the sum of the weights of labelled rows, 0 when there are
+        none; "none": row_weights * NLL per row, where backward recomputes (8 N H V instead of 6).
+    row_weights: default 1. They take a gradient with reduction="none" only.
+    Everything else as in linear_logprobs.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+    check_head(hidden, weight, bias)
+    check_rows(hidden)
+    check_labels(labels, (hidden.shape[0],))
+    check_numbers(row_weights, (hidden.shape[0],), "row_weights")
+    if reduction == "none":
+        logps = linear_logprobs(
+            hidden, weight, labels, bias=bias, softcap=softcap, scale=scale, temperature=temperature,
+            ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+        return -logps if row_weights is None else -logps * row_weights
+    if row_weights is not None and row_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"row_weights requires a gradient with reduction={reduction!r}: expected reduction='none'")
+
+    dtype = compute_dtype(hidden, weight)
+    scratch = check_workspace(workspace_bytes, weight, dtype)
+    weights = torch.ones(1, 1, dtype=torch.float64) if row_weights is None else row_weights.detach()[None].double()
+    if reduction == "mean":
+        labelled = labels != ignore_index
+        total = torch.where(labelled, weights[0], 0.0).sum() if row_weights is not None else labelled.sum().double()
+        weights = torch.where(total != 0, weights.to(total.device) / total, 0.0)
+    grad = torch.is_grad_enabled()
+    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    none = torch.empty(0, dtype=torch.int64)
+    return sweep_op(
+        [hidden[None]], weight, bias, [none], [none], [labels[None]], [weights], None, None, none, 0, "", [], 0.0, 1.0,
+        False, ignore_index, *logit_map(scale, softcap, temperature), scratch, dtype, need, backend or "",
+    )[0]  # fmt: skip

@@ -1,0 +1,372 @@
+"""The sweep and the log-probs as registered operators, so that torch.compile sees one node and autograd one formula.
+
+sweep          every loss of the form f(S) + sum w_t (-logp_t); its gradients are computed with it and, in backward,
+               only multiplied by the upstream number
+logps          per-token log-probs; backward recomputes chunk by chunk (logps_backward), 8 N H V in all
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose_backend
+from .objectives import rebuild_objective
+from .rows import WINDOW, Stretch, chunks
+from .sweep import HeadSweep, Options, Pairs, Result, rows_per_chunk, sweep
+
+SCALE_BLOCK = 1 << 20  # elements
+
+
+def _stretches(
+    hiddens: list[Tensor],  # (S_i, T_i, H)
+    grads: list[Tensor | None],
+    answers: list[Tensor],  # (S_i, T_i), or (0,) for none
+    segments: list[Tensor],  # (S_i, T_i) or (S_i, 1)
+    nll: list[Tensor],  # (S_i, T_i), or (0,) for none
+    nll_weights: list[Tensor],  # (S_i, T_i) or (S_i, 1)
+    shift: bool,
+    ignore_index: int,
+) -> list[Stretch]:
+    """One stretch per sequence. With shift, hidden state t predicts label t + 1."""
+    first, last = (1, -1) if shift else (0, None)
+
+    def rows(tensor: Tensor, s: int) -> Tensor:
+        return tensor[s] if tensor.shape[1] == 1 else tensor[s, first:]
+
+    out = []
+    for i, hidden in enumerate(hiddens):
+        has_answers, has_nll = answers[i].numel() > 0, nll[i].numel() > 0
+        labels = [t.cpu() if present else None for t, present in ((answers[i], has_answers), (nll[i], has_nll))]
+        numbers = segments[i].cpu() if has_answers else None
+        for s in range(hidden.shape[0]):
+            out.append(
+                Stretch(
+                    hidden=hidden[s, :last],
+                    grad=None if grads[i] is None else grads[i][s, :last],
+                    answers=labels[0][s, first:] if has_answers else None,
+                    segments=rows(numbers, s) if has_answers else None,
+                    nll=labels[1][s, first:] if has_nll else None,
+                    nll_weights=rows(nll_weights[i], s) if has_nll else None,
+                    ignore_index=ignore_index,
+                )
+            )
+    return out
+
+
+def _check_labels(stretches: list[Stretch], vocab: int) -> None:
+    """Raises ValueError for a label out of range, or two different labels for one row."""
+    for number, s in enumerate(stretches):
+        for start in range(0, len(s), WINDOW):
+            window = slice(start, start + WINDOW)
+            given = [labels[window] for labels in (s.answers, s.nll) if labels is not None]
+            for labels in given:
+                bad = (labels != s.ignore_index) & ((labels < 0) | (labels >= vocab))
+                if bool(bad.any()):
+                    at = int(bad.nonzero()[0])
+                    raise ValueError(
+                        f"labels: {int(labels[at])} in sequence {number}, row {start + at}: expected "
+                        f"0 <= label < V={vocab}, or ignore_index={s.ignore_index}"
+                    )
+            if len(given) == 2:
+                clash = (given[0] != given[1]) & (given[0] != s.ignore_index) & (given[1] != s.ignore_index)
+                if bool(clash.any()):
+                    at = int(clash.nonzero()[0])
+                    raise ValueError(
+                        f"labels: sequence {number}, row {start + at} is answer token {int(given[0][at])} and NLL token "
+                        f"{int(given[1][at])}: expected the same token where both are given"
+                    )
+
+
+def _head(weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int) -> HeadSweep:
+    tiles = choose_backend(weight.device, options.compute_dtype, backend or None)
+    limit = rows_per_chunk(options.workspace_bytes, weight, options.compute_dtype)
+    return HeadSweep(weight, bias, tiles, options, max(1, min(limit, rows)))
+
+
+def run_sweep(
+    hiddens: list[Tensor],
+    grads: list[Tensor | None],
+    weight: Tensor,
+    bias: Tensor | None,
+    answers: list[Tensor],
+    segments: list[Tensor],
+    nll: list[Tensor],
+    nll_weights: list[Tensor],
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    pair: Tensor,
+    count: int,
+    objective: str,
+    parameters: list[float],
+    num_pairs: float,
+    shift: bool,
+    ignore_index: int,
+    options: Options,
+    backend: str,
+    clear: bool = False,
+) -> Result:
+    """The sweep on plain tensors. `grads` receive the hidden gradients of visited rows; other rows stay as they are, or
+    become zero with `clear`."""
+    device = weight.device
+    with torch.autocast(device.type, enabled=False), torch.no_grad():
+        pair = pair.cpu()
+        _check_pair(pair, count)
+        stretches = _stretches(hiddens, grads, answers, segments, nll, nll_weights, shift, ignore_index)
+        _check_labels(stretches, weight.shape[0])
+        _check_segments(stretches, count + pair.shape[0])
+        head = _head(weight, bias, options, backend, sum(map(len, stretches)))
+        pairs = None
+        if count:
+            rebuilt = rebuild_objective(objective, parameters)
+            references = (None if r is None else r.to(device, torch.float64) for r in (ref_chosen, ref_rejected))
+            pairs = Pairs(rebuilt, *references, pair.to(device), count, rebuilt.preference_weight / num_pairs)
+        result = sweep(stretches, head, pairs)
+        if clear:
+            _clear_unvisited(stretches, grads, shift)
+        return result
+
+
+def _check_pair(pair: Tensor, count: int) -> None:
+    """Raises ValueError unless the pairs of the rejected sequences cover 0..B-1."""
+    if pair.shape[0] and not 0 <= int(pair.min()) <= int(pair.max()) < count:
+        raise ValueError(f"rejected_pair: {int(pair.min())} to {int(pair.max())}: expected 0 <= pair < B={count}")
+    if torch.unique(pair).shape[0] != count:
+        raise ValueError(
+            f"rejected_pair={pair.tolist()}: expected at least one rejected sequence for each of {count} pairs"
+        )
+
+
+def _check_segments(stretches: list[Stretch], sequences: int) -> None:
+    """Raises ValueError for a sequence number out of range."""
+    for s in stretches:
+        for start in range(0, len(s) if s.segments is not None else 0, WINDOW):
+            numbers = s.segments[start : start + WINDOW]
+            if numbers.shape[0] and not -1 <= int(numbers.min()) <= int(numbers.max()) < sequences:
+                raise ValueError(
+                    f"sequences: {int(numbers.min())} to {int(numbers.max())}: expected -1, or 0 <= number < {sequences}, "
+                    "the chosen sequences first, then the rejected ones"
+                )
+
+
+def _clear_unvisited(stretches: list[Stretch], grads: list[Tensor], shift: bool) -> None:
+    for s in stretches:
+        for start in range(0, len(s), WINDOW):
+            window = slice(start, start + WINDOW)
+            unvisited = ~(s.nll_mask(window) | (s.segments_at(window) >= 0))
+            s.grad.index_fill_(0, (unvisited.nonzero().squeeze(-1) + start).to(s.grad.device), 0.0)
+    for grad in grads if shift else ():
+        grad[:, -1:].zero_()
+
+
+def total(result: Result, preference_weight: float, num_pairs: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss, preference_loss, nll_loss in float64 (Eq. 14)."""
+    preference = result.losses.sum() / num_pairs
+    return preference_weight * preference + result.nll, preference, result.nll
+
+
+@torch.library.custom_op("longpo_ops::sweep", mutates_args=())
+def sweep_op(
+    hiddens: list[Tensor],
+    weight: Tensor,
+    bias: Optional[Tensor],
+    answers: list[Tensor],
+    segments: list[Tensor],
+    nll: list[Tensor],
+    nll_weights: list[Tensor],
+    ref_chosen: Optional[Tensor],
+    ref_rejected: Optional[Tensor],
+    pair: Tensor,
+    count: int,
+    objective: str,
+    parameters: list[float],
+    preference_weight: float,
+    num_pairs: float,
+    shift: bool,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    workspace_bytes: int,
+    compute_dtype: torch.dtype,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
+    grads = [torch.zeros_like(h, memory_format=torch.contiguous_format) if need[0] else None for h in hiddens]
+    result = run_sweep(
+        hiddens, grads, weight, bias, answers, segments, nll, nll_weights, ref_chosen, ref_rejected, pair, count,
+        objective, parameters, num_pairs, shift, ignore_index, options, backend,
+    )  # fmt: skip
+    dtype = _number_dtype(weight)
+    loss, preference, nll_loss = (x.to(dtype, copy=True) for x in total(result, preference_weight, num_pairs))
+    return (
+        loss,
+        preference,
+        nll_loss,
+        result.sums.to(dtype, copy=True),
+        result.chosen_rewards.to(dtype, copy=True),
+        result.rejected_rewards.to(dtype, copy=True),
+        [h.new_empty(0) if g is None else g for h, g in zip(hiddens, grads, strict=True)],
+        weight.new_empty(0) if result.dw is None else result.dw.to(weight.dtype),
+        weight.new_empty(0) if result.db is None else result.db.to(bias.dtype),
+        result.grad_scale,
+    )
+
+
+@sweep_op.register_fake
+def _(
+    hiddens, weight, bias, answers, segments, nll, nll_weights, ref_chosen, ref_rejected, pair, count, objective,
+    parameters, preference_weight, num_pairs, shift, ignore_index, scale, softcap, workspace_bytes, compute_dtype,
+    need, backend,
+):  # fmt: skip
+    def numbers(*shape):
+        return weight.new_empty(shape, dtype=_number_dtype(weight))
+
+    return (
+        numbers(),
+        numbers(),
+        numbers(),
+        numbers(count + pair.shape[0]),
+        numbers(count),
+        numbers(pair.shape[0]),
+        [h.new_empty(h.shape if need[0] else 0) for h in hiddens],
+        weight.new_empty(weight.shape if need[1] else 0),
+        weight.new_empty(0) if not need[2] else bias.new_empty(bias.shape),
+        weight.new_empty((), dtype=torch.float32),
+    )
+
+
+def _number_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _setup(ctx, inputs, output):
+    ctx.need = inputs[-2]
+    # autograd wants a list of None for a list of tensors, and for an empty list, among the inputs without a gradient
+    ctx.blank = [
+        [None] * len(x) if isinstance(x, list) and all(isinstance(t, Tensor) for t in x) else None for x in inputs[3:]
+    ]
+    ctx.save_for_backward(*output[6], *output[7:])
+
+
+def _backward(ctx, grad, *_):
+    *hiddens, dw, db, grad_scale = ctx.saved_tensors
+    factor = grad / grad_scale
+    dh = [scaled(h, factor) if ctx.need[0] else None for h in hiddens]
+    head = (scaled(g, factor) if needed else None for g, needed in zip((dw, db), ctx.need[1:], strict=True))
+    return dh, *head, *ctx.blank
+
+
+sweep_op.register_autograd(_backward, setup_context=_setup)
+
+
+def scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """saved * factor, in saved's own memory unless the graph is kept for another backward."""
+    return scale_(saved.clone() if keeps_graph() else saved, factor.detach())
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that is running keeps its graph, and so may come again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient *= factor (); 16 bits in float32 block by block, as a 0-dim factor would be rounded to their dtype first."""
+    if gradient.dtype.itemsize > 2:
+        return gradient.mul_(factor)
+    for block in gradient.view(-1).split(SCALE_BLOCK):
+        block.copy_(block.float() * factor)
+    return gradient
+
+
+@torch.library.custom_op("longpo_ops::logps", mutates_args=())
+def logps_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    labels: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    workspace_bytes: int,
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    options = Options(scale, softcap, workspace_bytes, compute_dtype, False, False, False)
+    out = torch.zeros(hidden.shape[0], dtype=_number_dtype(weight), device=hidden.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        stretches = _token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
+        _check_labels(stretches, weight.shape[0])
+        head = _head(weight, bias, options, backend, hidden.shape[0])
+        for chunk in chunks(stretches, Stretch.nll_mask, head.rows):
+            chunk.write(head.logps(chunk), out)
+    return out
+
+
+@logps_op.register_fake
+def _(hidden, weight, bias, labels, ignore_index, scale, softcap, workspace_bytes, compute_dtype, backend):
+    return hidden.new_empty(hidden.shape[0], dtype=_number_dtype(weight))
+
+
+@torch.library.custom_op("longpo_ops::logps_backward", mutates_args=())
+def logps_backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    labels: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    workspace_bytes: int,
+    compute_dtype: torch.dtype,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
+    dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
+    with torch.autocast(weight.device.type, enabled=False):
+        stretches = _token_stretches(hidden, dh, labels, -grad[None], ignore_index)
+        result = sweep(stretches, _head(weight, bias, options, backend, hidden.shape[0]))
+        dh, dw, db = (None if g is None else scale_(g, 1 / result.grad_scale) for g in (dh, result.dw, result.db))
+    return (
+        hidden.new_empty(0) if dh is None else dh,
+        weight.new_empty(0) if dw is None else dw.to(weight.dtype),
+        weight.new_empty(0) if db is None else db.to(bias.dtype),
+    )
+
+
+@logps_backward_op.register_fake
+def _(
+    grad, hidden, weight, bias, labels, ignore_index, scale, softcap, workspace_bytes, compute_dtype, need, backend
+):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if need[0] else 0),
+        weight.new_empty(weight.shape if need[1] else 0),
+        bias.new_empty(bias.shape) if need[2] else weight.new_empty(0),
+    )
+
+
+def _token_stretches(hidden: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor, ignore_index: int):
+    """(N, H) rows with one label each and per-row weights (1, N), or one weight (1, 1), as a single stretch."""
+    none = torch.empty(0, dtype=torch.int64)
+    grads = [None if grad is None else grad[None]]
+    return _stretches([hidden[None]], grads, [none], [none], [labels[None]], [weights], False, ignore_index)
+
+
+def _logps_setup(ctx, inputs, output):
+    hidden, weight, bias, labels, *ctx.options = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels)
+
+
+def _logps_backward(ctx, grad):
+    hidden, weight, bias, labels = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:3])
+    *options, backend = ctx.options
+    grads = logps_backward_op(grad.contiguous(), hidden, weight, bias, labels, *options, need, backend)
+    return *(g if needed else None for g, needed in zip(grads, need, strict=True)), *[None] * 7
+
+
+logps_op.register_autograd(_logps_backward, setup_context=_logps_setup)

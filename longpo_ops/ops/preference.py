@@ -1,0 +1,284 @@
+"""Preference losses straight from hidden states: no logits, gradients in one sweep, scratch of a size you choose.
+
+    L = lambda * (1/P) sum_b f_b(S) + (1/P) sum_b (1/T_b) sum_t -logp_t              (Eq. 14, P = num_pairs)
+
+S_k is the sum of log-probs over the answer tokens of sequence k, over all turns (Eq. 13), summed in float64; f_b is the
+objective's loss of pair b (objectives.py); the second term is the NLL over the T_b labelled tokens of the whole chosen
+sequence. docs/mathematics.md derives the sweep and its cost: 6 N H V operations, rows without weight never read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_head, check_labels, check_numbers, check_rows, check_workspace, compute_dtype, logit_map
+from .objectives import Objective, resolve_objective
+from .operators import keeps_graph, run_sweep, scaled, sweep_op, total
+from .sweep import Options
+
+
+class PreferenceOutput(NamedTuple):
+    """loss carries the gradient; everything else is detached. All float32 (float64 for float64 inputs), on the device."""
+
+    loss: Tensor  # () preference_weight * preference_loss + nll_loss
+    preference_loss: Tensor  # () mean over pairs
+    nll_loss: Tensor  # () mean over each chosen sequence's tokens, then over pairs; 0 without nll_labels
+    chosen_logps: Tensor  # (B,) summed over answer tokens
+    rejected_logps: Tensor  # (R,)
+    chosen_rewards: Tensor  # (B,) beta * (logps - reference) where the objective has a reference
+    rejected_rewards: Tensor  # (R,)
+
+
+def fused_preference_loss(
+    chosen_hidden: Tensor,  # (B, Tc, H)
+    rejected_hidden: Tensor,  # (R, Tr, H)
+    weight: Tensor,  # (V, H)
+    chosen_labels: Tensor,  # (B, Tc) int64
+    rejected_labels: Tensor,  # (R, Tr) int64
+    *,
+    ref_chosen_logps: Tensor | None = None,  # (B,)
+    ref_rejected_logps: Tensor | None = None,  # (R,)
+    nll_labels: Tensor | None = None,  # (B, Tc) int64
+    objective: Objective | str = "longpo",
+    rejected_pair: Tensor | None = None,  # (R,) int64
+    bias: Tensor | None = None,  # (V,)
+    shift: bool = True,
+    num_pairs: float | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    reuse_hidden: bool = False,
+    backend: str | None = None,
+) -> PreferenceOutput:
+    """The preference loss of B chosen and R rejected sequences, with gradients in hidden states, weight and bias.
+
+    chosen_hidden, rejected_hidden: last hidden states of the model body (after its final norm), float32, bfloat16,
+        float16 or float64, any strides.
+    weight, bias: the language-model head. A frozen one costs no gradient work; so does a frozen body.
+    chosen_labels, rejected_labels: token ids aligned with the input ids; ignore_index where a token is no answer token.
+        On the host they cost no synchronisation; on the device they are copied to the host once.
+    ref_chosen_logps, ref_rejected_logps: summed answer log-probs of the reference; for LongPO it reads the SHORT input.
+        None exactly for reference-free objectives.
+    nll_labels: which tokens of the chosen sequences carry the NLL term (Eq. 14); None for no such term.
+    objective: an object of objectives.py, or the name of one for its defaults.
+    rejected_pair: the pair of each rejected sequence; None when R == B and they correspond.
+    shift: hidden state t predicts label t + 1 (labels aligned with ids). False: it predicts label t.
+    num_pairs: what sums over pairs are divided by, default B. Give the number over all ranks and accumulation steps to
+        make their summed gradients equal one large batch; DDP averages over ranks, so multiply the loss by the world size.
+    softcap, scale: logits are softcap * tanh(scale * (h W^T + bias) / softcap), or scale * (h W^T + bias).
+    workspace_bytes: scratch beyond inputs, delivered gradients and the float32 head gradient; default 64 MiB on CPU,
+        2 GiB on CUDA. The same for any length and batch.
+    reuse_hidden: write the hidden gradients over the hidden states, whose values are then gone (not under torch.compile).
+    backend: torch, cpu, triton or cuda; default: explain_backend().
+
+    Raises ValueError naming the argument, what came and what was expected, before anything is allocated; labels out of
+    range and pairs without answer tokens are found while rows are planned, before the first product.
+    Source: arXiv 2502.13922, Eq. 12-14; the other objectives name theirs.
+    """
+    for name, hidden in (("chosen_hidden", chosen_hidden), ("rejected_hidden", rejected_hidden)):
+        check_head(hidden, weight, bias, name)
+        if hidden.dim() != 3:
+            raise ValueError(f"{name}.shape={tuple(hidden.shape)}: expected (sequences, tokens, H)")
+    if rejected_hidden.dtype != chosen_hidden.dtype:
+        raise ValueError(
+            f"rejected_hidden is {rejected_hidden.dtype}, chosen_hidden {chosen_hidden.dtype}: expected one"
+        )
+    (b, tc, _), (r, tr, _) = chosen_hidden.shape, rejected_hidden.shape
+    check_labels(chosen_labels, (b, tc), "chosen_labels")
+    check_labels(rejected_labels, (r, tr), "rejected_labels")
+    if nll_labels is not None:
+        check_labels(nll_labels, (b, tc), "nll_labels")
+    pairs = _check_pairs(objective, b, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
+
+    none = torch.empty(0, dtype=torch.int64)
+    return _run(
+        hiddens=[chosen_hidden, rejected_hidden],
+        weight=weight,
+        bias=bias,
+        answers=[chosen_labels, rejected_labels],
+        segments=[torch.arange(b)[:, None], torch.arange(b, b + r)[:, None]],
+        nll=[none if nll_labels is None else nll_labels, none],
+        nll_weights=[_token_means(nll_labels, shift, ignore_index) / pairs.num_pairs, torch.zeros(r, 1)],
+        pairs=pairs,
+        shift=shift,
+        ignore_index=ignore_index,
+        map=logit_map(scale, softcap),
+        workspace_bytes=workspace_bytes,
+        reuse_hidden=reuse_hidden,
+        backend=backend,
+    )
+
+
+def packed_preference_loss(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,) int64
+    sequences: Tensor,  # (N,) int64
+    *,
+    num_chosen: int,
+    rejected_pair: Tensor,  # (R,) int64
+    nll_weights: Tensor | None = None,  # (N,)
+    ref_chosen_logps: Tensor | None = None,  # (B,)
+    ref_rejected_logps: Tensor | None = None,  # (R,)
+    objective: Objective | str = "longpo",
+    bias: Tensor | None = None,  # (V,)
+    num_pairs: float | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    reuse_hidden: bool = False,
+    backend: str | None = None,
+) -> PreferenceOutput:
+    """The preference loss of flat rows: what batches that share a prefix use. Never shifts: row t predicts labels[t].
+
+    hidden: all rows of all sequences, in any order.
+    labels: the token each row predicts, ignore_index for none.
+    sequences: the number of the sequence whose answer token a row predicts, -1 for rows that predict none: the chosen
+        sequence of pair b has number b in 0..B-1, the rejected sequence r has number B + r. Labels, sequences and
+        nll_weights on the host cost no synchronisation.
+    num_chosen: B.  rejected_pair: the pair of each rejected sequence.
+    nll_weights: the weight of each labelled row in the NLL term, 1 / (tokens of its sequence) for Eq. 14; divided by
+        num_pairs here. None for no such term.
+    Everything else, errors and source as in fused_preference_loss.
+    """
+    check_head(hidden, weight, bias)
+    check_rows(hidden)
+    n = hidden.shape[0]
+    check_labels(labels, (n,))
+    check_labels(sequences, (n,), "sequences")
+    check_numbers(nll_weights, (n,), "nll_weights")
+    if not isinstance(rejected_pair, Tensor) or rejected_pair.dim() != 1:
+        raise ValueError(f"rejected_pair={rejected_pair!r}: expected an int64 tensor (R,)")
+    r = rejected_pair.shape[0]
+    pairs = _check_pairs(objective, num_chosen, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
+    return _run(
+        hiddens=[hidden[None]],
+        weight=weight,
+        bias=bias,
+        answers=[labels[None]],
+        segments=[sequences[None]],
+        nll=[torch.empty(0, dtype=torch.int64) if nll_weights is None else labels[None]],
+        nll_weights=[torch.zeros(1, 1) if nll_weights is None else nll_weights.detach()[None] / pairs.num_pairs],
+        pairs=pairs,
+        shift=False,
+        ignore_index=ignore_index,
+        map=logit_map(scale, softcap),
+        workspace_bytes=workspace_bytes,
+        reuse_hidden=reuse_hidden,
+        backend=backend,
+    )
+
+
+class _Pairs(NamedTuple):
+    objective: Objective
+    count: int  # B
+    pair: Tensor  # (R,)
+    ref_chosen: Tensor | None
+    ref_rejected: Tensor | None
+    num_pairs: float
+
+
+def _check_pairs(objective, b: int, r: int, pair, ref_chosen, ref_rejected, num_pairs) -> _Pairs:
+    """Everything about pairs that can be said without their rows. Raises ValueError."""
+    objective = resolve_objective(objective)
+    if pair is None:
+        if r != b:
+            raise ValueError(
+                f"{r} rejected sequences for {b} chosen ones: expected as many, or rejected_pair=(R,) indices"
+            )
+        pair = torch.arange(b)
+    check_labels(pair, (r,), "rejected_pair")
+    if objective.one_rejected and r != b:
+        raise ValueError(f"objective {objective.name}: takes one rejected sequence per pair, got {r} for {b} pairs")
+    for name, reference, length in (("ref_chosen_logps", ref_chosen, b), ("ref_rejected_logps", ref_rejected, r)):
+        if objective.needs_reference and reference is None:
+            raise ValueError(
+                f"{name} is missing: objective {objective.name!r} compares with a reference; expected ({length},)"
+            )
+        if not objective.needs_reference and reference is not None:
+            raise ValueError(f"{name} was given: objective {objective.name!r} is reference-free; expected None")
+        check_numbers(reference, (length,), name)
+    if num_pairs is None:
+        num_pairs = max(b, 1)
+    if isinstance(num_pairs, bool) or not isinstance(num_pairs, int | float) or not 0 < num_pairs < math.inf:
+        raise ValueError(f"num_pairs={num_pairs!r}: expected a finite number > 0")
+    references = (None if x is None else x.detach() for x in (ref_chosen, ref_rejected))
+    return _Pairs(objective, b, pair, *references, float(num_pairs))
+
+
+def _token_means(nll_labels: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
+    """(B, T) labels -> (B, 1) float64: 1 / labelled tokens of each sequence, 0 for a sequence that has none."""
+    if nll_labels is None:
+        return torch.zeros(1, 1, dtype=torch.float64)
+    counts = (nll_labels[:, int(shift) :] != ignore_index).sum(1, keepdim=True).double()
+    return torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
+
+
+def _run(
+    *, hiddens, weight, bias, answers, segments, nll, nll_weights, pairs, shift, ignore_index, map, workspace_bytes,
+    reuse_hidden, backend,
+) -> PreferenceOutput:  # fmt: skip
+    dtype = compute_dtype(hiddens[0], weight)
+    grad = torch.is_grad_enabled()
+    need = [grad and any(t is not None and t.requires_grad for t in group) for group in (hiddens, [weight], [bias])]
+    options = Options(*map, check_workspace(workspace_bytes, weight, dtype), dtype, *need)
+    rows = (answers, segments, nll, nll_weights, pairs.ref_chosen, pairs.ref_rejected, pairs.pair, pairs.count)
+    objective = (pairs.objective.name, pairs.objective.parameters())
+    if reuse_hidden and need[0]:
+        numbers = _reuse(hiddens, weight, bias, rows, pairs, shift, ignore_index, options, backend or "")
+    else:
+        numbers = sweep_op(
+            hiddens, weight, bias, *rows, *objective, pairs.objective.preference_weight, pairs.num_pairs, shift,
+            ignore_index, *map, options.workspace_bytes, dtype, need, backend or "",
+        )  # fmt: skip
+    loss, preference, nll_loss, sums, chosen_rewards, rejected_rewards = numbers[:6]
+    detached = (preference, nll_loss, sums[: pairs.count], sums[pairs.count :], chosen_rewards, rejected_rewards)
+    return PreferenceOutput(loss, *(x.detach() for x in detached))
+
+
+def _reuse(hiddens, weight, bias, rows, pairs, shift, ignore_index, options, backend) -> tuple[Tensor, ...]:
+    """The sweep with gradients written over the hidden states."""
+    if torch.compiler.is_compiling():
+        raise ValueError("reuse_hidden=True: expected False under torch.compile, which cannot see memory being reused")
+    if any(0 in h.stride() and h.numel() for h in hiddens):
+        raise ValueError(
+            "reuse_hidden=True: an expanded hidden tensor shares its rows; expected one row of memory each"
+        )
+    return _Reuse.apply(len(hiddens), rows, pairs, shift, ignore_index, options, backend, weight, bias, *hiddens)
+
+
+class _Reuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, rows, pairs, shift, ignore_index, options, backend, weight, bias, *hiddens):
+        grads = [h.detach() for h in hiddens]
+        objective = (pairs.objective.name, pairs.objective.parameters())
+        result = run_sweep(
+            grads, grads, weight, bias, *rows, *objective, pairs.num_pairs, shift, ignore_index, options, backend,
+            clear=True,
+        )  # fmt: skip
+        ctx.grads = grads, result.dw, result.db
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.grad_scale = result.grad_scale
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        numbers = (*total(result, pairs.objective.preference_weight, pairs.num_pairs), *result[2:5])
+        out = tuple(x.to(dtype, copy=True) for x in numbers)
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if ctx.grads is None:
+            raise RuntimeError("reuse_hidden=True: backward ran twice; give retain_graph=True to all but the last one")
+        (hiddens, dw, db), factor = ctx.grads, grad / ctx.grad_scale
+        if not keeps_graph():
+            ctx.grads = None
+        head = (
+            None if g is None else scaled(g, factor).to(dtype) for g, dtype in zip((dw, db), ctx.dtypes, strict=True)
+        )
+        return *[None] * 7, *head, *(scaled(h, factor) for h in hiddens)

@@ -1,0 +1,89 @@
+"""The plain PyTorch truth of every op: full logits, autograd, any dtype. Tests and benchmarks call it in float64.
+
+Memory is what the library avoids: logits (N, V), their log-softmax and their gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .objectives import Objective, PairLogps
+
+
+def logits(hidden, weight, bias=None, softcap=None, scale=1.0, temperature=1.0) -> Tensor:
+    """(..., H), (V, H) -> (..., V)."""
+    z = F.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def logprobs(hidden, weight, labels, *, ignore_index=-100, **map) -> Tensor:
+    """(..., H), (V, H), (...) -> (...) log-probs of the labels in at least float32, 0 where ignored."""
+    labelled = labels != ignore_index
+    z = logits(hidden, weight, **map)
+    z = z if z.dtype == torch.float64 else z.float()
+    return torch.where(labelled, z.log_softmax(-1).gather(-1, labels.where(labelled, 0)[..., None]).squeeze(-1), 0.0)
+
+
+def cross_entropy(hidden, weight, labels, *, row_weights=None, reduction="mean", ignore_index=-100, **map) -> Tensor:
+    nll = -logprobs(hidden, weight, labels, ignore_index=ignore_index, **map)
+    weights = torch.ones_like(nll) if row_weights is None else row_weights.to(nll)
+    if reduction == "none":
+        return nll * weights
+    total = (weights * (labels != ignore_index)).sum()
+    return (nll * weights).sum() / (total if reduction == "mean" else 1.0)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """(..., V) student and teacher log-probabilities -> (...). forward KL(q||p), reverse KL(p||q), jsd of both."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)
+
+    if kind != "jsd":
+        return kl(log_q, log_p) if kind == "forward" else kl(log_p, log_q)
+    log_m = torch.log(beta * log_q.exp() + (1 - beta) * log_p.exp())
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def preference_loss(
+    chosen_hidden,  # (B, Tc, H)
+    rejected_hidden,  # (R, Tr, H)
+    weight,
+    chosen_labels,
+    rejected_labels,
+    *,
+    objective: Objective,
+    ref_chosen_logps=None,
+    ref_rejected_logps=None,
+    nll_labels=None,
+    rejected_pair=None,
+    num_pairs=None,
+    shift=True,
+    ignore_index=-100,
+    **map,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss, summed chosen log-probs (B,), summed rejected log-probs (R,), from full logits."""
+    first, last = (1, -1) if shift else (0, None)
+
+    def per_token(hidden, labels):
+        return logprobs(hidden[:, :last], weight, labels[:, first:], ignore_index=ignore_index, **map).double()
+
+    def lengths(labels):
+        return (labels[:, first:] != ignore_index).sum(1).double()
+
+    chosen = per_token(chosen_hidden, chosen_labels).sum(1)
+    rejected = per_token(rejected_hidden, rejected_labels).sum(1)
+    pair = torch.arange(len(chosen)) if rejected_pair is None else rejected_pair
+    references = (None if r is None else r.double() for r in (ref_chosen_logps, ref_rejected_logps))
+    terms = objective.terms(
+        PairLogps(chosen, rejected, *references, lengths(chosen_labels), lengths(rejected_labels), pair)
+    )
+    count = num_pairs or len(chosen)
+    loss = objective.preference_weight * terms.losses.sum() / count
+    if nll_labels is not None:
+        loss = loss - (per_token(chosen_hidden, nll_labels).sum(1) / lengths(nll_labels)).sum() / count
+    return loss, chosen, rejected

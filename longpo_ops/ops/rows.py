@@ -1,0 +1,141 @@
+"""Which rows of the hidden states are visited, and in which chunks: planned on the host, read chunk by chunk.
+
+A Stretch is one sequence of T rows: a view of its hidden states, and per row an answer label with a sequence number and
+an NLL label with a weight. `chunks` walks stretches in windows of WINDOW positions, picks the rows a mask selects, and
+yields at most `limit` rows at a time, so scratch is the same for any T. Labels, sequence numbers and per-row weights are
+read on the host: given there, nothing ever waits for the device; given on the device, they are copied once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WINDOW = 1 << 16
+
+
+class Stretch(NamedTuple):
+    hidden: Tensor  # (T, H) a view
+    grad: Tensor | None  # (T, H) where the gradient of hidden goes
+    answers: Tensor | None  # (T,) int64, host: label of an answer row, else ignore_index
+    segments: Tensor | None  # (T,) or (1,) int64, host: sequence number of answers, -1 for none
+    nll: Tensor | None  # (T,) int64, host: label of an NLL row, else ignore_index
+    nll_weights: Tensor | None  # (T,) or (1,), host or device
+    ignore_index: int
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def segments_at(self, rows: slice | Tensor) -> Tensor:
+        """Sequence numbers of those rows (a window or positions), -1 where a row is no answer."""
+        if self.answers is None:
+            count = rows.shape[0] if isinstance(rows, Tensor) else len(range(len(self))[rows])
+            return torch.full((count,), -1)
+        answers = self.answers[rows]
+        segments = self.segments[rows] if self.segments.shape[0] > 1 else self.segments.expand(answers.shape[0])
+        return segments.masked_fill(answers == self.ignore_index, -1)
+
+    def nll_mask(self, rows: slice | Tensor) -> Tensor:
+        """Which of those rows carry the NLL term; a weight of zero is seen where weights are on the host."""
+        if self.nll is None:
+            return torch.zeros_like(self.segments_at(rows), dtype=torch.bool)
+        mask = self.nll[rows] != self.ignore_index
+        if self.nll_weights.shape[0] > 1 and self.nll_weights.device.type == "cpu":
+            mask &= self.nll_weights[rows] != 0
+        return mask
+
+
+class Piece(NamedTuple):
+    """Some rows of one stretch: a slice where they are contiguous, else positions on the host."""
+
+    stretch: Stretch
+    index: Tensor  # (n,) int64, host, increasing
+
+    def run(self) -> slice | None:
+        first, last = int(self.index[0]), int(self.index[-1])
+        return slice(first, last + 1) if last - first + 1 == self.index.shape[0] else None
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The piece's rows of a (T, ...) tensor on any device."""
+        run = self.run()
+        if run is not None:
+            return tensor[run]
+        return tensor.index_select(0, self.index.to(tensor.device, non_blocking=True))
+
+    def write(self, tensor: Tensor, rows: Tensor) -> None:
+        run = self.run()
+        if run is not None:
+            tensor[run] = rows
+        else:
+            tensor.index_copy_(0, self.index.to(tensor.device, non_blocking=True), rows.to(tensor.dtype))
+
+
+class Chunk:
+    """At most `limit` rows, possibly from several stretches."""
+
+    def __init__(self, pieces: list[Piece]):
+        self.pieces = pieces
+
+    def _cat(self, parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def hidden(self, dtype: torch.dtype) -> Tensor:
+        """(n, H) in `dtype`; a view where the rows are contiguous and already of that dtype."""
+        return self._cat([p.read(p.stretch.hidden).to(dtype) for p in self.pieces])
+
+    def segments(self) -> Tensor:
+        """(n,) int64, host: sequence of an answer row, -1 for a row that is none."""
+        return self._cat([p.stretch.segments_at(p.index) for p in self.pieces])
+
+    def labels(self) -> Tensor:
+        """(n,) int64, host: the answer label, or the NLL label of a row that is no answer."""
+        return self._cat([_labels(p) for p in self.pieces])
+
+    def nll_weights(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(n,) on the device: NLL weight, 0 for rows that carry none."""
+        return self._cat([_nll_weights(p, device, dtype) for p in self.pieces])
+
+    def write(self, rows: Tensor, target: Tensor | None = None) -> None:
+        """rows (n, ...) to their places in a (T, ...) target, or in each stretch's gradient."""
+        start = 0
+        for piece in self.pieces:
+            stop = start + piece.index.shape[0]
+            piece.write(piece.stretch.grad if target is None else target, rows[start:stop])
+            start = stop
+
+
+def _labels(piece: Piece) -> Tensor:
+    s = piece.stretch
+    if s.answers is None or s.nll is None:
+        return (s.nll if s.answers is None else s.answers)[piece.index]
+    answers = s.answers[piece.index]
+    return torch.where(answers == s.ignore_index, s.nll[piece.index], answers)
+
+
+def _nll_weights(piece: Piece, device: torch.device, dtype: torch.dtype) -> Tensor:
+    s, count = piece.stretch, piece.index.shape[0]
+    if s.nll is None:
+        return torch.zeros(count, device=device, dtype=dtype)
+    weights = s.nll_weights if s.nll_weights.shape[0] == 1 else piece.read(s.nll_weights)
+    carries = s.nll_mask(piece.index).to(device, non_blocking=True)
+    return torch.where(carries, weights.to(device, dtype, non_blocking=True).expand(count), 0.0)
+
+
+def chunks(stretches: list[Stretch], select: Callable[[Stretch, slice], Tensor], limit: int) -> Iterator[Chunk]:
+    """Rows where select(stretch, window) (a host bool mask) is true, at most `limit` at a time, in order."""
+    pieces, room = [], limit
+    for stretch in stretches:
+        for start in range(0, len(stretch), WINDOW):
+            index = select(stretch, slice(start, start + WINDOW)).nonzero().squeeze(-1) + start
+            while index.shape[0]:
+                taken, index = index[:room], index[room:]
+                pieces.append(Piece(stretch, taken))
+                room -= taken.shape[0]
+                if room == 0:
+                    yield Chunk(pieces)
+                    pieces, room = [], limit
+    if pieces:
+        yield Chunk(pieces)

@@ -1,0 +1,337 @@
+"""One sweep over the head: loss, hidden gradient and head gradient together, in chunks of rows of bounded size.
+
+Every objective without a full-vocabulary KL has the form (docs/mathematics.md)
+
+    L = f(S_1 .. S_K) + sum_t w_t (-logp_t),     S_k = sum of logp_t over the answer rows of sequence k
+
+so row t enters the gradient with one number, g_t = dL / d logp_t = c_k(t) - w_t, where c_k = df / dS_k:
+
+  1. score   answer rows of the pairs that do not fit one chunk: S_k                       2 N_a H V
+  2. decide  losses and c_k, plain PyTorch on K numbers
+  3. sweep   Z = H_c W^T;  Z <- g_t f'(z) (onehot - softmax);  dH_c = Z W;  dW += Z^T H_c  6 N H V
+
+Pairs whose answers fit one chunk are scored, decided and swept in a single visit, the tile waiting in memory meanwhile.
+Rows that carry no weight are never read. With no pairs this is the weighted cross-entropy.
+
+Scratch: `workspace_bytes`, for any N and batch, beside the inputs, the delivered gradients and the float32 dW (4 H V bytes).
+float16: g is scaled by a power of two to at most 1 and the gradients carry `grad_scale`; 1/524288 would drown most of
+the softmax otherwise. Its gradients are therefore swept after all pairs are decided.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .objectives import Objective, PairLogps, Terms
+from .products import UPCAST_BYTES, Products
+from .rows import WINDOW, Chunk, Stretch, chunks
+from .tiles import BLOCK_BYTES, LogitMap, Tiles
+
+DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 2 << 30}
+
+
+def default_workspace(device: torch.device) -> int:
+    """Bytes of scratch when the caller names none: 64 MiB on CPU, 2 GiB elsewhere (docs/mathematics.md has the reason)."""
+    return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
+
+
+def scratch_bytes(weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> tuple[int, int]:
+    """-> fixed bytes, bytes per row: a row costs `tiles` logits rows, its hidden state gathered and converted, and its
+    hidden gradient; fixed are the blocks of the tile functions, the host's window of labels and the upcast block."""
+    vocab, width = weight.shape
+    wide = 8 if dtype == torch.float64 else 4
+    upcast = UPCAST_BYTES if weight.device.type == "cpu" and weight.dtype.itemsize == 2 else 0
+    fixed = 4 * max(BLOCK_BYTES, vocab * wide) + 16 * WINDOW + tiles * upcast
+    return fixed, tiles * (vocab * wide + width * (2 * dtype.itemsize + 2 * wide)) + 64
+
+
+def rows_per_chunk(workspace_bytes: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:
+    """Rows whose scratch fits in workspace_bytes, at least 1, a multiple of 64 where that many fit."""
+    fixed, row = scratch_bytes(weight, dtype, tiles)
+    rows = max(1, (workspace_bytes - fixed) // row)
+    return rows if rows < 64 else rows // 64 * 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the head is read, the same for every op: one object instead of eight parameters."""
+
+    scale: float
+    softcap: float
+    workspace_bytes: int
+    compute_dtype: torch.dtype
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+    @property
+    def need_any(self) -> bool:
+        return self.need_hidden or self.need_weight or self.need_bias
+
+
+class Held(NamedTuple):
+    """A scored chunk waiting for its weights."""
+
+    chunk: Chunk
+    h: Tensor
+    labels: Tensor
+    z: Tensor
+    stats: Tensor
+
+
+class HeadSweep:
+    """The head on its way over the rows: products, tile functions, one tile of memory and the gradients it gathers."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, tiles: Tiles, options: Options, rows: int):
+        self.products = Products(weight, options.compute_dtype)
+        self.tiles, self.options, self.rows = tiles, options, rows
+        self.map = LogitMap(bias, options.scale, options.softcap)
+        self.vocab, self.device, self.dtype = weight.shape[0], weight.device, self.products.tile_dtype
+        self.dw = torch.zeros_like(weight, dtype=self.dtype) if options.need_weight else None
+        self.db = torch.zeros_like(bias, dtype=self.dtype) if options.need_bias else None
+
+    @functools.cached_property
+    def tile(self) -> Tensor:
+        return torch.empty(self.rows, self.vocab, device=self.device, dtype=self.dtype)
+
+    def _logits(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        h = chunk.hidden(self.products.dtype)
+        labels = chunk.labels().to(self.device, non_blocking=True)
+        return h, labels, self.products.logits_(h, self.tile[: h.shape[0]])
+
+    def logps(self, chunk: Chunk) -> Tensor:
+        """(n,) log-probs alone."""
+        if self.tiles.linear_logps is None or self.products.blockwise:
+            h, labels, z = self._logits(chunk)
+            return self.tiles.logps(z, labels, self.map)[0]
+        h, labels = chunk.hidden(self.products.dtype), chunk.labels().to(self.device, non_blocking=True)
+        return self.tiles.linear_logps(h, self.products.weight, labels, self.map)[0]
+
+    def score(self, chunk: Chunk) -> tuple[Tensor, Held]:
+        """(n,) log-probs, and the tile they came from."""
+        h, labels, z = self._logits(chunk)
+        logps, stats = self.tiles.logps(z, labels, self.map)
+        return logps, Held(chunk, h, labels, z, stats)
+
+    def push(self, held: Held, g: Tensor) -> None:
+        """Gradients of a scored chunk."""
+        dz = self.tiles.gradient_(held.z, held.labels, held.stats, g, self.map, self.products.dtype)
+        self._gather(held.chunk, held.h, dz)
+
+    def visit(self, chunk: Chunk, g: Tensor) -> Tensor:
+        """(n,) log-probs and gradients of a chunk whose weights are known."""
+        h, labels, z = self._logits(chunk)
+        logps, dz = self.tiles.logps_gradient_(z, labels, g, self.map, self.products.dtype)
+        self._gather(chunk, h, dz)
+        return logps
+
+    def _gather(self, chunk: Chunk, h: Tensor, dz: Tensor) -> None:
+        if self.options.need_hidden:
+            chunk.write(self.products.hidden_gradient(dz))
+        if self.dw is not None:
+            self.products.add_weight_gradient_(self.dw, dz, h)
+        if self.db is not None:
+            self.db.add_(dz.sum(0, dtype=self.dtype))
+
+
+class Pairs(NamedTuple):
+    """B chosen sequences numbered 0..B-1 and R rejected ones numbered B..B+R-1, all tensors on the device."""
+
+    objective: Objective
+    ref_chosen: Tensor | None  # (B,)
+    ref_rejected: Tensor | None  # (R,)
+    pair: Tensor  # (R,) int64
+    count: int  # B
+    weight: float  # preference_weight / num_pairs: what a pair's loss counts in the total
+
+
+class Result(NamedTuple):
+    """Sums in float64; `grad_scale` divides every gradient (1 but for float16)."""
+
+    losses: Tensor  # (B,) preference losses
+    nll: Tensor  # () sum of w_t * -logp_t
+    sums: Tensor  # (K,) summed log-probs
+    chosen_rewards: Tensor  # (B,)
+    rejected_rewards: Tensor  # (R,)
+    dw: Tensor | None
+    db: Tensor | None
+    grad_scale: Tensor
+
+
+def sweep(stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None = None) -> Result:
+    """Loss and gradients of all rows in one sweep; gradients of hidden go to each stretch's `grad`."""
+    return _Sweep(stretches, head, pairs).run()
+
+
+class _Sweep:
+    def __init__(self, stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None):
+        self.stretches, self.head, self.pairs = stretches, head, pairs
+        double = functools.partial(torch.zeros, device=head.device, dtype=torch.float64)
+        b, r = (0, 0) if pairs is None else (pairs.count, pairs.pair.shape[0])
+        self.sums, self.slopes, self.nll = double(b + r), double(b + r), double(1)
+        self.losses, self.chosen_rewards, self.rejected_rewards = double(b), double(b), double(r)
+        self.lengths = torch.zeros(b + r, dtype=torch.int64)  # answer rows of each sequence, on the host
+        self.grad_scale = torch.ones((), device=head.device)
+
+    def run(self) -> Result:
+        groups, large = self._plan()
+        wants_gradient = self.head.options.need_any
+        visited = torch.zeros_like(large)
+        if bool(large.any()):
+            for chunk in chunks(self.stretches, self._answers_of(large), self.head.rows):
+                logps = self.head.logps(chunk)
+                self._add_sums(chunk, logps)
+                if not wants_gradient:
+                    self._add_nll(chunk, logps)
+            self._decide(large)
+            visited = visited if wants_gradient else large
+        if self.head.options.compute_dtype == torch.float16 and wants_gradient:
+            self.grad_scale = self._float16_scale()
+        for group in groups:
+            visited = visited | group
+            (chunk,) = chunks(self.stretches, self._answers_of(group), self.head.rows)
+            self._visit_pairs(chunk, group, wants_gradient)
+        for chunk in chunks(self.stretches, self._rest(visited), self.head.rows):
+            logps = self.head.visit(chunk, self._weights(chunk)) if wants_gradient else self.head.logps(chunk)
+            self._add_nll(chunk, logps)
+        return Result(
+            self.losses,
+            self.nll[0],
+            self.sums,
+            self.chosen_rewards,
+            self.rejected_rewards,
+            self.head.dw,
+            self.head.db,
+            self.grad_scale,
+        )
+
+    def _visit_pairs(self, chunk: Chunk, group: Tensor, wants_gradient: bool) -> None:
+        """Score, decide and sweep all answers of some pairs while their tile waits."""
+        if not wants_gradient:
+            logps = self.head.logps(chunk)
+        else:
+            logps, held = self.head.score(chunk)
+        self._add_sums(chunk, logps)
+        self._add_nll(chunk, logps)
+        self._decide(group)
+        if wants_gradient:
+            self.head.push(held, self._weights(chunk))
+
+    # -- plan: host integers only ------------------------------------------------------------------------------------
+
+    def _plan(self) -> tuple[list[Tensor], Tensor]:
+        """-> sequences swept in a single visit, a mask (K,) per visit; and the mask of those scored first."""
+        everything = torch.ones_like(self.lengths, dtype=torch.bool)
+        if self.pairs is None or not everything.shape[0]:
+            return [], ~everything
+        self._count()
+        single_visit = self.pairs.objective.separable and self.head.options.compute_dtype != torch.float16
+        if not single_visit:
+            return [], everything
+        pair_of = torch.cat([torch.arange(self.pairs.count), self.pairs.pair.cpu()])
+        rows = torch.zeros(self.pairs.count, dtype=torch.int64).index_add_(0, pair_of, self.lengths)
+        groups, group, room, large = [], [], 0, []
+        for pair, n in enumerate(rows.tolist()):
+            if n > self.head.rows:
+                large.append(pair)
+                continue
+            if n > room:
+                groups.append(group := [])
+                room = self.head.rows
+            group.append(pair)
+            room -= n
+        return [torch.isin(pair_of, torch.tensor(g)) for g in groups], torch.isin(pair_of, torch.tensor(large))
+
+    def _count(self) -> None:
+        for stretch in self.stretches:
+            for start in range(0, len(stretch), WINDOW):
+                segments = stretch.segments_at(slice(start, start + WINDOW))
+                self.lengths += torch.bincount(segments + 1, minlength=self.lengths.shape[0] + 1)[1:]
+        if not bool(self.lengths.all()):
+            k, b = int((self.lengths == 0).nonzero()[0]), self.pairs.count
+            name = f"chosen answer {k}" if k < b else f"rejected answer {k - b}"
+            raise ValueError(
+                f"labels: {name} has no answer tokens; expected at least one label other than ignore_index"
+            )
+
+    def _answers_of(self, wanted: Tensor):
+        def select(stretch: Stretch, window: slice) -> Tensor:
+            segments = stretch.segments_at(window)
+            return (segments >= 0) & wanted[segments.clamp(min=0)]
+
+        return select
+
+    def _rest(self, visited: Tensor):
+        """Rows with any weight that are no answers of visited sequences."""
+
+        def select(stretch: Stretch, window: slice) -> Tensor:
+            segments, nll = stretch.segments_at(window), stretch.nll_mask(window)
+            if not visited.shape[0]:
+                return nll
+            answer, done = segments >= 0, visited[segments.clamp(min=0)]
+            return torch.where(answer, ~done, nll)
+
+        return select
+
+    # -- numbers on the device ---------------------------------------------------------------------------------------
+
+    def _add_sums(self, chunk: Chunk, logps: Tensor) -> None:
+        segments = chunk.segments().to(self.head.device, non_blocking=True)
+        self.head.tiles.segment_sums(logps, segments, self.sums)
+
+    def _add_nll(self, chunk: Chunk, logps: Tensor) -> None:
+        weights = chunk.nll_weights(self.head.device, logps.dtype)
+        carried = torch.where(weights != 0, logps, 0.0).double() * -weights.double()
+        self.nll.add_(carried.sum())
+
+    def _weights(self, chunk: Chunk) -> Tensor:
+        """g (n,) = c_k - w_t, in the tile's dtype."""
+        dtype = self.head.dtype
+        g = -chunk.nll_weights(self.head.device, torch.float64)
+        if self.pairs is not None:
+            segments = chunk.segments().to(self.head.device, non_blocking=True)
+            g = g + torch.cat([self.slopes, self.slopes.new_zeros(1)])[segments]
+        return (g * self.grad_scale).to(dtype)
+
+    def _decide(self, sequences: Tensor) -> None:
+        """Losses, rewards and slopes of the pairs whose sequences are in the mask (K,)."""
+        pairs, b = self.pairs, self.pairs.count
+        chosen, rejected = (m.nonzero().squeeze(-1).to(self.head.device) for m in (sequences[:b], sequences[b:]))
+        local = torch.zeros(b, dtype=torch.int64, device=self.head.device)
+        local[chosen] = torch.arange(chosen.shape[0], device=self.head.device)
+        lengths = self.lengths.to(self.head.device, torch.float64)
+        terms: Terms = pairs.objective.terms(
+            PairLogps(
+                chosen=self.sums[chosen],
+                rejected=self.sums[b + rejected],
+                ref_chosen=None if pairs.ref_chosen is None else pairs.ref_chosen[chosen],
+                ref_rejected=None if pairs.ref_rejected is None else pairs.ref_rejected[rejected],
+                chosen_lengths=lengths[chosen],
+                rejected_lengths=lengths[b + rejected],
+                pair=local[pairs.pair[rejected]],
+            )
+        )
+        self.losses[chosen] = terms.losses
+        self.chosen_rewards[chosen], self.rejected_rewards[rejected] = terms.chosen_rewards, terms.rejected_rewards
+        self.slopes[chosen] = terms.chosen_slopes * pairs.weight
+        self.slopes[b + rejected] = terms.rejected_slopes * pairs.weight
+
+    def _float16_scale(self) -> Tensor:
+        """Brings max |g| near 1: |g| <= max |c_k| + max |w_t|."""
+        bound = self.slopes.abs().amax() if self.slopes.shape[0] else self.nll.new_zeros(())
+        for stretch in self.stretches:
+            if stretch.nll is not None and stretch.nll_weights.shape[0]:
+                bound = torch.maximum(bound, stretch.nll_weights.abs().amax().to(bound))
+        return float16_scale(bound)
+
+
+def float16_scale(bound: Tensor) -> Tensor:
+    """() -> the power of two, float32, that brings `bound` to [1/2, 1); 1 when it is zero or not finite."""
+    bound = bound.double()
+    usable = torch.isfinite(bound) & (bound > 0)
+    return torch.where(usable, torch.ldexp(torch.ones_like(bound), -torch.frexp(bound).exponent), 1.0).float()
