@@ -1,0 +1,213 @@
+"""Preference pairs as people write them: one long document, one or more turns asked about it.
+
+    {"id": "doc-17",
+     "document": "...the whole long text C_L...",
+     "turns": [{"instruction": "...I_i...", "chunk": "...C_S^i, the part of the document it is about...",
+                "chosen": "...y_S^i...", "rejected": ["...y_L^i..."]}],
+     "provenance": {...},
+     "ref_chosen_logp": -41.5, "ref_rejected_logps": [-63.25]}
+
+`id` may be left out (file and line then name the record), `provenance` holds anything, the reference's log-probs on the
+short inputs (Eq. 13: summed over all turns) are optional. Several rejected answers per turn (LOGO) form several
+rejected conversations: the j-th takes the j-th rejected answer of every turn. The official unformatted records
+(`prompt`, `short_prompts`, `questions`, `chosens`, `rejecteds`) are read into the same type; their further columns
+become provenance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .records import BadRecord, DataReport, keep_good, parse_row, read_rows, write_rows
+
+PAIR_FIELDS = {"id", "document", "turns", "provenance", "ref_chosen_logp", "ref_rejected_logps"}
+TURN_FIELDS = {"instruction", "chunk", "chosen", "rejected"}
+OFFICIAL_LISTS = ("short_prompts", "questions", "chosens", "rejecteds")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question, the short chunk it was asked about, its chosen answer and one or more rejected ones."""
+
+    instruction: str
+    chunk: str
+    chosen: str
+    rejected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One record: a chosen conversation over the whole document and one or more rejected ones."""
+
+    id: str
+    document: str
+    turns: tuple[Turn, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    ref_chosen_logp: float | None = None
+    ref_rejected_logps: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_row(cls, row: dict, where: str = "record", allow_equal: bool = False) -> Pair:
+        """Check a row and make a Pair of it; `where` names a record that has no id.
+
+        Raises BadRecord for fields missing, empty, unknown or of another type, a different number of rejected answers
+        between turns, and a rejected conversation equal to the chosen one (unless allow_equal).
+        """
+        row = parse_row(row, where)
+        record_id = str(row.get("id", where))
+        if not row:
+            raise BadRecord(record_id, "record", "empty record", "expected at least a document and turns")
+        if "document" not in row and "prompt" in row:
+            row = _from_official(row, record_id)
+        _refuse_unknown(record_id, "record", row, PAIR_FIELDS, "keep further data under 'provenance'")
+        turns = _get(record_id, row, "turns", list, "turns")
+        if not turns:
+            raise BadRecord(record_id, "turns", "empty field", "expected a list of at least one turn")
+        turns = tuple(_turn(record_id, f"turns[{i}]", turn) for i, turn in enumerate(turns))
+        pair = cls(
+            id=record_id,
+            document=_text(record_id, row, "document", "document"),
+            turns=turns,
+            provenance=_provenance(record_id, row),
+            ref_chosen_logp=_logps(record_id, row, "ref_chosen_logp", None),
+            ref_rejected_logps=_logps(record_id, row, "ref_rejected_logps", len(turns[0].rejected)),
+        )
+        _check_answers(pair, allow_equal)
+        return pair
+
+    def to_row(self) -> dict[str, Any]:
+        """The pair as the JSON object described on top of this file; absent log-probs are None."""
+        return asdict(self)
+
+
+def read_pairs(
+    path: str | os.PathLike,
+    on_bad_record: str = "raise",
+    report: DataReport | None = None,
+    allow_equal: bool = False,
+) -> Iterator[Pair]:
+    """Stream the pairs of a .jsonl[.gz|.zst] or .parquet file, or of a folder of them in order of their names.
+
+    on_bad_record: "raise" stops at the first bad record, "skip" leaves it out and counts its reason in `report`.
+    Raises BadRecord (a ValueError), and ValueError for a path without data or without one usable record.
+    """
+    return keep_good(read_rows(path), lambda row, where: Pair.from_row(row, where, allow_equal), on_bad_record, report)
+
+
+def write_pairs(pairs: Iterable[Pair], path: str | os.PathLike) -> int:
+    """Write pairs to a .jsonl, .jsonl.gz or .parquet file and return their number.
+
+    Parquet columns have one type for all rows, so provenance is stored there as JSON text.
+    """
+    rows = (pair.to_row() for pair in pairs)
+    if not str(path).endswith(".parquet"):
+        return write_rows(rows, path)
+    import pyarrow as pa
+
+    text, number = pa.string(), pa.float64()
+    turn = pa.struct({"instruction": text, "chunk": text, "chosen": text, "rejected": pa.list_(text)}.items())
+    columns = {"id": text, "document": text, "turns": pa.list_(turn), "provenance": text}
+    schema = pa.schema(columns | {"ref_chosen_logp": number, "ref_rejected_logps": pa.list_(number)})
+    rows = (row | {"provenance": json.dumps(row["provenance"], ensure_ascii=False)} for row in rows)
+    return write_rows(rows, path, schema)
+
+
+def _from_official(row: dict, record_id: str) -> dict:
+    lists = {name: _get(record_id, row, name, list, name) for name in OFFICIAL_LISTS}
+    counts = {name: len(entries) for name, entries in lists.items()}
+    if len(set(counts.values())) != 1:
+        raise BadRecord(record_id, "questions", "lists of different lengths", f"{counts} came; expected one per turn")
+    known = {"id", "prompt", "ref_chosen_logp", "ref_rejected_logps", *OFFICIAL_LISTS}
+    turns = [
+        {"chunk": chunk, "instruction": question, "chosen": chosen, "rejected": rejected}
+        for chunk, question, chosen, rejected in zip(*lists.values(), strict=True)
+    ]
+    kept = {name: row[name] for name in PAIR_FIELDS & row.keys()}
+    provenance = {name: value for name, value in row.items() if name not in known | PAIR_FIELDS}
+    provenance |= _provenance(record_id, row)
+    return kept | {"document": row["prompt"], "turns": turns, "provenance": provenance}
+
+
+def _turn(record_id: str, name: str, turn: Any) -> Turn:
+    if not isinstance(turn, dict):
+        raise BadRecord(record_id, name, "wrong type", f"a {type(turn).__name__} came; expected an object")
+    _refuse_unknown(record_id, name, turn, TURN_FIELDS, f"a turn has the fields {sorted(TURN_FIELDS)}")
+    rejected = turn.get("rejected")
+    if isinstance(rejected, str):
+        turn = turn | {"rejected": [rejected]}
+    rejected = _get(record_id, turn, "rejected", list, f"{name}.rejected")
+    if not rejected:
+        raise BadRecord(record_id, f"{name}.rejected", "empty field", "expected at least one rejected answer")
+    texts = {key: _text(record_id, turn, key, f"{name}.{key}") for key in ("instruction", "chunk", "chosen")}
+    answers = (_text(record_id, {"": text}, "", f"{name}.rejected[{j}]") for j, text in enumerate(rejected))
+    return Turn(**texts, rejected=tuple(answers))
+
+
+def _get(record_id: str, row: dict, key: str, kind: type, name: str) -> Any:
+    value = row.get(key)
+    if value is None:
+        raise BadRecord(record_id, name, "missing field", f"expected a {kind.__name__}; the fields are {sorted(row)}")
+    if not isinstance(value, (list, tuple) if kind is list else kind):
+        came = type(value).__name__
+        raise BadRecord(record_id, name, "wrong type", f"a {came} came; expected a {kind.__name__}")
+    return value
+
+
+def _text(record_id: str, row: dict, key: str, name: str) -> str:
+    text = _get(record_id, row, key, str, name)
+    if not text.strip():
+        raise BadRecord(record_id, name, "empty field", "expected text; remove the record or fill the field")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        advice = f"character {error.start} is half a surrogate pair or no UTF-8; store the file as UTF-8"
+        raise BadRecord(record_id, name, "broken text encoding", advice) from None
+    return text
+
+
+def _refuse_unknown(record_id: str, name: str, row: dict, known: set[str], advice: str) -> None:
+    unknown = sorted(str(key) for key, value in row.items() if key not in known and value is not None)
+    if unknown:
+        raise BadRecord(record_id, name, "unknown field", f"{', '.join(unknown)} came; {advice}")
+
+
+def _provenance(record_id: str, row: dict) -> dict:
+    value = row.get("provenance", {})
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, dict):
+        raise BadRecord(record_id, "provenance", "wrong type", "expected an object, or JSON text of one")
+    return value
+
+
+def _logps(record_id: str, row: dict, key: str, count: int | None) -> Any:
+    """A finite log-prob <= 0 (count None) or a tuple of `count` of them; None if the row has none."""
+    value = row.get(key)
+    if value is None:
+        return None
+    values = [value] if count is None else value
+    wanted = "a number" if count is None else f"a list of {count}, one per rejected answer,"
+    good = isinstance(values, (list, tuple)) and len(values) == (count or 1)
+    if not good or not all(type(v) in (int, float) and math.isfinite(v) and v <= 0 for v in values):
+        raise BadRecord(record_id, key, "bad log-probs", f"{value!r} came; expected {wanted} finite and at most 0")
+    return float(value) if count is None else tuple(float(v) for v in values)
+
+
+def _check_answers(pair: Pair, allow_equal: bool) -> None:
+    counts = [len(turn.rejected) for turn in pair.turns]
+    if len(set(counts)) != 1:
+        advice = f"{counts} came; expected the same number in every turn"
+        raise BadRecord(pair.id, "turns", "different numbers of rejected answers", advice)
+    for j in range(counts[0]):
+        if not allow_equal and all(turn.chosen.strip() == turn.rejected[j].strip() for turn in pair.turns):
+            advice = f"rejected answer {j} says the same in every turn and carries no preference; remove it"
+            raise BadRecord(pair.id, "rejected", "chosen equal to rejected", advice)
+    if (pair.ref_chosen_logp is None) != (pair.ref_rejected_logps is None):
+        raise BadRecord(pair.id, "ref_chosen_logp", "bad log-probs", "expected both ref_ fields or neither")

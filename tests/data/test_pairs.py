@@ -1,0 +1,188 @@
+"""Records: both text formats, every kind of bad one, files and folders, streaming."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from dataclasses import replace
+
+import pytest
+
+from longpo_ops.data import BadRecord, DataReport, Pair, Turn, read_pairs, write_pairs
+
+OFFICIAL = {
+    "prompt": "A long document.",
+    "short_prompts": ["A long", "document."],
+    "questions": ["How long?", "What is it?"],
+    "chosens": ["Long.", "A document."],
+    "rejecteds": ["Short.", "A dog."],
+    "prompt_id": 7,
+}
+
+
+def spoil(pair: Pair, path: str, value) -> dict:
+    """The pair's row with the value at a dotted path replaced, or removed where the value is ...."""
+    row = json.loads(json.dumps(pair.to_row()))
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    target = row
+    for key in parents:
+        target = target[key]
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return row
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_pairs_come_back_from_files(suffix, pair, tmp_path):
+    scored = replace(
+        pair, id="2", provenance={"model": "m", "n": [1]}, ref_chosen_logp=-2.5, ref_rejected_logps=(-3.0,)
+    )
+    odd = replace(
+        pair, id="3", document="a\u2028b\x85c\r\nd \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")
+    )
+    path = tmp_path / f"pairs{suffix}"
+    assert write_pairs(iter([pair, scored, odd]), path) == 3
+    report = DataReport()
+    assert list(read_pairs(path, report=report)) == [pair, scored, odd]
+    assert (report.read, report.kept) == (3, 3)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_official_unformatted_records_are_read(tmp_path):
+    (tmp_path / "official.jsonl").write_text(json.dumps(OFFICIAL) + "\n\n" + json.dumps(OFFICIAL | {"id": 5}))
+    first, second = read_pairs(tmp_path)
+    assert first.id == "official.jsonl:1" and second.id == "5"
+    assert first.turns[1] == Turn("What is it?", "document.", "A document.", ("A dog.",))
+    assert first.provenance == {"prompt_id": 7} and first.document == "A long document."
+
+
+def test_a_folder_is_read_in_order_of_names(pair, tmp_path):
+    write_pairs([replace(pair, id="c")], tmp_path / "b" / "1.parquet")
+    write_pairs([replace(pair, id="a"), replace(pair, id="b")], tmp_path / "a.jsonl.gz")
+    (tmp_path / "notes.txt").write_text("not data")
+    assert [each.id for each in read_pairs(str(tmp_path))] == ["a", "b", "c"]
+
+
+BAD = [
+    ("document", ..., "document: missing field"),
+    ("document", None, "document: missing field"),
+    ("document", " \n", "document: empty field"),
+    ("document", 3, "document: wrong type; a int came; expected a str"),
+    ("document", "\ud800", "document: broken text encoding"),
+    ("turns", [], "turns: empty field"),
+    ("turns", "x", "turns: wrong type"),
+    ("turns", ["x"], r"turns\[0\]: wrong type; a str came"),
+    ("turns.1.chunk", ..., r"turns\[1\].chunk: missing field"),
+    ("turns.1.chosen", "", r"turns\[1\].chosen: empty field"),
+    ("turns.0.instruction", ["x"], r"turns\[0\].instruction: wrong type"),
+    ("turns.0.rejected", [], r"turns\[0\].rejected: empty field"),
+    ("turns.0.rejected", [""], r"turns\[0\].rejected\[0\]: empty field"),
+    ("turns.0.rejected", ["a", "b"], "different numbers of rejected answers"),
+    ("turns.0.answer", "x", r"turns\[0\]: unknown field; answer came"),
+    ("provenence", {}, "record: unknown field; provenence came"),
+    ("provenance", "text", "provenance: wrong type"),
+    ("ref_chosen_logp", -1.0, "expected both"),
+    ("ref_chosen_logp", float("nan"), "ref_chosen_logp: bad log-probs"),
+    ("ref_rejected_logps", [-1.0, -2.0], "ref_rejected_logps: bad log-probs"),
+    ("ref_rejected_logps", [0.5], "at most 0"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD)
+def test_bad_records_are_named(path, value, message, pair):
+    with pytest.raises(BadRecord, match=f"^record 'boats', .*{message}"):
+        Pair.from_row(spoil(pair, path, value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosens": ["Long."]}, "lists of different lengths"),
+        ({"questions": "How?"}, "questions: wrong type"),
+        ({"rejecteds": ["Short.", 3]}, r"turns\[1\].rejected: wrong type"),
+        ({"short_prompts": None}, "short_prompts: missing field"),
+    ],
+)
+def test_bad_official_records_are_named(change, message):
+    with pytest.raises(BadRecord, match=f"^record 'file:9', .*{message}"):
+        Pair.from_row(OFFICIAL | change, "file:9")
+
+
+def test_equal_answers_are_bad_unless_allowed(pair):
+    same = tuple(replace(turn, rejected=("Other.", f" {turn.chosen}\n")) for turn in pair.turns)
+    row = replace(pair, turns=same).to_row()
+    with pytest.raises(BadRecord, match="chosen equal to rejected; rejected answer 1"):
+        Pair.from_row(row)
+    assert Pair.from_row(row, allow_equal=True).turns[0].rejected[1] == " There are 42 boats.\n"
+    half = (same[0], pair.turns[1])  # one turn of a conversation may be equal
+    assert Pair.from_row(replace(pair, turns=(replace(half[0], rejected=(half[0].chosen,)), half[1])).to_row())
+
+
+def test_skipping_counts_and_raising_names_the_line(pair, tmp_path):
+    file = tmp_path / "a.jsonl"
+    good = json.dumps(pair.to_row()).encode()
+    file.write_bytes(b"\n".join([good, b"{broken", b"[1]", b"{}", b'{"id": "x", "document": "\xff"}', b"", good]))
+    report = DataReport()
+    kept = list(read_pairs(file, on_bad_record="skip", report=report))
+    assert len(kept) == 2 and report.read == 6
+    assert report.skipped == {"no valid JSON": 2, "no JSON object": 1, "empty record": 1}
+    with pytest.raises(BadRecord, match=r"'a.jsonl:2', line: no valid JSON"):
+        list(read_pairs(file))
+    file.write_bytes(good.replace(b"42", b"\xff\xfe", 1))
+    with pytest.raises(BadRecord, match=r"'a.jsonl:1', line: no valid JSON; Invalid .escape"):
+        list(read_pairs(file))
+
+
+def test_paths_without_data_are_refused(pair, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        list(read_pairs(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match="holds no data file"):
+        list(read_pairs(tmp_path))
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match="another kind"):
+        list(read_pairs(tmp_path / "a.csv"))
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"(?s)no usable record.*1 skipped: empty record"):
+        list(read_pairs(tmp_path, on_bad_record="skip"))
+    with pytest.raises(ValueError, match="on_bad_record is 'ignore'"):
+        list(read_pairs(tmp_path, on_bad_record="ignore"))
+    with pytest.raises(ValueError, match="cannot write"):
+        write_pairs([pair], tmp_path / "a.csv")
+
+
+def test_a_failed_write_leaves_the_old_file(pair, tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_pairs([pair], path)
+
+    def failing():
+        yield replace(pair, id="new")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_pairs(failing(), path)
+    assert [each.id for each in read_pairs(path)] == ["boats"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+def test_reading_and_writing_do_not_hold_the_set(suffix, pair, tmp_path):
+    """160 records of 1 MiB pass through far less memory than that."""
+    path = tmp_path / f"big{suffix}"
+    document = "word " * (2**20 // 5)
+    tracemalloc.start()
+    try:
+        write_pairs((replace(pair, id=str(i), document=document) for i in range(160)), path)
+        count = sum(1 for _ in read_pairs(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 160 and peak < 80 * 2**20
+
+
+def test_compressed_text_is_read_whoever_wrote_it(pair, tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as out:
+        out.write(json.dumps(pair.to_row()))
+    assert list(read_pairs(tmp_path)) == [pair]
