@@ -43,7 +43,8 @@ def pairs(draw, min_rejected=0):
 
 
 def sequences_of(batch_pairs) -> list[TokenSequence]:
-    return [s for pair in batch_pairs for s in (pair.chosen, *pair.rejected)]
+    """In the order of their numbers: chosen ones first."""
+    return [pair.chosen for pair in batch_pairs] + [s for pair in batch_pairs for s in pair.rejected]
 
 
 def visible(layout, row: int) -> list[int]:
@@ -93,11 +94,10 @@ def test_unpack_undoes_pack(batch_pairs):
     for came, expected in zip(separate, sequences_of(batch_pairs), strict=True):
         assert came.ids.tolist() == expected.ids.tolist()
         assert came.labels.tolist() == expected.labels.tolist()
-    queue, again = list(separate), []
-    for pair in batch_pairs:
-        mine, queue = queue[: 1 + len(pair.rejected)], queue[1 + len(pair.rejected) :]
-        assert mine[0].nll_labels[1:].tolist() == pair.chosen.nll_labels[1:].tolist()
-        again.append(replace(pair, chosen=mine[0], rejected=tuple(mine[1:])))
+    again, rejected = [], iter(separate[len(batch_pairs) :])
+    for pair, chosen in zip(batch_pairs, separate, strict=False):
+        assert chosen.nll_labels[1:].tolist() == pair.chosen.nll_labels[1:].tolist()
+        again.append(replace(pair, chosen=chosen, rejected=tuple(next(rejected) for _ in pair.rejected)))
     repacked = pack(again)
     assert repacked.layout == batch.layout
     for name in ("input_ids", "position_ids", "labels", "segments", "nll_weights"):
@@ -108,8 +108,7 @@ def test_unpack_undoes_pack(batch_pairs):
 def test_host_lists_agree_with_the_tensors(batch_pairs):
     batch = pack(batch_pairs)
     assert batch.layout.length == sum(packed_length(pair) for pair in batch_pairs)
-    assert list(batch.pair_of_sequence) == [b for b, p in enumerate(batch_pairs) for _ in range(1 + len(p.rejected))]
-    assert list(batch.is_chosen) == [j == 0 for p in batch_pairs for j in range(1 + len(p.rejected))]
+    assert list(batch.rejected_pair) == [b for b, p in enumerate(batch_pairs) for _ in p.rejected]
     segments = torch.full((batch.layout.length,), -1)
     for k, spans in enumerate(batch.answer_spans):
         assert spans
@@ -153,7 +152,7 @@ def test_prompts_that_part_early_share_what_they_can():
 def test_reference_log_probs_travel_in_the_order_of_sequences():
     chosen, rejected = sequence([7, 8], [([1], True)]), sequence([7, 8], [([2], True)])
     pair = TokenizedPair("p", chosen, (rejected, rejected), ref_chosen_logp=-1.0, ref_rejected_logps=(-2.0, -3.0))
-    assert pack([pair, pair]).ref_logps.tolist() == [-1.0, -2.0, -3.0] * 2
+    assert pack([pair, pair]).ref_logps.tolist() == [-1.0, -1.0, -2.0, -3.0, -2.0, -3.0]
     assert pack([pair, replace(pair, ref_chosen_logp=None, ref_rejected_logps=None)]).ref_logps is None
 
 

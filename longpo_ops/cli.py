@@ -1,0 +1,127 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def about() -> None:
+    """Preference training of language models on long contexts."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options below override it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Causal LM: a name or a folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="Pairs: a file or a folder (JSON Lines, Parquet).")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Where checkpoints, figure and card go.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="longpo, hinge, ipo, kto_pair, dpo, simpo, orpo, logo, sft_chosen, sft_rejected or sft_constraint."
+        ),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
+    rope_theta: Annotated[
+        float | None, typer.Option(help="RoPE base of the policy; the reference keeps its own.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="LoRA of this rank; 0 is full fine-tuning.")] = None,
+    on_bad_record: Annotated[
+        str | None, typer.Option(help="raise, or skip: leave bad records out and count them.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any other setting as name=value (YAML), repeatable: TrainRun and LongPOConfig fields."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print counts, lengths and settings, then stop.")] = False,
+) -> None:
+    """Train a model on short-to-long preference pairs, or go on with a run that was stopped."""
+    given = {
+        "model": model,
+        "data": data,
+        "output_dir": output_dir,
+        "objective": objective,
+        "learning_rate": learning_rate,
+        "max_steps": max_steps,
+        "rope_theta": rope_theta,
+        "lora_rank": lora_rank,
+        "on_bad_record": on_bad_record,
+    }
+    settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
+    from .train.run import TrainRun, describe, prepare
+    from .train.run import train as run_training
+
+    try:
+        run = TrainRun.from_settings(settings)
+        run.config()
+    except (ValueError, TypeError) as error:
+        raise _usage(str(error)) from None
+    if not dry_run:
+        run_training(run)
+        return
+    checked, _, pairs, _ = prepare(run)
+    for name, value in describe(pairs, checked).items():
+        typer.echo(f"{name:32s}{value}")
+    for name, value in sorted(settings.items()):
+        typer.echo(f"{name:32s}{value}")
+
+
+def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:
+    """A YAML file, then name=value pairs over it."""
+    import yaml
+
+    settings: dict[str, Any] = {}
+    if config is not None:
+        if not config.is_file():
+            raise _usage(f"--config {config}: no such file")
+        try:
+            settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise _usage(f"--config {config}: no valid YAML: {error}") from None
+        if not isinstance(settings, dict):
+            raise _usage(f"--config {config}: expected names and values, got {type(settings).__name__}")
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise _usage(f"--set {assignment}: expected name=value")
+        settings[name] = _number(yaml.safe_load(value))
+    return {name: _number(value) for name, value in settings.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 5e-7 as text, because it has no dot; a text that is a number becomes one."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _usage(message: str) -> typer.BadParameter:
+    return typer.BadParameter(message)
+
+
+def main() -> None:
+    """The console script: one line for a failure that says what to do, a traceback for a bug."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The settings that are ours, beside those of transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .methods import Method, resolve_method
+
+REFERENCES = ("precompute", "online", "data")
+
+
+@dataclass
+class LongPOConfig(TrainingArguments):
+    """TrainingArguments with the paper's defaults (5e-7, cosine, 10 % warm-up, 8 sequences a step) and these fields.
+
+    objective: a method of train/methods.py. objective_options: fields of its objective (beta, preference_weight, gamma..).
+    reference: "precompute" computes the reference's log-probs once and keeps them on disk, so that no reference sits in
+        memory while training; "online" keeps one beside the policy (with PEFT: the base model); "data" reads them from the
+        data set's own columns.
+    reference_cache: folder of what "precompute" keeps; default output_dir/reference.
+    row_tokens: budget of a packed row; pairs that fit together share one. Default: one pair per row.
+    target_length: spread position ids over this many positions (LOGO's synthesis); default: none.
+    constraint_weight: weight of the KL term of sft_constraint.
+    workspace_bytes: scratch of the loss (fused_preference_loss).
+
+    A row is a batch: per_device_train_batch_size stays 1. Raises ValueError for values that make no sense.
+    """
+
+    learning_rate: float = field(default=5e-7)
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.1)
+    per_device_train_batch_size: int = field(default=1)
+    per_device_eval_batch_size: int = field(default=1)
+    gradient_accumulation_steps: int = field(default=8)
+    gradient_checkpointing: bool = field(default=True)
+    logging_steps: float = field(default=1)
+    num_train_epochs: float = field(default=1.0)
+    remove_unused_columns: bool = field(default=False)
+    report_to: None | str | list[str] = field(default="none")
+
+    objective: str = field(default="longpo", metadata={"help": "training method: longpo, dpo, simpo, sft_chosen, ..."})
+    objective_options: dict | None = field(default=None, metadata={"help": "fields of the objective, as JSON"})
+    reference: str = field(default="precompute", metadata={"help": "precompute | online | data"})
+    reference_cache: str | None = field(default=None, metadata={"help": "folder of precomputed reference log-probs"})
+    row_tokens: int | None = field(default=None, metadata={"help": "token budget of a packed row"})
+    target_length: int | None = field(default=None, metadata={"help": "spread positions over this length (LOGO)"})
+    constraint_weight: float = field(default=0.1, metadata={"help": "weight of the KL term of sft_constraint"})
+    workspace_bytes: int | None = field(default=None, metadata={"help": "scratch bytes of the loss"})
+
+    def __post_init__(self):
+        self.method.make_objective(self.objective_options or {})
+        if self.reference not in REFERENCES:
+            raise ValueError(f"reference={self.reference!r}: expected one of {', '.join(REFERENCES)}")
+        if self.reference == "data" and self.method.constraint:
+            raise ValueError("reference='data': sft_constraint needs hidden states; expected 'precompute' or 'online'")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: expected 1, as a packed row is a batch; use row_tokens to put several "
+                    "pairs in a row and gradient_accumulation_steps for larger steps"
+                )
+        for name in ("row_tokens", "target_length", "workspace_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected a positive number, or none")
+        if self.constraint_weight <= 0:
+            raise ValueError(f"constraint_weight={self.constraint_weight}: expected > 0")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True: expected False, as a row has no columns")
+        super().__post_init__()
+
+    @property
+    def method(self) -> Method:
+        return resolve_method(self.objective)

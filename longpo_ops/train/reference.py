@@ -1,0 +1,264 @@
+"""What the frozen reference says about the answers: computed once and kept on disk, or on the fly.
+
+For pair i the reference reads the SHORT inputs, one per turn (Eq. 12-13), or for plain DPO the long one:
+
+    r_k = sum over turns and answer tokens of log pi_S(y | x_S)
+
+A short pair is packed like a long one, chunk and question read once for chosen and rejected answers. For the full-vocabulary
+constraint the reference's hidden states at the chosen answer rows (A, H) are kept instead, and its head once.
+
+On disk: one folder per key, the digest of model parameters, config and reading. In it `logps.jsonl`, a line per pair with its
+content digest, values and a checksum, appended as they are computed, so a killed run goes on; lines that are damaged or of other
+content are computed again. Hidden states are one safetensors file per pair, written atomically.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..data import PairBatch, TokenizedPair, pack
+from ..ops.logprobs import linear_logprobs
+
+
+def readings(pair: TokenizedPair, reading: str) -> tuple[TokenizedPair, ...]:
+    """The pairs the reference reads for one pair: its short inputs, or itself. Raises ValueError naming the record."""
+    if reading == "long":
+        return (pair,)
+    short = pair.short_pairs()
+    if not short:
+        raise ValueError(
+            f"record {pair.id!r}: no short inputs (ref_chosen, ref_rejected); the reference has nothing to read"
+        )
+    return short
+
+
+def pair_digest(pair: TokenizedPair, reading: str) -> str:
+    """Of every id and label the reference reads."""
+    digest = hashlib.sha256(reading.encode())
+    for part in readings(pair, reading):
+        for sequence in (part.chosen, *part.rejected):
+            digest.update(np.int64(len(sequence)).tobytes() + sequence.ids.tobytes() + sequence.labels.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def model_digest(model: nn.Module, config=None) -> str:
+    """Of a model's config and parameters; of a PEFT model's base, when the reference's `config` is given. Reads every
+    parameter once (about a second per GB)."""
+    described = (config or model.config).to_dict()
+    described = {k: v for k, v in described.items() if not k.startswith("_") and k != "transformers_version"}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.named_parameters()):
+        if config is None or not tensor.requires_grad:
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+class Reference:
+    """A frozen model that reads the short inputs (or the long ones) of pairs, on the fly.
+
+    model: a causal LM; its attention is set to shared prefixes and its forward attached (ops/head.py), unless it is already.
+    A PEFT policy serves as its own reference: adapters off, and RoPE as `config`, the reference's own, has it.
+    """
+
+    def __init__(self, model: nn.Module, reading: str, workspace_bytes: int | None = None, config=None):
+        self.model, self.reading, self.workspace_bytes, self.config = model, reading, workspace_bytes, config
+
+    def logps(self, pair: TokenizedPair) -> tuple[float, tuple[float, ...]]:
+        """-> summed answer log-probs of the chosen and of each rejected conversation."""
+        sums = sum(self._sums(pack([part])) for part in readings(pair, self.reading)).tolist()
+        return sums[0], tuple(sums[1:])
+
+    def hidden(self, pair: TokenizedPair) -> Tensor:
+        """-> (A, H) hidden states of the chosen answer rows, all turns in order."""
+        batches = (pack([replace(part, rejected=())]) for part in readings(pair, self.reading))
+        return torch.cat([self._run(b, lambda h, head, b=b: h[(b.segments >= 0).to(h.device)]) for b in batches])
+
+    def head(self) -> Tensor:
+        """(V, H)."""
+        return base_model(self.model).get_output_embeddings().weight.detach()
+
+    def _sums(self, batch: PairBatch) -> Tensor:
+        """(K,) float64, on the host."""
+
+        def compute(hidden, head):
+            labels = batch.labels.where(batch.segments >= 0, -100)
+            return head(hidden, labels, loss=linear_logprobs, workspace_bytes=self.workspace_bytes).cpu().double()
+
+        logps, segments = self._run(batch, compute), batch.segments
+        sums = torch.zeros(batch.num_pairs + len(batch.rejected_pair), dtype=torch.float64)
+        return sums.index_add_(0, segments.clamp(min=0), logps.where(segments >= 0, 0.0))
+
+    @torch.no_grad()
+    def _run(self, batch: PairBatch, compute) -> Tensor:
+        device, training = next(self.model.parameters()).device, self.model.training
+        self.model.eval()
+        try:
+            with contextlib.nullcontext() if self.config is None else without_adapters(self.model, self.config):
+                return self.model(
+                    input_ids=batch.input_ids.to(device),
+                    position_ids=batch.position_ids.to(device),
+                    shared_prefix_layout=batch.layout,
+                    use_cache=False,
+                    compute=lambda hidden, head: compute(hidden[0], head),
+                )
+        finally:
+            self.model.train(training)
+
+
+class DataReference:
+    """Log-probs that the data set itself holds."""
+
+    def logps(self, pair: TokenizedPair) -> tuple[float, tuple[float, ...]]:
+        """Raises ValueError naming the record that has none."""
+        if pair.ref_chosen_logp is None or pair.ref_rejected_logps is None:
+            raise ValueError(
+                f"record {pair.id!r}: no reference log-probs (ref_chosen_logp, ref_rejected_logps); "
+                "use reference='precompute', or store them with the data"
+            )
+        return pair.ref_chosen_logp, pair.ref_rejected_logps
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module, config) -> Iterator[None]:
+    """A PEFT model as its base model, with RoPE as `config` has it."""
+    body = base_model(model).base_model
+    rotary = body.rotary_emb
+    body.rotary_emb = type(rotary)(config=config).to(next(model.parameters()).device)
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        body.rotary_emb = rotary
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The causal LM inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class ReferenceStore:
+    """What a reference said, on disk: values by the content of the pair, under a key of the model and its reading."""
+
+    def __init__(self, folder: str | os.PathLike, key: str, reading: str):
+        self.folder, self.reading = Path(folder) / f"{key}-{reading}", reading
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._logps = self._read_logps()
+
+    # -- log-probs ---------------------------------------------------------------------------------------------------
+
+    def _read_logps(self) -> dict[str, tuple[float, tuple[float, ...]]]:
+        """The lines that are whole; the file is cut down to them, so that appending never joins a broken line."""
+        path = self.folder / "logps.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        good = [line for line in lines if _value(line) is not None]
+        if len(good) != len(lines):
+            _write_atomically(path, b"".join(good))
+        return dict(_value(line) for line in good)
+
+    def missing(self, pairs: Sequence[TokenizedPair]) -> list[int]:
+        """Indices of the pairs whose log-probs are not here."""
+        return [i for i, pair in enumerate(pairs) if pair_digest(pair, self.reading) not in self._logps]
+
+    def add(self, pair: TokenizedPair, chosen: float, rejected: tuple[float, ...]) -> None:
+        digest = pair_digest(pair, self.reading)
+        with open(self.folder / "logps.jsonl", "ab") as file:
+            file.write(_line(digest, chosen, rejected))
+        self._logps[digest] = chosen, rejected
+
+    def logps(self, pair: TokenizedPair) -> tuple[float, tuple[float, ...]]:
+        """As Reference.logps. Raises KeyError for a pair that is not here."""
+        return self._logps[pair_digest(pair, self.reading)]
+
+    # -- hidden states of the constraint -----------------------------------------------------------------------------
+
+    def _hidden_path(self, pair: TokenizedPair) -> Path:
+        return self.folder / "hidden" / f"{pair_digest(pair, self.reading)}.safetensors"
+
+    def hidden(self, pair: TokenizedPair) -> Tensor | None:
+        """(A, H), or None where it is missing or damaged."""
+        return _load_tensor(self._hidden_path(pair))
+
+    def add_hidden(self, pair: TokenizedPair, hidden: Tensor) -> None:
+        _save_tensor(self._hidden_path(pair), hidden)
+
+    def head(self) -> Tensor | None:
+        """(V, H), or None."""
+        return _load_tensor(self.folder / "head.safetensors")
+
+    def add_head(self, weight: Tensor) -> None:
+        _save_tensor(self.folder / "head.safetensors", weight)
+
+
+def precompute(store: ReferenceStore, pairs: Sequence[TokenizedPair], reference: Reference, constraint: bool) -> None:
+    """Fills the store with what `pairs` still lack, under a progress bar."""
+
+    def progress(indices: list[int]):
+        return tqdm(indices, desc=f"reference ({len(pairs) - len(indices)} of {len(pairs)} pairs known)", unit="pair")
+
+    if constraint:
+        if store.head() is None:
+            store.add_head(reference.head())
+        for i in progress([i for i, pair in enumerate(pairs) if store.hidden(pair) is None]):
+            store.add_hidden(pairs[i], reference.hidden(pairs[i]))
+        return
+    for i in progress(store.missing(pairs)):
+        store.add(pairs[i], *reference.logps(pairs[i]))
+
+
+def _line(digest: str, chosen: float, rejected: tuple[float, ...]) -> bytes:
+    body = json.dumps([digest, chosen, list(rejected)])
+    return json.dumps([body, hashlib.sha256(body.encode()).hexdigest()[:16]]).encode() + b"\n"
+
+
+def _value(line: bytes) -> tuple[str, tuple[float, tuple[float, ...]]] | None:
+    """The entry of a line, or None where it is broken."""
+    try:
+        body, checksum = json.loads(line)
+        if hashlib.sha256(body.encode()).hexdigest()[:16] != checksum or not line.endswith(b"\n"):
+            return None
+        digest, chosen, rejected = json.loads(body)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return digest, (chosen, tuple(rejected))
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def _save_tensor(path: Path, tensor: Tensor) -> None:
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = tensor.detach().cpu().contiguous()
+    checksum = hashlib.sha256(_bytes(data)).hexdigest()
+    _write_atomically(path, save({"tensor": data}, metadata={"sha256": checksum}))
+
+
+def _load_tensor(path: Path) -> Tensor | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor, checksum = file.get_tensor("tensor"), file.metadata()["sha256"]
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return None
+    return tensor if hashlib.sha256(_bytes(tensor)).hexdigest() == checksum else None

@@ -1,0 +1,100 @@
+"""Tokenised pairs as the rows a trainer draws: which sequences of a pair a method reads, packed within a token budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from ..data import PairBatch, TokenizedPair, pack, pack_within, write_tokenized
+from .methods import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A packed row on its way through a DataLoader. It has no `to`, so its labels stay on the host, where rows are planned."""
+
+    batch: PairBatch
+    pairs: tuple[TokenizedPair, ...]
+
+
+class PairStore(Sequence[TokenizedPair]):
+    """Tokenised pairs on disk, memory-mapped: any number of them, read one at a time."""
+
+    def __init__(self, path: str | os.PathLike):
+        from datasets import Dataset as Table
+
+        path = Path(path)
+        self._table = Table.from_parquet(str(path), cache_dir=str(path.parent / "mapped")).with_format("numpy")
+
+    @classmethod
+    def write(
+        cls, pairs: Iterable[TokenizedPair], path: str | os.PathLike, fingerprint: str | None = None
+    ) -> PairStore:
+        """Writes pairs to a Parquet file, atomically, and opens it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tokenized(pairs, path, fingerprint)
+        return cls(path)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        row = self._table[int(index)]
+        return TokenizedPair.from_row({k: v for k, v in row.items() if v is not None}, allow_equal=True)
+
+
+def select(pair: TokenizedPair, method: Method) -> TokenizedPair:
+    """What a row of this method holds of a pair. Raises ValueError naming the record where a part is missing."""
+    if method.sequence == "pair":
+        if not pair.rejected:
+            raise ValueError(f"record {pair.id!r}: no rejected answer; objective {method.name!r} compares two")
+        if method.name == "kto_pair" and len(pair.rejected) != 1:
+            raise ValueError(f"record {pair.id!r}: {len(pair.rejected)} rejected answers; kto_pair takes one")
+        selected = pair
+    else:
+        sequence = pair.chosen if method.sequence == "chosen" else pair.rejected[0]
+        selected = replace(pair, chosen=sequence, rejected=())
+    if method.nll and selected.chosen.nll_labels is None:
+        raise ValueError(f"record {pair.id!r}: no NLL labels (lm_labels) in the {method.sequence} sequence")
+    return selected
+
+
+class PairRows(Dataset):
+    """A map-style data set of Rows."""
+
+    def __init__(
+        self,
+        pairs: Sequence[TokenizedPair],
+        method: Method,
+        *,
+        row_tokens: int | None = None,
+        target_length: int | None = None,
+        seed: int = 0,
+    ):
+        self.pairs, self.method, self.target_length, self.seed = pairs, method, target_length, seed
+        self.groups = [[i] for i in range(len(pairs))] if row_tokens is None else self._group(row_tokens)
+
+    def _group(self, row_tokens: int) -> list[list[int]]:
+        index, groups = 0, []
+        for group in pack_within((select(pair, self.method) for pair in self.pairs), row_tokens):
+            groups.append(list(range(index, index + len(group))))
+            index += len(group)
+        return groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Row:
+        pairs = tuple(self.pairs[i] for i in self.groups[index])
+        return Row(pack([select(pair, self.method) for pair in pairs], self.target_length, self.seed), pairs)
+
+
+def collate(rows: list[Row]) -> dict[str, Row]:
+    """A batch is one row."""
+    (row,) = rows
+    return {"row": row}
