@@ -1,0 +1,60 @@
+# make venv | test | quick | bench | gpu-check | lint
+#
+#   PYTHON       the interpreter .venv is made from; a fitting torch it already has is used      (python3)
+#   TORCH_INDEX  one more wheel index to look in, say the one that holds torch's CPU wheels      (none)
+#   WORKERS      test processes side by side, one thread each                                    (2)
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+
+BIN    := $(abspath $(VENV))/bin
+STAMP  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# Where a GPU machine is offline, its own python has all that `make gpu-check` needs.
+ANY_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14))'
+
+export PATH := $(BIN):$(PATH):/usr/local/cuda/bin
+
+.PHONY: venv test test-library test-interpreter test-compile quick bench gpu-check lint clean
+
+venv: $(STAMP)
+
+$(STAMP): requirements/dev.txt requirements/nvcc.txt setup.py pyproject.toml
+	if $(PYTHON) $(HAS_TORCH) 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	$(BIN)/python $(HAS_TORCH) 2>/dev/null || $(PIP) torch==2.13.0
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.6.0
+	$(PIP) -r requirements/dev.txt
+	command -v nvcc >/dev/null || $(PIP) -r requirements/nvcc.txt
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+# Interpreting Triton, compiling it ahead of time and the rest of the suite each need a process of their own.
+test: test-library test-interpreter test-compile
+
+test-library: $(STAMP)
+	$(PYTEST) tests --ignore=tests/kernels
+
+test-interpreter: $(STAMP)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
+
+test-compile: $(STAMP)
+	$(PYTEST) tests/kernels/test_compile.py tests/kernels/test_cuda_source.py
+
+quick: $(STAMP)
+	$(PYTEST) -m quick tests --ignore=tests/kernels
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+gpu-check:
+	$(ANY_PYTHON) benchmarks/gpu_check.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info longpo_ops/_native
