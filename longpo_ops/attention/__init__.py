@@ -1,0 +1,13 @@
+"""Attention for long pairs: the shared prefix computed once."""
+
+from longpo_ops.attention.registration import NAME, SharedPrefixHandle, explain_attention, register, use_shared_prefix
+from longpo_ops.attention.shared_prefix import shared_prefix_attention
+
+__all__ = [
+    "NAME",
+    "SharedPrefixHandle",
+    "explain_attention",
+    "register",
+    "shared_prefix_attention",
+    "use_shared_prefix",
+]

@@ -1,0 +1,201 @@
+"""Shared-prefix attention as an attention implementation of transformers.
+
+    with use_shared_prefix(model):                        # or: handle = use_shared_prefix(model); handle.remove()
+        model(input_ids, position_ids=p, shared_prefix_layout=layout, use_cache=False)
+
+The layout travels to every layer as a keyword argument. No mask is ever built: transformers would take position ids
+that restart for packed sequences and hide the prefix from the rejected tail; an all-ones mask would show it the chosen
+tail. Without a layout attention is plain causal. What cannot be computed rightly is refused with a ValueError.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from longpo_ops.attention.shared_prefix import plan_calls, shared_prefix_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from longpo_ops.data.layout import SharedPrefixLayout
+
+NAME = "longpo_shared_prefix"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # held equal to separate sequences by tests
+
+
+def register() -> str:
+    """Makes the implementation known to transformers (as often as wanted) and returns its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention_forward)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    return NAME
+
+
+class SharedPrefixHandle:
+    """Undoes use_shared_prefix: by remove(), or at the end of a with block."""
+
+    def __init__(self, model: PreTrainedModel, before: str, hooks: list):
+        self._model, self._before, self._hooks = model, before, hooks
+
+    def remove(self) -> None:
+        """Gives the model its former attention implementation back."""
+        self._model.set_attn_implementation(self._before)
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __enter__(self) -> SharedPrefixHandle:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.remove()
+
+
+def use_shared_prefix(model: PreTrainedModel) -> SharedPrefixHandle:
+    """Sets the model's attention to shared-prefix attention; the returned handle undoes it.
+
+    Raises ValueError for a model family that has not been checked, and for a model that cannot switch its attention.
+    """
+    _check_family(model.config)
+    name, before = register(), model.config._attn_implementation
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise ValueError(f"{type(model).__name__} does not take the attention implementation {name!r}")
+    hooks = [m.register_forward_pre_hook(_refuse_cache, with_kwargs=True) for m in _attention_modules(model)]
+    return SharedPrefixHandle(model, before, hooks)
+
+
+def explain_attention(model: PreTrainedModel, layout: SharedPrefixLayout) -> str:
+    """Which kernel runs which part of the model's attention over this layout, and why; nothing is computed.
+
+    One paragraph per kind of layer (sliding window, soft-cap), one line per kind of call, with the number of calls.
+    """
+    from collections import Counter
+
+    _check_family(model.config)
+    kinds = Counter((_window(m), getattr(m, "attn_logit_softcapping", None)) for m in _attention_modules(model))
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = torch.empty(1, 1, 1, size, dtype=model.dtype, device=model.device)
+    q = row.expand(1, config.num_attention_heads, layout.length, size)
+    k = row.expand(1, config.num_key_value_heads, layout.length, size)
+    lines = []
+    for (window, softcap), count in kinds.items():
+        lines.append(f"{count} layers with window {window}, soft-cap {softcap}, {row.dtype} on {row.device}:")
+        plan = plan_calls(q, k, k, layout, 1.0, window, softcap)
+        calls = [(i, c) for segment in plan for i, c in enumerate(segment)]
+        uses = Counter((("own rows", "shared prefix")[i], c.kernel.name, c.why) for i, c in calls)
+        lines += [f"  {part} x{n}: {kernel} ({why})" for (part, kernel, why), n in uses.items()]
+    return "\n".join(lines)
+
+
+def _attention_modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+
+
+def _window(module: nn.Module) -> int | None:
+    """Mistral gives every layer its config's window, the others carry their own; Llama has none."""
+    return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+
+
+def _check_family(config) -> None:
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"shared-prefix attention is checked for {', '.join(FAMILIES)}, got a model of type {config.model_type!r}: "
+            f"keep its own attention and give it separate sequences"
+        )
+
+
+def _refuse_cache(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if kwargs.get("shared_prefix_layout") is not None and kwargs.get("past_key_values") is not None:
+        raise ValueError("shared_prefix_layout came together with a key-value cache: pass use_cache=False to the model")
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,  # (B, H, Tq, D)
+    key: Tensor,  # (B, Hk, Tk, D)
+    value: Tensor,  # (B, Hk, Tk, D)
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    shared_prefix_layout: SharedPrefixLayout | None = None,
+    position_ids: Tensor | None = None,  # (1 or B, Tq)
+    **_,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: (B, Tq, H, D) and no weights."""
+    if attention_mask is not None:
+        raise ValueError(
+            f"shared-prefix attention takes no mask of its own making, got attention_mask of shape "
+            f"{tuple(attention_mask.shape)}: leave attention_mask out"
+        )
+    if dropout:
+        raise ValueError(f"shared-prefix attention has no dropout, got {dropout}: set config.attention_dropout to 0")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"shared-prefix attention is causal, {type(module).__name__} is bidirectional")
+    if position_ids is not None and getattr(module, "layer_idx", 0) == 0:
+        _check_positions(position_ids, shared_prefix_layout)
+    out = shared_prefix_attention(
+        query,
+        key,
+        value,
+        layout=shared_prefix_layout,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out, None
+
+
+def _check_positions(position_ids: Tensor, layout: SharedPrefixLayout | None) -> None:
+    """One comparison on the device per forward pass. Jumps ahead are fine (position synthesis), these are not:"""
+    if layout is None:
+        if (position_ids.diff(dim=-1) < 0).any():
+            raise ValueError(
+                "position_ids go back within a row but no shared_prefix_layout came: pass the row's layout"
+            )
+        return
+    starts = [(start, pair.prefix_end - 1) for pair in layout.pairs for start, _ in pair.tails[1:]]
+    if not starts or position_ids.shape[-1] != layout.length:  # the attention itself refuses a layout of another length
+        return
+    tails, lasts = torch.tensor(starts, device=position_ids.device).unbind(1)
+    if (position_ids[:, tails] != position_ids[:, lasts]).any():
+        raise ValueError(
+            "position_ids do not fit the shared_prefix_layout: the first row of a rejected tail repeats the last "
+            "prefix token and must have that token's position; pass the batch's own position_ids to the model"
+        )
+
+
+def _no_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    attention_mask: Tensor | None = None,  # (B, kv_length) bool
+    use_vmap: bool = False,
+    config=None,
+    **_,
+) -> None:
+    """transformers' mask function: no mask, and a ValueError for what would need one."""
+    if config is not None:
+        _check_family(config)
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} has {int((~attention_mask.bool()).sum())} zeros: "
+            f"shared-prefix attention takes no padding; give sequences singly, or packed with a shared_prefix_layout"
+        )
+    if use_vmap:
+        raise ValueError(
+            "this model asks for more than causal and sliding-window masks, which shared-prefix attention lacks"
+        )
+    if kv_offset + kv_length != q_offset + q_length:
+        raise ValueError(
+            f"the cache holds {kv_length} keys from position {kv_offset}, the queries end at {q_offset + q_length}: "
+            f"shared-prefix attention works with growing caches only, not with a static one"
+        )
