@@ -1,0 +1,114 @@
+"""Reading a row of logits on the device: what every kernel here shares.
+
+    l = f(z + bias),  f(x) = inner * x           (cap == 0)     f'(z) = inner
+                      f(x) = cap * tanh(inner * x)  (cap > 0)   f'(z) = inner * cap * (1 - (l / cap)^2)
+
+so inner = scale, or scale / softcap where there is a soft-cap: `map_arguments` turns a LogitMap into the kernels'
+arguments. A row's stats are peak = max_j l_j and log_sum = log sum_j exp(l_j - peak), found online: each lane keeps its
+own maximum and sum, one exponential per logit, and lanes meet only once, at the row's end. NaN and +inf end in log_sum
+= NaN. Everything is float32; a row is visited by one program, columns are int32 and row offsets int64.
+"""
+
+import triton
+import triton.language as tl
+
+# A finite start for the running maximum: -inf would turn a logit of -inf into -inf - -inf = NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+def map_arguments(map, fallback):
+    """LogitMap -> the keyword arguments of a kernel that reads logits; `fallback` is any tensor, for an absent bias."""
+    return {
+        "bias_ptr": fallback if map.bias is None else map.bias,
+        "inner": float(map.scale / map.softcap if map.softcap else map.scale),
+        "cap": float(map.softcap),
+        "HAS_BIAS": map.bias is not None,
+        "CAPPED": bool(map.softcap),
+    }
+
+
+@triton.jit
+def tanh(x):
+    """Within 4 ulp everywhere: an odd polynomial (relative error 1.5e-8) where 1 - 2 / (exp(2x) + 1) would cancel."""
+    a = tl.abs(x)
+    u = x * x
+    near = x + x * u * (-0.33333150 + u * (0.13325988 + u * (-0.053052958 + u * 0.017257003)))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    return tl.where(a < 0.5, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def apply_map(z, bias, inner, cap, CAPPED: tl.constexpr):
+    """Products (without bias) to logits."""
+    if CAPPED:
+        return cap * tanh((z + bias) * inner)
+    else:
+        return (z + bias) * inner
+
+
+@triton.jit
+def map_slope(logits, inner, cap, CAPPED: tl.constexpr):
+    """f' at these logits."""
+    if CAPPED:
+        bent = logits / cap
+        return inner * cap * (1.0 - bent * bent)
+    else:
+        return inner
+
+
+@triton.jit
+def load_bias(bias_ptr, columns, inside, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        return tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def load_logits(
+    z_row, bias_ptr, columns, V, inner, cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, KEEP: tl.constexpr
+):
+    """Some columns of a row as logits; columns beyond V get -inf, which no maximum or sum notices.
+
+    KEEP: the row is read again soon, so the cache should rather drop something else.
+    """
+    inside = columns < V
+    z = tl.load(z_row + columns, mask=inside, other=0.0, eviction_policy="evict_last" if KEEP else "evict_first")
+    logits = apply_map(z, load_bias(bias_ptr, columns, inside, HAS_BIAS), inner, cap, CAPPED)
+    return tl.where(inside, logits, float("-inf"))
+
+
+@triton.jit
+def load_label_logit(z_row, bias_ptr, label, inner, cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + label).to(tl.float32)
+    return apply_map(tl.load(z_row + label), bias, inner, cap, CAPPED)
+
+
+@triton.jit
+def row_stats(
+    z_row,
+    bias_ptr,
+    V,
+    inner,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """-> peak, log_sum of a row, block by block.
+
+    sum_new = sum * exp(m - max) + exp(l - max): one of the two exponents is 0, so exp(-|l - m|) serves both.
+    """
+    peaks = tl.full((BLOCK,), LOWEST, tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        logits = load_logits(z_row, bias_ptr, start + tl.arange(0, BLOCK), V, inner, cap, HAS_BIAS, CAPPED, KEEP)
+        step = logits - peaks
+        shrink = tl.exp(-tl.abs(step))
+        sums = tl.where(step > 0, sums * shrink + 1.0, sums + shrink)
+        peaks = tl.maximum(peaks, logits)
+    peak = tl.max(peaks, 0)
+    return peak, tl.log(tl.sum(sums * tl.exp(peaks - peak), 0))

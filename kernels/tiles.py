@@ -1,0 +1,15 @@
+"""The Triton back-end: the Tiles interface (longpo_ops/ops/tiles.py) over the launchers of this folder."""
+
+from longpo_ops.kernels import divergence, linear_logps, row_epilogue, segment_sums
+
+
+class TritonTiles:
+    """Float32 tiles on CUDA devices of sm_80 and newer (on the CPU where Triton interprets)."""
+
+    name = "triton"
+    logps = staticmethod(row_epilogue.logps)
+    gradient_ = staticmethod(row_epilogue.gradient_)
+    logps_gradient_ = staticmethod(row_epilogue.logps_gradient_)
+    divergence_ = staticmethod(divergence.divergence_)
+    segment_sums = staticmethod(segment_sums.segment_sums)
+    linear_logps = staticmethod(linear_logps.linear_logps)
