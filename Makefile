@@ -11,7 +11,7 @@ WORKERS ?= 2
 BIN    := $(abspath $(VENV))/bin
 STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Where a GPU machine is offline, its own python has all that `make gpu-check` needs.
 ANY_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14))'

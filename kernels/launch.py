@@ -35,8 +35,8 @@ PER_THREAD = {False: 32, True: 16}
 # Longer rows: 32 warps of more than 32 registers make a row (or pair of rows) the only one on its multiprocessor. Few
 # rows in flight is what lets the second pass find them in L2: 132 rows of 128256 columns are 68 MB, on average half of
 # it still needed, of a 50 MB cache.
-ROW = RowConfig(8192, 32)  # 40-45 registers
-PAIR = RowConfig(4096, 32)  # 32-44 registers; with 16 warps the soft-capped JSD spills on sm_80
+ROW = RowConfig(8192, 32)  # 40-48 registers
+PAIR = RowConfig(4096, 32)  # 32-50 registers; with 16 warps the soft-capped JSD spills on sm_80
 
 # Tiles of linear_logps, by architecture: 16-bit operands, the same with a bias or soft-cap, float32 operands.
 # mma.sync: 229-232 registers, 50 KiB of shared memory, which also fits the 99 KiB of sm_86, sm_89 and sm_120.
@@ -45,7 +45,7 @@ _AMPERE = MatmulConfig(128, 128, 32, 8, 8, 4, False)
 _HOPPER = MatmulConfig(128, 256, 64, 16, 8, 4, True)
 # tcgen05, the products in tensor memory, read back as 128 columns a thread: 158 registers (255 with 128 x 256).
 _BLACKWELL = MatmulConfig(256, 128, 64, 8, 8, 4, True)
-# 158 and 212 registers; in the larger tiles the temporaries of bias and soft-cap would spill 110-190 bytes.
+# 160 and 212 registers; in the larger tiles the temporaries of bias and soft-cap would spill 110-190 bytes.
 _MAPPED = MatmulConfig(128, 128, 64, 16, 8, 4, True)
 # Fused multiply-adds (and TF32 where torch allows it): 152-168 registers; 128 rows or columns spill.
 _EXACT = MatmulConfig(64, 64, 16, 8, 4, 3, False)
