@@ -1,0 +1,338 @@
+// One visit of a tile of logits on the CPU: log-probabilities, gradients and divergences of rows, in place.
+//
+//   m = max l,  s = log sum exp(l - m),  logp = (l_y - m) - s
+//   p_j = exp((l_j - m) - s),  dz_j = g (1[j == y] - p_j) f'(z_j)
+//
+// The interface, shapes and corner cases are those of longpo_ops/ops/tiles.py. Tiles are (n, V) float32 with contiguous
+// columns and any pitch. Rows are split over threads; a row is read from memory once, and the second pass finds it in
+// the second-level cache. Scratch: a block of kBlock floats and V / kBlock floats per thread.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "blocks.h"
+#include "divergence.h"
+
+namespace longpo {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- checks -----------------------------------------------------------------------------------------------------
+
+struct Tile {
+  float* data;
+  int64_t rows, columns, pitch;
+
+  Tile(const Tensor& z, const char* name) {
+    TORCH_CHECK_VALUE(z.dim() == 2 && z.scalar_type() == at::kFloat, name, " must be a (n, V) float32 tile, got ",
+                      z.sizes(), " ", z.scalar_type());
+    TORCH_CHECK_VALUE(z.size(1) > 0 && (z.stride(1) == 1 || z.size(1) == 1) &&
+                          (z.stride(0) >= z.size(1) || z.size(0) <= 1),
+                      name, " must have contiguous columns and rows that do not overlap, got strides ", z.strides());
+    data = z.data_ptr<float>();
+    rows = z.size(0);
+    columns = z.size(1);
+    pitch = z.stride(0);
+  }
+  float* row(int64_t i) const {
+    return data + i * pitch;
+  }
+};
+
+// x as contiguous numbers of type T, one per row (or `width` per row).
+template <class T>
+Tensor per_row(const Tensor& x, int64_t rows, const char* name, int64_t width = 1) {
+  const at::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
+  TORCH_CHECK_VALUE(x.numel() == rows * width && x.scalar_type() == dtype, name, " must hold ", width, " ", dtype,
+                    " for each of ", rows, " rows, got ", x.sizes(), " ", x.scalar_type());
+  return x.contiguous();
+}
+
+Tensor checked_labels(const Tensor& labels, const Tile& z) {
+  Tensor checked = per_row<int64_t>(labels, z.rows, "labels");
+  const int64_t* y = checked.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < z.rows; ++i) {
+    TORCH_CHECK_VALUE(0 <= y[i] && y[i] < z.columns, "labels must lie in [0, ", z.columns, "), got ", y[i]);
+  }
+  return checked;
+}
+
+// A bias of any floating dtype, as float32 for one call.
+Tensor wide_bias(const OptionalTensor& bias, const Tile& z) {
+  if (!bias.has_value()) {
+    return Tensor();
+  }
+  TORCH_CHECK_VALUE(bias->numel() == z.columns && bias->is_floating_point(), "bias must hold ", z.columns,
+                    " floating-point numbers, got ", bias->sizes(), " ", bias->scalar_type());
+  return bias->to(at::kFloat).contiguous();
+}
+
+Map make_map(const Tensor& bias, double scale, double softcap) {
+  const float* b = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  return {b, static_cast<float>(scale), static_cast<float>(softcap)};
+}
+
+// ---- rows -------------------------------------------------------------------------------------------------------
+
+// f(first, last) over ranges of rows, in parallel.
+template <class F>
+void for_rows(const Tile& z, const F& f) {
+  at::parallel_for(0, z.rows, std::max<int64_t>(1, 32768 / z.columns), f);
+}
+
+struct Label {
+  int64_t column;
+  float logit = 0;
+
+  bool in(int64_t begin, int64_t n) const {
+    return begin <= column && column < begin + n;
+  }
+};
+
+using Narrow = void (*)(float* row, int64_t column, int64_t n);
+
+Narrow narrow_to(at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                    "dtype must be float32, bfloat16 or float16, got ", dtype);
+  return dtype == at::kBFloat16 ? narrow_block<at::BFloat16> : dtype == at::kHalf ? narrow_block<at::Half> : nullptr;
+}
+
+// What the first pass leaves in the row: the products as they were, the logits, or exp(l - shift), a shift per block.
+enum class Leave { products, logits, exps };
+
+template <Leave leave>
+LogSumExp first_pass(float* z, int64_t columns, const Map& map, Label& label, std::vector<float>* shifts = nullptr) {
+  LogSumExp stats;
+  alignas(64) float buffer[kBlock];
+  for_blocks(columns, [&](int64_t column, int64_t n) {
+    const float* l = map.logits(z + column, leave == Leave::logits ? z + column : buffer, column, n);
+    if (label.in(column, n)) {
+      label.logit = l[label.column - column];
+    }
+    const float shift = stats.add<leave == Leave::exps>(l, n, z + column, z + column + n);
+    if (leave == Leave::exps) {
+      (*shifts)[column / kBlock] = shift;
+    }
+  });
+  return stats;
+}
+
+// g * (1[j == y] - p) * f', in place. p_j is an exponential times one double factor rounded once, which spares the
+// rounding of (l - m) - s, several ulps of p where s is near 10.
+struct LabelGradient {
+  Label label;
+  double logp;
+  float g;
+  Map map;
+  Narrow narrow;
+
+  void finish_block(float* row, int64_t column, int64_t n) const {
+    if (label.in(column, n)) {
+      row[label.column] = static_cast<float>(-std::expm1(logp) * g * map.slope(label.logit));
+    }
+    if (narrow != nullptr) {
+      narrow(row, column, n);
+    }
+  }
+
+  void from_logits(float* row, int64_t columns, float peak, double sum) const {
+    const Vec factor(static_cast<float>(-g / sum));
+    for_blocks(columns, [&](int64_t column, int64_t n) {
+      float* l = row + column;
+      for_vectors(n, [&](int, int64_t j, int64_t count) {
+        const Vec logit = Vec::loadu(l + j, count);
+        (exp_nonpositive(logit - Vec(peak)) * factor * map.slope(logit)).store(l + j, count);
+      });
+      finish_block(row, column, n);
+    });
+  }
+
+  // Without a soft-cap the slope is constant, and the first pass's exponentials need only a factor per block.
+  void from_exps(float* row, int64_t columns, const LogSumExp& sums, const std::vector<float>& shifts) const {
+    const double factor = -static_cast<double>(g) * map.scale / sums.sum;
+    for_blocks(columns, [&](int64_t column, int64_t n) {
+      const float shift = shifts[column / kBlock];
+      const double rescale = shift == sums.peak ? 1.0 : std::exp(static_cast<double>(shift) - sums.peak);
+      const Vec f(static_cast<float>(factor * rescale));
+      float* e = row + column;
+      for_vectors(n, [&](int, int64_t j, int64_t count) { (Vec::loadu(e + j, count) * f).store(e + j, count); });
+      finish_block(row, column, n);
+    });
+  }
+};
+
+// ---- operators --------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> logps(const Tensor& z, const Tensor& labels, const OptionalTensor& bias, double scale,
+                                 double softcap) {
+  const Tile tile(z, "z");
+  const Tensor y = checked_labels(labels, tile), wide = wide_bias(bias, tile);
+  const Map map = make_map(wide, scale, softcap);
+  Tensor logps = z.new_empty({tile.rows}), stats = z.new_empty({tile.rows, 2});
+  const int64_t* label_of = y.const_data_ptr<int64_t>();
+  float *logp = logps.data_ptr<float>(), *stat = stats.data_ptr<float>();
+  for_rows(tile, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      Label label{label_of[i]};
+      const LogSumExp sums = first_pass<Leave::products>(tile.row(i), tile.columns, map, label);
+      stat[2 * i] = sums.peak;
+      stat[2 * i + 1] = static_cast<float>(sums.log_sum());
+      logp[i] = static_cast<float>(sums.log_p(label.logit));
+    }
+  });
+  return {logps, stats};
+}
+
+void gradient_(const Tensor& z, const Tensor& labels, const Tensor& stats, const Tensor& g, const OptionalTensor& bias,
+               double scale, double softcap, at::ScalarType dtype) {
+  const Tile tile(z, "z");
+  const Tensor y = checked_labels(labels, tile), wide = wide_bias(bias, tile);
+  const Tensor s = per_row<float>(stats, tile.rows, "stats", 2), w = per_row<float>(g, tile.rows, "g");
+  const Map map = make_map(wide, scale, softcap);
+  const Narrow narrow = narrow_to(dtype);
+  const int64_t* label_of = y.const_data_ptr<int64_t>();
+  const float *stat = s.const_data_ptr<float>(), *weight = w.const_data_ptr<float>();
+  for_rows(tile, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      float* row = tile.row(i);
+      const float peak = stat[2 * i];
+      const double log_sum = stat[2 * i + 1];
+      for_blocks(tile.columns, [&](int64_t column, int64_t n) { map.logits(row + column, row + column, column, n); });
+      const Label label{label_of[i], row[label_of[i]]};
+      const double logp = (static_cast<double>(label.logit) - peak) - log_sum;
+      LabelGradient{label, logp, weight[i], map, narrow}.from_logits(row, tile.columns, peak, std::exp(log_sum));
+    }
+  });
+}
+
+Tensor logps_gradient_(const Tensor& z, const Tensor& labels, const Tensor& g, const OptionalTensor& bias, double scale,
+                       double softcap, at::ScalarType dtype) {
+  const Tile tile(z, "z");
+  const Tensor y = checked_labels(labels, tile), wide = wide_bias(bias, tile);
+  const Tensor w = per_row<float>(g, tile.rows, "g");
+  const Map map = make_map(wide, scale, softcap);
+  const Narrow narrow = narrow_to(dtype);
+  Tensor logps = z.new_empty({tile.rows});
+  const int64_t* label_of = y.const_data_ptr<int64_t>();
+  const float* weight = w.const_data_ptr<float>();
+  float* logp = logps.data_ptr<float>();
+  for_rows(tile, [&](int64_t first, int64_t last) {
+    std::vector<float> shifts((tile.columns + kBlock - 1) / kBlock);
+    for (int64_t i = first; i < last; ++i) {
+      float* row = tile.row(i);
+      Label label{label_of[i]};
+      const LogSumExp sums = softcap > 0 ? first_pass<Leave::logits>(row, tile.columns, map, label)
+                                         : first_pass<Leave::exps>(row, tile.columns, map, label, &shifts);
+      const LabelGradient gradient{label, sums.log_p(label.logit), weight[i], map, narrow};
+      logp[i] = static_cast<float>(gradient.logp);
+      if (softcap > 0) {
+        gradient.from_logits(row, tile.columns, sums.peak, sums.sum);
+      } else {
+        gradient.from_exps(row, tile.columns, sums, shifts);
+      }
+    }
+  });
+  return logps;
+}
+
+template <Kind kind>
+void divergence_rows(const Tile& z, const Tile& z_teacher, const float* kappa, float beta, const Map& map,
+                     const Map& map_teacher, Narrow narrow, bool need_student, bool need_teacher, float* values) {
+  const auto logits_and_stats = [](float* row, int64_t columns, const Map& map) {
+    Label none{-1};
+    return first_pass<Leave::logits>(row, columns, map, none);
+  };
+  for_rows(z, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      float *row = z.row(i), *row_teacher = z_teacher.row(i);
+      const LogSumExp student = logits_and_stats(row, z.columns, map);
+      const LogSumExp teacher = logits_and_stats(row_teacher, z.columns, map_teacher);
+      const DivergenceRow<kind> divergence{row, row_teacher, z.columns, student, teacher, beta};
+      const auto means = divergence.means();
+      values[i] = static_cast<float>(divergence.value(means));
+      if (!need_student && !need_teacher) {
+        continue;
+      }
+      for_blocks(z.columns, [&](int64_t column, int64_t n) {
+        divergence.gradient(means, kappa[i], need_student ? &map : nullptr, need_teacher ? &map_teacher : nullptr,
+                            column, n);
+        if (narrow != nullptr && need_student) {
+          narrow(row, column, n);
+        }
+        if (narrow != nullptr && need_teacher) {
+          narrow(row_teacher, column, n);
+        }
+      });
+    }
+  });
+}
+
+Tensor divergence_(const Tensor& z, const Tensor& z_teacher, const Tensor& kappa, std::string_view kind, double beta,
+                   const OptionalTensor& bias, double scale, double softcap, const OptionalTensor& bias_teacher,
+                   double scale_teacher, double softcap_teacher, at::ScalarType dtype, bool need_student,
+                   bool need_teacher) {
+  const Tile tile(z, "z"), teacher(z_teacher, "z_teacher");
+  TORCH_CHECK_VALUE(tile.rows == teacher.rows && tile.columns == teacher.columns,
+                    "z and z_teacher must have one shape, got ", z.sizes(), " and ", z_teacher.sizes());
+  TORCH_CHECK_VALUE(kind == "forward" || kind == "reverse" || kind == "jsd",
+                    "divergence must be 'forward', 'reverse' or 'jsd', got '", kind, "'");
+  const Tensor k = per_row<float>(kappa, tile.rows, "kappa");
+  const Tensor wide = wide_bias(bias, tile), wide_teacher = wide_bias(bias_teacher, teacher);
+  Tensor values = z.new_empty({tile.rows});
+  const auto rows = kind == "forward"   ? divergence_rows<Kind::forward>
+                    : kind == "reverse" ? divergence_rows<Kind::reverse>
+                                        : divergence_rows<Kind::jsd>;
+  rows(tile, teacher, k.const_data_ptr<float>(), static_cast<float>(beta), make_map(wide, scale, softcap),
+       make_map(wide_teacher, scale_teacher, softcap_teacher), narrow_to(dtype), need_student, need_teacher,
+       values.data_ptr<float>());
+  return values;
+}
+
+// out (K,) += the sums of values (n,) by segments (n,), in order, one after the other.
+void segment_sums(const Tensor& values, const Tensor& segments, const Tensor& out) {
+  TORCH_CHECK_VALUE(out.dim() == 1 && out.scalar_type() == at::kDouble && out.is_contiguous(),
+                    "out must be a contiguous (K,) float64 tensor, got ", out.sizes(), " ", out.scalar_type());
+  const Tensor x = per_row<double>(values.to(at::kDouble), values.numel(), "values");
+  const Tensor k = per_row<int64_t>(segments, values.numel(), "segments");
+  const double* value = x.const_data_ptr<double>();
+  const int64_t* segment = k.const_data_ptr<int64_t>();
+  double* sum = out.data_ptr<double>();
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    if (0 <= segment[i] && segment[i] < out.size(0)) {
+      sum[segment[i]] += value[i];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace longpo
+
+TORCH_LIBRARY_FRAGMENT(longpo_cpu, m) {
+  m.def("logps(Tensor z, Tensor labels, Tensor? bias, float scale, float softcap) -> (Tensor, Tensor)");
+  m.def(
+      "gradient_(Tensor(a!) z, Tensor labels, Tensor stats, Tensor g, Tensor? bias, float scale, float softcap, "
+      "ScalarType dtype) -> ()");
+  m.def(
+      "logps_gradient_(Tensor(a!) z, Tensor labels, Tensor g, Tensor? bias, float scale, float softcap, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "divergence_(Tensor(a!) z, Tensor(b!) z_teacher, Tensor kappa, str kind, float beta, Tensor? bias, float scale, "
+      "float softcap, Tensor? bias_teacher, float scale_teacher, float softcap_teacher, ScalarType dtype, "
+      "bool need_student, bool need_teacher) -> Tensor");
+  m.def("segment_sums(Tensor values, Tensor segments, Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(longpo_cpu, CPU, m) {
+  m.impl("logps", longpo::logps);
+  m.impl("gradient_", longpo::gradient_);
+  m.impl("logps_gradient_", longpo::logps_gradient_);
+  m.impl("divergence_", longpo::divergence_);
+  m.impl("segment_sums", longpo::segment_sums);
+}

@@ -1,0 +1,49 @@
+"""The C++ back-end for CPUs: csrc/cpu behind the tile interface (equations and contract: tiles.py).
+
+    z (n, V) float32  ->  logps (n,), stats (n, 2), dz (n, V) float32, float16 or bfloat16 in z's memory
+
+Rows are split over torch's threads; a row is read from memory once. Scratch: 4 KiB a thread, and V floats for a
+bias that is not float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .build import load_cpu
+from .tiles import _narrow
+
+
+class CpuTiles:
+    """Rows in C++. Raises BuildError when the library cannot be compiled or loaded, ValueError for a tile unlike the
+    contract, before anything is written."""
+
+    name = "cpu"
+    linear_logps = None
+
+    def __init__(self):
+        load_cpu()
+        self._ops = torch.ops.longpo_cpu
+
+    def logps(self, z, labels, map):
+        return self._ops.logps(z, labels, *map)
+
+    def gradient_(self, z, labels, stats, g, map, dtype):
+        self._ops.gradient_(z, labels, stats, g, *map, dtype)
+        return _narrow(z, dtype)
+
+    def logps_gradient_(self, z, labels, g, map, dtype):
+        return self._ops.logps_gradient_(z, labels, g, *map, dtype), _narrow(z, dtype)
+
+    def divergence_(self, z, z_teacher, kappa, divergence, map, map_teacher, dtype, need_student, need_teacher):
+        values = self._ops.divergence_(
+            z, z_teacher, kappa, *divergence, *map, *map_teacher, dtype, need_student, need_teacher
+        )
+        return (
+            values,
+            _narrow(z, dtype) if need_student else None,
+            _narrow(z_teacher, dtype) if need_teacher else None,
+        )
+
+    def segment_sums(self, values, segments, out):
+        self._ops.segment_sums(values, segments, out)
