@@ -92,10 +92,14 @@ def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = 
 
     Raises ValueError for an unknown name, or for a forced back-end (argument or LONGPO_OPS_BACKEND) that cannot run here.
     """
+    return _choose(device.type, dtype, _forced(name))
+
+
+def _forced(name: str | None = None) -> str | None:
     forced = name or os.environ.get("LONGPO_OPS_BACKEND") or None
     if forced is not None and forced not in NAMES:
         raise ValueError(f"backend={forced!r}: expected one of {', '.join(NAMES)}")
-    return _choose(device.type, dtype, forced)
+    return forced
 
 
 @functools.cache
@@ -123,7 +127,7 @@ def explain_backend(device: torch.device | str | None = None, dtype: torch.dtype
     """A few lines: which back-end runs inputs of `dtype` on `device` (default: CUDA if there is one), and why the others
     do not. Loads (and if need be compiles) what it asks about."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    forced = os.environ.get("LONGPO_OPS_BACKEND")
+    forced = _forced()
     order = ORDER.get(device.type, ("torch",))
     reasons = {name: _refusal(name, device, dtype) for name in NAMES}
     chosen = forced or next(name for name in order if reasons[name] is None)

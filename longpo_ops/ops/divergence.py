@@ -13,14 +13,12 @@ computes values first and recomputes in backward. The paper's short-to-long cons
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
 from .checks import check_head, check_numbers, check_rows, check_workspace, compute_dtype, logit_map
 from .dispatch import choose_backend
-from .operators import scale_, scaled
+from .operators import deliver, scale_, scaled
 from .products import Products
 from .rows import WINDOW
 from .sweep import float16_scale, rows_per_chunk
@@ -82,46 +80,53 @@ def linear_kl(
             f"teacher_hidden is on {teacher_hidden.device}, hidden on {hidden.device}: expected one device"
         )
     check_numbers(row_weights, (n,), "row_weights")
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (n,)):
-        raise ValueError(f"mask: {mask.dtype} {tuple(mask.shape)}: expected bool ({n},)")
+    kind_of_mask = getattr(mask, "dtype", type(mask).__name__), tuple(getattr(mask, "shape", ()))
+    if mask is not None and kind_of_mask != (torch.bool, (n,)):
+        raise ValueError(f"mask: {kind_of_mask[0]} {kind_of_mask[1]}: expected bool ({n},)")
     if row_weights is not None and row_weights.requires_grad and torch.is_grad_enabled() and reduction != "none":
         raise ValueError(f"row_weights requires a gradient with reduction={reduction!r}: expected reduction='none'")
     dtype = compute_dtype(hidden, weight)
     if compute_dtype(teacher_hidden, teacher_weight, "teacher_weight") != dtype:
         raise ValueError(f"teacher tensors are {teacher_hidden.dtype}, student tensors {dtype}: expected one dtype")
 
-    double = torch.float64
-    mask = torch.ones(n, dtype=torch.bool, device=hidden.device) if mask is None else mask
-    weights = (
-        torch.ones(n, dtype=double, device=hidden.device) if row_weights is None else row_weights.to(hidden.device)
-    )
     student_map = logit_map(scale, softcap, temperature)
     teacher_map = logit_map(
-        teacher_scale or scale, softcap if teacher_softcap is None else teacher_softcap, temperature
+        scale if teacher_scale is None else teacher_scale,
+        softcap if teacher_softcap is None else teacher_softcap,
+        temperature,
     )
-    wider = max((weight, teacher_weight), key=lambda w: w.shape[1])
+    wider = weight if weight.shape[1] >= teacher_weight.shape[1] else teacher_weight
     scratch = check_workspace(workspace_bytes, wider, dtype, tiles=2)
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     options = (kind, float(beta), *student_map, *teacher_map, scratch, dtype, backend or "")
     if reduction == "none":
         values = _values_op(*heads, mask, *options)
-        return values if row_weights is None else values * weights
+        return values if row_weights is None else values * row_weights.to(values.device)
+    weights = None if row_weights is None else row_weights.detach()
+    total = torch.ones((), dtype=torch.float64)
     if reduction == "mean":
-        total = torch.where(mask.to(weights.device), weights, 0.0).sum()
-        weights = torch.where(total != 0, weights / total, 0.0)
+        total = _weight_of_rows(n, mask, weights)
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in heads]
-    return _divergence_op(*heads, mask, weights.detach(), *options, need)[0]
+    return _divergence_op(*heads, mask, weights, total, *options, need)[0]
+
+
+def _weight_of_rows(n: int, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    """() the sum of the weights of masked rows."""
+    if weights is None:
+        return torch.full((), float(n), dtype=torch.float64) if mask is None else mask.sum()
+    counted = weights if mask is None else torch.where(mask.to(weights.device), weights, 0.0)
+    return counted.sum(dtype=torch.float64)
 
 
 class _Side:
     """Student or teacher: its products, map, gradients and one tile."""
 
-    def __init__(self, hidden, weight, bias, map, dtype, rows, need):
-        self.hidden, self.products, self.map = hidden, Products(weight, dtype), LogitMap(bias, *map)
+    def __init__(self, hidden, weight, bias, map, dtype, rows, need, backend):
+        self.hidden, self.products, self.map = hidden, Products(weight, dtype, backend), LogitMap(bias, *map)
         self.need = any(need)
         self.tile = torch.empty(rows, weight.shape[0], device=weight.device, dtype=self.products.tile_dtype)
-        grad_dtypes = (hidden.dtype, self.tile.dtype, self.tile.dtype)
+        grad_dtypes = (hidden.dtype, self.tile.dtype, torch.float64)
         self.dh, self.dw, self.db = (
             torch.zeros_like(t, dtype=d, memory_format=torch.contiguous_format) if needed else None
             for t, d, needed in zip((hidden, weight, bias), grad_dtypes, need, strict=True)
@@ -137,75 +142,102 @@ class _Side:
         if self.dw is not None:
             self.products.add_weight_gradient_(self.dw, dz, self.h)
         if self.db is not None:
-            self.db.add_(dz.sum(0, dtype=self.db.dtype))
+            self.db.add_(dz.sum(0, dtype=self.tile.dtype))
 
 
-def _sweep(heads, mask, kappa, kind, beta, student_map, teacher_map, scratch, dtype, backend, need):
-    """-> values (N,), the two sides with their gradients of sum_t kappa_t * value_t, and their scale."""
+def _sweep(
+    heads, mask, weights, total, kind, beta, student_map, teacher_map, scratch, dtype, backend, need, values=None
+):  # fmt: skip
+    """-> sum_t kappa_t * value_t in float64, the two sides with its gradients, and their scale. kappa is weights (N,), or 1
+    each, over total (), or 0 where that is 0; rows without mask or weight are never read. `values` (N,) takes each row's."""
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = heads
-    n, vocab = hidden.shape[0], weight.shape[0]
+    n = hidden.shape[0]
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
         tiles = choose_backend(weight.device, dtype, backend or None)
-        wider = max((weight, teacher_weight), key=lambda w: w.shape[1])
+        wider = weight if weight.shape[1] >= teacher_weight.shape[1] else teacher_weight
         rows = max(1, min(rows_per_chunk(scratch, wider, dtype, tiles=2), n))
-        student = _Side(hidden, weight, bias, student_map, dtype, rows, need[:3])
-        teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_map, dtype, rows, need[3:])
-        values = torch.zeros(n, device=weight.device, dtype=student.tile.dtype)
-        half = dtype == torch.float16 and n > 0
-        grad_scale = float16_scale(kappa.abs().amax()) if half else torch.ones((), device=weight.device)
-        host_mask = mask.cpu()
+        student = _Side(hidden, weight, bias, student_map, dtype, rows, need[:3], tiles.name)
+        teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_map, dtype, rows, need[3:], tiles.name)
+        mask, weights = (None if t is None else t.cpu() for t in (mask, weights))
+        total = total.to(weight.device, torch.float64)
+        kappa_scale = torch.where(total != 0, 1 / total, 0.0)
+        summed, grad_scale = torch.zeros_like(total), torch.ones((), device=weight.device)
+        if dtype == torch.float16 and n:
+            largest = 1.0
+            if weights is not None:
+                counted = weights if mask is None else torch.where(mask, weights, 0.0)
+                largest = counted.abs().amax().to(weight.device, torch.float64)
+            grad_scale = float16_scale(kappa_scale.abs() * largest)
         for start in range(0, n, WINDOW):
-            picked = (host_mask[start : start + WINDOW].nonzero().squeeze(-1) + start).to(weight.device)
-            for index in picked.split(rows) if picked.shape[0] else ():
-                weights = (kappa[index] * grad_scale).to(values.dtype)
-                values[index], dz, dz_teacher = tiles.divergence_(
-                    student.logits(index), teacher.logits(index), weights, Divergence(kind, beta), student.map,
-                    teacher.map, student.products.dtype, student.need, teacher.need,
+            window = _counts(mask, weights, slice(start, min(start + WINDOW, n)))
+            picked = window.nonzero().squeeze(-1) + start
+            for host_index in picked.split(rows) if picked.shape[0] else ():
+                index = host_index.to(weight.device)
+                kappa = kappa_scale.expand(index.shape[0])
+                if weights is not None:
+                    kappa = kappa * weights[host_index].to(weight.device, torch.float64)
+                rows_of, dz, dz_teacher = tiles.divergence_(
+                    student.logits(index), teacher.logits(index), (kappa * grad_scale).to(student.tile.dtype),
+                    Divergence(kind, beta), student.map, teacher.map, student.products.dtype, student.need, teacher.need,
                 )  # fmt: skip
+                summed.add_((rows_of.double() * kappa).sum())
+                if values is not None:
+                    values[index] = rows_of
                 if student.need:
                     student.gather(index, dz)
                 if teacher.need:
                     teacher.gather(index, dz_teacher)
-    return values, student, teacher, grad_scale
+    return summed, student, teacher, grad_scale
+
+
+def _counts(mask: Tensor | None, weights: Tensor | None, window: slice) -> Tensor:
+    """Which rows of the window count, on the host."""
+    counts = torch.ones(window.stop - window.start, dtype=torch.bool) if mask is None else mask[window]
+    return counts if weights is None else counts & (weights[window] != 0)
 
 
 # fmt: off
 @torch.library.custom_op("longpo_ops::divergence", mutates_args=())
 def _divergence_op(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor],
-    teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Optional[Tensor],
-    mask: Tensor, kappa: Tensor, kind: str, beta: float, scale: float, softcap: float, teacher_scale: float,
-    teacher_softcap: float, scratch: int, dtype: torch.dtype, backend: str, need: list[bool],
+    hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
+    mask: Tensor | None, weights: Tensor | None, total: Tensor, kind: str, beta: float, scale: float, softcap: float,
+    teacher_scale: float, teacher_softcap: float, scratch: int, dtype: torch.dtype, backend: str, need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> sum_t kappa_t * value_t, its gradients by the six head tensors (empty where not needed), and their scale."""
+    """-> sum_t weight_t / total * value_t, its gradients by the six head tensors (empty where not needed), their scales."""
     # fmt: on
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    values, student, teacher, grad_scale = _sweep(
-        heads, mask, kappa, kind, beta, (scale, softcap), (teacher_scale, teacher_softcap), scratch, dtype, backend, need
+    maps = (scale, softcap), (teacher_scale, teacher_softcap)
+    summed, student, teacher, grad_scale = _sweep(
+        heads, mask, weights, total, kind, beta, *maps, scratch, dtype, backend, need
     )
-    total = torch.where(mask.to(values.device) & (kappa != 0), values, 0.0).double() * kappa.double()
     grads = (student.dh, student.dw, student.db, teacher.dh, teacher.dw, teacher.db)
-    delivered = (weight.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, heads, strict=True))
-    return total.sum().to(values.dtype), *delivered, grad_scale
+    like = (weight if t is None else t for t in heads)
+    delivered, scales = zip(*map(deliver, grads, like), strict=True)
+    return summed.to(student.tile.dtype, copy=True), *delivered, grad_scale * torch.stack(scales)
 
 
 @_divergence_op.register_fake
 def _(*arguments):
     heads, need = arguments[:6], arguments[-1]
-    value = heads[0].new_empty((), dtype=torch.float64 if heads[1].dtype == torch.float64 else torch.float32)
-    grads = (t.new_empty(t.shape) if needed else heads[1].new_empty(0) for t, needed in zip(heads, need, strict=True))
-    return value, *grads, heads[0].new_empty((), dtype=torch.float32)
+    value = heads[0].new_empty((), dtype=_value_dtype(heads[1]))
+    like = (heads[1] if t is None else t for t in heads)
+    grads = (t.new_empty(t.shape if needed else 0) for t, needed in zip(like, need, strict=True))
+    return value, *grads, heads[0].new_empty(6, dtype=torch.float32)
 
 
 def _divergence_setup(ctx, inputs, output):
     ctx.need, ctx.arguments = inputs[-1], len(inputs)
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _divergence_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * ctx.arguments
     *grads, grad_scale = ctx.saved_tensors
-    factor = grad / grad_scale
-    head = (scaled(g, factor) if needed else None for g, needed in zip(grads, ctx.need, strict=True))
+    factors = grad / grad_scale.double()
+    head = (scaled(g, factors[i]) if ctx.need[i] else None for i, g in enumerate(grads))
     return *head, *[None] * (ctx.arguments - 6)
 
 
@@ -215,22 +247,27 @@ _divergence_op.register_autograd(_divergence_backward, setup_context=_divergence
 # fmt: off
 @torch.library.custom_op("longpo_ops::divergence_values", mutates_args=())
 def _values_op(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor],
-    teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Optional[Tensor],
-    mask: Tensor, kind: str, beta: float, scale: float, softcap: float, teacher_scale: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
+    mask: Tensor | None, kind: str, beta: float, scale: float, softcap: float, teacher_scale: float,
     teacher_softcap: float, scratch: int, dtype: torch.dtype, backend: str,
 ) -> Tensor:
     """-> (N,) values, 0 where masked out."""
     # fmt: on
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    kappa, need = torch.ones(hidden.shape[0], device=hidden.device), [False] * 6
-    maps = (scale, softcap), (teacher_scale, teacher_softcap)
-    return _sweep(heads, mask, kappa, kind, beta, *maps, scratch, dtype, backend, need)[0]
+    values = torch.zeros(hidden.shape[0], device=hidden.device, dtype=_value_dtype(weight))
+    maps, one, need = ((scale, softcap), (teacher_scale, teacher_softcap)), torch.ones(()), [False] * 6
+    _sweep(heads, mask, None, one, kind, beta, *maps, scratch, dtype, backend, need, values)
+    return values
+
+
+def _value_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 @_values_op.register_fake
 def _(hidden, weight, *_):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    return hidden.new_empty(hidden.shape[0], dtype=_value_dtype(weight))
 
 
 def _values_setup(ctx, inputs, output):
@@ -241,9 +278,11 @@ def _values_setup(ctx, inputs, output):
 def _values_backward(ctx, grad):
     *heads, mask = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:6])
-    _, *grads, grad_scale = _divergence_op(*heads, mask, grad.contiguous(), *ctx.options, need)
-    factor = 1 / grad_scale
-    return *(scale_(g, factor) if needed else None for g, needed in zip(grads, need, strict=True)), *[None] * 10
+    with torch.no_grad():
+        _, *grads, grad_scale = _divergence_op(*heads, mask, grad.contiguous(), torch.ones(()), *ctx.options, need)
+        factors = 1 / grad_scale
+        head = [scale_(g, factors[i]) if need[i] else None for i, g in enumerate(grads)]
+    return *head, *[None] * 10
 
 
 _values_op.register_autograd(_values_backward, setup_context=_values_setup)

@@ -130,7 +130,9 @@ def _parts(causal: nn.Module) -> tuple[nn.Module, nn.Module]:
     body = getattr(causal, causal.base_model_prefix, None)
     lm_head = causal.get_output_embeddings()
     if body is None or lm_head is None or body is causal:
-        raise ValueError(f"model: {type(causal).__name__} has no separate body and head; expected an AutoModelForCausalLM")
+        raise ValueError(
+            f"model: {type(causal).__name__} has no separate body and head; expected an AutoModelForCausalLM"
+        )
     return body, lm_head
 
 
@@ -144,10 +146,10 @@ def _config_map(config) -> dict:
 def _weight_reader(lm_head: nn.Module, merge_lora: bool) -> Callable[[], tuple[Tensor, Tensor | None]]:
     """How to get (weight, bias) of a head when it is called. Raises ValueError for a head that is no linear map."""
     if hasattr(lm_head, "modules_to_save"):  # PEFT: a trained copy of the whole head
-        return lambda: _linear(lm_head.modules_to_save[lm_head.active_adapters[0]])
+        return functools.partial(_trained_copy, lm_head)
     if not hasattr(lm_head, "base_layer"):
         _linear(lm_head)
-        return lambda: _linear(lm_head)
+        return functools.partial(_linear, lm_head)
     if not merge_lora:
         raise ValueError(
             f"model: its head carries adapters {list(lm_head.active_adapters)}; expected a plain head. Use "
@@ -157,10 +159,19 @@ def _weight_reader(lm_head: nn.Module, merge_lora: bool) -> Callable[[], tuple[T
     return functools.partial(_merged, lm_head)
 
 
+def _trained_copy(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The copy of the active adapter, or the original head while adapters are disabled."""
+    if lm_head.disable_adapters:
+        return _linear(lm_head.original_module)
+    return _linear(lm_head.modules_to_save[lm_head.active_adapters[0]])
+
+
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"model: its head is {type(module).__name__}; expected a linear head with a float weight (V, H)")
+        raise ValueError(
+            f"model: its head is {type(module).__name__}; expected a linear head with a float weight (V, H)"
+        )
     return weight, getattr(module, "bias", None)
 
 

@@ -84,15 +84,17 @@ def linear_cross_entropy(
 
     dtype = compute_dtype(hidden, weight)
     scratch = check_workspace(workspace_bytes, weight, dtype)
-    weights = torch.ones(1, 1, dtype=torch.float64) if row_weights is None else row_weights.detach()[None].double()
+    weights = torch.ones(1, 1, dtype=torch.float64) if row_weights is None else row_weights.detach()[None]
+    total = torch.ones((), dtype=torch.float64)
     if reduction == "mean":
-        labelled = labels != ignore_index
-        total = torch.where(labelled, weights[0], 0.0).sum() if row_weights is not None else labelled.sum().double()
-        weights = torch.where(total != 0, weights.to(total.device) / total, 0.0)
+        labelled = (labels != ignore_index).to(weights.device)
+        total = (
+            labelled.sum() if row_weights is None else torch.where(labelled, weights[0], 0.0).sum(dtype=torch.float64)
+        )
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     none = torch.empty(0, dtype=torch.int64)
     return sweep_op(
-        [hidden[None]], weight, bias, [none], [none], [labels[None]], [weights], None, None, none, 0, "", [], 0.0, 1.0,
+        [hidden[None]], weight, bias, [none], [none], [labels[None]], [weights], total, None, None, none, 0, "", [], 0.0, 1.0,
         False, ignore_index, *logit_map(scale, softcap, temperature), scratch, dtype, need, backend or "",
     )[0]  # fmt: skip

@@ -260,7 +260,7 @@ def resolve_objective(objective: Objective | str) -> Objective:
     """An objective, or the name of one for its defaults. Raises ValueError for an unknown name or type."""
     if isinstance(objective, str) and objective in OBJECTIVES:
         return OBJECTIVES[objective]()
-    if isinstance(objective, Objective) and OBJECTIVES.get(objective.name) is type(objective):
+    if isinstance(objective, Objective) and type(objective) in OBJECTIVES.values():
         return objective
     raise ValueError(f"objective={objective!r}: expected one of {', '.join(OBJECTIVES)}, or an object of those classes")
 

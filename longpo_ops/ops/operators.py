@@ -7,15 +7,13 @@ logps          per-token log-probs; backward recomputes chunk by chunk (logps_ba
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
 from .dispatch import choose_backend
 from .objectives import rebuild_objective
 from .rows import WINDOW, Stretch, chunks
-from .sweep import HeadSweep, Options, Pairs, Result, rows_per_chunk, sweep
+from .sweep import HeadSweep, Options, Pairs, Result, float16_scale, rows_per_chunk, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
 
@@ -95,6 +93,7 @@ def run_sweep(
     segments: list[Tensor],
     nll: list[Tensor],
     nll_weights: list[Tensor],
+    nll_total: Tensor,
     ref_chosen: Tensor | None,
     ref_rejected: Tensor | None,
     pair: Tensor,
@@ -123,7 +122,7 @@ def run_sweep(
             rebuilt = rebuild_objective(objective, parameters)
             references = (None if r is None else r.to(device, torch.float64) for r in (ref_chosen, ref_rejected))
             pairs = Pairs(rebuilt, *references, pair.to(device), count, rebuilt.preference_weight / num_pairs)
-        result = sweep(stretches, head, pairs)
+        result = sweep(stretches, head, pairs, nll_total)
         if clear:
             _clear_unvisited(stretches, grads, shift)
         return result
@@ -171,13 +170,14 @@ def total(result: Result, preference_weight: float, num_pairs: float) -> tuple[T
 def sweep_op(
     hiddens: list[Tensor],
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     answers: list[Tensor],
     segments: list[Tensor],
     nll: list[Tensor],
     nll_weights: list[Tensor],
-    ref_chosen: Optional[Tensor],
-    ref_rejected: Optional[Tensor],
+    nll_total: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
     pair: Tensor,
     count: int,
     objective: str,
@@ -196,11 +196,13 @@ def sweep_op(
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     grads = [torch.zeros_like(h, memory_format=torch.contiguous_format) if need[0] else None for h in hiddens]
     result = run_sweep(
-        hiddens, grads, weight, bias, answers, segments, nll, nll_weights, ref_chosen, ref_rejected, pair, count,
-        objective, parameters, num_pairs, shift, ignore_index, options, backend,
+        hiddens, grads, weight, bias, answers, segments, nll, nll_weights, nll_total, ref_chosen, ref_rejected, pair,
+        count, objective, parameters, num_pairs, shift, ignore_index, options, backend,
     )  # fmt: skip
     dtype = _number_dtype(weight)
     loss, preference, nll_loss = (x.to(dtype, copy=True) for x in total(result, preference_weight, num_pairs))
+    dw, dw_scale = deliver(result.dw, weight)
+    db, db_scale = deliver(result.db, bias if need[2] else weight)
     return (
         loss,
         preference,
@@ -209,17 +211,31 @@ def sweep_op(
         result.chosen_rewards.to(dtype, copy=True),
         result.rejected_rewards.to(dtype, copy=True),
         [h.new_empty(0) if g is None else g for h, g in zip(hiddens, grads, strict=True)],
-        weight.new_empty(0) if result.dw is None else result.dw.to(weight.dtype),
-        weight.new_empty(0) if result.db is None else result.db.to(bias.dtype),
-        result.grad_scale,
+        dw,
+        db,
+        result.grad_scale * torch.stack([torch.ones_like(dw_scale), dw_scale, db_scale]),
     )
+
+
+def deliver(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A gradient (or none) in the dtype of what it belongs to, and the power of two () it was multiplied by.
+
+    float16 does not hold sums over many rows of numbers near 1, so they are brought near 1 themselves, in place.
+    """
+    scale = torch.ones((), device=like.device)
+    if gradient is None:
+        return like.new_empty(0), scale
+    if like.dtype == torch.float16 and gradient.dtype != torch.float16:
+        scale = float16_scale(gradient.abs().amax())
+        gradient.mul_(scale)
+    return gradient.to(like.dtype), scale
 
 
 @sweep_op.register_fake
 def _(
-    hiddens, weight, bias, answers, segments, nll, nll_weights, ref_chosen, ref_rejected, pair, count, objective,
-    parameters, preference_weight, num_pairs, shift, ignore_index, scale, softcap, workspace_bytes, compute_dtype,
-    need, backend,
+    hiddens, weight, bias, answers, segments, nll, nll_weights, nll_total, ref_chosen, ref_rejected, pair, count,
+    objective, parameters, preference_weight, num_pairs, shift, ignore_index, scale, softcap, workspace_bytes,
+    compute_dtype, need, backend,
 ):  # fmt: skip
     def numbers(*shape):
         return weight.new_empty(shape, dtype=_number_dtype(weight))
@@ -234,7 +250,7 @@ def _(
         [h.new_empty(h.shape if need[0] else 0) for h in hiddens],
         weight.new_empty(weight.shape if need[1] else 0),
         weight.new_empty(0) if not need[2] else bias.new_empty(bias.shape),
-        weight.new_empty((), dtype=torch.float32),
+        weight.new_empty(3, dtype=torch.float32),
     )
 
 
@@ -248,14 +264,18 @@ def _setup(ctx, inputs, output):
     ctx.blank = [
         [None] * len(x) if isinstance(x, list) and all(isinstance(t, Tensor) for t in x) else None for x in inputs[3:]
     ]
+    ctx.nothing = [None] * len(inputs[0]), None, None, *ctx.blank
     ctx.save_for_backward(*output[6], *output[7:])
+    ctx.set_materialize_grads(False)  # or the engine makes a zero tensor as large as each gradient
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:  # only a detached output was asked for
+        return ctx.nothing
     *hiddens, dw, db, grad_scale = ctx.saved_tensors
-    factor = grad / grad_scale
-    dh = [scaled(h, factor) if ctx.need[0] else None for h in hiddens]
-    head = (scaled(g, factor) if needed else None for g, needed in zip((dw, db), ctx.need[1:], strict=True))
+    factors = grad / grad_scale.double()
+    dh = [scaled(h, factors[0]) if ctx.need[0] else None for h in hiddens]
+    head = (scaled(g, factors[i]) if ctx.need[i] else None for i, g in ((1, dw), (2, db)))
     return dh, *head, *ctx.blank
 
 
@@ -264,6 +284,7 @@ sweep_op.register_autograd(_backward, setup_context=_setup)
 
 def scaled(saved: Tensor, factor: Tensor) -> Tensor:
     """saved * factor, in saved's own memory unless the graph is kept for another backward."""
+    saved = saved.detach()  # a gradient of this gradient does not exist: better none than a wrong one
     return scale_(saved.clone() if keeps_graph() else saved, factor.detach())
 
 
@@ -285,7 +306,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
 def logps_op(
     hidden: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
     scale: float,
@@ -315,7 +336,7 @@ def logps_backward_op(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
     scale: float,
@@ -328,8 +349,9 @@ def logps_backward_op(
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
     with torch.autocast(weight.device.type, enabled=False):
-        stretches = _token_stretches(hidden, dh, labels, -grad[None], ignore_index)
-        result = sweep(stretches, _head(weight, bias, options, backend, hidden.shape[0]))
+        stretches = _token_stretches(hidden, dh, labels, grad[None], ignore_index)
+        nll_total = torch.full((), -1.0)  # the weight of a negative log-prob is the negative gradient
+        result = sweep(stretches, _head(weight, bias, options, backend, hidden.shape[0]), None, nll_total)
         dh, dw, db = (None if g is None else scale_(g, 1 / result.grad_scale) for g in (dh, result.dw, result.db))
     return (
         hidden.new_empty(0) if dh is None else dh,

@@ -103,7 +103,7 @@ def fused_preference_loss(
         answers=[chosen_labels, rejected_labels],
         segments=[torch.arange(b)[:, None], torch.arange(b, b + r)[:, None]],
         nll=[none if nll_labels is None else nll_labels, none],
-        nll_weights=[_token_means(nll_labels, shift, ignore_index) / pairs.num_pairs, torch.zeros(r, 1)],
+        nll_weights=[_token_means(nll_labels, shift, ignore_index), torch.zeros(r, 1)],
         pairs=pairs,
         shift=shift,
         ignore_index=ignore_index,
@@ -150,6 +150,8 @@ def packed_preference_loss(
     check_head(hidden, weight, bias)
     check_rows(hidden)
     n = hidden.shape[0]
+    if isinstance(num_chosen, bool) or not isinstance(num_chosen, int) or num_chosen < 0:
+        raise ValueError(f"num_chosen={num_chosen!r}: expected the number of chosen sequences, an int >= 0")
     check_labels(labels, (n,))
     check_labels(sequences, (n,), "sequences")
     check_numbers(nll_weights, (n,), "nll_weights")
@@ -164,7 +166,7 @@ def packed_preference_loss(
         answers=[labels[None]],
         segments=[sequences[None]],
         nll=[torch.empty(0, dtype=torch.int64) if nll_weights is None else labels[None]],
-        nll_weights=[torch.zeros(1, 1) if nll_weights is None else nll_weights.detach()[None] / pairs.num_pairs],
+        nll_weights=[torch.zeros(1, 1) if nll_weights is None else nll_weights.detach()[None]],
         pairs=pairs,
         shift=False,
         ignore_index=ignore_index,
@@ -228,7 +230,9 @@ def _run(
     grad = torch.is_grad_enabled()
     need = [grad and any(t is not None and t.requires_grad for t in group) for group in (hiddens, [weight], [bias])]
     options = Options(*map, check_workspace(workspace_bytes, weight, dtype), dtype, *need)
-    rows = (answers, segments, nll, nll_weights, pairs.ref_chosen, pairs.ref_rejected, pairs.pair, pairs.count)
+    nll_total = torch.full((), pairs.num_pairs, dtype=torch.float64)
+    references = (pairs.ref_chosen, pairs.ref_rejected)
+    rows = (answers, segments, nll, nll_weights, nll_total, *references, pairs.pair, pairs.count)
     objective = (pairs.objective.name, pairs.objective.parameters())
     if reuse_hidden and need[0]:
         numbers = _reuse(hiddens, weight, bias, rows, pairs, shift, ignore_index, options, backend or "")
@@ -250,7 +254,22 @@ def _reuse(hiddens, weight, bias, rows, pairs, shift, ignore_index, options, bac
         raise ValueError(
             "reuse_hidden=True: an expanded hidden tensor shares its rows; expected one row of memory each"
         )
+    if len(hiddens) == 2 and _share_rows(*hiddens):
+        raise ValueError(
+            "reuse_hidden=True: chosen_hidden and rejected_hidden share rows of memory; expected one row of memory each"
+        )
     return _Reuse.apply(len(hiddens), rows, pairs, shift, ignore_index, options, backend, weight, bias, *hiddens)
+
+
+def _share_rows(a: Tensor, b: Tensor) -> bool:
+    """Whether two (S, T, H) views begin any row at the same place in memory."""
+    if not (a.numel() and b.numel()) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    places = (
+        x.storage_offset() + torch.arange(x.shape[0])[:, None] * x.stride(0) + torch.arange(x.shape[1]) * x.stride(1)
+        for x in (a, b)
+    )
+    return bool(torch.isin(*places).any())
 
 
 class _Reuse(torch.autograd.Function):

@@ -4,8 +4,10 @@
     dh = dZ W         (n, H)
     dW += dZ^T h      (V, H)   accumulated in float32
 
-CUDA with 16-bit operands: the vendor's products with a float32 result. CPU: float32 products (a bf16 product runs at 0.3
-GFLOP/s on AVX2), a 16-bit weight upcast block by block of UPCAST_BYTES. float32 and float64 multiply as they are.
+CUDA with 16-bit operands: the vendor's products with a float32 result. CPU: bfloat16 operands with a float32 result where the
+processor multiplies bfloat16 and the C++ back-end is there (csrc/cpu/products.cpp); elsewhere float32 products (a bf16
+product runs at 0.3 GFLOP/s on AVX2), a 16-bit weight upcast block by block of UPCAST_BYTES. float32 and float64 multiply
+as they are.
 """
 
 from __future__ import annotations
@@ -16,11 +18,19 @@ import torch
 from torch import Tensor
 
 UPCAST_BYTES = 8 << 20
+FEW_ROWS = 4  # below this the CPU's products add one number after another: ten times the rounding error at V = 128K
 
 
-def operand_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+def multiplies_bfloat16(weight: Tensor, dtype: torch.dtype, backend: str) -> bool:
+    """Whether csrc/cpu multiplies bfloat16 with a float32 result here: AVX-512 BF16 or AMX, at twice float32's rate."""
+    fits = backend == "cpu" and weight.dtype == dtype == torch.bfloat16 and weight.stride(1) == 1
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return fits and weight.shape[1] % 2 == 0 and able
+
+
+def operand_dtype(device: torch.device, dtype: torch.dtype, native: bool = False) -> torch.dtype:
     """What h, W and dZ are multiplied in for inputs of `dtype`."""
-    if device.type == "cpu" and dtype.itemsize == 2:
+    if device.type == "cpu" and dtype.itemsize == 2 and not native:
         return torch.float32
     return dtype
 
@@ -28,8 +38,9 @@ def operand_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 class Products:
     """The products with one head weight (V, H), for inputs that count as `dtype`."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        self.dtype = operand_dtype(weight.device, dtype)
+    def __init__(self, weight: Tensor, dtype: torch.dtype, backend: str = "torch"):
+        self.native = weight.device.type == "cpu" and multiplies_bfloat16(weight, dtype, backend)
+        self.dtype = operand_dtype(weight.device, dtype, self.native)
         self.tile_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.blockwise = weight.device.type == "cpu" and weight.dtype.itemsize < self.dtype.itemsize
         self.weight = weight if self.blockwise else weight.to(self.dtype)
@@ -49,29 +60,43 @@ class Products:
 
     def logits_(self, h: Tensor, out: Tensor) -> Tensor:
         """h (n, H) -> out (n, V) in tile_dtype."""
+        if self.native:
+            torch.ops.longpo_cpu.logits_(h, self.weight, out)
+            return out
         if self.wide:
             return torch.ops.aten.mm.dtype_out(h, self.weight.t(), torch.float32, out=out)
+        h, n = _enough(h), h.shape[0]
+        z = out if h.shape[0] == n else out.new_empty(h.shape[0], out.shape[1])
         for columns, weight in self._blocks():
-            torch.mm(h, weight.t(), out=out[:, columns])
-        return out
+            torch.mm(h, weight.t(), out=z[:, columns])
+        return out if z is out else out.copy_(z[:n])
 
     def hidden_gradient(self, dz: Tensor) -> Tensor:
         """dz (n, V) -> (n, H) in the operands' dtype."""
+        dz, n = _enough(dz), dz.shape[0]
         if not self.blockwise:
-            return dz @ self.weight
+            return (dz @ self.weight)[:n]
         dh = dz.new_zeros(dz.shape[0], self.weight.shape[1])
         for columns, weight in self._blocks():
             dh.addmm_(dz[:, columns], weight)
-        return dh
+        return dh[:n]
 
     def add_weight_gradient_(self, dw: Tensor, dz: Tensor, h: Tensor) -> None:
         """dw (V, H) in tile_dtype += dz^T h."""
-        if not self.wide:
+        if self.native:
+            torch.ops.longpo_cpu.add_weight_gradient_(dw, dz, h)
+        elif not self.wide:
             dw.addmm_(dz.t(), h)
         elif _addmm_takes_float32(dz.device, dz.dtype):
             torch.ops.aten.addmm.dtype_out(dw, dz.t(), h, torch.float32, out=dw)
         else:
             dw.add_(torch.mm(dz.t(), h, out_dtype=torch.float32))
+
+
+def _enough(rows: Tensor) -> Tensor:
+    """On the CPU at least FEW_ROWS rows, the added ones zero."""
+    missing = FEW_ROWS - rows.shape[0] if rows.device.type == "cpu" else 0
+    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing > 0 else rows
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WINDOW = 1 << 16
+WINDOW = 1 << 14
 
 
 class Stretch(NamedTuple):

@@ -46,8 +46,8 @@ def scratch_bytes(weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> tuple[i
     vocab, width = weight.shape
     wide = 8 if dtype == torch.float64 else 4
     upcast = UPCAST_BYTES if weight.device.type == "cpu" and weight.dtype.itemsize == 2 else 0
-    fixed = 4 * max(BLOCK_BYTES, vocab * wide) + 16 * WINDOW + tiles * upcast
-    return fixed, tiles * (vocab * wide + width * (2 * dtype.itemsize + 2 * wide)) + 64
+    fixed = 6 * tiles * max(BLOCK_BYTES, vocab * wide) + 64 * WINDOW + tiles * upcast
+    return fixed, tiles * (vocab * wide + width * (2 * dtype.itemsize + 2 * wide) + 64)
 
 
 def rows_per_chunk(workspace_bytes: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:
@@ -88,12 +88,12 @@ class HeadSweep:
     """The head on its way over the rows: products, tile functions, one tile of memory and the gradients it gathers."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, tiles: Tiles, options: Options, rows: int):
-        self.products = Products(weight, options.compute_dtype)
+        self.products = Products(weight, options.compute_dtype, tiles.name)
         self.tiles, self.options, self.rows = tiles, options, rows
         self.map = LogitMap(bias, options.scale, options.softcap)
         self.vocab, self.device, self.dtype = weight.shape[0], weight.device, self.products.tile_dtype
         self.dw = torch.zeros_like(weight, dtype=self.dtype) if options.need_weight else None
-        self.db = torch.zeros_like(bias, dtype=self.dtype) if options.need_bias else None
+        self.db = torch.zeros_like(bias, dtype=torch.float64) if options.need_bias else None  # many chunks, few numbers
 
     @functools.cached_property
     def tile(self) -> Tensor:
@@ -131,12 +131,12 @@ class HeadSweep:
         return logps
 
     def _gather(self, chunk: Chunk, h: Tensor, dz: Tensor) -> None:
-        if self.options.need_hidden:
-            chunk.write(self.products.hidden_gradient(dz))
         if self.dw is not None:
             self.products.add_weight_gradient_(self.dw, dz, h)
         if self.db is not None:
             self.db.add_(dz.sum(0, dtype=self.dtype))
+        if self.options.need_hidden:  # last: with reuse_hidden this overwrites what h may be a view of
+            chunk.write(self.products.hidden_gradient(dz))
 
 
 class Pairs(NamedTuple):
@@ -163,18 +163,21 @@ class Result(NamedTuple):
     grad_scale: Tensor
 
 
-def sweep(stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None = None) -> Result:
-    """Loss and gradients of all rows in one sweep; gradients of hidden go to each stretch's `grad`."""
-    return _Sweep(stretches, head, pairs).run()
+def sweep(stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None, nll_total: Tensor) -> Result:
+    """Loss and gradients of all rows in one sweep; gradients of hidden go to each stretch's `grad`. NLL weights are
+    divided by nll_total (); nothing is divided by 0."""
+    return _Sweep(stretches, head, pairs, nll_total).run()
 
 
 class _Sweep:
-    def __init__(self, stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None):
+    def __init__(self, stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None, nll_total: Tensor):
         self.stretches, self.head, self.pairs = stretches, head, pairs
         double = functools.partial(torch.zeros, device=head.device, dtype=torch.float64)
         b, r = (0, 0) if pairs is None else (pairs.count, pairs.pair.shape[0])
         self.sums, self.slopes, self.nll = double(b + r), double(b + r), double(1)
         self.losses, self.chosen_rewards, self.rejected_rewards = double(b), double(b), double(r)
+        nll_total = nll_total.to(head.device, torch.float64)
+        self.nll_scale = torch.where(nll_total != 0, 1 / nll_total, 0.0)
         self.lengths = torch.zeros(b + r, dtype=torch.int64)  # answer rows of each sequence, on the host
         self.grad_scale = torch.ones((), device=head.device)
 
@@ -287,12 +290,12 @@ class _Sweep:
     def _add_nll(self, chunk: Chunk, logps: Tensor) -> None:
         weights = chunk.nll_weights(self.head.device, logps.dtype)
         carried = torch.where(weights != 0, logps, 0.0).double() * -weights.double()
-        self.nll.add_(carried.sum())
+        self.nll.add_(carried.sum() * self.nll_scale)
 
     def _weights(self, chunk: Chunk) -> Tensor:
         """g (n,) = c_k - w_t, in the tile's dtype."""
         dtype = self.head.dtype
-        g = -chunk.nll_weights(self.head.device, torch.float64)
+        g = -chunk.nll_weights(self.head.device, torch.float64) * self.nll_scale
         if self.pairs is not None:
             segments = chunk.segments().to(self.head.device, non_blocking=True)
             g = g + torch.cat([self.slopes, self.slopes.new_zeros(1)])[segments]
@@ -326,7 +329,7 @@ class _Sweep:
         bound = self.slopes.abs().amax() if self.slopes.shape[0] else self.nll.new_zeros(())
         for stretch in self.stretches:
             if stretch.nll is not None and stretch.nll_weights.shape[0]:
-                bound = torch.maximum(bound, stretch.nll_weights.abs().amax().to(bound))
+                bound = torch.maximum(bound, stretch.nll_weights.abs().amax().to(bound) * self.nll_scale.abs())
         return float16_scale(bound)
 
 

@@ -26,6 +26,7 @@ Scratch: O(n) numbers, or one block of rows of about 1 MiB for the PyTorch form.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -169,8 +170,10 @@ class TorchTiles:
         )
 
     def segment_sums(self, values, segments, out):
-        member = segments[None, :] == torch.arange(out.shape[0], device=out.device)[:, None]  # (K, n)
-        out.add_(torch.where(member, values.double(), 0.0).sum(1))
+        numbers = torch.arange(out.shape[0], device=out.device)[:, None]  # (K, 1) against (1, n): K n numbers at a time
+        block = max(1, BLOCK_BYTES // (8 * max(1, out.shape[0])))
+        for part, of in zip(values.split(block), segments.split(block), strict=True):
+            out.add_(torch.where(of == numbers, part.double(), 0.0).sum(1))
 
     @staticmethod
     def _write_gradient(z, logits, log_p, labels, g, map, dtype):
@@ -203,7 +206,7 @@ def _divergence_rows(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tu
         value, dl = expected(p, log_p - log_q)
         return value, dl, q - p
     beta = divergence.beta
-    log_m = (beta * q + (1 - beta) * p).log_()
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))  # beta q itself may underflow to 0
     value_q, dl_teacher = expected(q, log_q - log_m)
     value_p, dl = expected(p, log_p - log_m)
     return beta * value_q + (1 - beta) * value_p, dl.mul_(1 - beta), dl_teacher.mul_(beta)

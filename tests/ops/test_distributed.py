@@ -1,0 +1,135 @@
+"""Accumulation steps, DDP and FSDP2 with `num_pairs` equal one process on the whole batch (two gloo processes)."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longpo_ops import LongPO, attach
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS, T, V = 5, 14, 53
+
+
+def model(tied=False):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return attach(LlamaForCausalLM(config))
+
+
+def pairs(which: slice):
+    """-> ids (2 n, T), chosen first, and what to compute on their hidden states; sequences differ in answer lengths."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(V, (2, PAIRS, T), generator=generator)
+    answers = ids.clone()
+    for pair in range(PAIRS):
+        answers[0, pair, : 6 + pair] = answers[1, pair, : 9 - pair] = -100
+    nll = ids[0].clone()
+    nll[1::2, :5] = -100
+    refs = -20 + torch.randn(2, PAIRS, generator=generator)
+    ids, answers, nll, refs = ids[:, which], answers[:, which], nll[which], refs[:, which]
+    n = ids.shape[1]
+
+    def compute(hidden, head):
+        return head(
+            (hidden[:n], hidden[n:]), (answers[0], answers[1]), nll_labels=nll, num_pairs=PAIRS,
+            ref_chosen_logps=refs[0], ref_rejected_logps=refs[1], objective=LongPO(preference_weight=0.5),
+        )  # fmt: skip
+
+    return ids.flatten(0, 1), compute
+
+
+def step(model, which: slice, factor=1.0):
+    ids, compute = pairs(which)
+    loss = model(ids, use_cache=False, compute=compute).loss
+    (loss * factor).backward()
+    return loss.detach()
+
+
+def whole_batch(tied=False):
+    one = model(tied)
+    loss = step(one, slice(0, PAIRS))
+    return loss, {name: p.grad for name, p in one.named_parameters()}
+
+
+def compare(gradients, truth):
+    assert gradients.keys() == truth.keys()
+    for name, grad in truth.items():
+        torch.testing.assert_close(gradients[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (4,)])
+def test_accumulation_steps_add_up_to_the_whole_batch(cuts):
+    truth, true_gradients = whole_batch()
+    one, edges = model(), (0, *cuts, PAIRS)
+    total = sum(step(one, slice(*edge)) for edge in pairwise(edges))
+    torch.testing.assert_close(total, truth)
+    compare({name: p.grad for name, p in one.named_parameters()}, true_gradients)
+
+
+VARIANTS = [(wrapper, tied) for wrapper in ("ddp", "fsdp2") for tied in (False, True)]
+
+
+def test_two_processes_equal_one(tmp_path):
+    """All variants in one pair of processes: starting them costs more than what they do."""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"from tests.ops.test_distributed import worker; worker({rank}, {str(tmp_path)!r})"],
+            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(printed)
+    results = torch.load(tmp_path / "results.pt")
+    assert list(results) == VARIANTS
+    for (wrapper, tied), (loss, gradients) in results.items():
+        truth, true_gradients = whole_batch(tied)
+        torch.testing.assert_close(loss, truth, msg=lambda m, wrapper=wrapper: f"{wrapper}: {m}")
+        compare(gradients, true_gradients)
+
+
+def worker(rank: int, folder: str) -> None:
+    """One of two ranks: two accumulation steps, three pairs on rank 0 and two on rank 1."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = {variant: train(rank, *variant) for variant in VARIANTS}
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(rank: int, wrapper: str, tied: bool):
+    one = model(tied)
+    wrapped = torch.nn.parallel.DistributedDataParallel(one) if wrapper == "ddp" else shard(one, tied)
+    total = torch.zeros(())
+    for which in [(slice(0, 2), slice(2, 3)), (slice(3, 4), slice(4, 5))][rank]:
+        total += step(wrapped, which, factor=2.0)  # both wrappers average over ranks: multiply by their number
+    dist.all_reduce(total)
+    full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
+    return total, {name: full(p.grad) for name, p in one.named_parameters()}
+
+
+def shard(one, tied: bool):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in one.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if not tied:
+        fully_shard(one.lm_head, mesh=mesh)  # a unit of its own: gathered by its own forward
+    return fully_shard(one, mesh=mesh)

@@ -1,0 +1,273 @@
+"""PreferenceHead, attach and detach: whole transformers models, adapters, copies, wrappers."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from transformers.models import cohere, gemma2, granite, llama, qwen2
+
+from longpo_ops import (
+    DPO,
+    PreferenceHead,
+    SimPO,
+    attach,
+    detach,
+    fused_preference_loss,
+    linear_cross_entropy,
+    linear_kl,
+    linear_logprobs,
+)
+
+SIZES = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None,
+    eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+FAMILIES = {
+    "llama": lambda: llama.LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "llama tied": lambda: llama.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": lambda: qwen2.Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "gemma2 soft-cap": lambda: gemma2.Gemma2Config(**SIZES, final_logit_softcapping=2.0),
+    "cohere scale": lambda: cohere.CohereConfig(**SIZES, logit_scale=0.25),
+    "granite scale": lambda: granite.GraniteConfig(**SIZES, logits_scaling=4.0),
+}
+
+
+def make(family="llama"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+
+
+def batch():
+    ids = torch.randint(61, (4, 12), generator=torch.Generator().manual_seed(1))
+    answers = ids.clone()
+    answers[:, :8] = -100
+    return ids, answers
+
+
+def preference(answers, **options):
+    return lambda hidden, head: head((hidden[:2], hidden[2:]), (answers[:2], answers[2:]), objective=SimPO(), **options)
+
+
+def from_logits(model, ids, answers):
+    """SimPO from the model's own logits."""
+    logp = model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    labels = answers[:, 1:]
+    mean = (logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)).sum(1) / (labels >= 0).sum(1)
+    return -torch.nn.functional.logsigmoid(2 * (mean[:2] - mean[2:]) - 1).mean()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(ours, truth, scale=1.0):
+    assert ours.keys() == truth.keys()
+    for name in truth:
+        torch.testing.assert_close(
+            ours[name] * scale, truth[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_attached_model_equals_its_own_logits(family):
+    model, (ids, answers) = make(family), batch()
+    truth = from_logits(model, ids, answers)
+    true_gradients = gradients(model, truth)
+    assert attach(model) is model
+    hidden = model(ids, use_cache=False).last_hidden_state
+    assert hidden.shape == (4, 12, 32)
+    out = model(ids, use_cache=False, compute=preference(answers))
+    torch.testing.assert_close(out.loss, truth, rtol=1e-4, atol=1e-5)
+    compare(gradients(model, out.loss), true_gradients)
+    detach(model)
+    torch.testing.assert_close(from_logits(model, ids, answers), truth)
+
+
+def test_detach_leaves_nothing_behind():
+    model = make()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    detach(attach(model))
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+
+
+def test_compute_may_call_any_function_of_the_package():
+    model, (ids, answers) = attach(make()), batch()
+
+    def compute(hidden, head):
+        rows, labels = hidden[:, :-1].flatten(0, 1), answers[:, 1:].flatten()
+        logps = head(rows, labels, loss=linear_logprobs)
+        return logps.sum() / (labels >= 0).sum(), head(rows, labels, loss=linear_cross_entropy)
+
+    a, b = model(ids, use_cache=False, compute=compute)
+    torch.testing.assert_close(-a, b)
+    assert torch.autograd.grad(b, model.lm_head.weight)[0].any()
+
+
+def test_preference_head_is_the_function_with_its_parameters():
+    weight, bias = torch.nn.Parameter(torch.randn(11, 8)), torch.nn.Parameter(torch.randn(11))
+    head = PreferenceHead(weight, bias, softcap=3.0, scale=0.5)
+    assert dict(head.named_parameters()).keys() == {"weight", "bias"} and "8 -> 11" in repr(head)
+    chosen, rejected, labels = torch.randn(2, 5, 8), torch.randn(2, 4, 8), torch.randint(11, (2, 5))
+    out = head((chosen, rejected), (labels, labels[:, :4]), objective="simpo")
+    truth = fused_preference_loss(
+        chosen, rejected, weight, labels, labels[:, :4], objective="simpo", bias=bias, softcap=3.0, scale=0.5
+    )
+    assert torch.equal(out.loss, truth.loss)
+    logps = head(chosen[0], labels[0], loss=linear_logprobs, softcap=None)
+    assert torch.equal(logps, linear_logprobs(chosen[0], weight, labels[0], bias=bias, scale=0.5))
+    logps.sum().backward()
+    assert weight.grad.any() and bias.grad.any()
+
+
+def test_tied_heads_take_both_gradients():
+    model, (ids, answers) = make("llama tied"), batch()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    attach(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    grads = gradients(model, model(ids, use_cache=False, compute=preference(answers)).loss)
+    unused = next(t for t in range(61) if t not in ids)  # in no input: its gradient comes from the head alone
+    assert grads["model.embed_tokens.weight"][unused].any()
+
+
+def test_a_copy_of_an_attached_model_reads_its_own_head():
+    model, (ids, answers) = attach(make()), batch()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(3)
+    run = lambda m: m(ids, use_cache=False, compute=preference(answers)).loss  # noqa: E731
+    assert abs(run(twin) - run(model)) > 1e-3
+    run(twin).backward()
+    assert twin.lm_head.weight.grad is not None and model.lm_head.weight.grad is None
+    torch.testing.assert_close(from_logits(detach(twin), ids, answers), run(attach(twin)), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_and_compile_of_the_body():
+    model, (ids, answers) = attach(make()).train(), batch()
+    plain = gradients(model, model(ids, use_cache=False, compute=preference(answers)).loss)
+    model.gradient_checkpointing_enable()
+    compare(gradients(model, model(ids, use_cache=False, compute=preference(answers)).loss), plain)
+
+
+def test_reuse_hidden_behind_a_real_norm():
+    model, (ids, answers) = attach(make()), batch()
+    plain = gradients(model, model(ids, use_cache=False, compute=preference(answers)).loss)
+    compare(gradients(model, model(ids, use_cache=False, compute=preference(answers, reuse_hidden=True)).loss), plain)
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def lora(targets, **more):
+    torch.manual_seed(3)
+    model = get_peft_model(
+        make(), LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **more)
+    )
+    return model.eval()
+
+
+def test_lora_on_the_body():
+    model, (ids, answers) = lora(["q_proj", "v_proj"]), batch()
+    truth = from_logits(model, ids, answers)
+    true_gradients = gradients(model, truth)
+    attach(model)
+    out = model(input_ids=ids, use_cache=False, compute=preference(answers))
+    torch.testing.assert_close(out.loss, truth, rtol=1e-4, atol=1e-5)
+    compare(gradients(model, out.loss), true_gradients)  # adapters only: the frozen head has none
+    detach(model)
+
+
+def test_lora_on_the_head_is_refused_or_merged():
+    model, (ids, answers) = lora(["q_proj", "lm_head"]), batch()
+    truth = from_logits(model, ids, answers)
+    true_gradients = gradients(model, truth)
+    with pytest.raises(ValueError, match="merge_lora=True"):
+        attach(model)
+    attach(model, merge_lora=True)
+    out = model(input_ids=ids, use_cache=False, compute=preference(answers))
+    torch.testing.assert_close(out.loss, truth, rtol=1e-4, atol=1e-5)
+    grads = gradients(model, out.loss)
+    assert any("lm_head.lora_B" in name for name in grads)
+    compare(grads, true_gradients)
+    with model.disable_adapter():
+        off = model(input_ids=ids, use_cache=False, compute=preference(answers)).loss
+    detach(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(off, from_logits(model, ids, answers), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [dict(lora_dropout=0.1), dict(use_dora=True)], ids=str)
+def test_adapters_that_cannot_be_merged_exactly_are_refused(more):
+    with pytest.raises(ValueError, match="merge_lora=True: the head's adapter has"):
+        attach(lora(["lm_head"], **more), merge_lora=True)
+
+
+def test_a_trained_copy_of_the_head():
+    """modules_to_save: the copy is read, and the original while adapters are disabled (the reference of DPO)."""
+    model, (ids, answers) = lora(["q_proj"], modules_to_save=["lm_head"]), batch()
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
+    truth = from_logits(model, ids, answers)
+    true_gradients = gradients(model, truth)
+    with model.disable_adapter():
+        without = from_logits(model, ids, answers)
+    attach(model)
+    run = lambda: model(input_ids=ids, use_cache=False, compute=preference(answers)).loss  # noqa: E731
+    torch.testing.assert_close(run(), truth, rtol=1e-4, atol=1e-5)
+    compare(gradients(model, run()), true_gradients)
+    with model.disable_adapter():
+        torch.testing.assert_close(run(), without, rtol=1e-4, atol=1e-5)
+    detach(model)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_models_are_refused():
+    model = attach(make())
+    with pytest.raises(ValueError, match="LlamaForCausalLM is attached already; detach"):
+        attach(model)
+    detach(model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not attached"):
+        detach(model)
+    with pytest.raises(ValueError, match="Linear is no transformers causal LM; attach before wrapping"):
+        attach(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="LlamaModel has no separate body and head"):
+        attach(make().model)
+    quantised = make()
+    quantised.lm_head.weight = torch.nn.Parameter(torch.zeros(61, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="float weight"):
+        attach(quantised)
+
+
+def test_distillation_between_two_attached_models():
+    student, teacher, (ids, _) = attach(make()), attach(make("llama tied")), batch()
+    with torch.no_grad():
+        quiet = teacher(ids, use_cache=False, compute=lambda hidden, head: hidden)
+
+    def compute(hidden, head):
+        def reverse_kl(hidden, weight, **options):
+            fixed = quiet.flatten(0, 1), teacher.lm_head.weight.detach()
+            return linear_kl(hidden, weight, *fixed, kind="reverse", **options)
+
+        return head(hidden.flatten(0, 1), (), loss=reverse_kl)
+
+    out = student(ids, use_cache=False, compute=compute)
+    out.backward()
+    assert out > 0 and student.lm_head.weight.grad.any() and teacher.lm_head.weight.grad is None
+
+
+def test_dpo_of_a_model_with_itself_as_reference_is_log_two():
+    model, (ids, answers) = attach(make()), batch()
+    with torch.no_grad():
+        free = model(ids, use_cache=False, compute=preference(answers))
+
+    def compute(hidden, head):
+        references = dict(ref_chosen_logps=free.chosen_logps, ref_rejected_logps=free.rejected_logps)
+        return head((hidden[:2], hidden[2:]), (answers[:2], answers[2:]), objective=DPO(), **references)
+
+    torch.testing.assert_close(model(ids, use_cache=False, compute=compute).loss, torch.tensor(2.0).log())

@@ -1,0 +1,231 @@
+"""Every objective: slopes against autograd, values against formulas written from the papers and official codes."""
+
+import math
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longpo_ops.ops.objectives import (
+    DPO,
+    IPO,
+    LOGO,
+    OBJECTIVES,
+    ORPO,
+    Hinge,
+    KTOPair,
+    LongPO,
+    Objective,
+    PairLogps,
+    SimPO,
+    rebuild_objective,
+    resolve_objective,
+)
+
+EXAMPLES = [
+    LongPO(),
+    DPO(beta=0.3, label_smoothing=0.2),
+    Hinge(beta=0.5),
+    IPO(beta=0.2),
+    IPO(average=True),
+    KTOPair(beta=0.4),
+    SimPO(),
+    LOGO(),
+    ORPO(lam=0.3),
+]
+
+
+def draw(objective, pair=(0, 1, 2, 3), spread=3.0):
+    b, r = max(pair) + 1, len(pair)
+    double = lambda n: -8 + spread * torch.randn(n, dtype=torch.float64).clamp(-2.5, 2.5)  # noqa: E731
+    references = (double(b), double(r)) if objective.needs_reference else (None, None)
+    lengths = (torch.randint(1, 9, (n,)).double() for n in (b, r))
+    return PairLogps(double(b).requires_grad_(), double(r).requires_grad_(), *references, *lengths, torch.tensor(pair))
+
+
+def layouts(objective):
+    return [(0, 1, 2, 3)] if objective.one_rejected else [(0, 1, 2, 3), (3, 0, 0, 1, 2, 2, 2)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("objective", EXAMPLES, ids=repr)
+def test_slopes_are_the_derivatives(objective):
+    for pair in layouts(objective):
+        for _ in range(5):
+            p = draw(objective, pair)
+            terms = objective.terms(p)
+            truth = torch.autograd.grad(terms.losses.sum(), (p.chosen, p.rejected))
+            torch.testing.assert_close(terms.chosen_slopes.detach(), truth[0], rtol=1e-10, atol=1e-13)
+            torch.testing.assert_close(terms.rejected_slopes.detach(), truth[1], rtol=1e-10, atol=1e-13)
+            assert terms.losses.shape == terms.chosen_rewards.shape == (4,)
+            assert terms.rejected_rewards.shape == (len(pair),)
+
+
+@pytest.mark.parametrize("objective", EXAMPLES, ids=repr)
+def test_a_log_prob_that_is_no_number_stays_none(objective):
+    p = draw(objective)
+    with torch.no_grad():
+        p.chosen[1] = math.nan
+    terms = objective.terms(p)
+    assert terms.losses[1].isnan() and terms.chosen_slopes[1].isnan()
+    if objective.separable:
+        assert not terms.losses[[0, 2, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("objective", EXAMPLES, ids=repr)
+@pytest.mark.parametrize("size", [0.0, 1e4, -1e4])
+def test_far_apart_log_probs_give_finite_slopes(objective, size):
+    p = draw(objective)
+    p = p._replace(
+        chosen=p.chosen.detach() * 0 - abs(size) - size - 1, rejected=p.rejected.detach() * 0 - abs(size) - 1
+    )
+    terms = objective.terms(p)
+    for value in terms:
+        assert value.isfinite().all()
+
+
+def test_orpo_at_certain_answers():
+    """exp(S/n) = 1 is where the odds end: the loss stays finite and the slope beyond the clamp is the NLL's alone."""
+    ones = torch.ones(1, dtype=torch.float64)
+    terms = ORPO().terms(PairLogps(0 * ones, -ones, None, None, ones, ones, torch.tensor([0])))
+    assert terms.losses.isfinite() and terms.chosen_slopes == -1
+
+
+# -- the official LongPO losses, from full logits, written without the library ---------------------------------------
+
+
+def conversations(turns=2, B=3, H=12, V=29, T=20):
+    """Chosen and rejected sequences with several answers each; NLL on most of the chosen sequence."""
+    double = dict(dtype=torch.float64)
+    hidden = torch.randn(2, B, T, H, **double)
+    weight = torch.randn(V, H, **double, requires_grad=True)
+    tokens = torch.randint(V, (2, B, T))
+    answers, nll = torch.full_like(tokens, -100), tokens[0].clone()
+    for turn in range(turns):
+        start = 4 + 8 * turn
+        answers[:, :, start : start + 4] = tokens[:, :, start : start + 4]
+        answers[1, :, start + 4] = tokens[1, :, start + 4]  # rejected answers are longer
+        nll[:, start - 2] = -100  # a role marker
+    refs = -13 * turns + torch.randn(2, B, **double)
+    return hidden.requires_grad_(), weight, tokens, answers, nll, refs
+
+
+def official(kind, hidden, weight, answers, nll, refs, beta, lam):
+    """Sums of shifted log-softmax, the loss of Eq. 12 (or its siblings), plus the mean NLL of each chosen sequence."""
+    logp = F.log_softmax(hidden[:, :, :-1] @ weight.T, -1)
+
+    def summed(which, labels):
+        mask = labels != -100
+        return (logp[which].gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask).sum(-1), mask.sum(-1)
+
+    (s_w, _), (s_l, _) = summed(0, answers[0][:, 1:]), summed(1, answers[1][:, 1:])
+    r_w, r_l = refs
+    logits = (s_w - s_l) - (r_w - r_l)
+    if kind == "sigmoid":
+        losses = -F.logsigmoid(beta * logits)
+    elif kind == "hinge":
+        losses = torch.relu(1 - beta * logits)
+    elif kind == "ipo":
+        losses = (logits - 1 / (2 * beta)) ** 2
+    else:
+        kl_w, kl_l = (s_w - r_w).mean().clamp(min=0), (s_l - r_l).mean().clamp(min=0)
+        losses = torch.cat([1 - F.sigmoid(beta * ((s_w - r_w) - kl_l)), 1 - F.sigmoid(beta * (kl_w - (s_l - r_l)))], 0)
+    nll_sum, count = summed(0, nll[:, 1:])
+    return lam * losses.mean() + (-nll_sum / count).mean()
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize(
+    "kind, objective", [("sigmoid", LongPO), ("hinge", Hinge), ("ipo", IPO), ("kto_pair", KTOPair)]
+)
+def test_the_official_longpo_losses_from_full_logits(kind, objective, turns):
+    from longpo_ops import fused_preference_loss
+
+    hidden, weight, _, answers, nll, refs = conversations(turns)
+    out = fused_preference_loss(
+        hidden[0], hidden[1], weight, answers[0], answers[1], ref_chosen_logps=refs[0], ref_rejected_logps=refs[1],
+        nll_labels=nll, objective=objective(beta=0.2, preference_weight=0.05),
+    )  # fmt: skip
+    truth = official(kind, hidden, weight, answers, nll, refs, 0.2, 0.05)
+    torch.testing.assert_close(out.loss, truth, rtol=1e-12, atol=0)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (out.loss, truth))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_longpo_is_dpo_with_another_weight():
+    p = draw(LongPO())
+    for a, b in zip(LongPO(beta=0.3).terms(p), DPO(beta=0.3).terms(p)):
+        assert torch.equal(a, b)
+    assert LongPO().preference_weight == 0.01 and DPO().preference_weight == 1
+
+
+@pytest.mark.parametrize(
+    "objective, formula",
+    [
+        (SimPO(beta=2.5, gamma=0.7), lambda w, l: -F.logsigmoid(2.5 * (w - l) - 0.7)),
+        (ORPO(lam=0.4), lambda w, l: -w - 0.4 * F.logsigmoid(_log_odds(w) - _log_odds(l))),
+        (LOGO(beta=3.0, gamma=0.9), lambda w, l: -F.logsigmoid(3 * (w - l) - 0.9) - 0.1 * w),
+    ],
+    ids=["simpo", "orpo", "logo"],
+)
+def test_reference_free_objectives_against_their_papers(objective, formula):
+    p = draw(objective)
+    w, l = p.chosen / p.chosen_lengths, p.rejected / p.rejected_lengths
+    torch.testing.assert_close(objective.terms(p).losses, formula(w, l))
+
+
+def _log_odds(mean):
+    return torch.log(mean.exp() / (1 - mean.exp()))
+
+
+def test_logo_averages_rejected_answers_inside_and_the_others_outside():
+    pair = (0, 0, 1, 1)
+    p = draw(LOGO(), pair)
+    w, l = p.chosen / p.chosen_lengths, (p.rejected / p.rejected_lengths).view(2, 2)
+    torch.testing.assert_close(LOGO().terms(p).losses, -F.logsigmoid(10 * (w - l.mean(1)) - 3) - 0.1 * w)
+    torch.testing.assert_close(SimPO().terms(p).losses, -F.logsigmoid(2 * (w[:, None] - l) - 1).mean(1))
+
+
+# -- the objects themselves ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", EXAMPLES, ids=repr)
+def test_an_objective_survives_the_way_through_an_operator(objective):
+    assert rebuild_objective(objective.name, objective.parameters()) == objective
+    assert resolve_objective(objective) is objective
+
+
+def test_names_are_those_of_the_table():
+    assert list(OBJECTIVES) == ["longpo", "dpo", "hinge", "ipo", "kto_pair", "simpo", "logo", "orpo"]
+    for name, cls in OBJECTIVES.items():
+        assert resolve_objective(name) == cls() and cls.name == name
+
+
+def test_objectives_are_frozen_and_named():
+    with pytest.raises(FrozenInstanceError):
+        DPO().beta = 2
+    with pytest.raises(TypeError):
+        DPO(0.1)
+    assert {f.name for f in fields(LOGO)} == {"preference_weight", "beta", "gamma", "nll_weight"}
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: DPO(beta=0), ["DPO", "beta=0", "beta > 0"]),
+        (lambda: LongPO(beta=-0.1), ["LongPO", "beta=-0.1", "beta > 0"]),
+        (lambda: SimPO(gamma=math.nan), ["SimPO", "gamma=nan", "finite"]),
+        (lambda: IPO(beta="0.1"), ["IPO", "beta='0.1'", "finite number"]),
+        (lambda: DPO(label_smoothing=0.5), ["label_smoothing=0.5", "< 0.5"]),
+        (lambda: DPO(label_smoothing=-0.1), ["label_smoothing=-0.1", "0 <="]),
+        (lambda: ORPO(preference_weight=-1), ["ORPO", "preference_weight=-1", ">= 0"]),
+        (lambda: resolve_objective("ppo"), ["objective='ppo'", "longpo", "orpo"]),
+        (lambda: resolve_objective(DPO), ["objective=", "expected one of"]),
+        (lambda: resolve_objective(Objective()), ["objective=Objective", "expected one of"]),
+    ],
+)
+def test_bad_objectives_are_refused(make, words):
+    with pytest.raises(ValueError) as failure:
+        make()
+    assert all(word in str(failure.value) for word in words), failure.value

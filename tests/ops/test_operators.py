@@ -1,0 +1,269 @@
+"""The registered operators: torch.compile without a graph break, opcheck, autocast, hooks, checkpointing."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from longpo_ops import (
+    DPO,
+    fused_preference_loss,
+    linear_cross_entropy,
+    linear_kl,
+    linear_logprobs,
+    packed_preference_loss,
+)
+from longpo_ops.ops import divergence, operators, reference
+from longpo_ops.ops.products import Products
+
+from .budget import check_budget
+
+N, V, H = 12, 11, 8
+LABELS = torch.tensor([1, 2, -100, 10, 0, 5, 5, -100, 3, 7, 8, 9])
+ROWS = torch.linspace(0.5, 1.5, N)
+
+
+def fused(hidden, weight, bias, **more):
+    chosen, rejected = hidden.view(2, 2, 3, H)
+    labels = LABELS.view(2, 2, 3).to(hidden.device)
+    out = fused_preference_loss(
+        chosen, rejected, weight, labels[0], labels[1], objective=DPO(), ref_chosen_logps=torch.tensor([-3.0, -4.0]),
+        ref_rejected_logps=torch.tensor([-5.0, -6.0]), nll_labels=labels[0], bias=bias, **more,
+    )  # fmt: skip
+    return out.loss
+
+
+def packed(hidden, weight, bias, **more):
+    return packed_preference_loss(
+        hidden, weight, LABELS, torch.arange(N) // 3, num_chosen=2, rejected_pair=torch.tensor([1, 0]),
+        nll_weights=ROWS, objective="simpo", bias=bias, **more,
+    ).loss  # fmt: skip
+
+
+def logprobs(hidden, weight, bias):
+    return (linear_logprobs(hidden, weight, LABELS, bias=bias, softcap=5.0) * ROWS).sum()
+
+
+def cross_entropy(hidden, weight, bias):
+    return linear_cross_entropy(hidden, weight, LABELS, bias=bias, row_weights=ROWS)
+
+
+def kl(hidden, weight, bias):
+    return linear_kl(hidden, weight, hidden.flip(0), weight * 2, bias=bias, kind="reverse", mask=LABELS >= 0)
+
+
+def kl_rows(hidden, weight, bias):
+    return (linear_kl(hidden, weight, hidden.flip(0), weight * 2, bias=bias, kind="jsd", reduction="none") * ROWS).sum()
+
+
+FUNCTIONS = (fused, packed, logprobs, cross_entropy, kl, kl_rows)
+
+
+def leaves(dtype=torch.float64):
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in ((N, H), (V, H), (V,))]
+
+
+def value_and_gradients(function, inputs):
+    value = function(*inputs)
+    return value.detach(), *torch.autograd.grad(value, inputs)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_compiles_without_a_graph_break(function):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: function(*(t * 1 for t in x)) * 0.5, fullgraph=True, backend="aot_eager")
+    plain = value_and_gradients(lambda *x: function(*x) * 0.5, leaves())
+    for a, b in zip(value_and_gradients(compiled, leaves()), plain):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda h, w, b: fused(h.tanh(), w, b), fullgraph=True)
+    plain = value_and_gradients(lambda h, w, b: fused(h.tanh(), w, b), leaves())
+    for a, b in zip(value_and_gradients(compiled, leaves()), plain):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_compiles_for_lengths_that_change():
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (5, 9, 30):
+        hidden, weight, labels = torch.randn(n, H, requires_grad=True), torch.randn(V, H), torch.randint(V, (n,))
+        torch.testing.assert_close(compiled(hidden, weight, labels), linear_cross_entropy(hidden, weight, labels))
+
+
+def test_compiles_without_gradients():
+    torch._dynamo.reset()
+    for function in FUNCTIONS:
+        inputs = [t.detach() for t in leaves()]
+        with torch.no_grad():
+            torch.testing.assert_close(
+                torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), function(*inputs)
+            )
+
+
+@pytest.mark.parametrize("function", [fused, kl], ids=lambda f: f.__name__)
+def test_compiled_backward_with_retain_graph(function):
+    torch._dynamo.reset()
+    inputs = leaves()
+    value = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+    first = torch.autograd.grad(value * 0.5, inputs, retain_graph=True)
+    second = torch.autograd.grad(value * 0.5, inputs)
+    plain = value_and_gradients(lambda *x: function(*x) * 0.5, leaves())[1:]
+    for a, b, c in zip(first, second, plain):
+        torch.testing.assert_close(a, c)
+        torch.testing.assert_close(b, c)
+
+
+def test_reuse_hidden_is_refused_under_compile():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: fused(*x, reuse_hidden=True), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="reuse_hidden=True: expected False under"):
+        compiled(*leaves())
+
+
+def test_opcheck_sweep():
+    hidden, weight, bias = leaves(torch.float32)
+    none = torch.empty(0, dtype=torch.int64)
+    for need, objective, references in (
+        ([True, True, True], ("dpo", [1.0, 0.1, 0.0]), [torch.zeros(2), torch.zeros(2)]),
+        ([True, False, False], ("simpo", [1.0, 2.0, 1.0]), [None, None]),
+    ):
+        torch.library.opcheck(
+            operators.sweep_op,
+            (
+                list(hidden.detach().view(2, 2, 3, H).requires_grad_().unbind()),
+                weight if need[1] else weight.detach(), bias if need[2] else bias.detach(), list(LABELS.view(2, 2, 3)),
+                [torch.tensor([[0], [1]]), torch.tensor([[2], [3]])], [LABELS.view(2, 2, 3)[0], none],
+                [torch.ones(2, 1), torch.zeros(2, 1)], torch.tensor(2.0), *references, torch.tensor([0, 1]), 2,
+                *objective, 1.0, 2.0, True, -100, 1.0, 0.0, 64 << 20, torch.float32, need, "torch",
+            ),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_log_probs_and_divergence(dtype):
+    hidden, weight, bias = leaves(dtype)
+    options = (1.0, 3.0, 64 << 20, dtype)
+    torch.library.opcheck(operators.logps_op, (hidden, weight, bias, LABELS, -100, *options, "torch"))
+    plain = [t.detach() for t in (hidden, weight, bias)]
+    torch.library.opcheck(
+        operators.logps_backward_op, (ROWS, *plain, LABELS, -100, *options, [True, False, True], "torch")
+    )
+    heads = (hidden, weight, bias, *plain[:2], None)
+    rest = ("jsd", 0.5, 1.0, 0.0, 1.0, 2.0, 64 << 20, dtype, "torch")
+    torch.library.opcheck(divergence._values_op, (*heads, LABELS >= 0, *rest))
+    need = [True, True, True, False, False, False]
+    torch.library.opcheck(
+        divergence._divergence_op, (*heads, LABELS >= 0, ROWS, torch.tensor(2.0), *rest, need),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+def test_autocast(function, dtypes):
+    """float32 weights under bfloat16 autocast: gradients in each input's own dtype, as good as plain autocast's."""
+    hidden, weight, bias = leaves(torch.float32)
+    inputs = [x.detach().to(d).requires_grad_() for x, d in zip((hidden, weight, bias), (*dtypes, torch.float32))]
+    if function in (kl, kl_rows):  # the teacher is made of both
+        inputs[0] = inputs[0].detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = function(*inputs)
+    assert value.dtype == torch.float32
+    grads = torch.autograd.grad(value, inputs)
+    assert [g.dtype for g in grads] == [x.dtype for x in inputs]
+    truth = value_and_gradients(function, [x.detach().double().requires_grad_() for x in inputs])
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
+    plain = value_and_gradients(function, rounded)  # what rounding the operands to bfloat16 alone costs
+    for name, a, p, t in zip(("value", "hidden", "weight", "bias"), (value, *grads), plain, truth):
+        size = t.abs().max().item()
+        assert (a.double() - t).abs().max() <= 2 * (p - t).abs().max() + 2**-8 * size, name
+
+
+def test_autocast_off_for_float64():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = cross_entropy(*leaves())
+    torch.testing.assert_close(value, cross_entropy(*leaves()), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_activation_checkpointing(function, reentrant):
+    plain = value_and_gradients(function, leaves())
+    recomputed = value_and_gradients_by_backward(lambda *x: checkpoint(function, *x, use_reentrant=reentrant), leaves())
+    for a, b in zip(recomputed, plain):
+        assert torch.equal(a, b)
+
+
+def value_and_gradients_by_backward(function, inputs):
+    value = function(*inputs)
+    value.backward()
+    return value.detach(), *(x.grad for x in inputs)
+
+
+def test_saved_tensors_may_move_away_and_back():
+    """Offloading hooks hand back other tensors than those they were given."""
+    plain = value_and_gradients(fused, leaves())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy().copy(), torch.from_numpy):
+        value = fused(*(inputs := leaves()))
+    for a, b in zip(torch.autograd.grad(value, inputs), plain[1:]):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("function", ["preference", "cross_entropy", "kl"])
+def test_backward_makes_no_second_gradient(function):
+    """What forward computed is handed over, not copied: no tensor of a gradient's size is made in backward."""
+    wide = 4096
+    chosen, rejected = (torch.randn(2, 3, wide, requires_grad=True) for _ in range(2))
+    weight, labels = torch.randn(V, wide, requires_grad=True), LABELS.view(2, 2, 3)
+    rows = torch.randn(N, wide, requires_grad=True)
+    if function == "preference":
+        loss = fused_preference_loss(chosen, rejected, weight, *labels, objective="simpo", nll_labels=labels[0]).loss
+    elif function == "cross_entropy":
+        loss = linear_cross_entropy(rows, weight, LABELS)
+    else:
+        loss = linear_kl(rows, weight, torch.randn(N, 3), torch.randn(V, 3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        loss.backward()
+    made = [e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
+    assert max(made, default=0) < 4 * wide, made
+
+
+def test_products_are_in_float32_for_16_bit_inputs_on_the_cpu():
+    for dtype in (torch.bfloat16, torch.float16):
+        weight, h = torch.randn(3000, 64).to(dtype), torch.randn(5, 64).to(dtype)
+        products = Products(weight, dtype)
+        z = products.logits_(h.float(), torch.empty(5, 3000))
+        truth = h.double() @ weight.double().T
+        check_budget("logits", z, (h.float() @ weight.float().T), truth)
+        dz = torch.randn(5, 3000)
+        check_budget("hidden", products.hidden_gradient(dz), dz @ weight.float(), dz.double() @ weight.double())
+        dw = torch.ones(3000, 64)
+        products.add_weight_gradient_(dw, dz, h.float())
+        check_budget("weight", dw, 1 + dz.T @ h.float(), 1 + dz.double().T @ h.double())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
+def test_few_rows_are_multiplied_as_well_as_many(n):
+    """A product of one row adds V numbers one after another on a CPU; ours must not lose digits to that."""
+    weight, dz = torch.randn(20_000, 32), torch.randn(64, 20_000)
+    truth = dz.double() @ weight.double()
+    parts = torch.cat([Products(weight, torch.float32).hidden_gradient(d) for d in dz.split(n)])
+    check_budget("hidden", parts, dz @ weight, truth)
+    h, wide = torch.randn(64, 4096), torch.randn(300, 4096)
+    products = Products(wide, torch.float32)
+    logits = torch.cat([products.logits_(x, torch.empty(len(x), 300)) for x in h.split(n)])
+    check_budget("logits", logits, h @ wide.T, h.double() @ wide.double().T)
+
+
+def test_the_reference_is_plain_pytorch():
+    hidden, weight, bias = leaves()
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    capped = 5 * torch.tanh(2 * z / 5) / 3
+    torch.testing.assert_close(reference.logits(hidden, weight, bias, softcap=5, scale=2, temperature=3), capped)
+    nll = torch.nn.functional.cross_entropy(z, LABELS, reduction="none")
+    torch.testing.assert_close(reference.logprobs(hidden, weight, LABELS, bias=bias), -nll)
+    torch.testing.assert_close(reference.cross_entropy(hidden, weight, LABELS, bias=bias, reduction="sum"), nll.sum())

@@ -1,0 +1,73 @@
+"""What the sweep plans: which pairs share a visit, how many rows fit, and float16's power of two."""
+
+import math
+
+import pytest
+import torch
+
+from longpo_ops.ops.products import Products
+from longpo_ops.ops.sweep import float16_scale, rows_per_chunk, scratch_bytes
+
+from .test_preference import OBJECTIVES, Case
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5, 3e-9, 65504.0, 1e30, 2.0**-30])
+def test_float16_scale_brings_a_number_near_one(value):
+    scale = float16_scale(torch.tensor(value, dtype=torch.float64))
+    assert 0.5 <= scale.double() * value < 1 or (value == 1.0 and scale == 0.5)
+    assert math.log2(scale) == round(math.log2(scale))
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_float16_scale_of_no_number_is_one(value):
+    assert float16_scale(torch.tensor(value)) == 1
+
+
+def test_rows_fit_in_what_is_asked_for():
+    for V, H, dtype in ((7, 3, torch.float32), (32_000, 64, torch.bfloat16), (1_000, 8, torch.float64)):
+        weight = torch.empty(V, H, dtype=dtype, device="meta")
+        fixed, row = scratch_bytes(weight, dtype)
+        for rows in (1, 5, 63, 64, 100, 1000):
+            fit = rows_per_chunk(fixed + rows * row, weight, dtype)
+            assert fit <= rows and (fit == rows or (fit % 64 == 0 and rows - fit < 64))
+            assert rows_per_chunk(fixed + rows * row + row - 1, weight, dtype) == fit
+
+
+@pytest.fixture
+def visits(monkeypatch):
+    """The number of rows of each product with the head."""
+    seen = []
+    plain = Products.logits_
+    monkeypatch.setattr(Products, "logits_", lambda self, h, out: seen.append(h.shape[0]) or plain(self, h, out))
+    return seen
+
+
+def answers(case):
+    chosen, rejected = ((x[:, 1:] != -100).sum(1) for x in (case.chosen, case.rejected))
+    return (chosen + rejected).tolist()
+
+
+def test_pairs_that_fit_a_chunk_are_swept_while_their_tile_waits(visits, workspace):
+    case = Case(OBJECTIVES["dpo"], torch.float32, nll=False)
+    sizes = answers(case)  # two to four answer tokens each side
+    case.ours(backend="torch")
+    assert visits == [sum(sizes)]  # everything in one visit: scored, decided and swept
+    visits.clear()
+    case.ours(backend="torch", workspace_bytes=workspace(case.tensors[2], max(sizes)))
+    assert sum(visits) == sum(sizes) and max(visits) <= max(sizes)  # a visit each, nothing twice
+    visits.clear()
+    case.ours(backend="torch", workspace_bytes=workspace(case.tensors[2], max(sizes) - 1))
+    large = sum(n for n in sizes if n > max(sizes) - 1)
+    assert sum(n for n in visits) == sum(sizes) + large  # the pairs that do not fit are scored first
+
+
+def test_objectives_that_mix_pairs_and_float16_score_everything_first(visits):
+    for objective, dtype in (("kto_pair", torch.float32), ("dpo", torch.float16)):
+        case = Case(OBJECTIVES[objective], dtype, nll=False)
+        visits.clear()
+        case.ours(backend="torch")
+        assert visits == [sum(answers(case))] * 2
+        visits.clear()
+        with torch.no_grad():
+            case.loss(case.leaves(), backend="torch")
+        assert visits == [sum(answers(case))]
