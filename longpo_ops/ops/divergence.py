@@ -22,7 +22,7 @@ from .operators import deliver, scale_, scaled
 from .products import Products
 from .rows import WINDOW
 from .sweep import float16_scale, rows_per_chunk
-from .tiles import Divergence, LogitMap
+from .tiles import Divergence, LogitMap, empty_tile
 
 KINDS = ("forward", "reverse", "jsd")
 
@@ -125,7 +125,7 @@ class _Side:
     def __init__(self, hidden, weight, bias, map, dtype, rows, need, backend):
         self.hidden, self.products, self.map = hidden, Products(weight, dtype, backend), LogitMap(bias, *map)
         self.need = any(need)
-        self.tile = torch.empty(rows, weight.shape[0], device=weight.device, dtype=self.products.tile_dtype)
+        self.tile = empty_tile(rows, weight.shape[0], weight.device, self.products.tile_dtype)
         grad_dtypes = (hidden.dtype, self.tile.dtype, torch.float64)
         self.dh, self.dw, self.db = (
             torch.zeros_like(t, dtype=d, memory_format=torch.contiguous_format) if needed else None

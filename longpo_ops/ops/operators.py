@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dispatch import choose_backend
 from .objectives import rebuild_objective
-from .rows import WINDOW, Stretch, chunks
+from .rows import WINDOW, Stretch, chunks, windows
 from .sweep import HeadSweep, Options, Pairs, Result, float16_scale, rows_per_chunk, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
@@ -111,7 +111,7 @@ def run_sweep(
     become zero with `clear`."""
     device = weight.device
     with torch.autocast(device.type, enabled=False), torch.no_grad():
-        pair = pair.cpu()
+        pair, nll_weights = pair.cpu(), [weights.cpu() for weights in nll_weights]
         _check_pair(pair, count)
         stretches = _stretches(hiddens, grads, answers, segments, nll, nll_weights, shift, ignore_index)
         _check_labels(stretches, weight.shape[0])
@@ -321,7 +321,7 @@ def logps_op(
         stretches = _token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
         _check_labels(stretches, weight.shape[0])
         head = _head(weight, bias, options, backend, hidden.shape[0])
-        for chunk in chunks(stretches, Stretch.nll_mask, head.rows):
+        for chunk in chunks(windows(stretches), Stretch.nll_mask, head.rows):
             chunk.write(head.logps(chunk), out)
     return out
 

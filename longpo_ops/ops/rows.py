@@ -1,14 +1,14 @@
 """Which rows of the hidden states are visited, and in which chunks: planned on the host, read chunk by chunk.
 
 A Stretch is one sequence of T rows: a view of its hidden states, and per row an answer label with a sequence number and
-an NLL label with a weight. `chunks` walks stretches in windows of WINDOW positions, picks the rows a mask selects, and
+an NLL label with a weight. `chunks` walks windows of WINDOW positions, picks the rows a mask selects, and
 yields at most `limit` rows at a time, so scratch is the same for any T. Labels, sequence numbers and per-row weights are
 read on the host: given there, nothing ever waits for the device; given on the device, they are copied once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -124,18 +124,24 @@ def _nll_weights(piece: Piece, device: torch.device, dtype: torch.dtype) -> Tens
     return torch.where(carries, weights.to(device, dtype, non_blocking=True).expand(count), 0.0)
 
 
-def chunks(stretches: list[Stretch], select: Callable[[Stretch, slice], Tensor], limit: int) -> Iterator[Chunk]:
-    """Rows where select(stretch, window) (a host bool mask) is true, at most `limit` at a time, in order."""
+def windows(stretches: list[Stretch]) -> list[tuple[Stretch, int]]:
+    """Every window of the stretches: where it starts in which of them."""
+    return [(stretch, start) for stretch in stretches for start in range(0, len(stretch), WINDOW)]
+
+
+def chunks(
+    places: Iterable[tuple[Stretch, int]], select: Callable[[Stretch, slice], Tensor], limit: int
+) -> Iterator[Chunk]:
+    """Rows of these windows where select(stretch, window) (a host bool mask) is true, at most `limit` at a time, in order."""
     pieces, room = [], limit
-    for stretch in stretches:
-        for start in range(0, len(stretch), WINDOW):
-            index = select(stretch, slice(start, start + WINDOW)).nonzero().squeeze(-1) + start
-            while index.shape[0]:
-                taken, index = index[:room], index[room:]
-                pieces.append(Piece(stretch, taken))
-                room -= taken.shape[0]
-                if room == 0:
-                    yield Chunk(pieces)
-                    pieces, room = [], limit
+    for stretch, start in places:
+        index = select(stretch, slice(start, start + WINDOW)).nonzero().squeeze(-1) + start
+        while index.shape[0]:
+            taken, index = index[:room], index[room:]
+            pieces.append(Piece(stretch, taken))
+            room -= taken.shape[0]
+            if room == 0:
+                yield Chunk(pieces)
+                pieces, room = [], limit
     if pieces:
         yield Chunk(pieces)

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from .objectives import Objective, PairLogps, Terms
 from .products import UPCAST_BYTES, Products
-from .rows import WINDOW, Chunk, Stretch, chunks
-from .tiles import BLOCK_BYTES, LogitMap, Tiles
+from .rows import WINDOW, Chunk, Stretch, chunks, windows
+from .tiles import BLOCK_BYTES, LogitMap, Tiles, empty_tile
 
 DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 2 << 30}
 
@@ -97,7 +97,7 @@ class HeadSweep:
 
     @functools.cached_property
     def tile(self) -> Tensor:
-        return torch.empty(self.rows, self.vocab, device=self.device, dtype=self.dtype)
+        return empty_tile(self.rows, self.vocab, self.device, self.dtype)
 
     def _logits(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         h = chunk.hidden(self.products.dtype)
@@ -178,7 +178,9 @@ class _Sweep:
         self.losses, self.chosen_rewards, self.rejected_rewards = double(b), double(b), double(r)
         nll_total = nll_total.to(head.device, torch.float64)
         self.nll_scale = torch.where(nll_total != 0, 1 / nll_total, 0.0)
+        self.windows = windows(stretches)
         self.lengths = torch.zeros(b + r, dtype=torch.int64)  # answer rows of each sequence, on the host
+        self.found = [[] for _ in range(b + r)]  # the windows they are in
         self.grad_scale = torch.ones((), device=head.device)
 
     def run(self) -> Result:
@@ -186,7 +188,7 @@ class _Sweep:
         wants_gradient = self.head.options.need_any
         visited = torch.zeros_like(large)
         if bool(large.any()):
-            for chunk in chunks(self.stretches, self._answers_of(large), self.head.rows):
+            for chunk in chunks(self._windows_of(large), self._answers_of(large), self.head.rows):
                 logps = self.head.logps(chunk)
                 self._add_sums(chunk, logps)
                 if not wants_gradient:
@@ -197,9 +199,9 @@ class _Sweep:
             self.grad_scale = self._float16_scale()
         for group in groups:
             visited = visited | group
-            (chunk,) = chunks(self.stretches, self._answers_of(group), self.head.rows)
+            (chunk,) = chunks(self._windows_of(group), self._answers_of(group), self.head.rows)
             self._visit_pairs(chunk, group, wants_gradient)
-        for chunk in chunks(self.stretches, self._rest(visited), self.head.rows):
+        for chunk in chunks(self.windows, self._rest(visited), self.head.rows):
             logps = self.head.visit(chunk, self._weights(chunk)) if wants_gradient else self.head.logps(chunk)
             self._add_nll(chunk, logps)
         return Result(
@@ -251,16 +253,23 @@ class _Sweep:
         return [torch.isin(pair_of, torch.tensor(g)) for g in groups], torch.isin(pair_of, torch.tensor(large))
 
     def _count(self) -> None:
-        for stretch in self.stretches:
-            for start in range(0, len(stretch), WINDOW):
-                segments = stretch.segments_at(slice(start, start + WINDOW))
-                self.lengths += torch.bincount(segments + 1, minlength=self.lengths.shape[0] + 1)[1:]
+        for number, (stretch, start) in enumerate(self.windows):
+            segments = stretch.segments_at(slice(start, start + WINDOW)) + 1
+            counts = torch.bincount(segments, minlength=self.lengths.shape[0] + 1)[1:]
+            self.lengths += counts
+            for k in counts.nonzero().squeeze(-1).tolist():
+                self.found[k].append(number)
         if not bool(self.lengths.all()):
             k, b = int((self.lengths == 0).nonzero()[0]), self.pairs.count
             name = f"chosen answer {k}" if k < b else f"rejected answer {k - b}"
             raise ValueError(
                 f"labels: {name} has no answer tokens; expected at least one label other than ignore_index"
             )
+
+    def _windows_of(self, wanted: Tensor) -> list[tuple[Stretch, int]]:
+        """The windows that hold answers of these sequences: many pairs must not look through all of them each."""
+        numbers = {number for k in wanted.nonzero().squeeze(-1).tolist() for number in self.found[k]}
+        return [self.windows[number] for number in sorted(numbers)]
 
     def _answers_of(self, wanted: Tensor):
         def select(stretch: Stretch, window: slice) -> Tensor:

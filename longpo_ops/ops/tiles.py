@@ -105,6 +105,12 @@ class Tiles(Protocol):
         """out (K,) float64 += the sums of values (n,) by segments (n,) int64; -1 belongs nowhere. Bitwise repeatable."""
 
 
+def empty_tile(rows: int, vocab: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(rows, V) without values. On CUDA rows begin at multiples of 16 numbers, so that any V is read in 16-byte units."""
+    pitch = vocab if device.type == "cpu" else -(-vocab // 16) * 16
+    return torch.empty(rows, pitch, device=device, dtype=dtype)[:, :vocab]
+
+
 def _narrow(z: Tensor, dtype: torch.dtype) -> Tensor:
     """z (n, V) float32 with any pitch -> the first half of each row, seen as (n, V) of a 16-bit dtype."""
     return z if dtype == z.dtype else z.view(dtype)[:, : z.shape[1]]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpo_ops.ops import rows
-from longpo_ops.ops.rows import Stretch, chunks
+from longpo_ops.ops.rows import Stretch, chunks, windows
 
 
 def stretch(length, seed, hidden=None):
@@ -29,7 +29,7 @@ def test_every_row_once_in_order_and_back_to_its_place(lengths, limit, window):
     try:
         stretches = [stretch(n, seed) for seed, n in enumerate(lengths)]
         seen = []
-        for chunk in chunks(stretches, used, limit):
+        for chunk in chunks(windows(stretches), used, limit):
             hidden = chunk.hidden(torch.float64)
             assert 0 < len(hidden) <= limit
             seen.append(hidden)
@@ -55,8 +55,8 @@ def test_every_row_once_in_order_and_back_to_its_place(lengths, limit, window):
 
 def test_contiguous_rows_are_views_and_others_copies():
     s = stretch(20, 0)
-    (whole,) = chunks([s], lambda s, window: torch.ones(len(range(20)[window]), dtype=torch.bool), 20)
+    (whole,) = chunks(windows([s]), lambda s, window: torch.ones(len(range(20)[window]), dtype=torch.bool), 20)
     assert whole.hidden(torch.float64).data_ptr() == s.hidden.data_ptr()
-    (every_other,) = chunks([s], lambda s, window: torch.arange(20)[window] % 2 == 0, 20)
+    (every_other,) = chunks(windows([s]), lambda s, window: torch.arange(20)[window] % 2 == 0, 20)
     assert every_other.hidden(torch.float64).tolist() == s.hidden[::2].tolist()
     assert every_other.hidden(torch.float32).dtype == torch.float32
