@@ -2,8 +2,8 @@
 
     python examples/bare_loop.py [--steps 20]
 
-Chosen and rejected sequences of a pair go through the model together; the loss is computed inside its forward, from hidden
-states, so no logits (2B, T, V) ever exist. The reference's log-probs are computed once, before the first step.
+Chosen and rejected sequences of a pair go through the model together; the loss is computed inside its forward, from
+hidden states, so no logits (2B, T, V) ever exist. The reference's log-probs are computed once, before the first step.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_pairs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference_logps(model, ids, labels) -> torch.Tensor:
-    """(2 * PAIRS,) summed log-probs of the answers. Here the reference reads the same input; LongPO's reads a short one."""
+    """(2 * PAIRS,) summed answer log-probs. Here the reference reads the same input; LongPO's reads a short one."""
 
     def summed(hidden, head):
         logps = head(hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), loss=linear_logprobs)

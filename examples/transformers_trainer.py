@@ -2,8 +2,8 @@
 
     python examples/transformers_trainer.py [--steps 10]
 
-Trainer wraps, clips, schedules and saves as ever. `longpo_ops.train.LongPOTrainer` is the full form: shared prefixes, reference
-cache, every method.
+Trainer wraps, clips, schedules and saves as ever. `longpo_ops.train.LongPOTrainer` is the full form: shared prefixes,
+reference cache, every method.
 """
 
 import argparse

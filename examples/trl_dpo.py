@@ -2,8 +2,8 @@
 
     python examples/trl_dpo.py [--steps 3]
 
-Data, tokenisation, logging and saving stay TRL's. Objectives that TRL lacks (LongPO's NLL term, several rejected, SimPO, ORPO) are
-one argument away. The reference is a separate model, or its log-probs are in the batch (precompute_ref_log_probs=True).
+Data, tokenisation, logging and saving stay TRL's. Objectives that TRL lacks (SimPO, ORPO) are one argument away. The
+reference is a separate model, or its log-probs are in the batch (precompute_ref_log_probs=True).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from longpo_ops import DPO, attach
 
-WORDS = "the a cat dog sat ran on under mat tree and then slept quickly slowly".split()
+TEXT = "the cat sat on a mat and the dog ran quickly under a tree then slept slowly"
 
 
 class FusedDPOTrainer(DPOTrainer):
@@ -72,7 +72,7 @@ class FusedDPOTrainer(DPOTrainer):
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *dict.fromkeys(TEXT.split())])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")

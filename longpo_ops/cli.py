@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .memory.commands import plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -35,6 +38,7 @@ def train(
         float | None, typer.Option(help="RoPE base of the policy; the reference keeps its own.")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="LoRA of this rank; 0 is full fine-tuning.")] = None,
+    fit: Annotated[str | None, typer.Option(help="auto: choose memory settings that fit this machine.")] = None,
     on_bad_record: Annotated[
         str | None, typer.Option(help="raise, or skip: leave bad records out and count them.")
     ] = None,
@@ -56,6 +60,7 @@ def train(
         "max_steps": max_steps,
         "rope_theta": rope_theta,
         "lora_rank": lora_rank,
+        "fit": fit,
         "on_bad_record": on_bad_record,
     }
     settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
@@ -71,10 +76,11 @@ def train(
         run_training(run)
         return
     checked, _, pairs, _ = prepare(run)
-    for name, value in describe(pairs, checked).items():
-        typer.echo(f"{name:32s}{value}")
-    for name, value in sorted(settings.items()):
-        typer.echo(f"{name:32s}{value}")
+    for name, value in (describe(pairs, checked) | run.all_settings()).items():
+        typer.echo(f"{name:32s}{getattr(value, 'value', value)}")
+
+
+app.command(name="plan")(plan)
 
 
 def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:
@@ -95,17 +101,19 @@ def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise _usage(f"--set {assignment}: expected name=value")
-        settings[name] = _number(yaml.safe_load(value))
-    return {name: _number(value) for name, value in settings.items()}
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 5e-7 as text, because it has no dot; a text that is a number becomes one."""
-    if isinstance(value, str):
         try:
-            return float(value)
-        except ValueError:
-            return value
+            settings[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise _usage(f"--set {assignment}: no valid YAML: {error}") from None
+    return _numbers(settings)
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 5e-7 as text, because it has no dot."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
     return value
 
 
@@ -118,7 +126,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
 

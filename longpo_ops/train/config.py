@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..memory.optimizer import refuse_step_in_backward
+from ..memory.settings import Memory
 from .methods import Method, resolve_method
 
 REFERENCES = ("precompute", "online", "data")
@@ -15,15 +17,18 @@ REFERENCES = ("precompute", "online", "data")
 class LongPOConfig(TrainingArguments):
     """TrainingArguments with the paper's defaults (5e-7, cosine, 10 % warm-up, 8 sequences a step) and these fields.
 
-    objective: a method of train/methods.py. objective_options: fields of its objective (beta, preference_weight, gamma..).
+    objective: a method of train/methods.py. objective_options: fields of its objective (beta, preference_weight, ...).
     reference: "precompute" computes the reference's log-probs once and keeps them on disk, so that no reference sits in
-        memory while training; "online" keeps one beside the policy (with PEFT: the base model); "data" reads them from the
-        data set's own columns.
+        memory while training; "online" keeps one beside the policy (with PEFT: the base model); "data" reads them from
+        the data set's own columns, which are of the short inputs.
     reference_cache: folder of what "precompute" keeps; default output_dir/reference.
     row_tokens: budget of a packed row; pairs that fit together share one. Default: one pair per row.
-    target_length: spread position ids over this many positions (LOGO's synthesis); default: none.
+    target_length: spread position ids over this many positions (LOGO's synthesis), 0 for none. Default: the policy's
+        max_position_embeddings for logo, none for the others.
     constraint_weight: weight of the KL term of sft_constraint.
     workspace_bytes: scratch of the loss (fused_preference_loss).
+    memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
+    fit: "auto" lets the planner choose them for the longest row and this machine; output_dir/memory.json keeps what it chose.
 
     A row is a batch: per_device_train_batch_size stays 1. Raises ValueError for values that make no sense.
     """
@@ -38,7 +43,8 @@ class LongPOConfig(TrainingArguments):
     logging_steps: float = field(default=1)
     num_train_epochs: float = field(default=1.0)
     remove_unused_columns: bool = field(default=False)
-    report_to: None | str | list[str] = field(default="none")
+    dataloader_pin_memory: bool = field(default=False)  # a row stays on the host until the loss has planned it
+    report_to: str | list[str] | None = field(default="none")
 
     objective: str = field(default="longpo", metadata={"help": "training method: longpo, dpo, simpo, sft_chosen, ..."})
     objective_options: dict | None = field(default=None, metadata={"help": "fields of the objective, as JSON"})
@@ -48,28 +54,41 @@ class LongPOConfig(TrainingArguments):
     target_length: int | None = field(default=None, metadata={"help": "spread positions over this length (LOGO)"})
     constraint_weight: float = field(default=0.1, metadata={"help": "weight of the KL term of sft_constraint"})
     workspace_bytes: int | None = field(default=None, metadata={"help": "scratch bytes of the loss"})
+    memory: dict | None = field(default=None, metadata={"help": "settings of memory/settings.py, as JSON"})
+    fit: str = field(default="off", metadata={"help": "auto: choose memory settings that fit this machine"})
 
     def __post_init__(self):
         self.method.make_objective(self.objective_options or {})
         if self.reference not in REFERENCES:
             raise ValueError(f"reference={self.reference!r}: expected one of {', '.join(REFERENCES)}")
-        if self.reference == "data" and self.method.constraint:
-            raise ValueError("reference='data': sft_constraint needs hidden states; expected 'precompute' or 'online'")
+        if self.reference == "data" and (self.method.constraint or self.method.reference == "long"):
+            lacks = "hidden states" if self.method.constraint else "log-probs of the long inputs"
+            raise ValueError(
+                f"reference='data': {self.objective} needs {lacks}, which data do not hold; "
+                "expected 'precompute' or 'online'"
+            )
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) != 1:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: expected 1, as a packed row is a batch; use row_tokens to put several "
-                    "pairs in a row and gradient_accumulation_steps for larger steps"
+                    f"{name}={getattr(self, name)}: expected 1, as a packed row is a batch; use row_tokens to put "
+                    "several pairs in a row and gradient_accumulation_steps for larger steps"
                 )
-        for name in ("row_tokens", "target_length", "workspace_bytes"):
+        for name, least in (("row_tokens", 1), ("target_length", 0), ("workspace_bytes", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected a positive number, or none")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, or none")
         if self.constraint_weight <= 0:
             raise ValueError(f"constraint_weight={self.constraint_weight}: expected > 0")
+        if self.fit not in ("off", "auto"):
+            raise ValueError(f"fit={self.fit!r}: expected 'off' or 'auto'")
+        if self.fit == "auto" and self.memory:
+            raise ValueError("fit='auto' chooses what memory names: expected one of the two")
+        memory = Memory.from_settings(self.memory)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True: expected False, as a row has no columns")
         super().__post_init__()
+        if memory.step_in_backward:
+            refuse_step_in_backward(self.gradient_accumulation_steps, self.max_grad_norm, self.world_size)
 
     @property
     def method(self) -> Method:

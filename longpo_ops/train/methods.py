@@ -1,15 +1,18 @@
 """What one flag changes: each training method of the paper as an objective, a reference's reading and an NLL term.
 
-| method           | preference term            | the reference reads | NLL term                     |
-|------------------|----------------------------|---------------------|------------------------------|
-| longpo           | sigmoid, weight 0.01       | the short input     | whole chosen sequence        |
-| hinge ipo kto_pair | those forms, weight 0.01 | the short input     | whole chosen sequence        |
-| dpo              | sigmoid, weight 1          | the long input      | none                         |
-| simpo orpo logo  | reference-free, weight 1   | nothing             | none (ORPO, LOGO have theirs) |
-| sft_chosen       | none                       | nothing             | whole chosen sequence        |
-| sft_rejected     | none                       | nothing             | whole rejected sequence      |
-| sft_constraint   | none                       | the short input     | whole chosen sequence, plus KL(policy on long || reference on short) over answers |
+| method             | preference term          | the reference reads | NLL term                                |
+|--------------------|--------------------------|---------------------|-----------------------------------------|
+| longpo             | sigmoid, weight 0.01     | the short input     | whole chosen sequence                   |
+| hinge ipo kto_pair | those forms, weight 0.01 | the short input     | whole chosen sequence                   |
+| dpo                | sigmoid, weight 1        | the long input      | none                                    |
+| simpo orpo         | reference-free, weight 1 | nothing             | none (ORPO has its own)                 |
+| logo               | reference-free, weight 1 | nothing             | none (LOGO has its own)                 |
+| sft_chosen         | none                     | nothing             | whole chosen sequence                   |
+| sft_rejected       | none                     | nothing             | whole rejected sequence, the first one  |
+| sft_constraint     | none                     | the short input     | whole chosen sequence, plus KL(policy on|
+|                    |                          |                     | long || reference on short) of answers  |
 
+logo also spreads position ids over the policy's context.
 Source: arXiv 2502.13922, Eq. 12-14 and its baselines; the official code for the forms beside the sigmoid.
 """
 
@@ -29,6 +32,7 @@ class Method:
     nll: bool = False
     sequence: str = "pair"  # what a row holds: "pair" | "chosen" | "rejected"
     constraint: bool = False
+    spread: bool = False  # positions over the policy's whole context, unless target_length says otherwise
 
     def make_objective(self, options: dict[str, float]) -> Objective | None:
         """The objective with some of its fields set. Raises ValueError naming an option it does not have."""
@@ -61,7 +65,7 @@ METHODS: dict[str, Method] = {
         Method("dpo", "dpo", reference="long"),
         Method("simpo", "simpo"),
         Method("orpo", "orpo"),
-        Method("logo", "logo"),
+        Method("logo", "logo", spread=True),
         Method("sft_chosen", nll=True, sequence="chosen"),
         Method("sft_rejected", nll=True, sequence="rejected"),
         Method("sft_constraint", reference="short", nll=True, sequence="chosen", constraint=True),

@@ -4,12 +4,13 @@ For pair i the reference reads the SHORT inputs, one per turn (Eq. 12-13), or fo
 
     r_k = sum over turns and answer tokens of log pi_S(y | x_S)
 
-A short pair is packed like a long one, chunk and question read once for chosen and rejected answers. For the full-vocabulary
-constraint the reference's hidden states at the chosen answer rows (A, H) are kept instead, and its head once.
+A short pair is packed like a long one, chunk and question read once for chosen and rejected answers. For the
+full-vocabulary constraint the reference's hidden states at the chosen answer rows (A, H) are kept instead, and its head
+once.
 
-On disk: one folder per key, the digest of model parameters, config and reading. In it `logps.jsonl`, a line per pair with its
-content digest, values and a checksum, appended as they are computed, so a killed run goes on; lines that are damaged or of other
-content are computed again. Hidden states are one safetensors file per pair, written atomically.
+On disk: one folder per key, the digest of model parameters, config and reading. In it `logps-<rank>.jsonl`, a line per
+pair with its content digest, values and a checksum, appended as they are computed, so a killed run goes on; what is
+damaged or of other content is computed again. Hidden states are one safetensors file per pair, written atomically.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 class Reference:
     """A frozen model that reads the short inputs (or the long ones) of pairs, on the fly.
 
-    model: a causal LM; its attention is set to shared prefixes and its forward attached (ops/head.py), unless it is already.
+    model: a causal LM with shared-prefix attention (use_shared_prefix), its forward attached (ops/head.py).
     A PEFT policy serves as its own reference: adapters off, and RoPE as `config`, the reference's own, has it.
     """
 
@@ -155,29 +156,33 @@ def base_model(model: nn.Module) -> nn.Module:
 class ReferenceStore:
     """What a reference said, on disk: values by the content of the pair, under a key of the model and its reading."""
 
-    def __init__(self, folder: str | os.PathLike, key: str, reading: str):
+    def __init__(self, folder: str | os.PathLike, key: str, reading: str, rank: int = 0):
         self.folder, self.reading = Path(folder) / f"{key}-{reading}", reading
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._logps = self._read_logps()
+        self._own = self.folder / f"logps-{rank}.jsonl"  # each process appends to a file of its own
+        self._cut_broken_lines()
+        self.reload()
 
     # -- log-probs ---------------------------------------------------------------------------------------------------
 
-    def _read_logps(self) -> dict[str, tuple[float, tuple[float, ...]]]:
-        """The lines that are whole; the file is cut down to them, so that appending never joins a broken line."""
-        path = self.folder / "logps.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    def _cut_broken_lines(self) -> None:
+        """Appending must not join a line that a killed process left unfinished."""
+        lines = self._own.read_bytes().splitlines(keepends=True) if self._own.exists() else []
         good = [line for line in lines if _value(line) is not None]
         if len(good) != len(lines):
-            _write_atomically(path, b"".join(good))
-        return dict(_value(line) for line in good)
+            _write_atomically(self._own, b"".join(good))
 
-    def missing(self, pairs: Sequence[TokenizedPair]) -> list[int]:
-        """Indices of the pairs whose log-probs are not here."""
-        return [i for i, pair in enumerate(pairs) if pair_digest(pair, self.reading) not in self._logps]
+    def reload(self) -> None:
+        """Takes in what all processes have written."""
+        lines = (line for path in self.folder.glob("logps-*.jsonl") for line in path.read_bytes().splitlines(True))
+        self._logps = dict(value for line in lines if (value := _value(line)) is not None)
 
-    def add(self, pair: TokenizedPair, chosen: float, rejected: tuple[float, ...]) -> None:
+    def has_logps(self, pair: TokenizedPair) -> bool:
+        return pair_digest(pair, self.reading) in self._logps
+
+    def add_logps(self, pair: TokenizedPair, chosen: float, rejected: tuple[float, ...]) -> None:
         digest = pair_digest(pair, self.reading)
-        with open(self.folder / "logps.jsonl", "ab") as file:
+        with open(self._own, "ab") as file:
             file.write(_line(digest, chosen, rejected))
         self._logps[digest] = chosen, rejected
 
@@ -190,9 +195,15 @@ class ReferenceStore:
     def _hidden_path(self, pair: TokenizedPair) -> Path:
         return self.folder / "hidden" / f"{pair_digest(pair, self.reading)}.safetensors"
 
-    def hidden(self, pair: TokenizedPair) -> Tensor | None:
-        """(A, H), or None where it is missing or damaged."""
-        return _load_tensor(self._hidden_path(pair))
+    def has_hidden(self, pair: TokenizedPair) -> bool:
+        return _load_tensor(self._hidden_path(pair)) is not None
+
+    def hidden(self, pair: TokenizedPair) -> Tensor:
+        """(A, H). Raises ValueError where the file went missing or bad since it was precomputed."""
+        hidden = _load_tensor(self._hidden_path(pair))
+        if hidden is None:
+            raise ValueError(f"record {pair.id!r}: {self._hidden_path(pair)} is damaged; start again to compute it")
+        return hidden
 
     def add_hidden(self, pair: TokenizedPair, hidden: Tensor) -> None:
         _save_tensor(self._hidden_path(pair), hidden)
@@ -205,20 +216,26 @@ class ReferenceStore:
         _save_tensor(self.folder / "head.safetensors", weight)
 
 
-def precompute(store: ReferenceStore, pairs: Sequence[TokenizedPair], reference: Reference, constraint: bool) -> None:
-    """Fills the store with what `pairs` still lack, under a progress bar."""
-
-    def progress(indices: list[int]):
-        return tqdm(indices, desc=f"reference ({len(pairs) - len(indices)} of {len(pairs)} pairs known)", unit="pair")
-
+def precompute(
+    store: ReferenceStore,
+    pairs: Sequence[TokenizedPair],
+    reference: Reference,
+    constraint: bool,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Fills the store with what this process's share of `pairs` still lacks, under a progress bar."""
     if constraint:
         if store.head() is None:
             store.add_head(reference.head())
-        for i in progress([i for i, pair in enumerate(pairs) if store.hidden(pair) is None]):
-            store.add_hidden(pairs[i], reference.hidden(pairs[i]))
-        return
-    for i in progress(store.missing(pairs)):
-        store.add(pairs[i], *reference.logps(pairs[i]))
+        known, add = store.has_hidden, lambda pair: store.add_hidden(pair, reference.hidden(pair))
+    else:
+        known, add = store.has_logps, lambda pair: store.add_logps(pair, *reference.logps(pair))
+    share = range(rank, len(pairs), world_size)
+    missing = [i for i in share if not known(pairs[i])]
+    known_before = f"{len(share) - len(missing)} of {len(share)} pairs known"
+    for i in tqdm(missing, desc=f"reference ({known_before})", unit="pair", disable=not missing):
+        add(pairs[i])
 
 
 def _line(digest: str, chosen: float, rejected: tuple[float, ...]) -> bytes:

@@ -30,6 +30,7 @@ def draw_curves(history: list[dict], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else None)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=7)
@@ -57,7 +58,7 @@ def _card(trainer, base: str, rows: list[dict]) -> str:
         "reference": f"{args.reference}, reads the {trainer.method.reference} input"
         if trainer.method.reference
         else "none",
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "pairs": len(trainer.train_dataset.pairs),
         "steps": trainer.state.global_step,
         "rows a step": args.gradient_accumulation_steps * args.world_size,

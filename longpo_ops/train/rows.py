@@ -1,4 +1,4 @@
-"""Tokenised pairs as the rows a trainer draws: which sequences of a pair a method reads, packed within a token budget."""
+"""Tokenised pairs as the rows a trainer draws: the sequences of a pair a method reads, packed within a token budget."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from ..data import PairBatch, TokenizedPair, pack, pack_within, write_tokenized
@@ -15,7 +16,7 @@ from .methods import Method
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A packed row on its way through a DataLoader. It has no `to`, so its labels stay on the host, where rows are planned."""
+    """A packed row on its way through a DataLoader. Without a `to` it stays on the host, where rows are planned."""
 
     batch: PairBatch
     pairs: tuple[TokenizedPair, ...]
@@ -28,7 +29,7 @@ class PairStore(Sequence[TokenizedPair]):
         from datasets import Dataset as Table
 
         path = Path(path)
-        self._table = Table.from_parquet(str(path), cache_dir=str(path.parent / "mapped")).with_format("numpy")
+        self._table = Table.from_parquet(str(path), cache_dir=str(path.parent / "mapped")).with_format("arrow")
 
     @classmethod
     def write(
@@ -44,8 +45,17 @@ class PairStore(Sequence[TokenizedPair]):
         return len(self._table)
 
     def __getitem__(self, index: int) -> TokenizedPair:
-        row = self._table[int(index)]
-        return TokenizedPair.from_row({k: v for k, v in row.items() if v is not None}, allow_equal=True)
+        row = self._table[range(len(self))[index]]
+        return TokenizedPair.from_row({n: _value(row[n][0]) for n in row.column_names}, allow_equal=True)
+
+
+def _value(scalar):
+    """An Arrow value as Python's; lists of integers as arrays, which tokens by the hundred thousand need."""
+    if not scalar.is_valid or not hasattr(scalar, "values"):
+        return scalar.as_py()
+    if hasattr(scalar.values.type, "value_type"):
+        return [_value(row) for row in scalar.values]
+    return scalar.values.to_numpy() if str(scalar.values.type).startswith("int") else scalar.as_py()
 
 
 def select(pair: TokenizedPair, method: Method) -> TokenizedPair:
@@ -59,6 +69,13 @@ def select(pair: TokenizedPair, method: Method) -> TokenizedPair:
     else:
         sequence = pair.chosen if method.sequence == "chosen" else pair.rejected[0]
         selected = replace(pair, chosen=sequence, rejected=())
+    if method.constraint and pair.ref_chosen:
+        short = np.concatenate([sequence.answer_ids for sequence in pair.ref_chosen])
+        if not np.array_equal(short, pair.chosen.answer_ids):
+            raise ValueError(
+                f"record {pair.id!r}: {len(pair.chosen.answer_ids)} answer tokens in the long input, {len(short)} in "
+                "the short ones; the constraint compares them one by one, so expected the same answers in both"
+            )
     if method.nll and selected.chosen.nll_labels is None:
         raise ValueError(f"record {pair.id!r}: no NLL labels (lm_labels) in the {method.sequence} sequence")
     return selected
@@ -76,7 +93,8 @@ class PairRows(Dataset):
         target_length: int | None = None,
         seed: int = 0,
     ):
-        self.pairs, self.method, self.target_length, self.seed = pairs, method, target_length, seed
+        """row_tokens: budget of a row, None for a pair each. target_length (0 is none too) and seed as in data.pack."""
+        self.pairs, self.method, self.target_length, self.seed = pairs, method, target_length or None, seed
         self.groups = [[i] for i in range(len(pairs))] if row_tokens is None else self._group(row_tokens)
 
     def _group(self, row_tokens: int) -> list[list[int]]:

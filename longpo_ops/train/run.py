@@ -11,9 +11,11 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
+from safetensors import SafetensorError
 
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
@@ -24,7 +26,9 @@ from .trainer import LongPOTrainer, last_checkpoint
 
 log = logging.getLogger("longpo_ops.train")
 
-SMALL_STEP = 1e-5  # below this, rounding to bfloat16 keeps 99 % of the weights where they are
+# A checkpoint goes on under the same of these only; steps, learning rate, logging and the like may change.
+DTYPES = ("float32", "bfloat16", "float16")
+IDENTITY = ("objective", "objective_options", "constraint_weight", "row_tokens", "target_length", "seed")
 
 
 @dataclass
@@ -36,8 +40,9 @@ class TrainRun:
     rope_theta, max_position_embeddings: of the policy, for a longer context than the model's own.
     max_length, cut_document, system, on_bad_record: as in data.ChatFormat and data.tokenized_pairs.
     lora_rank: 0 for full fine-tuning. lora_targets: module names, or "all-linear" (never the head).
-    dtype: "auto" is the model's own; full fine-tuning below 1e-5 keeps float32 weights and computes in bfloat16.
-    resume: go on from the last whole checkpoint in output_dir.
+    dtype: "auto" is the model's own. What is saved at the end has it, whatever training kept (LongPOTrainer).
+
+    A run goes on from the last whole checkpoint in output_dir. Raises ValueError for values of another kind.
     """
 
     model: str
@@ -56,7 +61,6 @@ class TrainRun:
     lora_targets: str = "all-linear"
     dtype: str = "auto"
     trust_remote_code: bool = False
-    resume: bool = True
     training: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -77,27 +81,33 @@ class TrainRun:
         training = {name: value for name, value in settings.items() if name in known}
         return cls(**{name: value for name, value in settings.items() if name in own}, training=training)
 
+    def __post_init__(self):
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "training"}
+        _check_kinds(own, get_type_hints(TrainRun))
+        _check_kinds(self.training, get_type_hints(LongPOConfig))
+        for name, choices in (("on_bad_record", ("raise", "skip")), ("dtype", ("auto", *DTYPES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank}: expected 0 for full fine-tuning, or a rank")
+
     def config(self) -> LongPOConfig:
         """LongPOConfig of the run. Raises ValueError for values it refuses."""
-        training = dict(self.training)
-        if self.keeps_master():
-            training.setdefault("bf16", True)
-        return LongPOConfig(output_dir=self.output_dir, **training)
-
-    def keeps_master(self) -> bool:
-        """Whether weights stay in float32 while the body computes in bfloat16: small steps would be rounded away."""
-        rate = float(self.training.get("learning_rate", LongPOConfig.learning_rate))
-        return not self.lora_rank and rate < SMALL_STEP and self._model_dtype() == torch.bfloat16
-
-    def _model_dtype(self) -> torch.dtype:
-        if self.dtype != "auto":
-            return getattr(torch, self.dtype)
-        return self._auto_config(self.model).dtype or torch.float32
+        return LongPOConfig(output_dir=self.output_dir, **self.training)
 
     def _auto_config(self, name: str):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+        except OSError as error:
+            raise ValueError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+    def all_settings(self) -> dict[str, Any]:
+        """As they will be used: those of this run, LongPOConfig's own, and others that were set."""
+        config, ours = self.config(), LongPOConfig.__annotations__
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "training"}
+        return own | {name: getattr(config, name) for name in [*ours, *self.training]}
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
@@ -106,26 +116,29 @@ class TrainRun:
 
         return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
 
-    def load_pairs(self, path: str, tokenizer, vocab_size: int) -> tuple[PairStore, DataReport | None]:
+    def load_pairs(self, path: str, tokenizer, vocab_size: int) -> PairStore:
         """Tokenised pairs of `path`, from output_dir/data if they were made of the same files and settings before."""
         chat = ChatFormat(tokenizer, system=self.system, max_length=self.max_length, cut_document=self.cut_document)
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(path)]
-        key = [files, chat.fingerprint, tokenizer.chat_template, self.system, self.max_length, self.cut_document]
-        key += [self.on_bad_record, self.supervised()]
+        key = [files, chat.fingerprint, vocab_size, tokenizer.chat_template, self.system, self.max_length]
+        key += [self.cut_document, self.on_bad_record, self.supervised()]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         file = Path(self.output_dir) / "data" / f"pairs-{digest}.parquet"
-        if file.exists():
-            return PairStore(file), None
-        report = DataReport()
-        pairs = tokenized_pairs(path, chat, vocab_size, self.on_bad_record, report, allow_equal=self.supervised())
-        return PairStore.write(pairs, file, chat.fingerprint), report
+        told = file.with_suffix(".txt")
+        if not (file.exists() and told.exists()):
+            report = DataReport()
+            pairs = tokenized_pairs(path, chat, vocab_size, self.on_bad_record, report, allow_equal=self.supervised())
+            PairStore.write(pairs, file, chat.fingerprint)
+            told.write_text(f"{report}\n", encoding="utf-8")
+        log.info("%s: %s", path, told.read_text(encoding="utf-8").rstrip())
+        return PairStore(file)
 
     def supervised(self) -> bool:
         """Whether the method reads one answer only, so that equal answers do no harm."""
         return self.training.get("objective", LongPOConfig.objective).startswith("sft_")
 
     def load_model(self, name: str, policy: bool):
-        """A causal LM from safetensors; the policy with its RoPE settings, adapters and float32 weights where needed."""
+        """A causal LM from safetensors; the policy with its RoPE settings and adapters."""
         from transformers import AutoModelForCausalLM
 
         config = self._auto_config(name)
@@ -135,11 +148,12 @@ class TrainRun:
                 config.rope_parameters = {**config.rope_parameters, "rope_theta": float(self.rope_theta)}
             if self.max_position_embeddings is not None:
                 config.max_position_embeddings = self.max_position_embeddings
-            if self.keeps_master():
-                dtype = torch.float32
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=self.trust_remote_code
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=self.trust_remote_code
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{name}: its safetensors cannot be read ({error}); fetch the model again") from None
         return self._with_adapters(model) if policy and self.lora_rank else model
 
     def _with_adapters(self, model):
@@ -153,43 +167,49 @@ class TrainRun:
         )
 
 
-def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, Any]:
+def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:
+    """Raises ValueError for a value that is no number, text or flag where one is wanted."""
+    for name, value in values.items():
+        wanted = set(get_args(kinds[name]) or [kinds[name]])
+        if wanted <= {int, float, str, bool, NoneType}:
+            wanted |= {int} if float in wanted else set()
+            if type(value) not in wanted:
+                names = sorted(kind.__name__ for kind in wanted - {NoneType})
+                raise ValueError(f"{name}={value!r}: expected {' or '.join(names)}")
+
+
+def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
     """Counts and lengths of what a run would read."""
-    lengths, rows = [], []
-    for pair in pairs:
-        selected = select(pair, config.method)
-        lengths.append(selected.length)
-        rows.append(packed_length(selected))
-    ordered = sorted(lengths)
+    selected = (select(pair, config.method) for pair in pairs)
+    sizes = [(p.length, packed_length(p), sum(map(len, (p.chosen, *p.rejected)))) for p in selected]
+    lengths, packed, separate = zip(*sizes, strict=True)
     return {
         "pairs": len(lengths),
-        "longest sequence": ordered[-1],
-        "median sequence": ordered[len(ordered) // 2],
-        "tokens of separate sequences": sum(
-            len(s) for p in pairs for s in (select(p, config.method).chosen, *select(p, config.method).rejected)
-        ),
-        "tokens of packed rows": sum(rows),
+        "shortest sequence": min(lengths),
+        "median sequence": sorted(lengths)[len(lengths) // 2],
+        "longest sequence": max(lengths),
+        "tokens of packed rows": sum(packed),
+        "tokens of separate sequences": sum(separate),
     }
 
 
 def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | None]:
     """-> config, tokenizer, training pairs and evaluation pairs; every record has been checked."""
-    config = run.config()
+    config, vocab_size = run.config(), run._auto_config(run.model).vocab_size
     tokenizer = run.load_tokenizer()
-    vocab_size = run._auto_config(run.model).vocab_size
-    stores = []
-    for path in (run.data, run.eval_data):
-        store, report = run.load_pairs(path, tokenizer, vocab_size) if path else (None, None)
-        if report is not None:
-            log.info("%s: %s", path, report)
-        stores.append(store)
-    return config, tokenizer, *stores
+    with config.main_process_first(local=False):
+        pairs = run.load_pairs(run.data, tokenizer, vocab_size)
+        evaluation = run.load_pairs(run.eval_data, tokenizer, vocab_size) if run.eval_data else None
+    return config, tokenizer, pairs, evaluation
 
 
 def train(run: TrainRun) -> LongPOTrainer:
     """Trains or resumes a run to its end; the model, figure and card are in output_dir."""
     config, tokenizer, pairs, evaluation = prepare(run)
+    checkpoint = last_checkpoint(run.output_dir)
+    _check_identity(run, config, checkpoint)
     policy = run.load_model(run.model, policy=True)
+    dtype = policy.dtype
     reference = None
     needs_model = config.method.reference is not None and config.reference != "data"
     if needs_model and (run.reference_model is not None or not run.lora_rank):
@@ -204,11 +224,29 @@ def train(run: TrainRun) -> LongPOTrainer:
         processing_class=tokenizer,
     )
     del reference
-    checkpoint = last_checkpoint(run.output_dir) if run.resume else None
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if not run.lora_rank:
+        policy.to(dtype)
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_report(trainer, run.model)
     return trainer
+
+
+def _check_identity(run: TrainRun, config: LongPOConfig, checkpoint: str | None) -> None:
+    """Writes down what the run is. Raises ValueError where output_dir holds checkpoints of another one."""
+    mine = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name not in ("training", "output_dir")}
+    mine |= {name: getattr(config, name) for name in IDENTITY}
+    file = Path(run.output_dir) / "run.json"
+    if checkpoint is not None and file.exists():
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+        changed = [f"{n}={theirs.get(n)!r} became {value!r}" for n, value in mine.items() if theirs.get(n) != value]
+        if changed:
+            raise ValueError(
+                f"output_dir={run.output_dir}: its {Path(checkpoint).name} is of another run ({'; '.join(changed)}); "
+                "give another output_dir, or remove this one to start over"
+            )
+    elif config.process_index == 0:
+        file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
     row -> model body with shared-prefix attention -> hidden (N, H) -> packed loss in the model's forward -> backward
 
-    L = lambda/P sum_pairs f + 1/P sum_pairs mean_t NLL        P = pairs of the step, over accumulation and ranks (Eq. 14)
+    L = lambda/P sum_pairs f + 1/P sum_pairs mean_t NLL     P = pairs of the step, over accumulation and ranks (Eq. 14)
 
 What is ours: the loss (every method of methods.py), where the reference comes from, the normalisation by pairs, the
 metrics, and checkpoints that appear under their name only when they are whole. The rest is transformers' Trainer.
@@ -10,30 +10,44 @@ metrics, and checkpoints that appear under their name only when they are whole. 
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
 import os
 import resource
 import shutil
 import time
+import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ..attention import use_shared_prefix
-from ..data import TokenizedPair
+from ..data import TokenizedPair, packed_length
+from ..memory import plan
+from ..memory.optimizer import float32_gradients
+from ..memory.plan_report import describe_settings
+from ..memory.settings import Memory, machine_here
 from ..ops.divergence import linear_kl
 from ..ops.head import attach
 from ..ops.logprobs import linear_cross_entropy
 from ..ops.preference import packed_preference_loss
+from ..ops.sweep import default_workspace
 from .config import LongPOConfig
 from .reference import DataReference, Reference, ReferenceStore, base_model, model_digest, precompute, readings
 from .rows import PairRows, Row, collate, select
 
+log = logging.getLogger("longpo_ops.train")
+
 PARTIAL = ".partial"
+SMALL_STEP = 1e-5  # below this, rounding to bfloat16 keeps 99 % of the weights where they are
 
 
 class LongPOTrainer(Trainer):
@@ -41,9 +55,12 @@ class LongPOTrainer(Trainer):
 
     model: of a family that shared-prefix attention knows. Its attention is set and its forward attached (ops/head.py).
     args: LongPOConfig. train_dataset, eval_dataset: sequences of TokenizedPair, in memory or a PairStore.
-    reference_model: the frozen reference with its own RoPE settings, for methods that have one. None for a PEFT policy, whose
-        base model is the reference under reference_config (default: the policy's config), and for reference="data".
+    reference_model: the frozen reference with its own RoPE settings, for methods that have one. None for
+        reference="data", and for a PEFT policy, whose base is the reference under reference_config (default: its own).
     processing_class: the tokenizer, saved beside the model.
+
+    16-bit weights that train at a rate below SMALL_STEP become float32 ones that compute in bfloat16 (autocast): such
+    steps are lost in rounding otherwise. Checkpoints then hold float32 weights.
 
     Raises ValueError, before training, for a missing reference and for a record that lacks what the method reads.
     """
@@ -62,14 +79,24 @@ class LongPOTrainer(Trainer):
     ):
         self.method = args.method
         self.objective = self.method.make_objective(args.objective_options or {})
-        self._sums: dict[str, list[Tensor]] = defaultdict(list)
-        self._tokens, self._since = 0, time.perf_counter()
+        self._values: dict[str, list[Tensor]] = defaultdict(list)  # of each metric since the last log
+        self._tokens, self._since = 0, 0.0  # trained on since the last log, and when the first of them came
+        self._teacher_head: Tensor | None = None
+        self._target_length = args.target_length
+        if args.target_length is None and self.method.spread:
+            self._target_length = base_model(model).config.max_position_embeddings
         datasets = [pairs for pairs in (train_dataset, eval_dataset) if pairs is not None]
         for pairs in datasets:
             for pair in pairs:
                 self._check(pair, args)
+        self.memory = (
+            self._fitted(model, args, train_dataset) if args.fit == "auto" else Memory.from_settings(args.memory)
+        )
+        args.gradient_checkpointing &= not self.memory.offload  # which does it itself
         use_shared_prefix(base_model(model))
         attach(model)
+        if self.memory.states is None:
+            _keep_float32_master(model, args)
         self.reference = self._make_reference(model, args, datasets, reference_model, reference_config)
         super().__init__(
             model=model,
@@ -82,13 +109,68 @@ class LongPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # num_items_in_batch counts pairs, see _get_num_items_in_batch
 
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _fitted(self, model: nn.Module, args: LongPOConfig, pairs: Sequence[TokenizedPair]) -> Memory:
+        """What the planner chooses for the longest row on this machine, or chose when the run began."""
+        file = Path(args.output_dir) / "memory.json"
+        if file.exists():
+            return Memory.from_settings(json.loads(file.read_text(encoding="utf-8")))
+        if hasattr(model, "get_base_model") or args.world_size > 1:
+            raise ValueError("fit='auto' plans full fine-tuning on one device: set memory by hand, and fit to 'off'")
+        longest = max(packed_length(select(pair, self.method)) for pair in pairs)
+        work = plan.Work(
+            model.config,
+            max(longest, args.row_tokens or 0),
+            accumulation=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+            dtype=model.dtype,
+            workspace_bytes=args.workspace_bytes or default_workspace(args.device),
+        )
+        planned = plan.fit(work, machine_here(args.device))
+        log.info("%d rows, %.3g GiB predicted: %s", work.length, planned.peak.total / 2**30, describe_settings(planned))
+        memory = Memory.from_plan(planned)
+        if args.should_save:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(dataclasses.asdict(memory), indent=1) + "\n", encoding="utf-8")
+        return memory
+
+    def train(self, *args, **kwargs):
+        """Trainer's, with the layers tiled and offloaded as `memory` says."""
+        with self.memory.attached(self.model):
+            return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, or the AdamW of `memory`."""
+        if self.memory.states is not None and self.optimizer is None:
+            model, args = self.model if model is None else model, self.args
+            decayed = set(self.get_decay_parameter_names(model))
+            trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
+            if args.gradient_accumulation_steps > 1:
+                float32_gradients(p for _, p in trained)
+            groups = [
+                {"params": [p for d, p in trained if d == decays], "weight_decay": args.weight_decay * decays}
+                for decays in (True, False)
+            ]
+            betas = args.adam_beta1, args.adam_beta2
+            self.optimizer = self.memory.make_optimizer(
+                groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon
+            )
+        return super().create_optimizer(model)
+
     def _rows(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PairRows:
-        options = {"row_tokens": args.row_tokens, "target_length": args.target_length, "seed": args.seed}
-        return PairRows(pairs, self.method, **options)
+        return PairRows(
+            pairs, self.method, row_tokens=args.row_tokens, target_length=self._target_length, seed=args.seed
+        )
 
     def _check(self, pair: TokenizedPair, args: LongPOConfig) -> None:
-        """Raises ValueError for a record that lacks what the method reads of it."""
-        select(pair, self.method)
+        """Raises ValueError for a record that lacks what the method reads of it, or does not fit target_length."""
+        selected = select(pair, self.method)
+        if self._target_length and selected.length > self._target_length:
+            raise ValueError(
+                f"record {pair.id!r}: {selected.length} tokens, target_length is {self._target_length}; raise it (or "
+                "max_position_embeddings, its default for logo), or set it to 0 to leave positions as they are"
+            )
         if self.method.reference is not None:
             DataReference().logps(pair) if args.reference == "data" else readings(pair, self.method.reference)
 
@@ -101,6 +183,8 @@ class LongPOTrainer(Trainer):
         if args.reference == "data":
             return DataReference()
         if reference_model is not None:
+            if reference_model is model:
+                raise ValueError("reference_model is the policy itself; expected another model, which stays frozen")
             reference_model.requires_grad_(False)
             use_shared_prefix(reference_model)
             reference = Reference(attach(reference_model), self.method.reference, args.workspace_bytes)
@@ -109,15 +193,18 @@ class LongPOTrainer(Trainer):
             reference = Reference(model, self.method.reference, args.workspace_bytes, config)
         else:
             raise ValueError(
-                f"objective {self.method.name!r} compares with a reference; expected reference_model, a PEFT policy, or "
-                "reference='data' with log-probs in the data set"
+                f"objective {self.method.name!r} compares with a reference; expected reference_model, a PEFT policy, "
+                "or reference='data' with log-probs in the data set"
             )
         if args.reference == "online":
             return reference
         folder = args.reference_cache or os.path.join(args.output_dir, "reference")
-        store = ReferenceStore(folder, model_digest(reference.model, reference.config), self.method.reference)
+        key = model_digest(reference.model, reference.config)
+        store = ReferenceStore(folder, key, self.method.reference, args.process_index)
         for pairs in datasets:
-            precompute(store, pairs, reference, self.method.constraint)
+            precompute(store, pairs, reference, self.method.constraint, args.process_index, args.world_size)
+        args.distributed_state.wait_for_everyone()
+        store.reload()
         return store
 
     def _reference_logps(self, row: Row) -> tuple[Tensor | None, Tensor | None]:
@@ -143,6 +230,8 @@ class LongPOTrainer(Trainer):
         num_pairs = float(num_items_in_batch or row.batch.num_pairs)
         compute = self._preference if self.objective is not None else self._supervised
         references = self._reference_logps(row)
+        if model.training and not self._tokens:
+            self._since = time.perf_counter()
         loss, metrics = model(
             input_ids=row.batch.input_ids.to(device, non_blocking=True),
             position_ids=row.batch.position_ids.to(device, non_blocking=True),
@@ -151,8 +240,8 @@ class LongPOTrainer(Trainer):
             compute=lambda hidden, head: compute(hidden[0], head, row, references, num_pairs),
         )
         for name, values in metrics.items():
-            self._sums[name].append(values.detach().float().reshape(-1))
-        self._tokens += row.batch.layout.length
+            self._values[name if model.training else f"eval_{name}"].append(values.detach().double().reshape(-1))
+        self._tokens += row.batch.layout.length if model.training else 0
         loss = loss * self.args.world_size  # DDP averages over ranks; num_pairs counts the pairs of all of them
         return (loss, {}) if return_outputs else loss
 
@@ -173,7 +262,8 @@ class LongPOTrainer(Trainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         margins = out.chosen_rewards[list(batch.rejected_pair)] - out.rejected_rewards
-        own = num_pairs / batch.num_pairs  # the two losses as means over this row's pairs
+        # A row's mean loss, once for each of its pairs: logs are means over pairs, whatever the rows.
+        own = torch.full((batch.num_pairs,), num_pairs / batch.num_pairs, device=hidden.device)
         metrics = {
             "rewards/chosen": out.chosen_rewards,
             "rewards/rejected": out.rejected_rewards,
@@ -195,11 +285,12 @@ class LongPOTrainer(Trainer):
             reduction="sum",
             workspace_bytes=scratch,
         )
-        metrics = {"nll_loss": nll / batch.num_pairs}
+        own = torch.full((batch.num_pairs,), 1 / batch.num_pairs, device=nll.device)
+        metrics = {"nll_loss": nll * own}
         if not self.method.constraint:
             return nll / num_pairs, metrics
         kl = self._constraint(hidden, head, row)
-        metrics["kl"] = kl / batch.num_pairs
+        metrics["kl"] = kl * own
         return (nll + self.args.constraint_weight * kl) / num_pairs, metrics
 
     def _constraint(self, hidden: Tensor, head, row: Row) -> Tensor:
@@ -207,12 +298,9 @@ class LongPOTrainer(Trainer):
         answers = (row.batch.segments >= 0).nonzero().squeeze(-1).to(hidden.device)
         teacher = [self.reference.hidden(pair) for pair in row.pairs]
         counts = torch.tensor([len(t) for t in teacher])
-        if int(counts.sum()) != len(answers):
-            raise ValueError(
-                f"records {[pair.id for pair in row.pairs]}: {len(answers)} answer tokens in the long input, "
-                f"{int(counts.sum())} in the short ones; expected the same answers in both"
-            )
         weights = (1.0 / counts).repeat_interleave(counts)
+        if self._teacher_head is None:
+            self._teacher_head = self.reference.head().to(hidden.device)
         return head(
             hidden[answers],
             (),
@@ -220,7 +308,7 @@ class LongPOTrainer(Trainer):
                 student,
                 weight,
                 torch.cat(teacher).to(student),
-                self.reference.head().to(weight),
+                self._teacher_head.to(weight.dtype),
                 kind="reverse",
                 row_weights=weights.to(student.device),
                 reduction="sum",
@@ -238,43 +326,94 @@ class LongPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's numbers with the paper's, tokens per second and peak memory since the last log."""
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        for name, values in self._sums.items():
-            logs[prefix + name] = float(torch.cat(values).mean())
-        if self._sums and not prefix:
-            logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
+        evaluation = any(name.startswith("eval_") for name in logs)
+        names = [name for name in self._values if name.startswith("eval_") == evaluation]
+        for name in names:
+            values = torch.cat(self._values.pop(name))
+            total, count = self.accelerator.reduce(torch.stack([values.sum(), torch.ones_like(values).sum()]))
+            logs[name] = float(total / count)
+        if evaluation:
+            self._since += logs.get("eval_runtime", 0.0)
+        elif names:
+            tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=self.args.device))
+            logs["tokens_per_second"] = float(tokens) / (time.perf_counter() - self._since)
             logs["peak_memory_gib"] = _peak_memory(self.args.device) / 2**30
-        self._sums.clear()
-        self._tokens, self._since = 0, time.perf_counter()
+            self._tokens = 0
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Writes a checkpoint beside its place and renames it when it is whole."""
+        """Writes a checkpoint beside its place, flushes it and renames it: under its name it is whole."""
         run = Path(super()._get_output_dir(trial))
-        self._partial = run / PARTIAL
+        partial = run / PARTIAL
         if self.args.should_save:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # before another process writes there
+        self._partial = partial
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._partial = None
         self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == partial:
+            self.state.best_model_checkpoint = str(run / Path(best).name)
         if self.args.should_save:
-            for whole in (run / PARTIAL).iterdir():
-                shutil.rmtree(run / whole.name, ignore_errors=True)
-                os.replace(whole, run / whole.name)
-            (run / PARTIAL).rmdir()
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit, use_mtime=True)
+            (written,) = partial.iterdir()
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            _flush(written)
+            shutil.rmtree(run / written.name, ignore_errors=True)
+            os.replace(written, run / written.name)
+            partial.rmdir()
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
     _partial: Path | None = None
 
     def _get_output_dir(self, trial) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _keep_float32_master(model: nn.Module, args: LongPOConfig) -> None:
+    """Turns trained 16-bit weights into float32 ones under autocast where steps are too small for them."""
+    small = [p for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4]
+    if small and args.learning_rate < SMALL_STEP:
+        for parameter in small:
+            parameter.data = parameter.data.float()
+        if args.mixed_precision == "no":
+            args.bf16, args.mixed_precision = True, "bf16"
+
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest whole checkpoint of a run, or None."""
     return get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
+
+
+def check_checkpoint(folder: str | os.PathLike) -> None:
+    """Raises ValueError naming a file of a checkpoint that is cut off or otherwise no longer what was written there."""
+    for file in sorted(Path(folder).rglob("*")):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            elif file.suffix in (".pt", ".pth"):
+                zipfile.ZipFile(file).close()
+            elif file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}); remove {folder} to go on from the checkpoint before it"
+            ) from None
+
+
+def _flush(folder: Path) -> None:
+    """A rename must not reach the disk before what it names."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def _peak_memory(device: torch.device) -> int:

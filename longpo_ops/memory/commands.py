@@ -1,0 +1,61 @@
+"""`longpo plan`: will a step fit, with which settings, and how long will it take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help="mistral-7b, llama-3-8b, qwen2.5-7b, qwen2.5-1.5b, or any causal LM: a name or folder.")
+    ],
+    length: Annotated[int, typer.Option(help="Rows of a step: prefix, chosen and rejected tails.")] = 524288,
+    tail: Annotated[
+        list[int] | None, typer.Option(help="Rows of a rejected tail, repeatable; part of --length.")
+    ] = None,
+    device_gib: Annotated[float, typer.Option(help="Memory of the device.")] = 141.0,
+    host_gib: Annotated[float, typer.Option(help="Memory of the host.")] = 128.0,
+    disk_gib: Annotated[float, typer.Option(help="Disk space for layer inputs.")] = 0.0,
+    accumulation: Annotated[int, typer.Option(help="Rows a step accumulates gradients over.")] = 1,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 for none.")] = 0.0,
+    device_reserve_gib: Annotated[float, typer.Option(help="Device memory to leave free.")] = 2.0,
+    host_reserve_gib: Annotated[float, typer.Option(help="Host memory to leave free.")] = 8.0,
+    longest: Annotated[
+        bool, typer.Option("--longest", help="The longest length that fits, instead of --length.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw memory over the step into this PNG.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Predict memory and time of a training step, and choose settings that fit. Nothing is allocated."""
+    import json
+
+    from . import plan as planner
+    from .plan_report import as_json, draw_plan, print_plan
+    from .trace import read_config
+
+    gib = planner.GIB
+    try:
+        work = planner.Work(read_config(model), length, tuple(tail or ()), accumulation, max_grad_norm)
+        machine = planner.Machine(
+            int(device_gib * gib),
+            int(host_gib * gib),
+            int(disk_gib * gib),
+            device_reserve=int(device_reserve_gib * gib),
+            host_reserve=int(host_reserve_gib * gib),
+        )
+        found = planner.longest(work, machine) if longest else planner.fit(work, machine)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    title = f"{model}, one row of {found.work.length:,} tokens"
+    if json_:
+        typer.echo(json.dumps(as_json(found), indent=1))
+    else:
+        print_plan(found, title)
+    if picture is not None:
+        draw_plan(found, title, picture)
+        if not json_:
+            typer.echo(f"Picture: {picture}")

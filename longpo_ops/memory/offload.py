@@ -1,0 +1,530 @@
+"""Offload of what gradient checkpointing saves: each layer's input waits for its backward in host memory or on disk.
+
+    forward   layer i computes            | the input of layer i is copied out, then its device memory is free
+    backward  layer i recomputes, returns | the input of layer i - 1 is copied in
+
+    with offload_activations(model, device_bytes=40 << 30, host_bytes=96 << 30):
+        loss = model(...).loss
+        loss.backward()
+
+L layers, inputs x (B, T, H) of b bytes each. Device: the last floor(device_bytes / b) inputs stay, one more leaves or
+arrives at any time, with store="int8" a second in its encoded form. Host: ceil(stored bytes / page) pages per input.
+Disk: the rest, spread evenly over the layers. Non-reentrant checkpointing saves exactly one tensor per layer outside
+its own hooks, so saved_tensors_hooks around it see the layer's input and nothing else. With store="exact" the bytes, and
+with them all that is recomputed, are bitwise those of plain checkpointing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from longpo_ops.memory.attention_outputs import recall_contexts
+from longpo_ops.memory.quantise import CODECS, Exact
+from longpo_ops.memory.tiers import PAGE, HostPages, SpillPages, Staging, available_host_bytes, gib, lane_of
+
+WORKERS = 2  # threads of the disk tier: one writes or reads ahead while another serves what is wanted now
+DEVICE, HOST, DISK = "device", "host", "disk"
+
+
+# --- where each layer's input goes ------------------------------------------------------------------------------------
+
+
+class Placement(NamedTuple):
+    """How many layers' inputs stay on the device, go to the host, and go to disk."""
+
+    device: int
+    host: int
+    disk: int
+
+    def tiers(self) -> list[str]:
+        """One per layer. The last stay on the device, as their backward comes first; those on disk are spread evenly,
+        so that the disk has several layers' time for each."""
+        rest = self.host + self.disk
+        spread = [(i + 1) * self.disk // rest > i * self.disk // rest for i in range(rest)]
+        return [DISK if on_disk else HOST for on_disk in spread] + [DEVICE] * self.device
+
+
+def place(
+    layers: int,
+    input_bytes: int,
+    *,
+    stored_bytes: int | None = None,
+    device_bytes: int = 0,
+    host_bytes: int = 0,
+    disk_bytes: int = 0,
+    page_bytes: int = PAGE,
+) -> Placement:
+    """Where the inputs of `layers` layers go: to the device first, then the host, then disk.
+
+    input_bytes: of one layer's input; stored_bytes: of the same away from the device (default: as many); the budgets are
+    what is left of them. Raises ValueError where they do not hold all, naming what is short and settings that would do.
+    """
+    stored = input_bytes if stored_bytes is None else stored_bytes
+    paged = -(-stored // page_bytes) * page_bytes
+    device = min(layers, device_bytes // input_bytes)
+    host = min(layers - device, host_bytes // paged)
+    disk = min(layers - device - host, disk_bytes // paged)
+    missing = layers - device - host - disk
+    if missing:
+        raise ValueError(
+            f"offload: {layers} layer inputs of {gib(input_bytes)} ({gib(paged)} away from the device) do not fit: "
+            f"device_bytes has room for {device}, host_bytes for {host}, the spill_dir for {disk}, which leaves {missing} "
+            f"({gib(missing * paged)}) without a place. Set host_bytes at least {gib(missing * paged)} higher "
+            f"({(host + missing) * paged} bytes free of other use), or device_bytes {gib(missing * input_bytes)} higher"
+            + (f", or free {gib(missing * paged)} in the spill_dir" if disk_bytes else ", or give a spill_dir")
+            + (", or use store='int8'" if stored == input_bytes else "")
+        )
+    return Placement(device, host, disk)
+
+
+# --- one tensor away from the device ----------------------------------------------------------------------------------
+
+
+class Move(NamedTuple):
+    """What happened: "keep" (stays on the device), "out", "in" (copy begun), "use" (handed to the backward)."""
+
+    what: str
+    layer: int
+    tier: str
+    nbytes: int
+
+
+class Shape(NamedTuple):
+    """All of a tensor but its bytes."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Stored:
+    """A tensor that has left, held by the graph; when the graph lets it go, its pages are given back.
+
+    The tensor is held until its copy is done (`source`), a copy on its way back until it is used (`arrival`).
+    """
+
+    def __init__(self, mover: Mover, layer: int, x: Tensor, tier: str, codec):
+        self.pages: list[int] = []  # first, as __del__ asks for it whatever fails here
+        flat = _flat(x)
+        dense = flat.data_ptr() == x.data_ptr()
+        self.shape = Shape(x.shape, x.stride() if dense else _contiguous(x.shape), x.dtype, x.device)
+        self.mover, self.layer, self.tier, self.codec = mover, layer, tier, codec
+        self.job: Future | None = None
+        self.arrival: tuple[Tensor, object, Future | None] | None = None
+        self.source: Tensor | None = codec.encode(flat)
+        self.nbytes, self.version = self.source.numel(), self.source._version
+        self.store = mover.host if tier == HOST else mover.disk
+        self.pages = self.store.take(self.store.count(self.nbytes))
+        mover.note("out", layer, tier, self.nbytes)
+        self.event = mover.lane.now()
+        if tier == HOST:
+            self.event = mover.lane.copy([(page, part) for page, part in self._parts(self.source)], self.event)
+        else:
+            self.job = mover.submit(mover.write, self.source, self.pages, self.event)
+
+    def settle(self) -> None:
+        """Lets the tensor go: what is computed from here on may use its memory. Raises what writing it raised, once."""
+        source, self.source = self.source, None
+        if source is None:
+            return
+        if self.job is not None:
+            _finish(self.job)
+        else:
+            self.mover.lane.hold(self.event)
+        if source._version != self.version:
+            raise RuntimeError(
+                f"the input of layer {self.layer}, {tuple(self.shape.size)}, was modified in place while it was being "
+                f"offloaded: use the out-of-place operation, as gradient checkpointing recomputes from this tensor"
+            )
+
+    def fetch(self) -> None:
+        """Begins the copy back, unless it is on its way."""
+        if self.arrival is not None:
+            return
+        self.settle()
+        if self.job is not None:
+            _finish(self.job)  # raises again, should the write have failed
+        mover = self.mover
+        payload = torch.empty(self.nbytes, dtype=torch.uint8, device=self.shape.device)
+        mover.note("in", self.layer, self.tier, self.nbytes)
+        now = mover.lane.now()  # until here the memory of `payload` may be in use by what freed it
+        if self.tier == HOST:
+            event = mover.lane.copy([(part, page) for page, part in self._parts(payload)], now)
+            self.arrival = payload, event, None
+        else:
+            self.arrival = payload, None, mover.submit(mover.read, payload, self.pages, now)
+
+    def load(self) -> Tensor:
+        """The tensor again, as often as it is asked for."""
+        self.fetch()
+        payload, event, job = self.arrival
+        if job is not None:
+            self.arrival = None  # a failed read is tried anew, should anyone ask again
+            _finish(job)
+        else:
+            self.mover.lane.hold(event)
+            self.arrival = None
+        self.mover.note("use", self.layer, self.tier, self.nbytes)
+        flat = self.codec.decode(payload, self.shape.dtype, self.shape.size.numel())
+        return flat.as_strided(self.shape.size, self.shape.stride)
+
+    def _parts(self, payload: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Host pages and the parts of the payload that belong in them."""
+        for page, part in zip(self.pages, payload.split(self.store.page_bytes), strict=True):
+            yield self.store.view(page, part.numel()), part
+
+    def __del__(self):
+        """Copies under way still own what they read and write: memory and pages are free only after them."""
+        if not self.pages:
+            return
+        give, pages = self.store.give, self.pages
+        if self.tier == HOST:
+            event = self.arrival[1] if self.arrival is not None else self.event
+            if self.arrival is not None or self.source is not None:
+                self.mover.lane.hold(event)
+            give(pages)
+            return
+        jobs = [job for job in (self.job, self.arrival and self.arrival[2]) if job is not None and not job.done()]
+        if jobs:
+            jobs[-1].add_done_callback(lambda _: give(pages))
+        else:
+            give(pages)
+
+
+def _finish(job: Future) -> None:
+    """Waits for a thread's work. Raises its error anew: raised as it is, the error would refer to the frames it passes,
+    these to the tensor, that to the work, and the work to the error: memory held until a collection of cycles."""
+    error = job.exception()
+    if error is not None:
+        raise type(error)(*error.args) from error
+
+
+class Kept:
+    """A tensor that stays on the device."""
+
+    def __init__(self, x: Tensor):
+        self.tensor, self.nbytes = x, x.nbytes
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(n,) view of a tensor without gaps in memory, in memory order; a contiguous copy of any other."""
+    x = x.detach()
+    order = sorted(range(x.ndim), key=lambda d: (x.stride(d), x.size(d)))
+    expected = 1
+    for d in order:
+        if x.size(d) != 1:
+            if x.stride(d) != expected:
+                return x.contiguous().view(-1)
+            expected *= x.size(d)
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _contiguous(size: torch.Size) -> tuple[int, ...]:
+    return torch.empty(size, device="meta").stride()
+
+
+class Mover:
+    """What all tensors of one handle share: the lane, the pages, the threads, and the list of what happened."""
+
+    def __init__(self, lane, host: HostPages, disk: SpillPages | None):
+        self.lane, self.host, self.disk = lane, host, disk
+        self.moves: deque[Move] = deque(maxlen=8192)
+        self.workers = disk and ThreadPoolExecutor(WORKERS, thread_name_prefix="longpo-spill")
+        self.staging = disk and Staging(WORKERS, host.page_bytes, lane)
+
+    def note(self, what: str, layer: int, tier: str, nbytes: int) -> None:
+        self.moves.append(Move(what, layer, tier, nbytes))
+
+    def submit(self, work: Callable, *args) -> Future:
+        return self.workers.submit(work, *args)
+
+    def write(self, payload: Tensor, pages: list[int], after) -> None:
+        with self.staging.page() as stage:
+            for page, part in zip(pages, payload.split(self.disk.page_bytes), strict=True):
+                piece = stage[: part.numel()]
+                self.lane.wait(self.lane.copy([(piece, part)], after))
+                self.disk.write(page, piece)
+
+    def read(self, payload: Tensor, pages: list[int], after) -> None:
+        with self.staging.page() as stage:
+            for page, part in zip(pages, payload.split(self.disk.page_bytes), strict=True):
+                piece = stage[: part.numel()]
+                self.disk.read(page, piece)
+                self.lane.wait(self.lane.copy([(part, piece)], after))
+
+    def close(self) -> None:
+        """Ends the threads when their work is done, and frees all memory and the file; pages in use when given back."""
+        if self.workers:
+            self.workers.shutdown(wait=True)
+            self.disk.close()
+            self.staging.close()
+        self.host.close()
+
+
+# --- one model --------------------------------------------------------------------------------------------------------
+
+
+class Visit:
+    """One layer in one forward pass: its input, the attention outputs saved with it, and the layer before."""
+
+    def __init__(self, before: Visit | None):
+        self.input: Stored | Kept | None = None
+        self.others: list[Stored] = []
+        self.before = before and weakref.ref(before)  # the graph alone keeps visits alive
+
+
+class Offloader:
+    """Decides where each layer's input goes, and brings it back one layer ahead."""
+
+    def __init__(self, mover: Mover, layers: int, codec, device_bytes: int, save_attention: bool):
+        self.mover, self.layers, self.codec, self.device_bytes = mover, layers, codec, device_bytes
+        self.save_attention = save_attention
+        self.tiers: list[str] = []
+        self.input_bytes = 0
+        self.last: Callable[[], Visit | None] = lambda: None
+        self.last_layer = layers
+        self.leaving: Callable[[], Stored | None] = lambda: None
+        self.kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+    # The compiler would trace hooks and threads: it leaves this frame to Python and compiles what the layer calls.
+    @torch.compiler.disable(recursive=False)
+    def run(self, layer: int, function: Callable, *args, **kwargs):
+        """Calls a layer under checkpointing, its input offloaded. Takes the place of torch's checkpoint."""
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        visit = Visit(self._before(layer))
+        contexts = partial(recall_contexts, partial(self.keep, layer, visit)) if self.save_attention else _no_contexts
+        try:
+            with saved_tensors_hooks(partial(self._pack, layer, visit, args[0].data_ptr()), self._unpack):
+                return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _before(self, layer: int) -> Visit | None:
+        """The visit of the layer before in the same forward pass."""
+        return self.last() if layer == self.last_layer + 1 else None
+
+    def _pack(self, layer: int, visit: Visit, address: int, x: Tensor):
+        if x.data_ptr() != address:  # another argument of a layer that takes several tensors
+            return x
+        if layer <= self.last_layer:
+            self._begin(x)
+        self._settle()
+        self.last, self.last_layer = weakref.ref(visit), layer
+        visit.input = self._put(layer, x)
+        return visit
+
+    def _begin(self, x: Tensor) -> None:
+        """A forward pass begins: finds a place for every layer's input and makes the pages, before anything is computed."""
+        mover, kept = self.mover, sum(k.nbytes for k in self.kept)
+        host, disk, page = mover.host, mover.disk, mover.host.page_bytes
+        stored = self.codec.nbytes(x)
+        placement = place(
+            self.layers,
+            x.nbytes,
+            stored_bytes=stored,
+            device_bytes=max(0, self.device_bytes - kept),
+            host_bytes=host.room() * page,
+            disk_bytes=disk.room() * page if disk else 0,
+            page_bytes=page,
+        )
+        host.reserve(placement.host * host.count(stored))
+        if disk:
+            disk.reserve(placement.disk * disk.count(stored))
+        self.tiers, self.stored = placement.tiers(), stored
+
+    def _put(self, layer: int, x: Tensor) -> Stored | Kept:
+        tier = self.tiers[layer]
+        if tier == DEVICE:
+            self.mover.note("keep", layer, tier, x.nbytes)
+            kept = Kept(x)
+            self.kept.add(kept)
+            return kept
+        stored = Stored(self.mover, layer, x, tier, self.codec)
+        self.leaving = weakref.ref(stored)
+        return stored
+
+    def keep(self, layer: int, visit: Visit, x: Tensor) -> Stored | None:
+        """Stores an attention output exactly, where there is room beside the inputs that are still to come."""
+        for tier, store in ((HOST, self.mover.host), (DISK, self.mover.disk)):
+            if store is None:
+                continue
+            promised = self.tiers[layer + 1 :].count(tier) * store.count(self.stored)
+            if store.room() - promised >= store.count(x.nbytes):
+                self._settle()
+                stored = Stored(self.mover, layer, x, tier, Exact)
+                self.leaving = weakref.ref(stored)
+                visit.others.append(stored)
+                return stored
+        return None
+
+    def _unpack(self, packed: Tensor | Visit) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        visits = [packed, packed.before and packed.before()]
+        for stored in [*packed.others, *(v.input for v in visits if v is not None)]:
+            if isinstance(stored, Stored):
+                stored.fetch()
+        return packed.input.tensor if isinstance(packed.input, Kept) else packed.input.load()
+
+    def _settle(self) -> None:
+        leaving = self.leaving()
+        if leaving is not None:
+            leaving.settle()
+
+    def _forget(self) -> None:
+        """A forward pass ended by an exception: the next begins anew, whichever layer it meets first."""
+        self.last_layer = self.layers
+
+
+def _no_contexts():
+    return nullcontext(), nullcontext()
+
+
+class OffloadHandle:
+    """Undoes offload_activations: by remove(), or at the end of a with block.
+
+    moves: what happened to each tensor, the newest last. host_bytes, disk_bytes: allocated now. used_bytes: of them
+    holding tensors of graphs that are alive.
+    """
+
+    def __init__(self, offloader: Offloader, before: list[tuple[nn.Module, dict]], hook):
+        self._offloader, self._before, self._hook = offloader, before, hook
+
+    @property
+    def moves(self) -> list[Move]:
+        return list(self._offloader.mover.moves)
+
+    @property
+    def host_bytes(self) -> int:
+        host = self._offloader.mover.host
+        return host.made * host.page_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        disk = self._offloader.mover.disk
+        return disk.made * disk.page_bytes if disk else 0
+
+    @property
+    def used_bytes(self) -> int:
+        mover = self._offloader.mover
+        return sum(store.used * store.page_bytes for store in (mover.host, mover.disk) if store)
+
+    def remove(self) -> None:
+        """Gives the layers their former checkpointing back and frees all memory and the spill file.
+
+        Graphs that are still alive can be freed, but no longer be run backward through where they are on disk.
+        """
+        if not self._before:
+            return
+        for layer, attributes in self._before:
+            for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                layer.__dict__.pop(name, None)
+            layer.__dict__.update(attributes)
+        self._before = []
+        self._hook.remove()
+        self._offloader.mover.close()
+
+    def __enter__(self) -> OffloadHandle:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.remove()
+
+
+def offload_activations(
+    model: nn.Module,
+    *,
+    device_bytes: int = 0,
+    host_bytes: int | None = None,
+    spill_dir: str | PathLike | None = None,
+    store: str = "exact",
+    save_attention: bool = False,
+    page_bytes: int = PAGE,
+) -> OffloadHandle:
+    """Checkpoints every layer of a transformers model (or a PEFT model of one) and offloads what that saves.
+
+    device_bytes: of layer inputs that stay on the device. host_bytes: of host memory to use, page-locked for a GPU;
+    default four fifths of what is available. spill_dir: folder for what the host does not hold; its disk should be
+    local. store: "exact", or "int8" for half the bytes of bfloat16 at an error of 1/254 of the largest of 128 neighbours.
+    save_attention: also stores attention outputs and logsumexps, exactly, as far as host and disk have room beside the
+    inputs, first layers first; the backward of those layers does not run the attention forward again. For kernels that are
+    one PyTorch operator: flash, cuDNN and memory-efficient attention, CPU flash, the flash-attn package.
+    page_bytes: granularity of host memory and file.
+
+    Attach after model.gradient_checkpointing_enable(), which it replaces (non-reentrant). Works in training mode, as the
+    model's own checkpointing does. A forward pass whose inputs do not fit is refused with a ValueError when it meets the
+    first layer. Host memory that the system refuses is a MemoryError, a disk that fails or is full, and a file that was
+    cut short, an OSError; weights and optimizer are untouched then.
+
+    Raises ValueError for a model without checkpointable layers or on several devices, budgets that the host does not
+    have, a folder that takes no file, and an unknown store.
+    """
+    layers = _layers(model)
+    _check(store, device_bytes, host_bytes, page_bytes)
+    devices = {p.device for layer in layers for p in layer.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"model: its layers are on {sorted(map(str, devices))}, offloading wants them on one device")
+    lane = lane_of(devices.pop())
+    available = available_host_bytes()
+    host_bytes = available * 4 // 5 if host_bytes is None else host_bytes
+    if host_bytes > available:
+        raise ValueError(
+            f"host_bytes is {gib(host_bytes)}, of which the host has {gib(available)} available: set it to {available} or "
+            f"less, and give a spill_dir or device_bytes for the rest"
+        )
+    disk = None if spill_dir is None else SpillPages(page_bytes, spill_dir)
+    mover = Mover(lane, HostPages(page_bytes, host_bytes, lane), disk)
+    offloader = Offloader(mover, len(layers), CODECS[store], device_bytes, save_attention)
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [(layer, {n: layer.__dict__[n] for n in names if n in layer.__dict__}) for layer in layers]
+    runs = [partial(offloader.run, number) for number in range(len(layers))]
+    for layer, run in zip(layers, runs, strict=True):
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run
+
+    def still_attached(*_):
+        if any(layer._gradient_checkpointing_func is not run for layer, run in zip(layers, runs, strict=True)):
+            raise ValueError(
+                "gradient_checkpointing_enable() was called after offload_activations and replaced it: enable "
+                "checkpointing first (for a Trainer: gradient_checkpointing=False), or remove() and attach again"
+            )
+
+    return OffloadHandle(offloader, before, layers[0].register_forward_pre_hook(still_attached))
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no layers that transformers can checkpoint")
+    taken = [layer for layer in layers if isinstance(getattr(layer, "_gradient_checkpointing_func", None), partial)]
+    if any(isinstance(getattr(t._gradient_checkpointing_func.func, "__self__", None), Offloader) for t in taken):
+        raise ValueError("model: its activations are offloaded already: remove() the handle first")
+    return layers
+
+
+def _check(store: str, device_bytes: int, host_bytes: int | None, page_bytes: int) -> None:
+    if store not in CODECS:
+        raise ValueError(f"store is {store!r}, expected one of {', '.join(map(repr, CODECS))}")
+    for name, value, least in (
+        ("device_bytes", device_bytes, 0),
+        ("host_bytes", host_bytes or 0, 0),
+        ("page_bytes", page_bytes, 4096),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}, expected a whole number of bytes, at least {least}")

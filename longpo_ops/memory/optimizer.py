@@ -1,0 +1,275 @@
+"""AdamW for 16-bit weights: an exact float32 master, states in float32 or 8 bits, on the device or on the host.
+
+    bits(master) = (bits(weight) << 16) + residue      weight bfloat16, the nearest (ties away from 0); residue int16
+
+A step runs over pieces of at most PIECE numbers: a piece's master is joined in float32, stepped by a well-kept inner optimizer
+(torch's fused AdamW, or torchao's with 8-bit states) and split again. The inner optimizers never see the 16-bit weights.
+
+Bytes per weight: 2 residue or 4 float32 master (none for float32 weights), 8 float32 states or 2.03 8-bit ones.
+Scratch: about five float32 pieces. Residue and full master give bitwise the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+PIECE = 1 << 24  # numbers: 64 MiB of float32, and few enough shapes for what torchao compiles per shape
+STATES = ("float32", "8bit")
+MASTERS = ("residue", "float32")
+HALF = 1 << 15  # of the unit in the last place of bfloat16, in float32 bits
+
+
+def split(master: Tensor, weight: Tensor, residue: Tensor) -> None:
+    """master (n,) float32 -> weight (n,) bfloat16 and residue (n,) int16, written in place; exact for every number.
+
+    The largest numbers round to an infinite weight, as in any conversion, and are still exact; NaN becomes the plain NaN.
+    """
+    bits = master.view(torch.int32)
+    bits.masked_fill_(master.isnan(), 0x7FC00000)  # a NaN of all ones would carry into the sign and look like 0
+    high = (bits + HALF).bitwise_right_shift_(16)
+    weight.view(torch.int16).copy_(high)
+    torch.sub(bits, high.bitwise_left_shift_(16), out=high)
+    residue.copy_(high)
+
+
+def join(weight: Tensor, residue: Tensor) -> Tensor:
+    """weight (n,) bfloat16 and residue (n,) int16 -> (n,) float32, the inverse of split."""
+    bits = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(residue).view(torch.float32)
+
+
+def float32_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Lets 16-bit weights gather their gradients in float32 (4 bytes a weight): what sums over several rows need."""
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            parameter.grad_dtype = torch.float32
+
+
+def refuse_step_in_backward(accumulation: int, max_grad_norm: float | None, processes: int = 1) -> None:
+    """Raises ValueError where weights cannot be stepped as soon as their gradient is there, saying why."""
+    what = None
+    if accumulation > 1:
+        what = f"gradient_accumulation_steps={accumulation} sums gradients over several backward passes; set it to 1"
+    elif max_grad_norm:
+        what = f"max_grad_norm={max_grad_norm} needs all gradients before the first step; set it to 0"
+    elif processes > 1:
+        what = f"{processes} processes average gradients after backward; expected one process"
+    if what is not None:
+        raise ValueError(f"step_in_backward: {what}, or switch step_in_backward off")
+
+
+class AdamW(Optimizer):
+    """AdamW with an exact float32 master of bfloat16 weights.
+
+    params, lr, betas, eps, weight_decay: as in torch.optim.AdamW; learning-rate schedulers work as they do there.
+    states: "float32" (torch, fused) or "8bit" (torchao, blocks of 256; tensors of under 4,096 numbers stay in float32).
+    master: "residue", for bfloat16 weights, or "float32", for any 16-bit ones. float32 weights are their own master.
+    host: master and states live and step in host memory; gradients go there and weights come back, a piece at a time.
+    step_in_backward: a weight steps as soon as its gradient is there, and the gradient is freed. Backward then equals backward
+        and step(), which is left to do nothing. One backward per step: another one before step() raises RuntimeError.
+        Clipping needs all gradients at once (refuse_step_in_backward).
+
+    state_dict is exact: loading it, and the weights it was saved with, goes on bitwise.
+
+    Raises ValueError for unknown settings, for weights that do not fit them, and without torchao where it is needed.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 5e-7,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        states: str = "float32",
+        master: str = "residue",
+        host: bool = False,
+        step_in_backward: bool = False,
+    ):
+        for name, value, known in (("states", states, STATES), ("master", master, MASTERS)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.settings = {"states": states, "master": master}
+        self._weights = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._weights[parameter] = _Weight(parameter, states, master, host)
+        self._stepped: set[nn.Parameter] = set()  # in the backward passes since the last step()
+        if step_in_backward:
+            self._step_in_backward()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Steps every weight that has a gradient. Returns closure()'s value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._stepped.clear()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._weights[parameter].step(group)
+        return loss
+
+    def _step_in_backward(self) -> None:
+        if torch.distributed.is_initialized():
+            refuse_step_in_backward(1, None, torch.distributed.get_world_size())
+        for number, group in enumerate(self.param_groups):  # by number: load_state_dict makes new groups
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda p, number=number: self._ready(p, number))
+
+    @torch.no_grad()
+    def _ready(self, parameter: nn.Parameter, number: int) -> None:
+        if parameter in self._stepped:
+            raise RuntimeError(
+                "step_in_backward: a second backward pass before step(), whose gradient would be added to a weight that has "
+                "moved; call step() after each backward, or switch step_in_backward off to accumulate gradients"
+            )
+        self._stepped.add(parameter)
+        self._weights[parameter].step(self.param_groups[number])
+        parameter.grad = None
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, param_groups as torch has them, and per weight its master and the inner optimizers' states."""
+        weights = {i: weight.state_dict() for i, weight in enumerate(self._weights.values())}
+        return super().state_dict() | {"state": weights, "settings": dict(self.settings)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for a state of other settings, and for one of other weights."""
+        settings = state_dict.get("settings")
+        if settings != self.settings:
+            raise ValueError(
+                f"optimizer state of {settings}: expected {self.settings}; go on with the settings it began with"
+            )
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for i, weight in enumerate(self._weights.values()):
+            weight.load_state_dict(state_dict["state"][i])
+
+
+class _Weight:
+    """One parameter: its master, and an inner optimizer for each piece of it."""
+
+    def __init__(self, parameter: nn.Parameter, states: str, master: str, host: bool):
+        if not parameter.is_contiguous() or hasattr(parameter, "to_local"):
+            raise ValueError(
+                f"a {type(parameter).__name__} of shape {tuple(parameter.shape)} is sharded or not contiguous: expected plain "
+                "contiguous weights; use torch.optim.AdamW for others"
+            )
+        if parameter.dtype.itemsize < 4 and master == "residue" and parameter.dtype != torch.bfloat16:
+            raise ValueError(
+                f"master='residue' holds what bfloat16 rounds away, got {parameter.dtype}: use master='float32'"
+            )
+        self.parameter = parameter
+        self.device = torch.device("cpu") if host else parameter.device
+        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
+        self.master: Tensor | None = None
+        if parameter.dtype != self.dtype and master == "residue":
+            self.master = torch.zeros(parameter.numel(), dtype=torch.int16, device=self.device)
+        elif parameter.dtype != self.dtype:
+            self.master = parameter.detach().flatten().to(self.device, torch.float32)
+        count = math.ceil(parameter.numel() / PIECE)
+        self.pieces = [_Piece(self.device, self.dtype, states) for _ in range(count)]
+
+    def step(self, group: dict) -> None:
+        weights, gradients = self.parameter.detach().view(-1), self.parameter.grad.reshape(-1)
+        for piece, here in zip(self.pieces, self._slices(), strict=True):
+            weight = weights[here]
+            low = weight.to(self.device)
+            gradient = gradients[here].to(self.device, self.dtype)
+            if self.master is None:
+                piece.step(low, gradient, group)
+            elif self.master.dtype == torch.int16:
+                master = join(low, self.master[here])
+                piece.step(master, gradient, group)
+                split(master, low, self.master[here])
+            else:
+                piece.step(self.master[here], gradient, group)
+                low.copy_(self.master[here])
+            if low is not weight:  # it stepped elsewhere
+                weight.copy_(low)
+        torch.autograd.graph.increment_version(self.parameter)  # who saved the weight for a later backward must be told
+
+    def _slices(self) -> Iterator[slice]:
+        return (slice(start, start + PIECE) for start in range(0, self.parameter.numel(), PIECE))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"master": self.master, "pieces": [piece.state() for piece in self.pieces]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        master, pieces = state["master"], state["pieces"]
+        if len(pieces) != len(self.pieces) or (master is None) != (self.master is None):
+            raise ValueError(f"optimizer state does not fit a weight of shape {tuple(self.parameter.shape)}")
+        if master is not None:
+            if master.shape != self.master.shape or master.dtype != self.master.dtype:
+                raise ValueError(
+                    f"optimizer state has a master of {tuple(master.shape)} {master.dtype}: expected "
+                    f"{tuple(self.master.shape)} {self.master.dtype}, for a weight of shape {tuple(self.parameter.shape)}"
+                )
+            self.master.copy_(master)
+        for piece, saved in zip(self.pieces, pieces, strict=True):
+            piece.load(saved)
+
+
+class _Piece:
+    """An inner optimizer over one stand-in parameter, which holds numbers only while it steps."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, states: str):
+        self.stand_in = nn.Parameter(torch.empty(0, device=device, dtype=dtype))
+        if states == "8bit":
+            self.inner = _torchao().AdamW8bit([self.stand_in])
+        else:
+            self.inner = torch.optim.AdamW([self.stand_in], fused=True)
+
+    def step(self, value: Tensor, grad: Tensor, group: dict) -> None:
+        """Steps `value` (n,) in place."""
+        inner = self.inner.param_groups[0]
+        inner.update({name: group[name] for name in ("betas", "eps", "weight_decay")})
+        if isinstance(inner["lr"], Tensor):  # torchao compiles it in, unless it is a tensor
+            inner["lr"].fill_(float(group["lr"]))
+        else:
+            inner["lr"] = float(group["lr"])
+        empty = self.stand_in.data
+        self.stand_in.data, self.stand_in.grad = value, grad
+        try:
+            self.inner.step()
+        finally:
+            self.stand_in.grad = None
+            self.stand_in.data = empty
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.inner.state[self.stand_in])
+
+    def load(self, state: dict[str, Any]) -> None:
+        copies = {name: _copy(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        groups = self.inner.state_dict()["param_groups"]
+        self.inner.load_state_dict({"state": {0: copies} if copies else {}, "param_groups": groups})
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A clone; of a tensor made of tensors, which may know no clone(), by its parts."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return value.clone()
+    names, context = value.__tensor_flatten__()
+    return type(value).__tensor_unflatten__({name: getattr(value, name).clone() for name in names}, context)
+
+
+def _torchao():
+    try:
+        from torchao import optim
+    except ImportError:
+        raise ValueError(
+            "states='8bit' needs torchao, which is not installed: pip install 'longpo_ops[memory]', or use states='float32'"
+        ) from None
+    return optim

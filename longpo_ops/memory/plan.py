@@ -1,0 +1,447 @@
+"""What a training step will take, before anything is allocated: memory by component over the step, its time, what fits.
+
+    device(phase) = weights + master + states + gradients so far + layer inputs kept or passing + what the phase itself needs
+    phases: forward of layer 0..L-1, last norm, loss, backward of layer L-1..0, embedding, optimizer
+
+What a layer needs comes from trace.py, which runs one on the meta device; the rest is arithmetic. Everything here is
+derived, not measured: times are operations over the rates of Machine, copies that are longer than a layer's time are added,
+and nothing else (norms, launches, data) is in them. Full fine-tuning in one dtype on one device; adapters and sharding are
+not modelled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from longpo_ops.memory import optimizer
+from longpo_ops.memory.offload import Placement
+from longpo_ops.memory.quantise import CODECS
+from longpo_ops.memory.tiers import PAGE, gib
+from longpo_ops.memory.tiling import FAMILIES, ROWS
+from longpo_ops.memory.trace import Trace, build, trace
+
+GIB = 1 << 30
+DEVICE_RESERVE = 2 * GIB  # context, libraries, gaps between blocks of the allocator
+HOST_RESERVE = 8 * GIB  # system, Python, data, and room to write a checkpoint
+STATE_BYTES = {"float32": 8, "8bit": 2 * (1 + 4 / 256)}
+MASTER_BYTES = {"residue": 2, "float32": 4}
+STEP_BYTES = 16  # scratch of an optimizer step, for each number of the piece it works on
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Memory in bytes, and rates: operations or bytes a second. The defaults are those of an H200 on PCIe 5."""
+
+    device_bytes: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    matmul: float = 788e12
+    attention: float = 600e12
+    attention_backward: float = 510e12
+    device_memory: float = 4.0e12
+    copy: float = 50e9
+    disk: float = 3e9
+    host_memory: float = 100e9
+    device_reserve: int = DEVICE_RESERVE
+    host_reserve: int = HOST_RESERVE
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step: rows of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config."""
+
+    config: object
+    length: int
+    tails: tuple[int, ...] = ()
+    accumulation: int = 1
+    max_grad_norm: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    workspace_bytes: int = 2 << 30
+
+    def __post_init__(self):
+        if not isinstance(self.length, int) or self.length < 1 or sum(self.tails) >= self.length:
+            raise ValueError(
+                f"length={self.length!r}, tails={self.tails}: expected a row longer than its rejected tails"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be chosen. tile_rows: of tile_layers, None for none. offload: inputs beyond `kept` leave the device, to the
+    host first, then to disk. The rest as in offload_activations and optimizer.AdamW."""
+
+    tile_rows: int | None = None
+    offload: bool = False
+    kept: int = 0
+    on_host: int = 0
+    on_disk: int = 0
+    store: str = "exact"
+    attention_layers: int = 0
+    states: str = "float32"
+    master: str = "residue"
+    host: bool = False
+    step_in_backward: bool = False
+
+
+class Weights(NamedTuple):
+    """Numbers of weights. tied: whether the head is the embedding."""
+
+    total: int
+    layer: int
+    embedding: int
+    largest: int
+    layers: int
+    tied: bool
+
+
+class Phase(NamedTuple):
+    name: str
+    parts: dict[str, int]  # bytes by component
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+class Plan(NamedTuple):
+    """A prediction: device memory over the step, host and disk memory and seconds by component."""
+
+    work: Work
+    machine: Machine
+    settings: Settings
+    phases: tuple[Phase, ...]
+    host: dict[str, int]
+    disk: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def shortfalls(self) -> dict[str, int]:
+        """Bytes that are missing, by where."""
+        machine = self.machine
+        over = {
+            "device": self.peak.total - machine.device_bytes,
+            "host": sum(self.host.values()) - machine.host_bytes,
+            "disk": sum(self.disk.values()) - machine.disk_bytes,
+        }
+        return {where: missing for where, missing in over.items() if missing > 0}
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+# -- prediction --------------------------------------------------------------------------------------------------------
+
+
+def weights_of(config) -> Weights:
+    return _weights(config.to_json_string(use_diff=False), _Hidden(config))
+
+
+class _Hidden(NamedTuple):
+    """A config that a cache does not look at."""
+
+    config: object
+
+    def __hash__(self):
+        return 0
+
+    def __eq__(self, other):
+        return True
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(key: str, hidden: _Hidden) -> Weights:
+    model = build(hidden.config)
+    body = getattr(model, model.base_model_prefix)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return Weights(
+        total=sum(p.numel() for p in model.parameters()),
+        layer=sum(p.numel() for p in body.layers[0].parameters()),
+        embedding=embedding.numel(),
+        largest=max(p.numel() for p in model.parameters()),
+        layers=len(body.layers),
+        tied=embedding is head,
+    )
+
+
+def traced(work: Work, settings: Settings) -> Trace:
+    mode = "freed" if settings.step_in_backward else "held" if work.accumulation > 1 else "new"
+    return trace(work.config, work.length, settings.tile_rows, work.dtype, mode, _float32_gradients(work))
+
+
+def _float32_gradients(work: Work) -> bool:
+    return work.accumulation > 1 and work.dtype.itemsize < 4
+
+
+def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
+    """The step under these settings, whether it fits or not.
+
+    Raises ValueError for settings that exclude each other, and for a model that cannot be traced.
+    """
+    if settings.step_in_backward:
+        optimizer.refuse_step_in_backward(work.accumulation, work.max_grad_norm)
+    t, w = traced(work, settings), weights_of(work.config)
+    layers = w.layers
+    inputs = (
+        Placement(settings.kept, settings.on_host, settings.on_disk) if settings.offload else Placement(layers, 0, 0)
+    )
+    if sum(inputs) != layers:
+        raise ValueError(f"kept, on_host and on_disk are {tuple(inputs)}: expected {layers} layers in all")
+    stored = _paged(_encoded(t, work, settings))
+    attention = settings.attention_layers * _paged(t.attention)
+    optimizer_bytes = _optimizer_bytes(work, settings, w)
+    host = {
+        "reserve": machine.host_reserve,
+        "layer inputs": inputs.host * stored,
+        "attention outputs": attention,
+    } | (optimizer_bytes if settings.host else {})
+    return Plan(
+        work,
+        machine,
+        settings,
+        tuple(_phases(work, settings, machine, t, w, inputs)),
+        {name: n for name, n in host.items() if n},
+        {"layer inputs": inputs.disk * stored} if inputs.disk else {},
+        _seconds(work, settings, machine, t, w, inputs),
+    )
+
+
+def _paged(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
+
+
+def _encoded(t: Trace, work: Work, settings: Settings) -> int:
+    count = t.input // work.dtype.itemsize
+    return CODECS[settings.store].nbytes(torch.empty(count, dtype=work.dtype, device="meta"))
+
+
+def _optimizer_bytes(work: Work, settings: Settings, w: Weights) -> dict[str, int]:
+    master = MASTER_BYTES[settings.master] if work.dtype.itemsize < 4 else 0
+    return {"master": master * w.total, "optimizer states": int(STATE_BYTES[settings.states] * w.total)}
+
+
+def _phases(
+    work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, inputs: Placement
+) -> Iterator[Phase]:
+    size, layers, tiers = work.dtype.itemsize, w.layers, inputs.tiers()
+    g = 4 if _float32_gradients(work) else size
+    base = {"reserve": machine.device_reserve, "weights": w.total * size, "ids and positions": t.positions}
+    if not settings.host:
+        base |= _optimizer_bytes(work, settings, w)
+    held, freed = work.accumulation > 1, settings.step_in_backward
+    scratch = STEP_BYTES * min(optimizer.PIECE, w.largest) if freed else 0
+    encoded = _encoded(t, work, settings) if settings.store != "exact" else 0
+
+    def away(layer: int) -> bool:
+        return layer >= 0 and tiers[layer] != "device"
+
+    def phase(name: str, gradients: int, kept: int, passing: int, **needs: int) -> Phase:
+        parts = base | {"gradients": w.total * g if held else gradients, "layer inputs": kept * t.input + passing}
+        return Phase(name, parts | {n.replace("_", " "): v for n, v in needs.items()})
+
+    last = layers - 1
+    for layer in range(layers):
+        kept = layer + 1 - sum(map(away, range(layer + 1)))
+        yield phase(f"forward {layer}", 0, kept, (t.input + encoded) * away(layer), layer=max(t.forward, 0))
+    passing = (t.input + encoded) * away(last)
+    kept = tiers.count("device")
+    yield phase("last norm", 0, kept, passing, layer=t.norm)
+    head, dw = w.embedding * g, w.embedding * (4 + (size if size < 4 else 0))
+    yield phase("loss", 0, kept, passing, layer=t.held, loss=_workspace(work) + dw)
+    own = 0 if freed else head
+    yield phase("backward last norm", own, kept, passing, layer=t.norm_backward + (head if freed else 0))
+    for layer in reversed(range(layers)):
+        gradients = 0 if freed else head + (last - layer) * w.layer * g
+        kept = layer + 1 - sum(map(away, range(layer + 1)))
+        passing = (t.input + encoded) * away(layer) + (encoded or t.input) * away(layer - 1)
+        yield phase(f"backward {layer}", gradients, kept, passing, layer=t.backward, optimizer_scratch=scratch)
+    gradients = 0 if freed else head + layers * w.layer * g
+    yield phase("embedding", gradients, 1, 0, layer=t.embedding_backward, optimizer_scratch=scratch)
+    if not freed:
+        scratch = STEP_BYTES * min(optimizer.PIECE, w.largest)
+        yield phase("optimizer", w.total * g, 0, 0, optimizer_scratch=scratch)
+
+
+def _workspace(work: Work) -> int:
+    """Scratch of the loss: what it may use, or all it can use."""
+    from longpo_ops.ops.sweep import scratch_bytes
+
+    weight = torch.empty(work.config.vocab_size, work.config.hidden_size, dtype=work.dtype, device="meta")
+    fixed, row = scratch_bytes(weight, work.dtype)
+    return min(work.workspace_bytes, fixed + row * work.length)
+
+
+def attention_pairs(length: int, tails: tuple[int, ...], window: int | None = None) -> float:
+    """Pairs of a query and a key it sees, in a row of one pair: prefix and chosen tail causal, rejected tails see the prefix.
+
+    How long the chosen tail is makes no difference but in what rejected ones see: taken as long as they are on average.
+    """
+    rows = length - sum(tails)
+    prefix = rows - (sum(tails) // len(tails) if tails else 0)
+    seen = [(rows, 0), *((tail, prefix) for tail in tails)]
+    if window is None:
+        return sum(n * n / 2 + n * before for n, before in seen)
+    return sum(min(n, window) ** 2 / 2 + max(0, n - window) * window + n * min(before, window) for n, before in seen)
+
+
+def _seconds(
+    work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, inputs: Placement
+) -> dict[str, float]:
+    config, layers = work.config, w.layers
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = attention_pairs(work.length, work.tails, getattr(config, "sliding_window", None))
+    attention = 4 * config.num_attention_heads * size * pairs
+    layer = {
+        "forward": t.forward_flops / machine.matmul + attention / machine.attention,
+        "backward": t.backward_flops / machine.matmul
+        + 2.5 * attention / machine.attention_backward
+        + (1 - settings.attention_layers / layers) * attention / machine.attention,
+    }
+    seconds = {name: layers * time for name, time in layer.items()}
+    seconds["loss"] = 6 * work.length * w.embedding / machine.matmul
+    stored, rest = _encoded(t, work, settings), inputs.host + inputs.disk
+    saved = settings.attention_layers * t.attention / layers
+    copied = (rest * stored / layers + saved) / machine.copy
+    spilled = inputs.disk * stored / max(rest, 1) / machine.disk
+    seconds["waiting for copies"] = sum(layers * max(0.0, copied - time, spilled - time) for time in layer.values())
+    seconds = {name: work.accumulation * time for name, time in seconds.items()}
+    return seconds | {"optimizer": _step_seconds(work, settings, machine, w)}
+
+
+def _step_seconds(work: Work, settings: Settings, machine: Machine, w: Weights) -> float:
+    """Each number is read and written once: weights, gradients, master and states."""
+    moved = w.total * 2 * work.dtype.itemsize + 2 * sum(_optimizer_bytes(work, settings, w).values())
+    if not settings.host:
+        return (moved + 4 * w.total) / machine.device_memory
+    return 3 * w.total * work.dtype.itemsize / machine.copy + (moved + 8 * w.total) / machine.host_memory
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+
+
+def fit(work: Work, machine: Machine) -> Plan:
+    """The fastest settings that fit; of those within 3 % of it the first of: float32 states, states on the device, nothing
+    offloaded, nothing tiled. Disk is used where nothing fits without, 8-bit layer inputs where nothing fits without.
+
+    Raises ValueError where nothing fits, naming the shortfall of the closest settings.
+    """
+    closest = None
+    for candidates in _candidates(work):
+        plans = [placed(work, settings, machine) for settings in candidates]
+        fitting = [plan for plan in plans if not plan.shortfalls]
+        if fitting:
+            best = min(map(_pace, fitting))
+            near = [plan for plan in fitting if _pace(plan) <= 1.03 * best]
+            return min(near, key=lambda plan: _rank(plan.settings))
+        closest = min([closest, *plans] if closest else plans, key=lambda plan: sum(plan.shortfalls.values()))
+    raise ValueError(f"length {work.length}: nothing fits. {explain_shortfall(closest)}")
+
+
+def _pace(plan: Plan) -> float:
+    """Seconds of the step; an optimizer step on the device, short for real models, speaks for no kind of states."""
+    return plan.step_seconds - (0 if plan.settings.host else plan.seconds["optimizer"])
+
+
+def _rank(s: Settings) -> tuple:
+    return s.states != "float32", s.host, s.step_in_backward, s.offload, s.tile_rows is not None, s.attention_layers
+
+
+def _candidates(work: Work) -> Iterator[list[Settings]]:
+    """Groups of settings, each considered only where none of the groups before it has one that fits."""
+    tiles = [None] if work.config.model_type not in FAMILIES else [None, ROWS] if work.length > ROWS else [None]
+    early = work.accumulation == 1 and not work.max_grad_norm
+    for store in ("exact", "int8"):
+        for step_in_backward in (False, True) if early else (False,):
+            yield [
+                Settings(
+                    tile_rows=tile,
+                    offload=offload,
+                    store=store,
+                    states=states,
+                    host=host,
+                    step_in_backward=step_in_backward,
+                )
+                for tile in tiles
+                for offload in ((False, True) if store == "exact" else (True,))
+                for states in STATE_BYTES
+                for host in (False, True)
+            ]
+
+
+def placed(work: Work, settings: Settings, machine: Machine) -> Plan:
+    """The prediction with as many layer inputs on the device as fit, then on the host, then on disk, and attention outputs
+    where the host has room left."""
+    layers = weights_of(work.config).layers
+    if not settings.offload:
+        return predict(work, settings, machine)
+    t = traced(work, settings)
+    stored, attention = _paged(_encoded(t, work, settings)), _paged(t.attention)
+    used = sum(predict(work, replace(settings, on_disk=layers), machine).host.values())
+    room = max(0, machine.host_bytes - used)
+
+    def spread(kept: int) -> Plan:
+        on_host = min(layers - kept, room // stored) if machine.disk_bytes else layers - kept
+        chosen = replace(settings, kept=kept, on_host=on_host, on_disk=layers - kept - on_host)
+        return predict(work, chosen, machine)
+
+    spare = max(0, machine.device_bytes - spread(0).peak.total)
+    kept = min(layers, spare // t.input)
+    while kept < layers and "device" not in spread(kept + 1).shortfalls:
+        kept += 1
+    plan = spread(kept)
+    left = room - plan.settings.on_host * stored
+    saved = min(layers, max(0, left) // attention)
+    return predict(work, replace(plan.settings, attention_layers=saved), machine) if saved else plan
+
+
+def explain_shortfall(plan: Plan) -> str:
+    """What is missing under a plan's settings, where, and what would do."""
+    if not plan.shortfalls:
+        return "It fits."
+    parts = {"device": plan.peak.parts, "host": plan.host, "disk": plan.disk}
+    lines = []
+    for where, missing in plan.shortfalls.items():
+        most = sorted(parts[where].items(), key=lambda part: -part[1])[:3]
+        shown = ", ".join(f"{name} {gib(n)}" for name, n in most)
+        lines.append(f"{where} is short of {gib(missing)} ({shown})")
+    advice = "a shorter length, or more of what is short"
+    if "disk" in plan.shortfalls or "host" in plan.shortfalls:
+        advice += " (a host or a disk that takes the layer inputs)"
+    late = plan.work.accumulation > 1 or plan.work.max_grad_norm
+    if late and "device" in plan.shortfalls:
+        advice += (
+            f"; gradient_accumulation_steps=1 and max_grad_norm=0 would let weights step in backward and free "
+            f"{gib(max(phase.parts['gradients'] for phase in plan.phases))} of gradients"
+        )
+    return f"{'; '.join(lines)}. What would help: {advice}"
+
+
+def longest(work: Work, machine: Machine, unit: int = 8192) -> Plan:
+    """The plan of the longest length that fits, in multiples of `unit`. Raises ValueError where not even one fits."""
+    best, low, high = fit(replace(work, length=unit), machine), 1, 2
+
+    def attempt(units: int) -> Plan | None:
+        try:
+            return fit(replace(work, length=units * unit), machine)
+        except ValueError:
+            return None
+
+    while (plan := attempt(high)) is not None:
+        best, low, high = plan, high, 2 * high
+    while high - low > max(1, low // 32):  # within 3 %
+        middle = (low + high) // 2
+        plan = attempt(middle)
+        if plan is None:
+            high = middle
+        else:
+            best, low = plan, middle
+    return best

@@ -1,0 +1,304 @@
+"""What one layer of a model takes, counted on the meta device: tensors there have shapes and no bytes, so that a layer of
+524,288 rows runs through forward, recomputation and backward in a second, on any machine.
+
+    embedding -> layer (checkpointed) -> last norm -> loss stand-in -> backward of all of it
+
+A Ledger sees every operation: storages that appear and go give the bytes alive, matrix products their floating-point
+operations. Whatever the model's own code, or tile_layers, does is counted as it is. A stand-in takes the place of attention: it
+allocates what shared-prefix attention does (Attention), as the scratch of its kernels cannot be seen from here.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longpo_ops.attention.shared_prefix import GROUP
+
+NAME = "longpo_ops_plan"
+PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::bmm": 1, "aten::baddbmm": 2}  # where the left factor's columns are
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of storages alive, their peak since mark(), and operations of matrix products since mark()."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._seen = {x.untyped_storage()._cdata for x in known}  # counted elsewhere: weights
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.name().partition(".")[0]
+        if name in PRODUCTS:
+            self.flops += 2 * out.numel() * args[PRODUCTS[name] - 1].shape[-1]
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._add(x.untyped_storage())
+        return out
+
+    def _add(self, storage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, nbytes)
+
+    def _drop(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.live -= nbytes
+
+    def mark(self) -> tuple[int, int, int]:
+        """-> bytes alive, their peak and the operations since the last mark."""
+        seen = self.live, self.peak, self.flops
+        self.peak, self.flops = self.live, 0
+        return seen
+
+
+class Attention(torch.autograd.Function):
+    """Allocates what shared-prefix attention does and computes nothing: q (B, H, T, D), k, v (B, Hk, T, D).
+
+    Forward: out and logsumexp, and the output of one group of heads (GROUP). Backward: all gradients, and for one group
+    its own dq, dk, dv; in 16 bits also its dq in float32 and dk, dv for every query head, as flash kernels have them.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, rows, size = q.shape
+        out = q.new_empty(batch, rows, heads, size)
+        lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        q.new_empty(batch, Attention.group(q, k), rows, size)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        q, k, v, _, _ = ctx.saved_tensors
+        batch, heads, rows, size = q.shape
+        grads = tuple(torch.empty_like(x) for x in (q, k, v))
+        group = Attention.group(q, k)
+        scratch = [q.new_empty(batch, group + 2 * group * k.shape[1] // heads, rows, size)]
+        if q.dtype.itemsize < 4:
+            scratch.append(q.new_empty(batch, group, rows, size, dtype=torch.float32))
+            scratch.append(q.new_empty(batch, 2 * group if heads > k.shape[1] else 0, rows, size))
+        return grads
+
+    @staticmethod
+    def group(q: Tensor, k: Tensor) -> int:
+        """Query heads of one kernel call."""
+        batch, heads, rows, size = q.shape
+        per_key = heads // k.shape[1]
+        return min(heads, per_key * max(1, GROUP // (batch * per_key * rows * size)))
+
+
+def _attend(module, q, k, v, mask, **_):
+    return Attention.apply(q, k, v), None
+
+
+class _Mark(torch.autograd.Function):
+    """The identity; calls `then` when its gradient has arrived."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, then) -> Tensor:
+        ctx.then = then
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.then()
+        return grad, None
+
+
+class _Loss(torch.autograd.Function):
+    """The hidden gradient exists before backward begins, as the fused losses compute it with the loss."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty_like(hidden))
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors[0]
+
+
+class Trace(NamedTuple):
+    """Bytes beside weights, at the length of the trace, and operations of matrix products of a layer.
+
+    Peaks leave out `positions` (token ids, cos and sin, alive throughout) and one input of the layer.
+    """
+
+    input: int  # what a checkpoint of the layer holds
+    attention: int  # its attention output and logsumexp
+    positions: int
+    embedding: int  # peak
+    forward: int  # peak; the layer's output is part of it
+    norm: int  # peak
+    held: int  # alive while the loss is computed: last hidden state, its gradient, what the last norm saved
+    norm_backward: int  # peak
+    backward: int  # peak, gradients of this layer's weights included
+    embedding_backward: int  # peak, gradient of the embedding included
+    forward_flops: int
+    backward_flops: int  # recomputation included
+
+
+def read_config(model):
+    """A transformers config of a name carried here, a folder or file, a hub name, or a config itself."""
+    import json
+    from pathlib import Path
+
+    from transformers import AutoConfig, PretrainedConfig
+
+    if isinstance(model, PretrainedConfig):
+        return model
+    carried = Path(__file__).parent / "models" / f"{str(model).lower()}.json"
+    if carried.is_file():
+        return AutoConfig.for_model(**json.loads(carried.read_text("utf-8")))
+    try:
+        return AutoConfig.from_pretrained(str(model))
+    except (OSError, ValueError) as error:
+        names = ", ".join(carried_models())
+        raise ValueError(
+            f"model {model!r}: neither one of {names} nor a model that transformers finds ({error})"
+        ) from None
+
+
+def carried_models() -> list[str]:
+    """Names of the model shapes that come with the library."""
+    from pathlib import Path
+
+    return sorted(path.stem for path in (Path(__file__).parent / "models").glob("*.json"))
+
+
+def build(config, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The model on the meta device, all layers or the first few."""
+    import copy
+
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(NAME, _attend)
+    config = copy.deepcopy(config)
+    if layers is not None:
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        config.num_hidden_layers = layers
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+
+
+def trace(
+    config,
+    rows: int,
+    tile_rows: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    gradients: str = "new",
+    float32_gradients: bool = False,
+) -> Trace:
+    """One layer of `config` at `rows` rows.
+
+    gradients: "new" appear in this backward, "held" were there before (accumulation), "freed" go as soon as they are there.
+    Raises ValueError for a model that cannot run without data (a RoPE that reads its positions, say).
+    """
+    key = config.to_json_string(use_diff=False)
+    return _trace(_Config(key, config), rows, tile_rows, dtype, gradients, float32_gradients)
+
+
+class _Config(NamedTuple):
+    """A config that hashes by what it says."""
+
+    key: str
+    config: object
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def __eq__(self, other):
+        return self.key == other.key
+
+
+@functools.lru_cache(maxsize=256)
+def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32_gradients: bool) -> Trace:
+    model = build(config.config, 1, dtype)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    body = getattr(model, model.base_model_prefix)
+    (layer,) = body.layers
+    known = [*model.parameters(), *model.buffers()]
+    for p in body.parameters():
+        if float32_gradients and p.dtype.itemsize < 4:
+            p.grad_dtype = torch.float32
+        if gradients == "held":
+            p.grad = torch.empty_like(p, dtype=torch.float32 if float32_gradients else None)
+            known.append(p.grad)
+        elif gradients == "freed":
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    ledger = Ledger(known)
+    marks: dict[str, tuple[int, int, int]] = {}
+
+    def mark(name: str) -> None:
+        marks[name] = ledger.mark()
+
+    def before(_, args, kwargs):
+        if "embedding" in marks:  # the recomputation calls the layer and its hooks again
+            return None
+        mark("embedding")
+        return (_Mark.apply(args[0], lambda: mark("backward")), *args[1:]), kwargs
+
+    def after(_, __, out):
+        if "forward" in marks:
+            return None
+        mark("forward")
+        return _Mark.apply(out, lambda: mark("norm_backward"))
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after)
+    with _tiled(model, tile_rows), ledger:
+        ids = torch.empty(1, rows, dtype=torch.int64, device="meta")
+        try:
+            loss = _Loss.apply(body(input_ids=ids, use_cache=False).last_hidden_state)
+        except (NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{type(model).__name__} cannot be planned: its forward needs data ({error})") from error
+        mark("norm")
+        loss.backward()
+        mark("embedding_backward")
+    del loss
+    size = rows * config.config.hidden_size * dtype.itemsize
+    positions = marks["embedding"][0] - size
+    heads, head = config.config.num_attention_heads, layer.self_attn.head_dim
+    peaks = {name: peak - positions - size for name, (_, peak, _) in marks.items()}
+    return Trace(
+        input=size,
+        attention=rows * heads * (head * dtype.itemsize + 4),
+        positions=positions,
+        held=marks["norm"][0] - positions - size,
+        forward_flops=marks["forward"][2],
+        backward_flops=marks["backward"][2],
+        **peaks,
+    )
+
+
+@contextmanager
+def _tiled(model: nn.Module, rows: int | None) -> Iterator[None]:
+    """The layers tiled; autocast, which the meta device does not know, is off there."""
+    if rows is None:
+        with nullcontext():
+            yield
+        return
+    from longpo_ops.memory import tiling
+
+    def begin(part, x: Tensor) -> None:
+        part.autocast = dict(device_type="cpu", enabled=False)
+
+    with mock.patch.object(tiling.RowWise, "begin", begin), tiling.tile_layers(model, rows):
+        yield

@@ -1,0 +1,114 @@
+"""The command line: exit codes, settings from file and options, dry run, one line for a failure."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from longpo_ops.cli import app
+
+from .train.tiny import ROOT, write_home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = write_home(tmp_path_factory.mktemp("home"))
+    settings = {"model": str(home / "model"), "data": str(home / "pairs.jsonl"), "use_cpu": True, "max_steps": 2}
+    (home / "run.yaml").write_text(yaml.safe_dump(settings) + "learning_rate: 1e-4\nobjective_options: {beta: 5e-1}\n")
+    return home
+
+
+def longpo(*arguments) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "longpo_ops.cli", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def in_process(*arguments):
+    return CliRunner(env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).invoke(app, [*map(str, arguments)])
+
+
+def test_a_run_from_a_file_with_overrides_exits_with_0(home, tmp_path):
+    done = longpo(
+        "train", "--config", home / "run.yaml", "--output-dir", tmp_path, "--objective", "simpo", "--max-steps", 1
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 of 8 records kept" in done.stderr and "100%" in done.stderr  # the report, the progress bar
+    assert "rewards/margins" in done.stdout and (tmp_path / "model.safetensors").exists()
+    card = (tmp_path / "README.md").read_text()
+    assert "SimPO(preference_weight=1.0, beta=0.5" in card and "| learning rate | 0.0001, cosine |" in card
+
+
+def test_a_failed_run_exits_with_1_and_says_why_in_a_line(home, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"id": "r-1", "document": "text"}\n')
+    done = longpo("train", "--config", home / "run.yaml", "--data", tmp_path, "--output-dir", tmp_path / "out")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "record 'r-1', turns: missing field" in line and "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, tmp_path):
+    arguments = (
+        "--config",
+        home / "run.yaml",
+        "--output-dir",
+        tmp_path,
+        "--set",
+        "row_tokens=5000",
+        "--rope-theta",
+        "1e7",
+    )
+    done = in_process("train", *arguments, "--dry-run")
+    assert done.exit_code == 0, done.output
+    told = dict(re.findall(r"^(\w[\w ]*?)  +(.+)$", done.stdout, re.MULTILINE))
+    assert told["pairs"] == "8" and int(told["tokens of packed rows"]) < int(told["tokens of separate sequences"])
+    assert int(told["shortest sequence"]) <= int(told["median sequence"]) <= int(told["longest sequence"])
+    expected = {"objective": "longpo", "learning_rate": "0.0001", "row_tokens": "5000", "rope_theta": "10000000.0"}
+    assert expected.items() <= told.items()
+    assert told["objective_options"] == "{'beta': 0.5}"
+    assert not (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--objective", "ppo"], "expected one of longpo"),
+        (["--learning-rate", "fast"], "Input should be a valid number"),
+        (["--colour", "red"], "No such option"),
+        (["--set", "row_tokens"], "expected name=value"),
+        (["--set", "rows=5"], "expected names of TrainRun"),
+        (["--set", "max_steps=abc"], "expected int"),
+        (["--set", "objective_options={beta: -1}"], "expected beta > 0"),
+        (["--config", "nowhere.yaml"], "no such file"),
+        (["--on-bad-record", "drop"], "expected one of raise, skip"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_no_traceback(home, tmp_path, arguments, message):
+    done = in_process("train", "--config", home / "run.yaml", "--output-dir", tmp_path, *arguments)
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(re.sub("[│\n]", " ", done.output).split()) and "Traceback" not in done.output
+
+
+def test_missing_settings_are_named(tmp_path):
+    done = in_process("train", "--output-dir", tmp_path)
+    assert done.exit_code == 2 and "model, data missing" in done.output
+
+
+@pytest.mark.parametrize("text, message", [("- a\n- b", "expected names and values"), ("a: [", "no valid YAML")])
+def test_files_that_are_no_settings_are_refused(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    done = in_process("train", "--config", tmp_path / "run.yaml")
+    assert done.exit_code == 2 and message in done.output
+
+
+def test_help_tells_what_there_is():
+    for arguments, words in (["--help"], ["train"]), (["train", "--help"], ["--config", "--dry-run", "--set"]):
+        done = in_process(*arguments)
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", done.output)
+        assert done.exit_code == 0 and all(word in plain for word in words)

@@ -1,0 +1,344 @@
+"""Whole runs on real text with a small model: every method, full and LoRA; stopped ones go on; bad input is named."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
+
+from longpo_ops.train import METHODS, last_checkpoint
+from longpo_ops.train.run import TrainRun, prepare, train
+
+from .tiny import ROOT, text_pairs, write_home, write_lines
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return write_home(tmp_path_factory.mktemp("home"))
+
+
+def settings(home: Path, output: Path, **more) -> dict:
+    base = {"model": str(home / "model"), "data": str(home / "pairs.jsonl"), "output_dir": str(output)}
+    return base | {"use_cpu": True, "disable_tqdm": True, "gradient_accumulation_steps": 2, "seed": 7} | more
+
+
+def run(*args, **kwargs):
+    return train(TrainRun.from_settings(settings(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_from_text_to_a_saved_model(home, tmp_path, name, lora_rank):
+    data = str(home / ("kto_pairs.jsonl" if name == "kto_pair" else "pairs.jsonl"))
+    trainer = run(
+        home, tmp_path, objective=name, data=data, lora_rank=lora_rank, max_steps=2, rope_theta=1e6, learning_rate=1e-3
+    )
+    log = trainer.state.log_history[0]
+    expected = {"nll_loss"} if METHODS[name].nll else set()
+    expected |= {"kl"} if METHODS[name].constraint else set()
+    expected |= {"preference_loss", "rewards/margins"} if METHODS[name].objective else set()
+    assert expected <= log.keys()
+    assert all(torch.isfinite(torch.tensor(log[metric])) for metric in [*expected, "loss", "grad_norm"])
+    weights = load_file(tmp_path / ("adapter_model.safetensors" if lora_rank else "model.safetensors"))
+    assert weights and not list(tmp_path.rglob("*model*.bin"))
+    if not lora_rank:
+        assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"] == 1e6
+        before = load_file(home / "model" / "model.safetensors")
+        assert not torch.equal(weights["lm_head.weight"], before["lm_head.weight"])
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "README.md").read_text()
+    assert f"| method | {name} |" in card and "| steps | 2 |" in card and "training.png" in card
+    AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_the_reference_keeps_its_rope_while_the_policy_has_another(home, tmp_path):
+    def rewards(**more):
+        log = run(home, tmp_path / str(len(more)) / "-".join(more), max_steps=1, **more).state.log_history[0]
+        return log["rewards/chosen"]
+
+    assert rewards(max_length=100000) != rewards(rope_theta=1e7)
+    assert rewards(rope_theta=1e7, lora_rank=2) == pytest.approx(rewards(rope_theta=1e7), rel=1e-3)
+
+
+def test_a_bf16_model_trains_in_float32_and_is_saved_in_its_own_dtype(tmp_path):
+    home = write_home(tmp_path / "home", torch.bfloat16)
+    trainer = run(home, tmp_path / "out", max_steps=2)
+    assert trainer.args.bf16
+    kept = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
+    final = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in kept.values()} == {torch.float32} and {t.dtype for t in final.values()} == {torch.bfloat16}
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+TORN = """
+import os, signal, sys
+import torch
+from longpo_ops.cli import main
+
+real = torch.save
+def torn(value, file, *args, **kwargs):  # the disk takes half of a file, then the process is gone
+    real(value, file, *args, **kwargs)
+    if "checkpoint-4" in str(file) and "optimizer" in str(file):
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = torn
+main()
+"""
+
+
+def command(home: Path, output: Path, *more: str) -> list[str]:
+    values = settings(home, output, save_steps=1, save_total_limit=3, max_steps=10, learning_rate=1e-3)
+    pairs = [f"--set={name}={json.dumps(value)}" for name, value in values.items()]
+    return ["train", *pairs, *more]
+
+
+def losses(output: Path) -> list[tuple]:
+    state = json.loads((output / "checkpoint-10" / "trainer_state.json").read_text())
+    names = ("step", "loss", "grad_norm", "nll_loss", "preference_loss", "rewards/margins", "logps/chosen")
+    return [tuple(row[name] for name in names) for row in state["log_history"] if "loss" in row]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_with_the_same_losses(home, tmp_path):
+    (tmp_path / "torn.py").write_text(TORN)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    cli = [sys.executable, "-m", "longpo_ops.cli"]
+    done = subprocess.run([*cli, *command(home, whole)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    # in the middle of writing a checkpoint
+    torn = [sys.executable, str(tmp_path / "torn.py"), *command(home, broken)]
+    done = subprocess.run(torn, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert (broken / ".partial" / "checkpoint-4" / "optimizer.pt").exists()
+    assert last_checkpoint(broken) == str(broken / "checkpoint-3")
+
+    # at whatever moment the sixth checkpoint is seen
+    with subprocess.Popen(
+        [*cli, *command(home, broken)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not (broken / "checkpoint-6").exists():
+            time.sleep(0.002)
+        process.kill()
+        told = process.stderr.read()
+    assert process.returncode == -signal.SIGKILL and f"going on from {broken / 'checkpoint-3'}" in told, told[-3000:]
+    at = int(last_checkpoint(broken).rpartition("-")[2])
+    assert 6 <= at < 10
+
+    done = subprocess.run([*cli, *command(home, broken)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and f"checkpoint-{at}" in done.stderr, done.stderr[-3000:]
+    assert losses(broken) == losses(whole) and len(losses(whole)) == 10
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert sorted(p.name for p in broken.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-8", "checkpoint-9"]
+    assert not (broken / ".partial").exists()
+
+    # a run that is done stays as it is
+    run(home, broken, save_steps=1, save_total_limit=3, max_steps=10, learning_rate=1e-3)
+    assert losses(broken) == losses(whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used_once_it_is_removed(home, tmp_path):
+    more = {"save_steps": 1, "learning_rate": 1e-3}
+    run(home, tmp_path, max_steps=2, **more)
+    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        torn = tmp_path / "checkpoint-2" / name
+        whole = torn.read_bytes()
+        torn.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(
+            ValueError, match=rf"{name} is damaged .*; remove .*checkpoint-2 to go on from the checkpoint"
+        ):
+            run(home, tmp_path, max_steps=3, **more)
+        torn.write_bytes(whole)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    trainer = run(home, tmp_path, max_steps=3, **more)
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3]
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(home, tmp_path):
+    trainer = run(
+        home,
+        tmp_path,
+        max_steps=4,
+        save_steps=1,
+        eval_data=str(home / "pairs.jsonl"),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        save_total_limit=2,
+        learning_rate=1e-2,
+        warmup_steps=0,
+    )
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best == tmp_path / "checkpoint-1" and best.is_dir()
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    kept = load_file(best / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["lm_head.weight"], kept)
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_from(home, tmp_path):
+    run(home, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"checkpoint-1 is of another run \(objective='longpo' became 'dpo'\)"):
+        run(home, tmp_path, max_steps=2, objective="dpo")
+    assert run(home, tmp_path, max_steps=2).state.global_step == 2  # more steps are no other run
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+def broken_pairs(change) -> list[dict]:
+    pairs = text_pairs()
+    change(pairs[3])
+    return pairs
+
+
+def _tokens(pair):
+    """The record as tokenised columns of some other tokenizer."""
+    long, short = [1, 2, 3, 4], [2, 3, 4]
+    columns = {"chosen_": long, "rejected_": [1, 2, 3, 5], "ref_chosen_": [short], "ref_rejected_": [[2, 3, 5]]}
+    pair.clear()
+    pair["id"], pair["tokenizer"] = "passage-3", "other"
+    for prefix, ids in columns.items():
+        nested = isinstance(ids[0], list)
+        pair[f"{prefix}input_ids"] = ids
+        pair[f"{prefix}labels"] = [[-100, *r[1:]] for r in ids] if nested else [-100, *ids[1:]]
+        pair[f"{prefix}lm_labels"] = ids
+
+
+def _lengths(pair):
+    _tokens(pair)
+    pair["tokenizer"] = None
+    pair["chosen_labels"] = pair["chosen_labels"][:-1]
+
+
+def _large_ids(pair):
+    _tokens(pair)
+    pair["tokenizer"] = None
+    pair["chosen_input_ids"] = [1, 2, 3, 99999]
+    pair["chosen_labels"] = [-100, 2, 3, 99999]
+
+
+TURN = "turns"
+BAD_RECORDS = {
+    "empty record": (dict.clear, "empty record"),
+    "no document": (lambda p: p.pop("document"), "missing field"),
+    "empty document": (lambda p: p.update(document=" "), "empty field"),
+    "no turns": (lambda p: p.update(turns=[]), "empty field"),
+    "no chunk": (lambda p: p[TURN][0].pop("chunk"), "missing field"),
+    "wrong type": (lambda p: p[TURN][0].update(chosen=5), "wrong type"),
+    "empty answer": (lambda p: p[TURN][0].update(chosen=""), "empty field"),
+    "equal answers": (lambda p: p[TURN][0].update(rejected=[p[TURN][0]["chosen"]]), "chosen equal to rejected"),
+    "special token": (lambda p: p[TURN][0].update(chosen="yes<|eot_id|>"), "special token"),
+    "other tokenizer": (_tokens, "another tokenizer"),
+    "ids too large": (_large_ids, "another tokenizer"),
+    "labels and ids of different lengths": (_lengths, "differ in length"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RECORDS)
+def test_bad_records_are_named_before_training_or_skipped_and_counted(home, tmp_path, kind, caplog):
+    change, message = BAD_RECORDS[kind]
+    write_lines(tmp_path / "pairs.jsonl", broken_pairs(change))
+    where = "pairs.jsonl:4" if kind == "empty record" else "passage-3"
+    with pytest.raises(ValueError, match=f"(?s){where}.*{message}"):
+        run(home, tmp_path / "out", data=str(tmp_path / "pairs.jsonl"))
+    assert last_checkpoint(tmp_path / "out") is None
+    for _ in range(2):  # the second time nothing is tokenised, and the report is told again
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            more = {"data": str(tmp_path / "pairs.jsonl"), "on_bad_record": "skip"}
+            _, _, pairs, _ = prepare(TrainRun.from_settings(settings(home, tmp_path / "out", **more)))
+        assert len(pairs) == 7
+        assert "7 of 8 records kept" in caplog.text and message in caplog.text
+
+
+def test_a_malformed_line_names_file_and_line(home, tmp_path):
+    lines = (home / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join([*lines[:2], '{"id": "half\n', *lines[3:]]))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:3.*no valid JSON"):
+        run(home, tmp_path / "out", data=str(tmp_path / "pairs.jsonl"))
+
+
+def altered_model(home: Path, folder: Path, **changes) -> str:
+    shutil.copytree(home / "model", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+MESSAGES = "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' + m.content }}"
+NO_END = MESSAGES + "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+NO_PROMPT = MESSAGES + "<|eot_id|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"chat_template": None}, "has no chat template"),
+        ({"chat_template": NO_PROMPT}, "generation prompt"),
+        ({"chat_template": NO_END, "eos_token": None}, "end-of-sequence|eos"),
+    ],
+)
+def test_tokenizers_that_cannot_be_used_say_why(home, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(home, tmp_path / "out", model=altered_model(home, tmp_path / "model", **changes))
+
+
+def test_pickled_weights_are_refused_and_cut_safetensors_named(home, tmp_path):
+    pickled = Path(altered_model(home, tmp_path / "pickled", chat_template=_template(home)))
+    (pickled / "model.safetensors").unlink()
+    torch.save(load_file(home / "model" / "model.safetensors"), pickled / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        run(home, tmp_path / "out", model=str(pickled))
+    cut = Path(altered_model(home, tmp_path / "cut", chat_template=_template(home)))
+    os.truncate(cut / "model.safetensors", 5000)
+    with pytest.raises(ValueError, match="its safetensors cannot be read"):
+        run(home, tmp_path / "out", model=str(cut))
+
+
+def _template(home: Path) -> str:
+    return (home / "model" / "chat_template.jinja").read_text()
+
+
+def test_remote_code_runs_only_when_asked_for(home, tmp_path):
+    remote = Path(altered_model(home, tmp_path / "remote", chat_template=_template(home)))
+    config = json.loads((remote / "config.json").read_text())
+    names = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (remote / "config.json").write_text(json.dumps(config | {"model_type": "theirs", "auto_map": names}))
+    (remote / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        run(home, tmp_path / "out", model=str(remote))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"foo": 1}, r"settings \['foo'\]"),
+        ({"model": None}, "model missing"),
+        ({"lora_rank": "abc"}, "lora_rank='abc': expected int"),
+        ({"max_steps": "abc"}, "max_steps='abc': expected int"),
+        ({"lora_rank": -1}, "expected 0 for full fine-tuning"),
+        ({"on_bad_record": "drop"}, "expected one of raise, skip"),
+        ({"dtype": "int8"}, "expected one of auto, float32"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(home, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        TrainRun.from_settings(settings(home, tmp_path) | more)

@@ -1,0 +1,295 @@
+"""Every method's loss and gradients are those of separate sequences; steps are normalised by pairs; what is logged."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from longpo_ops.train import METHODS, LongPOConfig
+
+from ..attention.dense import TrueFloat64
+from .tiny import answer_logp, gradients, make_model, make_pair, make_trainer, naive_loss, plain, reference_logps
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS = [make_pair(1), make_pair(2, turns=1, document=9), make_pair(3, rejected=2, answer=6)]
+ONE_STEP = {
+    "max_steps": 1,
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "warmup_steps": 0,
+    "max_grad_norm": 0.0,
+    "gradient_checkpointing": False,
+}
+
+
+def close(ours, truth):
+    """float64 against float64: a row's NLL weights are float32, each off by up to 2^-24; nothing else is."""
+    error, largest = (float((x.detach().double()).abs().max()) for x in (ours - truth, truth))
+    assert error <= 2.0**-23 * largest + 1e-15, f"{error:.3e} off, the largest is {largest:.3e}"
+
+
+def for_method(name: str, pairs):
+    return (
+        [replace(p, rejected=p.rejected[:1], ref_rejected=p.ref_rejected[:1]) for p in pairs]
+        if name == "kto_pair"
+        else pairs
+    )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rows_loss_and_gradients_are_those_of_separate_sequences(tmp_path, name, count):
+    policy, reference = make_model(0, rope_theta=1e6), make_model(1)
+    pairs = for_method(name, PAIRS)[-count:]
+    truth_model = plain(policy)
+    positions = None
+    needed = reference if METHODS[name].reference else None
+    trainer = make_trainer(tmp_path, name, pairs, policy, needed, row_tokens=400)
+    assert len(trainer.train_dataset) == 1
+    row = trainer.train_dataset[0]
+    if name == "logo":  # its own positions: of the longest sequence of each pair, read off the packed row
+        assert int(row.batch.position_ids.max()) == 255
+        positions = {pair.id: _positions(row.batch, b) for b, pair in enumerate(pairs)}
+    policy.train()
+    with TrueFloat64():
+        truth = naive_loss(name, truth_model, plain(reference), pairs, positions)
+        truth.backward()
+        loss = trainer.compute_loss(policy, {"row": row})
+        loss.backward()
+    close(loss, truth)
+    ours, theirs = gradients(policy), gradients(truth_model)
+    assert ours.keys() == theirs.keys()
+    for parameter in theirs:
+        close(ours[parameter], theirs[parameter])
+
+
+def _positions(batch, b: int) -> np.ndarray:
+    """Position ids of pair b's longest sequence."""
+    spans, ids = batch.layout.pairs[b], batch.position_ids[0].numpy()
+    tails = [
+        np.concatenate([ids[spans.start : spans.prefix_end - (j > 0)], ids[slice(*t)]])
+        for j, t in enumerate(spans.tails)
+    ]
+    return max(tails, key=len)
+
+
+def test_options_of_an_objective_reach_the_loss(tmp_path):
+    policy = make_model()
+    options = {"beta": 1.5, "gamma": 0.25}
+    trainer = make_trainer(tmp_path, "simpo", PAIRS[:1], policy, objective_options=options)
+    truth_model = plain(policy)
+    with TrueFloat64():
+        (s_w, n_w), (s_l, n_l) = (answer_logp(truth_model, s) for s in (PAIRS[0].chosen, PAIRS[0].rejected[0]))
+        truth = -torch.nn.functional.logsigmoid(1.5 * (s_w / n_w - s_l / n_l) - 0.25)
+        close(trainer.compute_loss(policy, {"row": trainer.train_dataset[0]}), truth)
+
+
+def step(folder, name, **settings):
+    """Parameters after one step of plain gradient descent over five pairs, and what was logged."""
+    pairs = for_method(name, [*PAIRS, make_pair(4, answer=9), make_pair(5, turns=1)])
+    needed = make_model(1) if METHODS[name].reference else None
+    policy = make_model()
+    trainer = make_trainer(folder, name, pairs, policy, needed, **ONE_STEP | settings)
+    with TrueFloat64():
+        trainer.train()
+    return dict(policy.named_parameters()), trainer.state.log_history[0], trainer.train_dataset.groups
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "kto_pair"])  # whose KL is a mean over a row
+def test_accumulated_rows_of_different_sizes_are_one_large_batch(tmp_path, name):
+    whole, log, rows = step(tmp_path / "whole", name, gradient_accumulation_steps=1, row_tokens=1000, target_length=0)
+    assert [len(row) for row in rows] == [5]
+    parts, log_parts, rows = step(
+        tmp_path / "parts", name, gradient_accumulation_steps=4, row_tokens=130, target_length=0
+    )
+    assert len({len(row) for row in rows}) > 1 and len(rows) <= 4
+    for parameter in whole:
+        close(parts[parameter], whole[parameter])
+    assert {"loss"} < {k for k in log if k not in ("tokens_per_second", "peak_memory_gib", "epoch")}
+    for metric in log.keys() - {"tokens_per_second", "peak_memory_gib", "epoch", "grad_norm"}:
+        assert log_parts[metric] == pytest.approx(log[metric], rel=1e-6), metric
+
+
+WORKER = """
+import sys
+import torch
+from tests.train.test_trainer import step
+parameters, log, rows = step(sys.argv[1], sys.argv[2], gradient_accumulation_steps=1, row_tokens=int(sys.argv[3]),
+                             reference="precompute", target_length=0)
+if torch.distributed.get_rank() == 0:
+    torch.save({"parameters": {k: v.detach() for k, v in parameters.items()}, "log": log}, sys.argv[1] + "/result.pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["longpo"])
+def test_two_processes_are_one(tmp_path, name):
+    whole, log, _ = step(tmp_path / "whole", name, gradient_accumulation_steps=1, row_tokens=1000)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    rows = 220
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "two"), name, str(rows)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = torch.load(tmp_path / "two" / "result.pt")
+    for parameter in whole:
+        close(result["parameters"][parameter], whole[parameter].detach())
+    for metric in ("loss", "nll_loss", "preference_loss", "rewards/margins", "logps/chosen"):
+        assert result["log"][metric] == pytest.approx(log[metric], rel=1e-6), metric
+    assert len(list((tmp_path / "two" / "reference").glob("*/logps-*.jsonl"))) == 2  # each computed its share
+
+
+def test_the_papers_metrics_are_logged_and_reach_callbacks(tmp_path):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    policy, reference = make_model(0), make_model(1)
+    trainer = make_trainer(
+        tmp_path,
+        "longpo",
+        PAIRS,
+        policy,
+        reference,
+        PAIRS[:1],
+        extra={"callbacks": [Recorder()]},
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    evaluations, logs = [s for s in seen if "eval_loss" in s], [s for s in seen if "loss" in s]
+    assert len(evaluations) == 2 and len(logs) == 1
+    names = "rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected nll_loss"
+    assert {*names.split(), "preference_loss", "tokens_per_second", "peak_memory_gib"} <= logs[0].keys()
+    assert {f"eval_{name}" for name in names.split()} <= evaluations[0].keys()
+
+    copy, other = plain(policy), plain(reference)
+    s_w, _ = answer_logp(copy, PAIRS[0].chosen)
+    r_w, _ = reference_logps(other, PAIRS[0], "short")
+    s_w = s_w.detach()
+    for row in evaluations:  # of the evaluation pair alone, although training rows came between two logs
+        assert row["eval_rewards/chosen"] == pytest.approx(0.1 * float(s_w - r_w), rel=1e-6)
+        assert row["eval_logps/chosen"] == pytest.approx(float(s_w), rel=1e-6)
+        assert row["eval_loss"] == pytest.approx(float(naive_loss("longpo", copy, other, PAIRS[:1]).detach()), rel=1e-5)
+    assert logs[0]["tokens_per_second"] > 0 and logs[0]["peak_memory_gib"] > 0
+
+
+def test_small_steps_move_float32_master_weights_of_a_bf16_model(tmp_path):
+    def train(lr):
+        policy = make_model(dtype=torch.bfloat16)
+        before = policy.lm_head.weight.detach().float().clone()
+        trainer = make_trainer(
+            tmp_path,
+            "sft_chosen",
+            PAIRS,
+            policy,
+            max_steps=4,
+            learning_rate=lr,
+            warmup_steps=0,
+            lr_scheduler_type="constant",
+        )
+        trainer.train()
+        return policy, (policy.lm_head.weight.detach().float() - before).abs(), trainer
+
+    policy, moved, trainer = train(5e-7)
+    assert policy.lm_head.weight.dtype == torch.float32 and trainer.args.bf16
+    assert float((moved > 0).float().mean()) > 0.9
+    assert 1e-7 < float(moved.max()) < 1e-5
+    # what a bf16 weight keeps of such a step: nothing, for nearly all
+    weight = make_model(dtype=torch.bfloat16).lm_head.weight.detach()
+    assert float(((weight + moved.to(torch.bfloat16)) != weight).float().mean()) < 0.1
+    policy, moved, trainer = train(1e-2)
+    assert policy.lm_head.weight.dtype == torch.bfloat16 and not trainer.args.bf16
+    assert math.isfinite(trainer.state.log_history[0]["loss"]) and float(moved.max()) > 0
+
+
+def test_two_hundred_pairs_are_learnt(tmp_path):
+    pairs = [make_pair(1000 + i, turns=1, document=16, answer=4) for i in range(200)]
+    policy = make_model(0, torch.float32, hidden_size=64, intermediate_size=128)
+    trainer = make_trainer(
+        tmp_path,
+        "longpo",
+        pairs,
+        policy,
+        plain(make_model(0, torch.float32, hidden_size=64, intermediate_size=128)),
+        objective_options={"preference_weight": 1.0},
+        reference="precompute",
+        row_tokens=800,
+        gradient_checkpointing=False,
+        gradient_accumulation_steps=1,
+        num_train_epochs=25,
+        learning_rate=3e-3,
+        warmup_steps=10,
+        logging_steps=8,
+    )
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "rewards/margins" in row]
+    margins = [row["rewards/margins"] for row in log]
+    print([row["rewards/accuracies"] for row in log], margins)
+    assert log[-1]["rewards/accuracies"] == 1.0
+    thirds = np.array_split(margins, 3)
+    assert thirds[0].mean() < thirds[1].mean() < thirds[2].mean() and margins[-1] > 1.0
+
+
+BAD_SETTINGS = [
+    ({"objective": "ppo"}, "objective='ppo': expected one of longpo"),
+    ({"objective_options": {"gamma": 1}}, r"\['gamma'\] came; 'longpo' has"),
+    ({"objective": "sft_chosen", "objective_options": {"beta": 1}}, "has no preference term"),
+    ({"reference": "none"}, "expected one of precompute, online, data"),
+    ({"reference": "data", "objective": "dpo"}, "log-probs of the long inputs"),
+    ({"reference": "data", "objective": "sft_constraint"}, "hidden states"),
+    ({"per_device_train_batch_size": 4}, "use row_tokens"),
+    ({"row_tokens": 0}, "row_tokens=0: expected a whole number"),
+    ({"constraint_weight": 0.0}, "expected > 0"),
+    ({"remove_unused_columns": True}, "a row has no columns"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD_SETTINGS)
+def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        LongPOConfig(output_dir=str(tmp_path), **settings)
+
+
+BAD_PAIRS = [
+    ("longpo", {"ref_chosen": (), "ref_rejected": ()}, {}, "'pair-1': no short inputs"),
+    ("longpo", {}, {"reference": "data"}, "'pair-1': no reference log-probs"),
+    ("sft_chosen", {"chosen": replace(PAIRS[0].chosen, nll_labels=None)}, {}, "'pair-1': no NLL labels"),
+    ("simpo", {"rejected": ()}, {}, "'pair-1': no rejected answer"),
+    ("sft_constraint", {"ref_chosen": PAIRS[1].ref_chosen}, {}, "'pair-1': .* answer tokens in the long input"),
+    ("logo", {}, {"target_length": 30}, "'pair-1'.*target_length is 30"),
+    ("longpo", {}, {"row_tokens": 30}, "'pair-1' packs into"),
+]
+
+
+@pytest.mark.parametrize("name, change, settings, message", BAD_PAIRS)
+def test_records_that_lack_what_a_method_reads_are_named_before_training(tmp_path, name, change, settings, message):
+    pairs = [replace(PAIRS[0], **change)]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, name, pairs, make_model(), make_model(1), **settings)
+
+
+def test_a_missing_reference_and_the_policy_itself_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected reference_model, a PEFT policy"):
+        make_trainer(tmp_path, "longpo", PAIRS, make_model())
+    model = make_model()
+    with pytest.raises(ValueError, match="is the policy itself"):
+        make_trainer(tmp_path, "longpo", PAIRS, model, model)
