@@ -1,4 +1,4 @@
-# make venv | test | quick | bench | gpu-check | lint
+# make venv | test | test-vllm | quick | bench | gpu-check | lint
 #
 #   PYTHON       the interpreter .venv is made from; a fitting torch it already has is used      (python3)
 #   TORCH_INDEX  one more wheel index to look in, say the one that holds torch's CPU wheels      (none)
@@ -6,6 +6,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
+VLLM    ?= .venv-vllm
 WORKERS ?= 2
 
 BIN    := $(abspath $(VENV))/bin
@@ -18,7 +19,7 @@ HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, to
 
 export PATH := $(BIN):$(PATH):/usr/local/cuda/bin
 
-.PHONY: venv test test-library test-interpreter test-compile quick bench gpu-check lint clean
+.PHONY: venv test test-library test-interpreter test-compile test-vllm quick bench gpu-check lint clean
 
 venv: $(STAMP)
 
@@ -42,6 +43,18 @@ test-interpreter: $(STAMP)
 
 test-compile: $(STAMP)
 	$(PYTEST) tests/kernels/test_compile.py tests/kernels/test_cuda_source.py
+
+# vLLM's CPU build pins a torch of its own: an environment of its own (3.5 GB). Only if that cannot be made is this no test.
+test-vllm:
+	if $(MAKE) --no-print-directory $(VLLM)/.ready; \
+	then HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm; \
+	else echo "test-vllm: not run, as its environment cannot be installed; the lines above say why"; fi
+
+$(VLLM)/.ready: requirements/vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(subst $(BIN),$(abspath $(VLLM))/bin,$(PIP)) -r requirements/vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
 
 quick: $(STAMP)
 	$(PYTEST) -m quick tests --ignore=tests/kernels

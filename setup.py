@@ -12,7 +12,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "longpo_ops/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 
-TRAIN = ["accelerate>=1.1", "datasets", "peft"]
+TRAIN = ["accelerate>=1.1", "datasets", "matplotlib", "peft", "pyyaml", "typer"]
+GENERATE = ["beautifulsoup4", "datasets", "httpx", "markdownify", "matplotlib", "pypdf", "rich", "typer"]
+MEMORY = ["matplotlib", "rich", "torchao>=0.18", "typer"]
 BENCH = ["cut-cross-entropy", "matplotlib", "psutil"]
 TOOLS = ["hypothesis", "ninja", "pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "trl"]
 
@@ -60,7 +62,7 @@ setup(
     # longpo_ops/kernels and longpo_ops/csrc are links to the folders beside it: one path to them in a checkout, an
     # editable install and a wheel, and no top-level package `kernels`, which would shadow Hugging Face's.
     packages=find_namespace_packages(include=["longpo_ops*"], exclude=["*__pycache__*", "longpo_ops._native*"]),
-    package_data={"": ["*.cpp", "*.cu", "*.h"]},
+    package_data={"": ["*.cpp", "*.cu", "*.h", "*.json"], "longpo_ops.generate": ["prompts/*.txt"]},
     install_requires=[
         "einops",
         "numpy",
@@ -70,8 +72,10 @@ setup(
     ],
     extras_require={
         "bench": BENCH,
-        "dev": [*TOOLS, *BENCH, *TRAIN],
+        "dev": [*TOOLS, *BENCH, *GENERATE, *MEMORY, *TRAIN],
         "flash": ["flash-attn"],
+        "memory": MEMORY,
+        "generate": GENERATE,
         "train": TRAIN,
         "vllm": ["vllm"],
     },

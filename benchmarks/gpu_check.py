@@ -11,6 +11,7 @@ date. A piece that crashes or hangs leaves what it had; the next one still runs.
     epilogue      tile functions against a copy           logprobs   scoring against torch.mm
     loss          forward and backward at 6NHV            workspace  the same by size of scratch
     peers         Liger, CCE, QuACK and torch, where they can be imported
+    step          a whole training step, its features on and off, against transformers (needs transformers and torchao)
 
 --rehearse runs all of it on the CPU with tiny shapes: a check of this script, not of any speed. Its default folder is
 build/rehearsal.
@@ -23,6 +24,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,13 @@ from benchmarks import gpu_correctness, gpu_speed  # noqa: E402
 from benchmarks.gpu_setting import FULL, REHEARSAL, Setting  # noqa: E402
 from benchmarks.stamp import stamp  # noqa: E402
 
+
+def step(setting: Setting) -> Iterator[dict]:
+    from benchmarks.bench_step import rows  # here: it needs more packages than the other pieces
+
+    yield from rows(setting)
+
+
 PIECES = {  # name -> (its rows, seconds it may take)
     "correctness": (gpu_correctness.correctness, 530),
     "public": (gpu_correctness.public, 530),
@@ -44,6 +53,7 @@ PIECES = {  # name -> (its rows, seconds it may take)
     "loss": (gpu_speed.loss, 530),
     "workspace": (gpu_speed.workspace, 530),
     "peers": (gpu_speed.peers, 530),
+    "step": (step, 530),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .generate.commands import generate, pairs
 from .memory.commands import plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -81,6 +82,8 @@ def train(
 
 
 app.command(name="plan")(plan)
+app.command(name="generate")(generate)
+app.add_typer(pairs, name="pairs")
 
 
 def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:

@@ -192,9 +192,9 @@ class Stored:
             return
         give, pages = self.store.give, self.pages
         if self.tier == HOST:
-            event = self.arrival[1] if self.arrival is not None else self.event
+            # Any thread may run this, one with another current stream too: the host itself waits. Rare, and short.
             if self.arrival is not None or self.source is not None:
-                self.mover.lane.hold(event)
+                self.mover.lane.wait(self.event if self.arrival is None else self.arrival[1])
             give(pages)
             return
         jobs = [job for job in (self.job, self.arrival and self.arrival[2]) if job is not None and not job.done()]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 UPCAST_BYTES = 8 << 20
+SLICE_BYTES = 4 << 20  # of a float32 weight per product on a CPU: 190 instead of 167 GFLOP/s at 384 rows, two threads
 FEW_ROWS = 4  # below this the CPU's products add one number after another: ten times the rounding error at V = 128K
 
 
@@ -50,7 +51,8 @@ class Products:
         """Row blocks of the weight, in the operands' dtype."""
         vocab, width = self.weight.shape
         if not self.blockwise:
-            yield slice(0, vocab), self.weight
+            rows = max(1, SLICE_BYTES // (width * self.dtype.itemsize)) if self.weight.device.type == "cpu" else vocab
+            yield from ((slice(i, i + rows), self.weight[i : i + rows]) for i in range(0, vocab, rows))
             return
         rows = max(1, UPCAST_BYTES // (width * self.dtype.itemsize))
         buffer = self.weight.new_empty(min(rows, vocab), width, dtype=self.dtype)

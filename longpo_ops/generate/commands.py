@@ -1,0 +1,288 @@
+"""`longpo generate`, and `longpo pairs show | stats | validate | merge`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", exists=True)]
+pairs = typer.Typer(no_args_is_help=True, help="Look at, check and join preference pairs.")
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="The model: a name or a folder. Its tokenizer is used here.")],
+    documents: Annotated[list[str], typer.Option(help="Folder, file or glob of documents, repeatable.")],
+    length: Annotated[int, typer.Option(help="Tokens of the longest training sequence.")],
+    out: Annotated[Path, typer.Option(help="Folder of the pairs; an unfinished run in it goes on.")],
+    engine: Annotated[
+        str | None, typer.Option(help="transformers, vllm or server; server where endpoints are given.")
+    ] = None,
+    endpoint: Annotated[list[str] | None, typer.Option(help="URL of an OpenAI-compatible server, repeatable.")] = None,
+    served_model: Annotated[
+        str | None, typer.Option(help="The model's name at the server; default the only one.")
+    ] = None,
+    api_key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the API key.")
+    ] = "OPENAI_API_KEY",
+    concurrency: Annotated[int, typer.Option(help="Requests under way at once, per endpoint or vLLM rank.")] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request counts as failed.")] = 1800.0,
+    patience: Annotated[float, typer.Option(help="Seconds without any answer until the run stops.")] = 300.0,
+    chunks: Annotated[int, typer.Option(help="Chunks per document: turns of a pair at most.")] = 4,
+    questions: Annotated[int, typer.Option(help="Questions in the pool of a chunk.")] = 4,
+    min_chunk: Annotated[int | None, typer.Option(help="Tokens; default half of the most.")] = None,
+    max_chunk: Annotated[int | None, typer.Option(help="Tokens; default length / 4, at most 32768.")] = None,
+    min_document: Annotated[
+        int | None, typer.Option(help="Documents must have more tokens; default length / 2.")
+    ] = None,
+    max_document: Annotated[int | None, typer.Option(help="Tokens; default what questions and answers leave.")] = None,
+    max_documents: Annotated[int | None, typer.Option(help="Stop after this many selected documents.")] = None,
+    column: Annotated[str, typer.Option(help="Text column of JSON Lines and Parquet.")] = "text",
+    answer_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+    question_tokens: Annotated[int, typer.Option(help="Longest pool of questions.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of the questions; answers are greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Of the questions.")] = 0.9,
+    min_words: Annotated[int, typer.Option(help="Shorter answers are left out.")] = 3,
+    max_repeated: Annotated[
+        float, typer.Option(help="Share of repeated 4-grams from which an answer is left out.")
+    ] = 0.4,
+    max_overlap: Annotated[
+        float, typer.Option(help="Share in common from which chosen and rejected are too alike.")
+    ] = 0.9,
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    prompts: Annotated[Path | None, typer.Option(help="Folder with questions.txt, lead_ins.txt, refusals.txt.")] = None,
+    reference_logps: Annotated[bool, typer.Option(help="Store the reference's log-probs with the pairs.")] = False,
+    rope: Annotated[str | None, typer.Option(help='RoPE entries to replace, as JSON: {"rope_theta": 1e7}.')] = None,
+    template_kwargs: Annotated[str | None, typer.Option(help="Variables of the chat template, as JSON.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights, local engines.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="name=value (JSON), repeatable: vLLM engine arguments, or request fields.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List and part the documents, then stop.")] = False,
+) -> None:
+    """Make short-to-long preference pairs from long documents, or go on with a run that was stopped."""
+    from .run import GenerateRun
+
+    given = dict(locals())
+    for name in ("GenerateRun", "endpoint", "api_key_variable", "engine_option", "dry_run"):
+        given.pop(name)
+    endpoints = tuple(endpoint or ())
+    given |= {
+        "documents": tuple(documents),
+        "out": str(out),
+        "engine": engine or ("server" if endpoints else "transformers"),
+        "endpoints": endpoints,
+        "key_variable": api_key_variable,
+        "prompts": None if prompts is None else str(prompts),
+        "rope": _json("--rope", rope),
+        "template_kwargs": _json("--template-kwargs", template_kwargs),
+        "engine_options": dict(_assignment(each) for each in engine_option or ()) or None,
+    }
+    try:
+        run = GenerateRun(**given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    (_list if dry_run else _generate)(run)
+
+
+def _list(run) -> None:
+    """What would be asked about."""
+    from .documents import Listing, find_files
+    from .report import describe, show_rows
+    from .run import select
+
+    listing, lengths = Listing(), {"document": [], "chunk": []}
+    for task in select(run, find_files(run.documents), run.load_tokenizer(), listing):
+        lengths["document"].append(task.tokens)
+        lengths["chunk"] += [tokens for *_, tokens in task.chunks]
+    typer.echo(str(listing))
+    for kind, values in lengths.items():
+        table = describe(values) if values else {"number": 0}
+        show_rows(((f"{kind} tokens, {name}", f"{value:,}") for name, value in table.items()), _console())
+
+
+def _generate(run) -> None:
+    from ..data import read_pairs
+    from .report import rows, show_rows, write_summary
+    from .run import generate as run_generation
+
+    out = Path(run.out)
+    try:
+        with _progress() as progress:
+            result = run_generation(run, progress)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what was generated is in {out}, run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+    made = sum(outcome["pairs"] for outcome in result.outcomes)
+    summary = write_summary(result, read_pairs(out) if made else (), out)
+    show_rows(rows(result, summary), _console())
+    if result.missing:
+        typer.echo(
+            f"{result.missing} documents begun before are no longer among the documents; put them back to go on",
+            err=True,
+        )
+    if not made:
+        raise ValueError(
+            f"no pair came of {summary['documents']} documents; see what was left out, and {out}/summary.html"
+        )
+    typer.echo(f"{made:,} pairs in {out}; see {out}/summary.html")
+
+
+def _progress():
+    """A bar with documents, pairs, tokens per second and time left; a context that gives what `generate` calls."""
+    import contextlib
+    import time
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    @contextlib.contextmanager
+    def shown():
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        began = time.monotonic()
+        with Progress(*columns, console=_console(stderr=True)) as bar:
+            task = bar.add_task("reading documents", total=1.0)
+
+            def update(fraction, documents, made, tally) -> None:
+                speed = (tally.prompt_tokens + tally.tokens) / max(1e-9, time.monotonic() - began)
+                text = f"{documents:,} documents, {made:,} pairs, {speed:,.0f} tokens/s"
+                bar.update(task, completed=fraction, description=text)
+
+            yield update
+
+    return shown()
+
+
+@pairs.command()
+def show(
+    path: Paths,
+    number: Annotated[int, typer.Option(help="How many.")] = 3,
+    id: Annotated[str | None, typer.Option(help="Only the pair of this id.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page instead.")] = None,
+) -> None:
+    """Chosen beside rejected, differences marked."""
+    from .report import html_page, show_pair
+    from .store import write_atomically
+
+    chosen = list(islice((pair for pair in _read(path) if id in (None, pair.id)), number))
+    if not chosen:
+        raise ValueError(f"no pair with id {id!r} in {', '.join(map(str, path))}")
+    if html is not None:
+        write_atomically(html, html_page(chosen, "Preference pairs").encode())
+        typer.echo(f"{len(chosen)} pairs in {html}")
+        return
+    for pair in chosen:
+        show_pair(pair, _console())
+
+
+@pairs.command()
+def stats(
+    path: Paths, model: Annotated[str | None, typer.Option(help="Count tokens with this model's tokenizer.")] = None
+) -> None:
+    """How many pairs and turns, and how long everything is."""
+    from .report import describe, show_rows
+
+    unit, measure = "characters", len
+    if model is not None:
+        from transformers import AutoTokenizer
+
+        encode = AutoTokenizer.from_pretrained(model).backend_tokenizer.encode
+        unit, measure = "tokens", lambda text: len(encode(text, add_special_tokens=False).ids)
+    turns: list[int] = []
+    lengths: dict[str, list[int]] = {name: [] for name in ("document", "chunk", "instruction", "chosen", "rejected")}
+    for pair in _read(path):
+        turns.append(len(pair.turns))
+        lengths["document"].append(measure(pair.document))
+        for turn in pair.turns:
+            for name in ("chunk", "instruction", "chosen"):
+                lengths[name].append(measure(getattr(turn, name)))
+            lengths["rejected"] += map(measure, turn.rejected)
+    table = [("pairs", f"{len(turns):,}"), ("turns", f"{sum(turns):,}")]
+    for name, values in lengths.items():
+        table += [
+            (f"{name} {unit}, {what}", f"{value:,}") for what, value in describe(values).items() if what != "number"
+        ]
+    show_rows(table, _console())
+
+
+@pairs.command()
+def validate(
+    path: Paths,
+    model: Annotated[str | None, typer.Option(help="Also lay out and tokenise every pair as training does.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="With --model: tokens of the longest sequence.")] = None,
+) -> None:
+    """Check every record; exit code 1 if training would refuse one."""
+    from ..data import ChatFormat, DataReport, read_pairs, tokenized_pairs
+
+    report, chat = DataReport(), None
+    if model is not None:
+        from transformers import AutoTokenizer
+
+        chat = ChatFormat(AutoTokenizer.from_pretrained(model), max_length=max_length)
+    for each in path:
+        read = read_pairs(each, "skip", report) if chat is None else tokenized_pairs(each, chat, None, "skip", report)
+        for _ in read:
+            pass
+    typer.echo(str(report))
+    raise typer.Exit(1 if report.skipped else 0)
+
+
+@pairs.command()
+def merge(
+    path: Paths, out: Annotated[Path, typer.Option(help="A .jsonl, .jsonl.gz or .parquet file; must not exist.")]
+) -> None:
+    """Join pairs into one file, each once; two different ones of the same id are an error."""
+    from ..data import write_pairs
+
+    if out.exists():
+        raise ValueError(f"{out} exists; expected a new file")
+    seen: dict[str, bytes] = {}
+
+    def distinct() -> Iterator:
+        for pair in _read(path):
+            digest = hashlib.sha256(json.dumps(pair.to_row(), sort_keys=True).encode()).digest()
+            before = seen.setdefault(pair.id, digest)
+            if before is digest:
+                yield pair
+            elif before != digest:
+                raise ValueError(f"two different pairs have the id {pair.id!r}; leave one of their files out")
+
+    typer.echo(f"{write_pairs(distinct(), out):,} pairs in {out}")
+
+
+def _read(paths: list[Path]) -> Iterator:
+    from ..data import read_pairs
+
+    for path in paths:
+        yield from read_pairs(path, allow_equal=True)
+
+
+def _json(name: str, text: str | None) -> dict | None:
+    try:
+        value = None if text is None else json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{name} {text}: no valid JSON: {error}") from None
+    if value is not None and not isinstance(value, dict):
+        raise typer.BadParameter(f"{name} {text}: expected names and values, such as '{{\"rope_theta\": 1e7}}'")
+    return value
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise typer.BadParameter(f"--engine-option {text}: expected name=value")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _console(stderr: bool = False):
+    from rich.console import Console
+
+    return Console(stderr=stderr)

@@ -1,0 +1,103 @@
+"""Where texts come from: one small interface, three engines.
+
+    Request (chat messages, sampling) --Engine.generate--> Completion (text, token ids, log-probs)
+    token ids                         --Engine.score-----> log-prob of every token but the first, given those before it
+
+Engines are asynchronous, so that a server or vLLM batches whatever is under way by itself; `batch` takes a list. Chat
+messages are rendered with the model's own template, by the server or, for the other two, here.
+
+    server        any OpenAI-compatible server, one or many endpoints
+    vllm          vLLM in this process
+    transformers  for small models and machines without a server
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NAMES = ("server", "vllm", "transformers")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy. The seed makes a drawn text repeatable where the engine can."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A user message to be answered. Requests of one group read the same document and share its prefill."""
+
+    content: str
+    sampling: Sampling
+    group: str = ""
+    logprobs: bool = False
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": "user", "content": self.content}]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """finish is "stop" where the model ended the text itself, "length" where it was cut off."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    tokens: int
+    cached_tokens: int = 0  # of the prompt, where the engine tells: read from its prefix cache
+    token_ids: tuple[int, ...] | None = None  # None where a server keeps them to itself
+    logprobs: tuple[float, ...] | None = None  # one per token, where asked for
+
+
+class EngineStopped(ConnectionError):
+    """The engine is gone, or refuses everything: nothing can be generated, what there is has been kept."""
+
+
+class RequestFailed(Exception):
+    """One request got no answer while the engine goes on answering others. `reason` is what is counted."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class Engine:
+    """What all engines offer. `concurrency` is how many requests are worth having under way at once."""
+
+    concurrency = 1
+
+    async def start(self) -> None:
+        """Load or reach the model. Raises EngineStopped (a ConnectionError) or ValueError where that cannot be."""
+
+    async def generate(self, request: Request) -> Completion:
+        """Raises RequestFailed for this request alone, EngineStopped if no other would fare better."""
+        raise NotImplementedError
+
+    async def score(self, token_ids: Sequence[int]) -> np.ndarray:
+        """(T - 1,) float64 log-probs of tokens 1 .. T - 1. Raises as `generate`."""
+        raise NotImplementedError
+
+    async def batch(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion per request, in their order."""
+        return list(await asyncio.gather(*(self.generate(request) for request in requests)))
+
+    async def close(self) -> None:
+        """Stop what is under way and let go of the model."""
+
+
+def render(tokenizer, request: Request, template_kwargs: dict) -> list[int]:
+    """The token ids of a request in the model's chat template, up to where its answer begins."""
+    text = tokenizer.apply_chat_template(
+        request.messages, tokenize=False, add_generation_prompt=True, **template_kwargs
+    )
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,348 @@
+"""AdamW with an exact master: bits, bitwise equality with float32 training, resume, and what is refused."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from longpo_ops.memory import optimizer as module
+from longpo_ops.memory.optimizer import AdamW, float32_gradients, join, refuse_step_in_backward, split
+
+torchao = pytest.importorskip("torchao")
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """Small pieces, so that weights have several; torchao's step eager, as compiling it takes longer than all the tests."""
+    monkeypatch.setattr(module, "PIECE", 4096)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+# -- the residue -----------------------------------------------------------------------------------------------------
+
+
+def round_trip(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weight, residue = torch.empty_like(values, dtype=torch.bfloat16), torch.empty_like(values, dtype=torch.int16)
+    split(values.clone(), weight, residue)
+    return weight, residue, join(weight, residue)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def test_every_low_half_of_every_kind_of_number():
+    """All 65,536 low halves beside high halves of zeros, subnormals, ones, carries into the exponent, and the largest."""
+    low = torch.arange(1 << 16, dtype=torch.int32)
+    highs = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F7F, 0x3F80, 0x3FFF, 0x4000, 0x7F7E, 0x7F7F]
+    for high in [*highs, *(h - 0x8000 for h in highs)]:  # both signs
+        values = (low + (high << 16)).view(torch.float32)
+        weight, _, back = round_trip(values)
+        assert same_bits(values, back), hex(high)
+        finite = values.to(torch.bfloat16).isfinite() & weight.isfinite()
+        error = (weight.double() - values.double()).abs()[finite]
+        nearest = (values.to(torch.bfloat16).double() - values.double()).abs()[finite]
+        assert torch.equal(error, nearest), hex(high)
+
+
+def test_random_bits():
+    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 20,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    values = bits.view(torch.float32)
+    values = values[~values.isnan()]
+    assert same_bits(values, round_trip(values)[2])
+
+
+def test_infinite_and_nan_stay_what_they_are():
+    nans = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    weight, _, back = round_trip(torch.cat([nans, torch.tensor([torch.inf, -torch.inf])]))
+    assert weight[:4].isnan().all() and back[:4].isnan().all()
+    assert weight[4:].tolist() == back[4:].tolist() == [torch.inf, -torch.inf]
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def network(dtype=torch.bfloat16, seed=0) -> nn.Sequential:
+    """Two layers; the first weight has 1.5 pieces, the biases are too small for 8-bit states."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 8)).to(dtype)
+
+
+def gradients(model: nn.Module, step: int) -> None:
+    """Sets gradients that depend on the step only, in each weight's dtype."""
+    random = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=random).to(p.dtype)
+
+
+def train(model, optimizer, steps=range(50)):
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step in steps:
+        gradients(model, step)
+        optimizer.step()
+        scheduler.step()
+    return model
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+OPTIONS = [
+    dict(states=states, master=master, host=host)
+    for states in ("float32", "8bit")
+    for master in ("residue", "float32")
+    for host in (False, True)
+]
+
+
+@pytest.mark.parametrize("master", ["residue", "float32"])
+def test_is_bitwise_torch_adamw_on_a_float32_copy(master):
+    model, wide = network(), network().float()
+    train(model, AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, master=master))
+    reference = torch.optim.AdamW(wide.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: 1 / (1 + step))
+    for step in range(50):
+        gradients(model, step)  # rounded to bfloat16, as the 16-bit model's are
+        for p, q in zip(wide.parameters(), model.parameters(), strict=True):
+            p.grad = q.grad.float()
+        reference.step()
+        scheduler.step()
+    assert not equal(network(), model)
+    for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+        weight, _, _ = round_trip(q.detach().flatten())
+        assert torch.equal(p.flatten(), weight if master == "residue" else q.flatten().bfloat16())
+
+
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+def test_residue_and_float32_master_agree_wherever_they_live(states):
+    """Rounding halves differs (away from zero, to even), so the masters are compared: bit by bit."""
+    masters = []
+    for options in (o for o in OPTIONS if o["states"] == states):
+        model = network()
+        optimizer = AdamW(model.parameters(), lr=1e-3, **options)
+        train(model, optimizer)
+        saved = [w["master"] for w in optimizer.state_dict()["state"].values()]
+        if options["master"] == "residue":
+            saved = [join(p.detach().flatten(), r) for p, r in zip(model.parameters(), saved, strict=True)]
+        masters.append(torch.cat(saved))
+    assert all(same_bits(masters[0], other) for other in masters[1:])
+
+
+@pytest.mark.parametrize("master", ["residue", "float32"])
+def test_small_steps_move_weights_that_plain_bfloat16_leaves(master):
+    """2000 steps of 5e-7 all one way come to 1e-3, about one unit in the last place of a bfloat16 weight of 1/8."""
+
+    def moved(make) -> float:
+        model = nn.Linear(64, 64, bias=False).bfloat16()
+        before = model.weight.detach().clone()
+        optimizer = make(model.parameters(), lr=5e-7, weight_decay=0.0)
+        for _ in range(2000):
+            model.weight.grad = torch.ones_like(before)
+            optimizer.step()
+        return (model.weight.double() - before.double()).mean().item()
+
+    torch.manual_seed(0)
+    assert abs(moved(torch.optim.AdamW)) < 0.1 * 1e-3
+    assert abs(moved(lambda *a, **k: AdamW(*a, **k, master=master)) + 1e-3) < 0.1 * 1e-3
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_resume_is_bitwise(options):
+    whole = network()
+    train(whole, AdamW(whole.parameters(), lr=1e-3, **options), range(20))
+
+    first = network()
+    optimizer = AdamW(first.parameters(), lr=1e-3, **options)
+    schedule = lambda step: 1 / (1 + step)  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    file = io.BytesIO()
+    for step in range(20):
+        if step == 10:  # a new process would go on from here
+            torch.save([first.state_dict(), optimizer.state_dict(), scheduler.state_dict()], file)
+            file.seek(0)
+            weights, state, schedule_state = torch.load(file, weights_only=True)
+            first = network(seed=1)
+            first.load_state_dict(weights)
+            optimizer = AdamW(first.parameters(), lr=1e-3, **options)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+            scheduler.load_state_dict(schedule_state)
+            optimizer.load_state_dict(state)
+        gradients(first, step)
+        optimizer.step()
+        scheduler.step()
+    assert equal(whole, first)
+
+
+def test_loaded_state_is_a_copy():
+    model, twin = network(), network()
+    optimizer, copy = (AdamW(m.parameters(), lr=1e-3) for m in (model, twin))
+    train(model, optimizer, range(3))
+    twin.load_state_dict(model.state_dict())
+    copy.load_state_dict(optimizer.state_dict())
+    before = [w["pieces"][0]["exp_avg"].clone() for w in optimizer.state_dict()["state"].values()]
+    train(twin, copy, range(3, 6))
+    after = [w["pieces"][0]["exp_avg"] for w in optimizer.state_dict()["state"].values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_states_of_8_bits_take_two_bytes_a_weight():
+    model = nn.Linear(256, 256, bias=False).bfloat16()
+    optimizer = AdamW(model.parameters(), lr=1e-3, states="8bit")
+    gradients(model, 0)
+    optimizer.step()
+    pieces = optimizer.state_dict()["state"][0]["pieces"]
+    tensors = [
+        t for piece in pieces for name in ("exp_avg", "exp_avg_sq") for t in (piece[name].codes, piece[name].scale)
+    ]
+    assert sum(t.nbytes for t in tensors) == 2 * 256 * 256 * (1 + 4 / 256)
+
+
+def test_float32_weights_are_their_own_master():
+    ours, torchs = network(torch.float32), network(torch.float32)
+    train(ours, AdamW(ours.parameters(), lr=1e-3))
+    train(torchs, torch.optim.AdamW(torchs.parameters(), lr=1e-3, weight_decay=0.0, fused=True))
+    assert equal(ours, torchs)
+
+
+def test_compiled_8_bit_steps_as_trained():
+    """Without the shortcut of this file: torchao as it runs for users, in a process of its own."""
+    code = """
+import torch
+from longpo_ops.memory.optimizer import AdamW, join
+weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+optimizer = AdamW([weight], lr=1e-3, states="8bit")
+for _ in range(3):
+    weight.grad = torch.ones_like(weight)
+    optimizer.param_groups[0]["lr"] /= 2
+    optimizer.step()
+master = join(weight.detach().flatten(), optimizer.state_dict()["state"][0]["master"])
+assert (master - (1 - 1e-3 * 0.875)).abs().max() < 1e-5, master
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+# -- stepping in backward, accumulation, clipping --------------------------------------------------------------------
+
+
+def backward(model: nn.Module, step: int) -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step), dtype=torch.float32).bfloat16()
+    model(x).float().square().mean().backward()
+
+
+@pytest.mark.parametrize("options", OPTIONS[:1] + OPTIONS[5:6])
+def test_stepping_in_backward_is_stepping_after_it(options):
+    results = []
+    for early in (False, True):
+        model = network()
+        optimizer = AdamW(model.parameters(), lr=1e-3, step_in_backward=early, **options)
+        optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does: the groups are others from here on
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for step in range(5):
+            backward(model, step)
+            assert early == all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        results.append(model)
+    assert equal(*results) and not equal(results[0], network())
+
+
+def test_no_two_gradients_live_together():
+    model = network()
+    AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
+    most = []
+    for p in model.parameters():  # runs before the optimizer's own hook of the same weight frees the gradient
+        p.register_hook(lambda grad: most.append(sum(q.grad is not None for q in model.parameters())))
+    backward(model, 0)
+    assert most == [0, 0, 0, 0]
+
+
+def test_accumulation_with_stepping_in_backward_is_an_error():
+    model = network()
+    AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match="second backward pass before step"):
+        backward(model, 1)
+
+
+def test_a_weight_used_after_its_step_is_an_error_of_autograd():
+    model = nn.Linear(64, 64, bias=False).bfloat16()
+    AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
+    x = torch.randn(4, 64, requires_grad=True).bfloat16()
+    first, second = model(x).sum(), model(x).sum()
+    first.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+def test_accumulation_and_clipping_without_it():
+    """Four rows with float32 gradients and clipping: bitwise what a float32 copy does with the same gradients."""
+    model, wide = network(), network().float()
+    float32_gradients(model.parameters())
+    ours = AdamW(model.parameters(), lr=1e-3)
+    reference = torch.optim.AdamW(wide.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    for step in range(5):
+        for row in range(4):
+            backward(model, 4 * step + row)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        for p, q in zip(wide.parameters(), model.parameters(), strict=True):
+            p.grad = q.grad.clone()
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.01) for m in (model, wide)]
+        assert norms[0] == norms[1] > 0.01
+        ours.step()
+        reference.step()
+        ours.zero_grad()
+    for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(p.flatten(), round_trip(q.detach().flatten())[0])
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("norm", [0.0, 1.0])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_combination_is_allowed_or_refused_with_a_reason(accumulation, norm, processes):
+    if (accumulation, norm, processes) == (1, 0.0, 1):
+        refuse_step_in_backward(accumulation, norm, processes)
+        return
+    reasons = {
+        "gradient_accumulation_steps=4": accumulation > 1,
+        "max_grad_norm=1.0": norm > 0,
+        "2 processes": processes > 1,
+    }
+    first = next(text for text, holds in reasons.items() if holds)
+    with pytest.raises(ValueError, match=first):
+        refuse_step_in_backward(accumulation, norm, processes)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_refusals():
+    def refuses(match, model, **options):
+        with pytest.raises(ValueError, match=match):
+            AdamW(model.parameters() if isinstance(model, nn.Module) else model, **options)
+
+    refuses("states='4bit': expected one of float32, 8bit", network(), states="4bit")
+    refuses("master='none': expected one of residue, float32", network(), master="none")
+    refuses("use master='float32'", network(torch.float16))
+    refuses("not contiguous", [nn.Parameter(torch.randn(4, 8).t())])
+
+
+def test_state_of_other_settings_or_weights_is_refused():
+    model = network()
+    saved = AdamW(model.parameters()).state_dict()
+    with pytest.raises(ValueError, match="go on with the settings it began with"):
+        AdamW(model.parameters(), states="8bit").load_state_dict(saved)
+    other = nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 8)).bfloat16()
+    with pytest.raises(ValueError, match=r"does not fit a weight of shape|expected \(3072,\)"):
+        AdamW(other.parameters()).load_state_dict(saved)
+
+
+def test_without_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ValueError, match="pip install 'longpo_ops\\[memory\\]'"):
+        AdamW(network().parameters(), states="8bit")

@@ -1,0 +1,310 @@
+"""The planner: predictions against what the allocator really gave, the search, the command."""
+
+import dataclasses
+import json
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from longpo_ops.attention import use_shared_prefix
+from longpo_ops.memory import offload_activations, tile_layers
+from longpo_ops.memory.optimizer import AdamW
+from longpo_ops.memory.plan import Machine, Settings, Work, attention_pairs, fit, longest, placed, predict, weights_of
+from longpo_ops.memory.trace import carried_models, read_config, trace
+from longpo_ops.ops.head import attach
+from longpo_ops.ops.logprobs import linear_cross_entropy
+
+GIB = 1 << 30
+ROWS = 2048
+
+
+def small(kind="llama", **more):
+    from transformers import AutoConfig
+
+    numbers = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, vocab_size=512)
+    return AutoConfig.for_model(kind, **numbers | dict(num_key_value_heads=2, head_dim=32) | more)
+
+
+# -- prediction against measurement ----------------------------------------------------------------------------------
+
+
+def allocated(run) -> int:
+    """Peak bytes that the CPU allocator gave out within run(), beyond those at its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    level = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak
+
+
+def measured(work: Work, settings: Settings) -> int:
+    """Peak bytes of the second step of a real model, weights and optimizer states included."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(work.config, dtype=work.dtype).train()
+    use_shared_prefix(model)
+    attach(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    early = settings.step_in_backward
+    optimizer = AdamW(model.parameters(), lr=1e-3, states=settings.states, step_in_backward=early)
+    tokens = torch.randint(work.config.vocab_size, (1, work.length))
+
+    def step() -> None:
+        def loss(hidden, head):
+            return head(hidden[0], tokens[0], loss=linear_cross_entropy, workspace_bytes=work.workspace_bytes)
+
+        for _ in range(work.accumulation):
+            model(input_ids=tokens.clone(), use_cache=False, compute=loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with ExitStack() as stack:
+        if settings.tile_rows:
+            stack.enter_context(tile_layers(model, settings.tile_rows))
+        if settings.offload:
+            input_bytes = work.length * work.config.hidden_size * work.dtype.itemsize
+            stack.enter_context(
+                offload_activations(
+                    model,
+                    device_bytes=settings.kept * input_bytes,
+                    host_bytes=4 * input_bytes,
+                    store=settings.store,
+                    page_bytes=1 << 16,
+                )
+            )
+        step()
+        resident = sum(p.nbytes for p in model.parameters())
+        resident += sum(
+            t.nbytes for w in optimizer.state_dict()["state"].values() for p in w["pieces"] for t in p.values()
+        )
+        return resident + allocated(step)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(step_in_backward=True),
+        Settings(tile_rows=256),
+        Settings(tile_rows=256, offload=True, on_host=4),
+        Settings(tile_rows=256, offload=True, kept=3, on_host=1, store="int8"),
+        Settings(offload=True, on_host=4, step_in_backward=True),
+    ],
+    ids=["plain", "step-in-backward", "tiled", "offload", "some-in-8-bits", "untiled-offload"],
+)
+def test_peak_is_within_a_tenth_of_what_was_allocated(settings):
+    work = Work(small(), ROWS, dtype=torch.float32, workspace_bytes=8 << 20)
+    machine = Machine(GIB, GIB, GIB, device_reserve=0, host_reserve=0)
+    predicted = predict(work, settings, machine).peak.total
+    real = measured(work, settings)
+    assert abs(predicted / real - 1) < 0.1, (predicted, real)
+
+
+def test_accumulation_holds_the_gradients():
+    work = Work(small(), ROWS, accumulation=2, dtype=torch.float32, workspace_bytes=8 << 20)
+    predicted = predict(work, Settings(), Machine(GIB, device_reserve=0)).peak.total
+    assert abs(predicted / measured(work, Settings()) - 1) < 0.1
+
+
+# -- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_trace_counts_the_products_of_a_layer():
+    config, rows = small(), 512
+    t = trace(config, rows)
+    weights = 128 * (128 + 2 * 64 + 128) + 3 * 128 * 384
+    assert t.forward_flops == 2 * rows * weights
+    assert t.input == rows * 128 * 2
+    down = 2 * rows * 128 * 384  # checkpointing stops recomputing before the last product
+    assert t.backward_flops == 3 * t.forward_flops - down
+
+
+def test_tiling_bounds_what_a_layer_needs():
+    config = small(intermediate_size=2048)
+    untiled, tiled = (trace(config, 4096, rows) for rows in (None, 256))
+    assert tiled.backward < 0.4 * untiled.backward
+    assert tiled.forward < 0.4 * untiled.forward
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"]
+)
+def test_any_family_can_be_traced(kind):
+    t = trace(small(kind, pad_token_id=0), 128)
+    assert 0 < t.forward < t.backward
+
+
+def test_weights_are_the_models():
+    from transformers import AutoModelForCausalLM
+
+    for tied in (False, True):
+        config = small("qwen2", tie_word_embeddings=tied)
+        model = AutoModelForCausalLM.from_config(config)
+        w = weights_of(config)
+        assert w.total == sum(p.numel() for p in model.parameters())
+        assert w.layer == sum(p.numel() for p in model.model.layers[0].parameters())
+        assert (w.layers, w.tied, w.embedding) == (4, tied, 512 * 128)
+
+
+def test_attention_pairs_are_those_of_the_mask():
+    for length, tails, window in ((40, (), None), (40, (6,), None), (40, (6, 4), None), (40, (), 8)):
+        rows = length - sum(tails)
+        prefix = rows - (sum(tails) // len(tails) if tails else 0)
+        seen = sum(min(i + 1, window or length) for i in range(rows))
+        seen += sum(prefix + i + 1 for tail in tails for i in range(tail))
+        assert abs(attention_pairs(length, tails, window) / seen - 1) < 0.06
+
+
+# -- carried shapes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("mistral-7b", 7.242), ("llama-3-8b", 8.030), ("qwen2.5-7b", 7.616), ("qwen2.5-1.5b", 1.544)]
+)
+def test_carried_shapes_have_the_published_sizes(name, billions):
+    assert name in carried_models()
+    assert round(weights_of(read_config(name)).total / 1e9, 3) == billions
+
+
+def test_unknown_model_is_refused(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="neither one of llama-3-8b, mistral-7b"):
+        read_config("no-such-model")
+
+
+def test_untiled_forward_of_the_512k_step():
+    """Three tensors as wide as the MLP and three as the model are alive at once, at 524,288 rows in bfloat16."""
+    for name in ("mistral-7b", "qwen2.5-7b"):
+        config = read_config(name)
+        t = trace(config, 524288)
+        expected = 524288 * 2 * (3 * config.intermediate_size + 3 * config.hidden_size)
+        assert abs((t.forward + t.input) / expected - 1) < 0.02
+
+
+# -- search ----------------------------------------------------------------------------------------------------------
+
+
+def machine(device, host=GIB, disk=0) -> Machine:
+    return Machine(device, host, disk, device_reserve=0, host_reserve=0)
+
+
+@pytest.fixture(scope="module")
+def work():
+    return Work(small(num_hidden_layers=16), 65536, max_grad_norm=1.0, workspace_bytes=8 << 20)
+
+
+def test_plenty_of_memory_needs_nothing(work):
+    assert fit(work, machine(64 * GIB, host=0)).settings == Settings()
+
+
+def test_a_host_that_is_free_saves_recomputing_attention(work):
+    plain, saving = (fit(work, machine(64 * GIB, host)) for host in (0, 64 * GIB))
+    assert saving.settings.attention_layers > 0
+    assert saving.step_seconds < plain.step_seconds
+
+
+def test_less_memory_takes_more_and_the_prediction_fits(work):
+    everything = fit(work, machine(64 * GIB, host=0)).peak.total
+    seen = []
+    for part in (0.9, 0.6, 0.4):
+        plan = fit(work, machine(int(part * everything)))
+        assert plan.peak.total <= part * everything
+        assert sum(plan.host.values()) <= GIB
+        seen.append(plan.settings)
+    assert seen[-1].offload and seen[-1].tile_rows
+    assert len(set(seen)) > 1
+
+
+def test_inputs_stay_where_there_is_room_then_host_then_disk(work):
+    settings = Settings(tile_rows=8192, offload=True)
+    t = trace(work.config, work.length, 8192)
+    bare = predict(work, dataclasses.replace(settings, on_host=16), machine(GIB)).peak.total
+    page = -(-t.input // (16 << 20)) * (16 << 20)
+    plan = placed(work, settings, machine(bare + 5 * t.input, 4 * page + page // 2, GIB))
+    s = plan.settings
+    assert not plan.shortfalls
+    assert s.kept >= 5 and s.on_host == 4 and s.on_disk == 16 - 4 - s.kept and s.attention_layers == 0
+    more = placed(work, settings, machine(bare + 5 * t.input, GIB, GIB))
+    assert more.settings.on_disk == 0 and more.settings.attention_layers > 0
+    assert more.step_seconds < plan.step_seconds
+
+
+def test_stepping_in_backward_only_where_it_is_allowed_and_needed(work):
+    free = dataclasses.replace(work, max_grad_norm=0.0)
+    assert not fit(free, machine(64 * GIB)).settings.step_in_backward
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        predict(work, Settings(step_in_backward=True), machine(GIB))
+    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+        predict(dataclasses.replace(free, accumulation=2), Settings(step_in_backward=True), machine(GIB))
+
+
+def test_nothing_fits_names_the_shortfall(work):
+    with pytest.raises(ValueError, match=r"nothing fits. device is short of .*max_grad_norm=0 would let"):
+        fit(work, machine(32 << 20))
+
+
+def test_longest_length_fits_and_the_next_does_not():
+    work = Work(small(num_hidden_layers=8), 1, max_grad_norm=1.0, workspace_bytes=8 << 20)
+    limits = machine(96 << 20, 64 << 20)
+    plan = longest(work, limits, unit=512)
+    assert not plan.shortfalls and plan.work.length % 512 == 0
+    with pytest.raises(ValueError, match="nothing fits"):
+        fit(dataclasses.replace(work, length=plan.work.length + 512 + plan.work.length // 16), limits)
+
+
+def test_bad_lengths_are_refused():
+    with pytest.raises(ValueError, match="longer than its rejected tails"):
+        Work(small(), 100, tails=(60, 40))
+
+
+# -- command ---------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str):
+    import typer
+    from typer.testing import CliRunner
+
+    from longpo_ops.memory.commands import plan
+
+    app = typer.Typer()
+    app.command()(plan)
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    config = small()
+    config.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_command_prints_a_table_and_draws(folder):
+    limits = ("--device-gib", "0.2", "--host-gib", "1", "--device-reserve-gib", "0", "--host-reserve-gib", "0")
+    result = run("--model", str(folder / "model"), "--length", "4096", *limits, "--picture", str(folder / "plan.png"))
+    assert result.exit_code == 0, result.output
+    for text in ("derived, not measured", "weights", "optimizer states", "layer inputs", "seconds", "fits"):
+        assert text in result.output, text
+    assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_says_what_is_missing(folder):
+    result = run(
+        "--model", str(folder / "model"), "--length", "4096", "--device-gib", "0.01", "--device-reserve-gib", "0"
+    )
+    assert result.exit_code == 1 and "device is short of" in result.output
+
+
+def test_command_writes_json(folder):
+    result = run(
+        *("--model", str(folder / "model"), "--length", "4096", "--device-gib", "1", "--json"),
+        *("--device-reserve-gib", "0"),
+    )
+    told = json.loads(result.output)
+    assert told["derived"] is True and told["peak_bytes"] == sum(told["peak"].values())

@@ -1,0 +1,106 @@
+"""Memory settings in the trainer: the same training, chosen by hand or by the planner, and resumed."""
+
+import json
+
+import pytest
+import torch
+
+from longpo_ops.memory.optimizer import AdamW
+from longpo_ops.memory.plan import Machine, Settings, Work, predict
+from longpo_ops.memory.settings import Memory, machine_here
+from longpo_ops.memory.trace import trace
+from longpo_ops.train import LongPOConfig
+
+from ..train.tiny import make_model, make_pair, make_trainer
+
+PAIRS = [make_pair(seed, turns=1) for seed in range(8)]
+RUN = dict(max_steps=4, learning_rate=1e-2, warmup_steps=0, gradient_accumulation_steps=1, max_grad_norm=0.0, seed=3)
+
+
+def trained(folder, memory=None, dtype=torch.float32, resume=None, **options):
+    """-> weights after training, and the trainer."""
+    policy, reference = make_model(0, dtype), make_model(1, dtype)
+    trainer = make_trainer(folder, "longpo", PAIRS, policy, reference, **RUN | {"memory": memory} | options)
+    trainer.train(resume_from_checkpoint=resume)
+    return [p.detach().clone() for p in policy.parameters()], trainer
+
+
+def off(ours, theirs) -> float:
+    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+OURS = {"states": "float32"}
+
+
+def test_offload_trains_bitwise_alike(tmp_path):
+    plain, _ = trained(tmp_path / "plain", OURS)
+    moved, trainer = trained(tmp_path / "moved", OURS | {"offload": True, "host_bytes": 256 << 20})
+    assert off(moved, plain) == 0
+    assert not trainer.args.gradient_checkpointing  # offload has taken its place
+
+
+def test_everything_together_trains_alike(tmp_path):
+    plain, _ = trained(tmp_path / "plain", OURS, dtype=torch.float64)
+    every = {"tile_rows": 7, "offload": True, "host_bytes": 256 << 20, "save_attention": True, "step_in_backward": True}
+    together, _ = trained(tmp_path / "every", OURS | every, dtype=torch.float64)
+    start = [p.detach() for p in make_model(0, torch.float64).parameters()]
+    assert off(together, plain) < 1e-6 * off(plain, start)
+
+
+def test_optimizer_is_torchs_with_the_same_groups(tmp_path):
+    ours, trainer = trained(tmp_path / "ours", OURS, weight_decay=0.1)
+    theirs, _ = trained(tmp_path / "theirs", None, weight_decay=0.1)
+    assert isinstance(trainer.optimizer.optimizer, AdamW)
+    assert off(ours, theirs) <= 1e-6
+
+
+def test_16_bit_weights_keep_their_dtype_and_resume_bitwise(tmp_path):
+    options = dict(dtype=torch.bfloat16, learning_rate=1e-6, gradient_accumulation_steps=2, max_grad_norm=1.0)
+    whole, trainer = trained(tmp_path / "whole", OURS, **options)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    assert {p.grad_dtype for p in trainer.model.parameters()} == {torch.float32}
+    trained(tmp_path / "half", OURS, **options, save_steps=2, save_strategy="steps")
+    checkpoint = str(tmp_path / "half" / "checkpoint-2")
+    again, _ = trained(tmp_path / "half", OURS, resume=checkpoint, **options)
+    assert off(again, whole) == 0
+
+
+def test_fit_chooses_and_keeps_what_it_chose(tmp_path):
+    _, trainer = trained(tmp_path, fit="auto")
+    kept = json.loads((tmp_path / "memory.json").read_text())
+    assert Memory.from_settings(kept) == trainer.memory
+    assert trainer.memory.states == "float32"  # this little model fits any machine
+    (tmp_path / "memory.json").write_text(json.dumps(kept | {"tile_rows": 5}))
+    _, trainer = trained(tmp_path, fit="auto")
+    assert trainer.memory.tile_rows == 5
+
+
+def test_a_plan_becomes_its_settings():
+    config = make_model(0).config
+    work = Work(config, 64, dtype=torch.float32)
+    settings = Settings(tile_rows=16, offload=True, kept=1, on_host=1, attention_layers=1, states="8bit")
+    memory = Memory.from_plan(predict(work, settings, Machine(1 << 30, 1 << 30)))
+    assert memory.device_bytes == trace(config, 64, 16, torch.float32).input
+    assert memory.host_bytes == 2 * (16 << 20)
+    assert (memory.tile_rows, memory.save_attention, memory.states) == (16, True, "8bit")
+
+
+def test_this_machine():
+    here = machine_here(torch.device("cpu"))
+    assert here.device_bytes > 0 and here.host_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"memory": {"tiles": 3}}, "memory: tiles unknown, expected some of tile_rows"),
+        ({"memory": {"store": "int4"}}, "store='int4'"),
+        ({"memory": {"step_in_backward": True}}, "set states to float32 or 8bit"),
+        ({"memory": OURS | {"step_in_backward": True}}, "max_grad_norm=1.0 needs all gradients"),
+        ({"memory": OURS, "fit": "auto"}, "expected one of the two"),
+        ({"fit": "best"}, "expected 'off' or 'auto'"),
+    ],
+)
+def test_refusals(tmp_path, settings, match):
+    with pytest.raises(ValueError, match=match):
+        LongPOConfig(output_dir=str(tmp_path), gradient_accumulation_steps=1, **settings)
