@@ -1,0 +1,183 @@
+"""The commands, and what they show: summaries, pages, tables. Texts are data wherever they are shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks.openai_server import OpenAIServer
+from longpo_ops.data import Pair, Turn, read_pairs, write_pairs
+from longpo_ops.generate import commands, report
+
+APP = typer.Typer()
+APP.command()(commands.generate)
+APP.add_typer(commands.pairs, name="pairs")
+
+EVIL = '<script>alert("x")</script> & [bold red]b[/] \x1b[31mred\x07 <img src=x onerror=y>'
+
+
+@pytest.fixture
+def pair() -> Pair:
+    turn = Turn(
+        "Why does the bell ring?", "The bell rings at noon.", "It rings at noon.", ("It rings at dusk, they say.",)
+    )
+    return Pair("one", "The bell rings at noon. The wind turns.", (turn,), {"source": "a.md"})
+
+
+def call(*words):
+    return CliRunner().invoke(APP, [str(word) for word in words])
+
+
+def arguments(tokenizer, documents, out, *more) -> list:
+    given = ["generate", "--model", tokenizer.name_or_path, "--documents", documents, "--out", out, "--length", 1024]
+    given += [
+        "--min-document",
+        256,
+        "--min-chunk",
+        48,
+        "--max-chunk",
+        128,
+        "--question-tokens",
+        80,
+        "--answer-tokens",
+        24,
+    ]
+    return [*given, *more]
+
+
+def test_one_command_makes_pairs_and_a_summary(tokenizer, documents, tmp_path):
+    out = tmp_path / "pairs"
+    with OpenAIServer() as one, OpenAIServer() as two:
+        more = ("--endpoint", one.url, "--endpoint", two.url, "--engine-option", "top_k=7", "--rope", "null")
+        done = call(*arguments(tokenizer, documents, out, *more))
+        assert done.exit_code == 0, done.output
+        assert "4 pairs in" in done.output and "documents finished" in done.output
+        assert one.seen[0].body["top_k"] == 7 and len(one.seen) + len(two.seen) == 48
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["documents"], summary["pairs"], summary["turns"]) == (4, 4, 16)
+    assert summary["listing"] == {"found": 4, "selected": 4, "left_out": {}}
+    assert summary["lengths"]["document"]["number"] == 4 and summary["lengths"]["chunk"]["most"] <= 128
+    assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "summary.html").read_text()
+    assert page.count("<h2>") == 3 and "data:image/png;base64," in page
+    assert len(list(read_pairs(out))) == 4  # nothing else in the folder is taken for pairs
+
+
+def test_a_dry_run_lists_and_asks_nobody(tokenizer, documents, tmp_path):
+    done = call(*arguments(tokenizer, documents, tmp_path / "pairs", "--dry-run"))
+    assert done.exit_code == 0, done.output
+    assert "4 of 4 documents selected" in done.output and re.search(r"chunk tokens, number\s+16", done.output)
+    assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rope", "{x"], "no valid JSON"),
+        (["--rope", "3"], "expected names and values"),
+        (["--engine-option", "x"], "expected name=value"),
+        (["--engine", "magic"], "expected one of"),
+    ],
+)
+def test_wrong_usage_is_code_2(more, message, tokenizer, documents, tmp_path):
+    done = call(*arguments(tokenizer, documents, tmp_path / "pairs", *more))
+    assert done.exit_code == 2 and message in re.sub(r"[\s│]+", " ", done.output)
+
+
+def test_a_server_that_is_down_is_an_error_that_says_what_to_do(tokenizer, documents, tmp_path):
+    with OpenAIServer() as server:
+        pass
+    done = call(*arguments(tokenizer, documents, tmp_path / "pairs", "--endpoint", server.url))
+    assert isinstance(done.exception, OSError) and "no server answers" in str(done.exception)
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_escapes_everything_and_loads_nothing(pair):
+    turn = Turn(EVIL, EVIL, EVIL + " same", (EVIL + " other",))
+    evil = replace(pair, id=EVIL, document=EVIL, turns=(turn,), provenance={"source": EVIL})
+    page = Page(report.html_page([evil], EVIL, [(EVIL, EVIL)], b"png"))
+    assert "script" not in page.tags and page.tags.count("img") == 1
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert [value for name, value in page.attributes if name in ("src", "href")] == ["data:image/png;base64,cG5n"]
+    assert page.text.count('<script>alert("x")</script>') == 11 and "\x1b" not in page.text
+
+
+def test_differences_are_marked(pair):
+    page = report.html_page([pair], "t")
+    assert "<mark>noon</mark>" in page and "<mark>dusk, they say</mark>" in page
+    assert report.differences("a b c", "a x c") == [(True, "a ", "a "), (False, "b", "x"), (True, " c", " c")]
+
+
+def test_a_terminal_gets_no_control_codes_and_no_markup(pair):
+    out = io.StringIO()
+    turn = Turn(EVIL, EVIL, EVIL, (EVIL + " more",))
+    report.show_pair(replace(pair, turns=(turn,), provenance={"source": EVIL}), Console(file=out, width=200))
+    assert "\x1b" not in out.getvalue() and "\x07" not in out.getvalue()
+    assert "[bold red]b[/]" in out.getvalue() and "chosen" in out.getvalue() and "rejected" in out.getvalue()
+
+
+def test_show(pair, tmp_path):
+    write_pairs([pair, replace(pair, id="two")], tmp_path / "a.jsonl")
+    done = call("pairs", "show", tmp_path, "--id", "two")
+    assert done.exit_code == 0 and "two" in done.output and "It rings at noon." in done.output
+    assert "one" not in done.output.replace("none", "")
+    done = call("pairs", "show", tmp_path, "--html", tmp_path / "page.html")
+    assert "2 pairs in" in done.output and "It rings at" in (tmp_path / "page.html").read_text()
+    assert "no pair with id 'three'" in str(call("pairs", "show", tmp_path, "--id", "three").exception)
+
+
+def test_stats(pair, tokenizer, tmp_path):
+    write_pairs([pair, replace(pair, id="two", document="x" * 100)], tmp_path / "a.jsonl")
+    done = call("pairs", "stats", tmp_path)
+    assert re.search(r"pairs\s+2\b", done.output) and re.search(r"document characters, most\s+100", done.output)
+    done = call("pairs", "stats", tmp_path, "--model", tokenizer.name_or_path)
+    assert re.search(r"chosen tokens, median\s+\d", done.output)
+
+
+def test_validate(pair, tokenizer, tmp_path):
+    write_pairs([pair], tmp_path / "good.jsonl")
+    done = call("pairs", "validate", tmp_path / "good.jsonl", "--model", tokenizer.name_or_path)
+    assert done.exit_code == 0 and "1 of 1 records kept" in done.output
+    (tmp_path / "bad.jsonl").write_text("{}\n{broken\n" + json.dumps(pair.to_row()) + "\n")
+    done = call("pairs", "validate", tmp_path)
+    assert done.exit_code == 1 and "2 of 4 records kept" in done.output and "1 skipped: no valid JSON" in done.output
+    done = call("pairs", "validate", tmp_path / "good.jsonl", "--model", tokenizer.name_or_path, "--max-length", 9)
+    assert "longer than max_length" in str(done.exception)  # not one usable record
+
+
+def test_merge(pair, tmp_path):
+    write_pairs([pair, replace(pair, id="two")], tmp_path / "a.jsonl")
+    write_pairs([replace(pair, id="two"), replace(pair, id="three")], tmp_path / "b.parquet")
+    merged = tmp_path / "all.jsonl.gz"
+    done = call("pairs", "merge", tmp_path / "a.jsonl", tmp_path / "b.parquet", "--out", merged)
+    assert "3 pairs in" in done.output and [each.id for each in read_pairs(merged)] == ["one", "two", "three"]
+    assert "exists; expected a new file" in str(call("pairs", "merge", tmp_path, "--out", merged).exception)
+    write_pairs([replace(pair, document="Other.")], tmp_path / "c.jsonl")
+    done = call("pairs", "merge", tmp_path / "a.jsonl", tmp_path / "c.jsonl", "--out", tmp_path / "x.jsonl")
+    assert "two different pairs have the id 'one'" in str(done.exception) and not (tmp_path / "x.jsonl").exists()

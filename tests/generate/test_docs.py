@@ -1,0 +1,41 @@
+"""docs/generate.md tells of every reason that is counted, and of every option's default that it names."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from longpo_ops.generate import commands
+
+PACKAGE = Path(commands.__file__).parent
+DOC = (PACKAGE.parents[1] / "docs/generate.md").read_text()
+
+REASONS = {
+    "readers.py": r'(?:Unreadable\(f?"|TOO_LONG, BINARY, EMPTY = Unreadable\(")([a-zA-Z0-9\- ]+)',
+    "documents.py": r'skipped\["([a-z ]+)"\]',
+    "run.py": r'(?:TOO_SHORT = "|else )"?([a-z ]{8,})"',
+    "steps.py": r'(?:counts\["|self\.fail\(failure, ")([a-z\- ]+)"',
+    "filters.py": r'return "([a-z\- ]+)"',
+    "engines/server.py": r'RequestFailed\("([a-z ]+)"',
+}
+
+
+def test_every_counted_reason_is_documented():
+    found = {
+        reason.strip()
+        for file, pattern in REASONS.items()
+        for reason in re.findall(pattern, (PACKAGE / file).read_text())
+    }
+    assert {"unreadable", "duplicate", "shorter than one chunk", "unparsable question list", "refusal", "the engine failed",
+            "no reference log-probs", "shorter than wanted", "PDF without text", "near-empty"} <= found  # fmt: skip
+    assert [reason for reason in found if f"`{reason}" not in DOC] == []
+
+
+def test_every_option_in_the_documentation_exists():
+    known = {f"--{name.replace('_', '-')}" for name in inspect.signature(commands.generate).parameters}
+    for function in (commands.show, commands.stats, commands.validate, commands.merge):
+        known |= {f"--{name}".replace("_", "-") for name in inspect.signature(function).parameters}
+    commands_text = re.findall(r"longpo (?:generate|pairs)(?:.|\\\n)*?(?=\n[^ ]|\n\n|`)", DOC)
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(commands_text)))
+    assert len(used) > 8 and used - known == set()

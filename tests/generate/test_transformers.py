@@ -1,0 +1,122 @@
+"""The transformers engine with a real model: repeatable texts, exact scores, and from documents to a training step."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+import torch
+
+from longpo_ops.data import ChatFormat, read_pairs
+from longpo_ops.generate import EngineStopped, Request, Sampling, generate
+from longpo_ops.generate.engines.transformers import TransformersEngine
+from tests.generate import tiny
+from tests.generate.test_run import begin, files, wait_for
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    torch.set_num_threads(1)
+    engine = TransformersEngine(str(model), length=1024)
+    asyncio.run(engine.start())
+    return engine
+
+
+def ask(engine, *requests) -> list:
+    return asyncio.run(engine.batch(requests))
+
+
+def question(number: int, **sampling) -> Request:
+    text = tiny.document(number) + "\n\n" + tiny.QUESTIONS[number % 4]
+    return Request(text, Sampling(**{"max_tokens": 24} | sampling), logprobs=True)
+
+
+def test_texts_are_repeatable_whatever_runs_beside(engine):
+    alone = ask(engine, question(0)) + ask(engine, question(1, temperature=1.5, seed=3))
+    torch.manual_seed(99)
+    others = [question(2), question(0), question(1, temperature=1.5, seed=4), question(1, temperature=1.5, seed=3)]
+    beside = ask(engine, *others)
+    assert [beside[1], beside[3]] == alone
+    assert beside[2].text != beside[3].text
+    assert ask(engine, question(0, max_tokens=2))[0].finish == "length" and alone[0].finish == "stop"
+
+
+def test_log_probs_of_a_text_are_its_scores(engine):
+    (answer,) = ask(engine, question(0))
+    request = question(0)
+    prompt = engine.tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
+    assert answer.prompt_tokens == len(prompt)
+    ids = [*prompt, *answer.token_ids]
+    scores = asyncio.run(engine.score(ids))
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([ids])).logits[0, :-1].double()
+    truth = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    assert scores.shape == (len(ids) - 1,) and abs(scores - truth).max() < 1e-5
+    assert abs(scores[-answer.tokens :] - answer.logprobs).max() < 1e-4
+    assert ask(engine, question(0))[0] == answer  # scoring leaves the model as it was
+
+
+def test_rope_reaches_the_model_and_a_short_context_is_refused(model, engine):
+    with pytest.raises(ValueError, match="reads 1024 tokens, 4096 are wanted; give RoPE settings"):
+        asyncio.run(TransformersEngine(str(model), length=4096).start())
+    wide = TransformersEngine(str(model), length=4096, rope={"rope_theta": 5e4})
+    asyncio.run(wide.start())
+    assert wide.model.config.max_position_embeddings == 4096
+    ids = engine.tokenizer("The wind turned, and Ann went home. " * 8)["input_ids"]
+    assert abs(asyncio.run(wide.score(ids)) - asyncio.run(engine.score(ids))).max() > 1e-3
+
+
+def test_closing_ends_a_text_under_way(model):
+    engine = TransformersEngine(str(model), length=1024)
+
+    async def work():
+        await engine.start()
+        engine.model.generation_config.eos_token_id = None  # it would not end by itself
+        task = asyncio.create_task(engine.generate(Request("Tell me.", Sampling(100_000, 5.0, seed=1))))
+        await asyncio.sleep(0.3)
+        await engine.close()
+        await task
+
+    with pytest.raises(EngineStopped, match="closed"):
+        asyncio.run(work())
+
+
+def test_a_killed_run_goes_on_to_the_same_texts(model, settings, tmp_path):
+    run = dict(model=str(model), max_documents=2, reference_logps=True)
+    generate(settings(**run, out=str(tmp_path / "whole")))
+    journal = tmp_path / "pairs/work/00000.journal"
+    process = begin(settings(**run))
+    wait_for(lambda: journal.exists() and journal.read_bytes().count(b'"step"') >= 5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = journal.read_bytes()
+    assert 5 <= kept.count(b'"step"') < 2 * 4 * 5
+    result = generate(settings(**run))
+    assert result.tally.requests <= 2 * 4 * 3 - kept.count(b'"step"') + 2 * 4 * 2
+    assert files(tmp_path / "pairs") == files(tmp_path / "whole")
+
+
+def test_training_takes_the_pairs_as_they_are(model, settings, tmp_path):
+    """From documents to a step of LongPO on the stored log-probs, which are the trainer's own reference's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from longpo_ops.attention import use_shared_prefix
+    from longpo_ops.ops.head import attach
+    from longpo_ops.train.reference import Reference
+    from longpo_ops.train.run import TrainRun, train
+
+    generate(settings(model=str(model), reference_logps=True))
+    pairs = list(read_pairs(tmp_path / "pairs"))
+    assert pairs
+    training = dict(model=str(model), data=str(tmp_path / "pairs"), output_dir=str(tmp_path / "run"), reference="data")
+    trainer = train(TrainRun.from_settings(training | dict(max_steps=1, gradient_accumulation_steps=1, use_cpu=True)))
+    assert trainer.state.global_step == 1 and len(trainer.train_dataset.pairs) == len(pairs)
+    frozen = AutoModelForCausalLM.from_pretrained(model)
+    use_shared_prefix(frozen)
+    reference = Reference(attach(frozen), "short")
+    chat = ChatFormat(AutoTokenizer.from_pretrained(model))
+    for pair in pairs:
+        chosen, rejected = reference.logps(chat.tokenize(pair))
+        assert pair.ref_chosen_logp == pytest.approx(chosen, abs=1e-3)
+        assert pair.ref_rejected_logps == pytest.approx(rejected, abs=1e-3)

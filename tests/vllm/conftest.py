@@ -1,0 +1,13 @@
+"""Tests against vLLM itself. `make test-vllm` runs them in its own environment; without vLLM they are no tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.generate.conftest import documents, model, settings, tokenizer  # noqa: F401
+
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]

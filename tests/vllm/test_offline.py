@@ -1,0 +1,101 @@
+"""vLLM in this process: greedy texts and scores as with transformers, prefix caching by its counters, whole runs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from longpo_ops.data import ChatFormat, read_pairs
+from longpo_ops.generate import Request, RequestFailed, Sampling, generate
+from longpo_ops.generate.engines.transformers import TransformersEngine
+from longpo_ops.generate.engines.vllm import VLLMEngine
+from tests.generate import tiny
+
+OPTIONS = {"enforce_eager": True}
+
+
+def question(document: int, turn: int, **sampling) -> Request:
+    text = f"{tiny.document(document)}\n\n{tiny.QUESTIONS[turn]}"
+    return Request(text, Sampling(24, **sampling), group=f"document {document}", logprobs=True)
+
+
+def run_in(engine, work):
+    """work(engine) between start and close."""
+
+    async def whole():
+        await engine.start()
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(whole())
+
+
+def test_vllm_agrees_with_transformers_and_shares_prefills(model):
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    greedy = [question(document, turn) for document in range(2) for turn in range(4)]
+    drawn = question(0, 0, temperature=1.5, seed=5)
+
+    def counters() -> dict[str, float]:
+        found = {metric.name: metric for metric in get_metrics_snapshot()}
+        return {name: found[f"vllm:prefix_cache_{name}"].value for name in ("queries", "hits")}
+
+    async def ask(engine):
+        texts = [*await engine.batch(greedy[:1]), *await engine.batch(greedy[1:])]
+        ids = engine.tokenizer(greedy[0].content)["input_ids"]
+        return texts, await engine.batch([drawn, drawn]), await engine.score(ids)
+
+    async def ask_vllm(engine):
+        found = await ask(engine)
+        too_long = Request("The wind turned. " * 1000, Sampling(24))
+        with pytest.raises(RequestFailed, match="the engine refused"):
+            await engine.generate(too_long)
+        return *found, counters()
+
+    texts, twice, scores, counted = run_in(
+        VLLMEngine(str(model), length=1024, dtype="float32", options=OPTIONS | {"disable_log_stats": False}), ask_vllm
+    )
+    truth, _, expected = run_in(TransformersEngine(str(model), length=1024, dtype="float32"), ask)
+    assert [answer.text for answer in texts] == [answer.text for answer in truth]
+    assert [answer.token_ids for answer in texts] == [answer.token_ids for answer in truth]
+    assert [answer.finish for answer in texts] == [answer.finish for answer in truth]
+    for ours, theirs in zip(texts, truth, strict=True):
+        assert np.abs(np.subtract(ours.logprobs, theirs.logprobs)).max() < 1e-3
+        assert ours.prompt_tokens == theirs.prompt_tokens
+    assert np.abs(scores - expected).max() < 1e-3
+    assert twice[0].text == twice[1].text  # drawn with the same seed
+    # The three later questions of the first document found all whole blocks of its prefill in the cache.
+    assert texts[0].cached_tokens == 0
+    assert all(answer.cached_tokens > 0.85 * answer.prompt_tokens for answer in texts[1:4])
+    assert counted["hits"] >= sum(answer.cached_tokens for answer in texts) and counted["queries"] > counted["hits"]
+
+
+def test_rope_reaches_vllm(model):
+    settings = dict(length=2048, dtype="float32", rope={"rope_theta": 5e4})
+
+    async def score(engine):
+        return await engine.score(engine.tokenizer("The wind turned, and Ann went home. " * 8)["input_ids"])
+
+    ours = run_in(VLLMEngine(str(model), **settings, options=OPTIONS), score)
+    theirs = run_in(TransformersEngine(str(model), **settings), score)
+    plain = run_in(TransformersEngine(str(model), dtype="float32"), score)
+    assert np.abs(ours - theirs).max() < 1e-3 < np.abs(ours - plain).max()
+
+
+def test_a_whole_run_makes_the_pairs_that_transformers_makes(model, settings, tmp_path):
+    run = dict(model=str(model), dtype="float32", temperature=0.0, reference_logps=True)
+    result = generate(settings(**run, engine="vllm", out=str(tmp_path / "vllm"), engine_options=OPTIONS))
+    generate(settings(**run, out=str(tmp_path / "transformers")))
+    ours, theirs = (list(read_pairs(tmp_path / name)) for name in ("vllm", "transformers"))
+    assert len(ours) >= 1 and [(pair.document, pair.turns) for pair in ours] == [(p.document, p.turns) for p in theirs]
+    assert result.tally.cached_tokens > 0
+    from transformers import AutoTokenizer
+
+    chat = ChatFormat(AutoTokenizer.from_pretrained(model), max_length=1024)
+    for pair, other in zip(ours, theirs, strict=True):
+        assert chat.tokenize(pair).ref_chosen_logp == pytest.approx(other.ref_chosen_logp, abs=1e-2)
+        assert pair.ref_rejected_logps == pytest.approx(other.ref_rejected_logps, abs=1e-2)
