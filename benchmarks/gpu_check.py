@@ -12,6 +12,7 @@ date. A piece that crashes or hangs leaves what it had; the next one still runs.
     loss          forward and backward at 6NHV            workspace  the same by size of scratch
     peers         Liger, CCE, QuACK and torch, where they can be imported
     step          a whole training step, its features on and off, against transformers (needs transformers and torchao)
+    offload       activation offload and tiling: gradients against plain checkpointing, slowdown, rate of copies
 
 --rehearse runs all of it on the CPU with tiny shapes: a check of this script, not of any speed. Its default folder is
 build/rehearsal.
@@ -44,6 +45,12 @@ def step(setting: Setting) -> Iterator[dict]:
     yield from rows(setting)
 
 
+def offload(setting: Setting) -> Iterator[dict]:
+    from benchmarks.bench_offload import rows
+
+    yield from rows(setting)
+
+
 PIECES = {  # name -> (its rows, seconds it may take)
     "correctness": (gpu_correctness.correctness, 530),
     "public": (gpu_correctness.public, 530),
@@ -54,6 +61,7 @@ PIECES = {  # name -> (its rows, seconds it may take)
     "workspace": (gpu_speed.workspace, 530),
     "peers": (gpu_speed.peers, 530),
     "step": (step, 530),
+    "offload": (offload, 530),
 }
 
 

@@ -184,7 +184,15 @@ def test_wheel_metadata(wheel, tmp_path):
     found = Distribution.at(next(tmp_path.glob("*.dist-info")))
     assert found.version == longpo_ops.__version__
     assert found.metadata["License"] == "Apache-2.0" and found.metadata["Requires-Python"] == ">=3.11"
-    assert set(found.metadata.get_all("Provides-Extra")) == {"bench", "dev", "flash", "train", "vllm"}
+    assert set(found.metadata.get_all("Provides-Extra")) == {
+        "bench",
+        "dev",
+        "flash",
+        "generate",
+        "memory",
+        "train",
+        "vllm",
+    }
     assert [(e.name, e.value) for e in found.entry_points] == [("longpo", "longpo_ops.cli:main")]
     assert "torch<2.14,>=2.11" in found.requires
 

@@ -43,7 +43,7 @@ REGISTERS = {
     "rows: both, long, bf16": (32, 44, 40),
     "rows: both, long, fp16": (32, 44, 40),
     "rows: both, long, fp32": (32, 42, 44),
-    "rows: both, long, bf16, mapped": (45, 42, 48),
+    "rows: both, long, bf16, mapped": (45, 43, 48),
     "rows: both, kept, bf16": (64, 64, 63),
     "rows: both, kept, fp16": (64, 64, 63),
     "rows: both, kept, fp32": (32, 32, 32),
