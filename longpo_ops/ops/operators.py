@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import choose_backend
 from .objectives import rebuild_objective
 from .rows import WINDOW, Stretch, chunks, windows
-from .sweep import HeadSweep, Options, Pairs, Result, float16_scale, rows_per_chunk, sweep
+from .sweep import HeadSweep, Options, Pairs, Result, even_rows, float16_scale, rows_per_chunk, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
 
@@ -78,10 +78,15 @@ def _check_labels(stretches: list[Stretch], vocab: int) -> None:
                     )
 
 
-def _head(weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int) -> HeadSweep:
+def _head(
+    weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int, pairs: bool = False
+) -> HeadSweep:
+    """A sweep with room for the rows that fit, or for chunks of equal size: few rows make slow products on a CPU. Pairs
+    keep all the room, as they are visited once only if their answers fit."""
     tiles = choose_backend(weight.device, options.compute_dtype, backend or None)
     limit = rows_per_chunk(options.workspace_bytes, weight, options.compute_dtype)
-    return HeadSweep(weight, bias, tiles, options, max(1, min(limit, rows)))
+    even = weight.device.type == "cpu" and not pairs
+    return HeadSweep(weight, bias, tiles, options, even_rows(rows, limit) if even else max(1, min(limit, rows)))
 
 
 def run_sweep(
@@ -116,7 +121,7 @@ def run_sweep(
         stretches = _stretches(hiddens, grads, answers, segments, nll, nll_weights, shift, ignore_index)
         _check_labels(stretches, weight.shape[0])
         _check_segments(stretches, count + pair.shape[0])
-        head = _head(weight, bias, options, backend, sum(map(len, stretches)))
+        head = _head(weight, bias, options, backend, sum(map(len, stretches)), pairs=count > 0)
         pairs = None
         if count:
             rebuilt = rebuild_objective(objective, parameters)

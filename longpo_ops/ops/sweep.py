@@ -51,10 +51,15 @@ def scratch_bytes(weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> tuple[i
 
 
 def rows_per_chunk(workspace_bytes: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:
-    """Rows whose scratch fits in workspace_bytes, at least 1, a multiple of 64 where that many fit."""
+    """Rows whose scratch fits in workspace_bytes, at least 1; on CUDA a multiple of 64 where that many fit."""
     fixed, row = scratch_bytes(weight, dtype, tiles)
     rows = max(1, (workspace_bytes - fixed) // row)
-    return rows if rows < 64 else rows // 64 * 64
+    return rows if rows < 64 or weight.device.type == "cpu" else rows // 64 * 64
+
+
+def even_rows(total: int, limit: int) -> int:
+    """Rows per chunk, at most `limit`, such that `total` rows fall into the fewest chunks and these are alike."""
+    return max(1, -(-total // max(1, -(-total // limit))))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longpo_ops.ops.products import Products
-from longpo_ops.ops.sweep import float16_scale, rows_per_chunk, scratch_bytes
+from longpo_ops.ops.sweep import even_rows, float16_scale, rows_per_chunk, scratch_bytes
 
 from .test_preference import OBJECTIVES, Case
 
@@ -71,3 +71,11 @@ def test_objectives_that_mix_pairs_and_float16_score_everything_first(visits):
         with torch.no_grad():
             case.loss(case.leaves(), backend="torch")
         assert visits == [sum(answers(case))]
+
+
+def test_chunks_of_tokens_are_alike():
+    for total, limit in ((1, 413), (413, 413), (414, 413), (2048, 413), (10, 3), (0, 5)):
+        rows = even_rows(total, limit)
+        assert 1 <= rows <= limit
+        assert -(-total // rows) == -(-total // limit)  # as few chunks as with the limit
+        assert total == 0 or rows - ((total - 1) % rows + 1) < -(-total // rows)  # the last lacks less than a row per chunk
