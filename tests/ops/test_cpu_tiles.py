@@ -64,7 +64,7 @@ def case(n, vocab, **kw):
 
 def check_budget(ours, plain, truth, dtype=torch.float32):
     """Each row is one draw of the greatest error, and which of two equally good ways draws the greater one is chance: the
-    budget is held on average over rows. (Losses and gradients of the public functions are held by their very maximum.)"""
+    budget is held on average over rows. (The public functions are held by averages over draws, see budget.py.)"""
     ours, plain, truth = ours.double(), plain.double(), truth.double()
     for special in (torch.isnan, torch.isinf):
         assert torch.equal(special(ours), special(truth)) and torch.equal(special(plain), special(truth))
