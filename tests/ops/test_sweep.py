@@ -78,4 +78,5 @@ def test_chunks_of_tokens_are_alike():
         rows = even_rows(total, limit)
         assert 1 <= rows <= limit
         assert -(-total // rows) == -(-total // limit)  # as few chunks as with the limit
-        assert total == 0 or rows - ((total - 1) % rows + 1) < -(-total // rows)  # the last lacks less than a row per chunk
+        lacking = rows - ((total - 1) % rows + 1)  # of the last chunk
+        assert total == 0 or lacking < -(-total // rows)
