@@ -74,7 +74,7 @@ def train(
     except (ValueError, TypeError) as error:
         raise _usage(str(error)) from None
     if not dry_run:
-        run_training(run)
+        run_training(run).accelerator.end_training()  # a process group left to the interpreter's exit may abort it
         return
     checked, _, pairs, _ = prepare(run)
     for name, value in (describe(pairs, checked) | run.all_settings()).items():

@@ -125,6 +125,8 @@ parameters, log, rows = step(sys.argv[1], sys.argv[2], gradient_accumulation_ste
                              reference="precompute", target_length=0)
 if torch.distributed.get_rank() == 0:
     torch.save({"parameters": {k: v.detach() for k, v in parameters.items()}, "log": log}, sys.argv[1] + "/result.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # left to the interpreter's exit, gloo's threads may abort the process
 """
 
 
