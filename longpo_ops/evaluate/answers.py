@@ -1,0 +1,101 @@
+"""An engine that is asked everything once: what it said is in a journal, under the digest of what it was asked.
+
+    (name, request)   --Answers.generate--> {"text", "finish"}, or None where the request failed
+    (name, token ids) --Answers.score-----> sum and least of the log-probs of ids[first:], or None
+
+A run that is killed loses the requests under way and no others; one with more lengths, tasks or samples goes on from
+there. What failed is not in the journal: the next run asks again. Memory: the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..generate.engines import Engine, EngineStopped, Request, RequestFailed
+from ..generate.steps import side_by_side
+from ..generate.store import Shard
+
+
+class Answers:
+    """engine: started. who: told apart in the journal, where several engines answer. `reading` is how many tokens are
+    read at present, which failures tell. `last_failure` is what the last failed request said.
+
+    All methods raise EngineStopped where the engine is gone and ValueError where memory does not suffice.
+    """
+
+    def __init__(self, engine: Engine, journal: Shard, who: str = ""):
+        self.engine, self.journal, self.who = engine, journal, who
+        self.reading, self.last_failure = 0, ""
+
+    async def generate(self, name: str, request: Request) -> dict[str, Any] | None:
+        """{"text", "finish"}; for prompts of token ids also "ids", where the engine tells them."""
+        sampling, raw = request.sampling, request.prompt_ids is not None
+        asked = [request.content, request.prefill, request.prompt_ids]
+        asked += [sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed]
+
+        async def ask() -> dict:
+            answer = await self.engine.generate(request)
+            value = {"text": answer.text.encode("utf-8", "replace").decode(), "finish": answer.finish}
+            return value | ({"ids": list(answer.token_ids)} if raw and answer.token_ids is not None else {})
+
+        return await self._once(name, asked, ask)
+
+    async def score(self, name: str, ids: Sequence[int], first: int = 1) -> tuple[float, float] | None:
+        """(sum, least) of the log-probs of ids[first:], which must not be empty; first is at least 1."""
+
+        async def ask() -> list[float]:
+            scores = (await self.engine.score(ids))[first - 1 :]
+            return [math.fsum(scores), float(scores.min())]
+
+        value = await self._once(name, [np.asarray(ids).tolist(), first], ask)
+        return None if value is None else tuple(value)
+
+    async def each(self, items: Iterable, work: Callable[[Any], Awaitable]) -> list:
+        """What `work` makes of every item, in their order; as many side by side as the engine is worth."""
+        found, numbered = {}, enumerate(items)
+
+        async def worker() -> None:
+            for number, item in numbered:
+                found[number] = await work(item)
+
+        await side_by_side(*(worker() for _ in range(self.engine.concurrency)))
+        return [found[number] for number in sorted(found)]
+
+    async def _once(self, name: str, asked: list, ask: Callable[[], Awaitable]) -> Any:
+        key = hashlib.sha256(json.dumps([self.who, *asked]).encode()).hexdigest()[:32]
+        value = self.journal.result(name, key)
+        if value is None:
+            try:
+                value = await ask()
+            except RequestFailed as failure:
+                self.last_failure = str(failure)
+                return None
+            except EngineStopped as error:
+                where = f"; texts of {self.reading} tokens were read: if memory ran out, leave that length out"
+                raise EngineStopped(f"{error}{where if self.reading else ''}") from None
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"not enough memory to read {self.reading} tokens ({_first_line(error)}); the lengths finished "
+                    f"before are kept: leave out --length {self.reading}, or use a smaller --dtype, another --engine "
+                    "or a larger machine"
+                ) from error
+            self.journal.record(name, key, value)
+        return value
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch.OutOfMemoryError, MemoryError, or what torch says on CPU."""
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

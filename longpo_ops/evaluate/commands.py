@@ -1,0 +1,125 @@
+"""`longpo evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..generate.engines import options
+
+
+def evaluate(
+    model: options.Model,
+    out: Annotated[Path, typer.Option(help="Folder of the results; an unfinished evaluation in it goes on.")],
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of prompt and answer, repeatable.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Names, with commas or repeatable; default RULER's 13, or those of --needles."),
+    ] = None,
+    needles: Annotated[Path | None, typer.Option(help="YAML file, or folder of them: your own needle tasks.")] = None,
+    samples: Annotated[int, typer.Option(help="Of each task at each length; windows of a perplexity.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    texts: Annotated[
+        list[str] | None, typer.Option(help="Prose to hide needles in: folder, file or glob, repeatable.")
+    ] = None,
+    questions: Annotated[Path | None, typer.Option(help="SQuAD's or HotpotQA's JSON, or a folder with both.")] = None,
+    perplexity: Annotated[
+        list[str] | None, typer.Option(help="Held-out text: folder, file or glob, repeatable.")
+    ] = None,
+    perplexity_length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a window, repeatable; default those of --length.")
+    ] = None,
+    harness: Annotated[
+        list[str] | None, typer.Option(help="lm-evaluation-harness tasks, names or YAML files, as --tasks.")
+    ] = None,
+    published: Annotated[
+        list[str] | None, typer.Option(help="InfiniteBench's or LongBench-Chat's files, or a folder, repeatable.")
+    ] = None,
+    prefill: Annotated[bool, typer.Option(help="Begin the answers for the model; else its message ends so.")] = True,
+    judge: Annotated[str | None, typer.Option(help="URL of a server that rates LongBench-Chat's answers.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there; default the only one.")] = None,
+    judge_key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the judge's API key.")
+    ] = "JUDGE_API_KEY",
+    engine: options.EngineName = None,
+    endpoint: options.Endpoints = None,
+    served_model: options.ServedModel = None,
+    api_key_variable: options.KeyVariable = "OPENAI_API_KEY",
+    concurrency: options.Concurrency = 64,
+    timeout: options.Timeout = 1800.0,
+    patience: options.Patience = 300.0,
+    rope: options.Rope = None,
+    template_kwargs: options.TemplateKwargs = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    engine_option: options.EngineOptions = None,
+) -> None:
+    """Measure a model by length and depth, or go on with an evaluation that was stopped."""
+    given = options.engine_fields(dict(locals()))
+    from .needles import load_tasks
+    from .run import EvaluateRun
+    from .tasks import TASKS
+
+    names = _names(tasks)
+    if tasks is None and length:
+        names = tuple(TASKS if needles is None else load_tasks(needles))
+    given |= {
+        "out": str(out),
+        "lengths": tuple(given.pop("length") or ()),
+        "perplexity_lengths": tuple(given.pop("perplexity_length") or ()),
+        "tasks": names,
+        "harness": _names(harness),
+        "needles": None if needles is None else str(needles),
+        "questions": None if questions is None else str(questions),
+    }
+    given |= {name: tuple(given[name] or ()) for name in ("texts", "perplexity", "published")}
+    try:
+        run = EvaluateRun(**given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _evaluate(run)
+
+
+def _names(given: list[str] | None) -> tuple[str, ...]:
+    return tuple(name.strip() for each in given or () for name in each.split(",") if name.strip())
+
+
+def _evaluate(run) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from .report import RESULTS, TABLES, markdown
+    from .run import evaluate as run_evaluation
+
+    try:
+        with _progress() as progress:
+            scores = run_evaluation(run, progress)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the answers are in {run.out}, run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+    Console().print(Markdown(markdown(scores, picture=False)))
+    typer.echo(f"see {run.out}/{TABLES} and {RESULTS}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator:
+    """A bar with what is asked and the time left; gives what `evaluate` calls."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading tasks and texts", total=None)
+        yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)

@@ -1,0 +1,201 @@
+"""Tasks of lm-evaluation-harness, with one of our engines as its model. Imported only where `lm_eval` is installed.
+
+    loglikelihood          (context, continuation)  -> sum of log p(continuation), and whether greedy decoding gives it
+    loglikelihood_rolling  (text,)                  -> sum of log p over windows that do not overlap
+    generate_until         (context, until, ..)     -> the text up to the first of `until`
+
+Prompts are the harness's own: token ids that go to the engine as they are, without the chat template, as its numbers
+are usually given. Contexts that are too long lose their beginning, as with the harness's own models, and are counted.
+The harness works in a thread of its own and asks the event loop that the engine lives in. Every answer is in the
+journal, so a killed run goes on. Cost: one scored sequence per continuation, and one short text per context of which a
+continuation may be the greedy one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ..generate.engines import Request, Sampling
+from .answers import Answers
+
+MAIN = ("acc", "exact_match", "f1", "em")  # which of a task's metrics is its one number, else its first
+TEXT = 256  # tokens of a text where the task sets no limit, as the harness has it
+
+
+class EngineLM(TemplateLM):
+    """The harness's model. length: tokens that fit, prompt and answer. tell(tokens) follows every request.
+
+    Raises ValueError for a tokenizer with neither a beginning nor an end of text.
+    """
+
+    def __init__(self, answers: Answers, tokenizer, length: int, tell: Callable[[int], None]):
+        super().__init__()
+        self.answers, self.tokenizer, self.max_length, self.tell = answers, tokenizer, length, tell
+        self.loop = asyncio.get_running_loop()
+        self.failed = self.cut = 0
+        if self.prefix_token_id is None:
+            raise ValueError(
+                "the tokenizer has neither a bos_token nor an eos_token, which the harness begins texts with"
+            )
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int | None:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        if add_special_tokens is None:  # as the model was trained, but never a second beginning of text
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list[tuple], **kwargs) -> list[tuple[float, bool]]:
+        pairs = [(self._fitting(context, len(told)), told) for _, context, told in requests]
+        longest: dict[tuple[int, ...], int] = {}
+        for context, told in pairs:
+            longest[tuple(context)] = max(len(told), longest.get(tuple(context), 0))
+
+        async def score(pair: tuple[list[int], list[int]]) -> tuple[float, bool]:
+            context, told = pair
+            found = await self._score(context, told)
+            self.tell(len(context) + len(told))
+            if found is None:
+                return -math.inf, False
+            total, least = found
+            if least > math.log(0.5):  # every token has more than half
+                return total, True
+            if least < -math.log(len(self.tokenizer)):  # less than an equal share: another one has more
+                return total, False
+            return total, await self._is_greedy(context, told, longest[tuple(context)])
+
+        return self._ask(self.answers.each(pairs, score))
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
+        async def score(request) -> float:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
+            sums = [await self._score(*make_disjoint_window(window)) for window in windows]
+            self.tell(len(ids))
+            return -math.inf if None in sums else math.fsum(total for total, _ in sums)
+
+        return self._ask(self.answers.each(requests, score))
+
+    def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
+        async def generate(request) -> str:
+            context, wanted = request.args
+            limits = ("max_gen_toks", "max_new_tokens", "max_tokens")
+            most = next((int(wanted[name]) for name in limits if wanted.get(name)), TEXT)
+            drawn = float(wanted.get("temperature") or 0.0) if wanted.get("do_sample") else 0.0
+            ids = self._fitting(self.tok_encode(context), most)
+            sampling = Sampling(most, drawn, float(wanted.get("top_p") or 1.0), seed=0 if drawn else None)
+            answer = await self._generate(ids, sampling)
+            self.tell(len(ids))
+            until = wanted.get("until") or []
+            text = "" if answer is None else answer["text"]
+            for stop in [until] if isinstance(until, str) else until:
+                text = text.split(stop)[0] if stop else text
+            return text
+
+        return self._ask(self.answers.each(requests, generate))
+
+    # -- one request ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, work: Coroutine) -> list:
+        """What a coroutine gives on the engine's event loop; called from the harness's thread."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def _fitting(self, context: Sequence[int], answer: int) -> list[int]:
+        """The end of a context that leaves room for so many tokens."""
+        room = max(1, self.max_length - answer)
+        self.cut += len(context) > room
+        return list(context[-room:])
+
+    async def _score(self, context: Sequence[int], told: Sequence[int]) -> tuple[float, float] | None:
+        if not told:
+            return 0.0, 0.0
+        ids = [*context, *told]
+        found = await self.answers.score(f"harness/{_digest(ids)}", ids, first=len(context))
+        self.failed += found is None
+        return found
+
+    async def _generate(self, ids: Sequence[int], sampling: Sampling) -> dict | None:
+        request = Request("", sampling, prompt_ids=tuple(ids))
+        found = await self.answers.generate(f"harness/{_digest(ids)}/text", request)
+        self.failed += found is None
+        return found
+
+    async def _is_greedy(self, context: list[int], told: list[int], most: int) -> bool:
+        answer = await self._generate(context, Sampling(most))
+        if answer is None:
+            return False
+        if "ids" in answer:
+            return answer["ids"][: len(told)] == told
+        return answer["text"].startswith(self.tokenizer.decode(told))
+
+
+def check_tasks(names: Sequence[str]) -> TaskManager:
+    """Raises ValueError for a name that is neither one of the harness's tasks or groups nor a YAML file of one."""
+    manager = TaskManager()
+    unknown = [name for name in names if name not in manager.task_index and not name.endswith((".yaml", ".yml"))]
+    if unknown:
+        raise ValueError(
+            f"lm-evaluation-harness has no task {', '.join(unknown)}; see `lm-eval ls tasks`, or name a YAML file"
+        )
+    return manager
+
+
+async def run_tasks(names: Sequence[str], manager: TaskManager, model: EngineLM) -> tuple[dict[str, float], dict]:
+    """-> one number per task or group, and all that the harness found (its `results`)."""
+
+    def work() -> dict[str, Any]:
+        try:
+            found = simple_evaluate(
+                model, tasks=list(names), task_manager=manager, bootstrap_iters=1000, log_samples=False
+            )
+        except (FileNotFoundError, ConnectionError, KeyError) as error:
+            if type(error).__module__.startswith("longpo_ops"):
+                raise
+            raise ValueError(
+                f"lm-evaluation-harness cannot load {', '.join(names)} ({error}); its data sets come from the network "
+                "or from local files that the task's YAML names"
+            ) from error
+        return found["results"]
+
+    results = await asyncio.to_thread(work)
+    numbers = {name: number for name, found in results.items() if (number := _main(found)) is not None}
+    return numbers, {name: {k: v for k, v in found.items() if _is_number(v)} for name, found in results.items()}
+
+
+def _main(found: dict) -> float | None:
+    """The one number of a task's results, which are named "metric,filter"."""
+    metrics = {name: value for name, value in found.items() if "," in name and "_stderr," not in name}
+    metrics = {name: float(value) for name, value in metrics.items() if _is_number(value)}
+    for wanted in MAIN:
+        for name, value in metrics.items():
+            if name.split(",")[0] == wanted:
+                return value
+    return next(iter(metrics.values()), None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _digest(ids: Sequence[int]) -> str:
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""Perplexity of held-out text by length.
+
+    windows of exactly L tokens, [bos] + L - b tokens of one text      (b = 1 where the tokenizer begins texts so, else 0)
+    perplexity(L) = exp(-mean log p(token | those before it in its window))    over all tokens of all windows but the first
+
+Windows follow each other without overlap; no window spans two texts, so texts shorter than L are left out and counted.
+Of more windows than wanted, those that are spread evenly over the texts are taken. Memory: the texts' token ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..generate.documents import Listing, find_files, read_documents
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one length, each (length,) token ids; texts that gave some and texts that were too short."""
+
+    length: int
+    ids: tuple[np.ndarray, ...]
+    texts: int
+    shorter: int
+
+
+def read_windows(sources: Sequence[str], lengths: Sequence[int], most: int, tokenizer) -> list[Windows]:
+    """At most `most` windows of every length. Raises ValueError where no text is long enough for one of them."""
+    listing, texts = Listing(), []
+    for document in read_documents(find_files(sources), listing):
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        texts.append(np.array(ids, dtype=np.int32))
+    if not texts:
+        reasons = ", ".join(listing.skipped) or "empty"
+        raise ValueError(
+            f"no text for perplexity in {', '.join(sources)} ({reasons}); expected files with readable text"
+        )
+    return [_windows(texts, length, most, beginning(tokenizer)) for length in sorted(set(lengths))]
+
+
+def beginning(tokenizer) -> list[int]:
+    """[bos] where the tokenizer begins every text with it, else []."""
+    found = tokenizer("", verbose=False)["input_ids"][:1]
+    return list(found) if found == [tokenizer.bos_token_id] else []
+
+
+def _windows(texts: list[np.ndarray], length: int, most: int, begin: list[int]) -> Windows:
+    if length < 2:
+        raise ValueError(f"perplexity at {length} tokens; expected at least 2")
+    step = length - len(begin)
+    places = [(number, at) for number, ids in enumerate(texts) for at in range(0, len(ids) - step + 1, step)]
+    if not places:
+        longest = max(map(len, texts)) + len(begin)
+        raise ValueError(
+            f"no text is long enough for perplexity at {length} tokens: the longest has {longest}; give longer texts, "
+            "or set --perplexity-length"
+        )
+    taken = [places[i * len(places) // most] for i in range(most)] if len(places) > most else places
+    ids = tuple(np.concatenate([begin, texts[number][at : at + step]]).astype(np.int32) for number, at in taken)
+    return Windows(length, ids, len({n for n, _ in places}), len(texts) - len({n for n, _ in places}))
+
+
+async def measure(windows: Windows, answers, tell) -> tuple[float | None, dict[str, int]]:
+    """-> the perplexity, None where every window failed; and the counts. tell(tokens) follows every window."""
+
+    async def score(item: tuple[int, np.ndarray]) -> float | None:
+        found = await answers.score(f"perplexity/{windows.length}/{item[0]}", item[1])
+        tell(windows.length)
+        return None if found is None else found[0]
+
+    sums = [found for found in await answers.each(enumerate(windows.ids), score) if found is not None]
+    counts = {"windows": len(windows.ids), "failed": len(windows.ids) - len(sums)}
+    counts |= {"texts": windows.texts, "shorter": windows.shorter}
+    return math.exp(-math.fsum(sums) / (len(sums) * (windows.length - 1))) if sums else None, counts

@@ -1,0 +1,464 @@
+"""InfiniteBench and LongBench-Chat, from the files a user has, in the format they are published in.
+
+    TASK.jsonl       InfiniteBench: id, context, input, answer, options; TASK is one of its 12 names
+    test_cases.json  LongBench-Chat: a list of idx, prompt, query, answer; few_shots.json beside it: rated answers
+
+    row --sample--> Sample (cut in the middle where it is too long, counted) --engine--> text --score / judge--> 0 to 1
+
+InfiniteBench (arXiv 2402.13718): its prompts for models that complete them, the last words of which begin the answer;
+its limits; its scores. LongBench-Chat (arXiv 2401.18058): another model rates each answer from 1 to 10 against the
+reference, a tenth of which is the score; without a judge the answers are written and stay unjudged. Memory: one file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter as Multiset
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .samples import METRICS, Counter, Sample
+from .text import fill
+
+CHAT, CHAT_TOKENS, JUDGED = "longbench_chat", 1024, "judge"
+LETTERS = "ABCD"
+MARKS = re.compile(  # space, dashes and quotes, Chinese marks, full-width marks
+    r"[\s\u2013\u2014\u2018-\u201f\u2026\u2027\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303e\u303f"
+    r"\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufe4f]"
+)
+
+# -- InfiniteBench's prompts: the user's message, how the answer begins, its tokens ------------------------------------
+
+OPTIONS = "\n".join(f"{letter}. {{{letter}}}" for letter in LETTERS)
+HIDDEN = "There is an important info hidden inside a lot of irrelevant text. Find it"
+PROMPTS: dict[str, tuple[str, str, int]] = {
+    "passkey": (
+        f"{HIDDEN} and memorize it. I will quiz you about the important information.\n\n{{context}}\n\n{{input}}",
+        "The pass key is",
+        6,
+    ),
+    "number_string": (
+        f"{HIDDEN}. I will quiz you about the important information there.\n\n{{context}}\n\n{{input}}",
+        "The sequence of digits is",
+        12,
+    ),
+    "kv_retrieval": (
+        "Extract the value corresponding to the specified key in the JSON object below.\n\n{context}\n\n{input}",
+        "",
+        50,
+    ),
+    "longbook_sum_eng": ("Summarize the book below.\n\n{context}", "Summary:", 1200),
+    "longbook_choice_eng": (
+        f"Read the book and answer the question.\n\n{{context}}\n\nQuestion: {{input}}\n{OPTIONS}",
+        "The letter of the correct answer is",
+        40,
+    ),
+    "longbook_qa_eng": (
+        "Read the book and answer the question. Be very concise in your answer.\n\n{context}\n\nQuestion: {input}",
+        "Answer:",
+        40,
+    ),
+    "longbook_qa_chn": ("阅读以下书籍然后回答问题。\n\n{context}\n\n问题：{input}", "答案：", 40),
+    "longdialogue_qa_eng": (
+        'Below is a dialogue script where one random occurrence of a character name is replaced with "$$MASK$$", and you '
+        "should try to guess who that character is.\n\n{context}",
+        "The name that has been replaced with $$MASK$$ is likely",
+        40,
+    ),
+    "math_find": ("What is {target} in the following list?\n\n{context}\n\n{input}", "", 3),
+    "math_calc": (
+        "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: [1, 4, 8]\n\n"
+        "Expression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: {context}",
+        "Values:",
+        30000,
+    ),
+    "code_run": (
+        "There is a function called {function} in the following Python code.\n\n{context}\n\nPlease compute the exact "
+        "value of {call}.",
+        "The value of {call} is",
+        5,
+    ),
+    "code_debug": (
+        "Following is a Python code where exactly one of the functions/methods has a deliberate error that makes it "
+        f"crash.\n\n{{context}}\n\nOptions:\n{OPTIONS}",
+        "The correct option is:",
+        5,
+    ),
+}
+CHOICES = ("longbook_choice_eng", "code_debug")  # references: the option's text and its letter
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file: its task and rows. few_shots: of LongBench-Chat, by row, (answer, rating)."""
+
+    name: str
+    rows: tuple[dict, ...]
+    few_shots: tuple[tuple[tuple[str, str], ...], ...] = ()
+
+    def sample(self, number: int, length: int, counter: Counter, prefill: bool = True) -> tuple[Sample, bool]:
+        """-> a row's sample of at most `length` tokens, and whether its middle was cut out. prefill: whether the engine
+        begins the answer, which `counter` then counts with it.
+
+        Raises ValueError where the answer alone would fill the length.
+        """
+        row = self.rows[number]
+        prompt, begin, most = _prompt(self.name, row)
+        room = length - most
+        if room < 64:
+            raise ValueError(f"{self.name} writes up to {most} tokens; expected --length of at least {most + 64}")
+        fitted = cut_middle(prompt, begin, room, counter)
+        return Sample(
+            f"{self.name}/{length}/{row.get('id', row.get('idx', number))}",
+            self.name,
+            0,
+            fitted,
+            begin,
+            references(self.name, row),
+            most,
+            JUDGED if self.name == CHAT else f"infinitebench/{self.name}",
+        ), fitted != prompt
+
+
+def read_published(sources: Sequence[str]) -> list[Published]:
+    """The files, each with all its rows; of a folder those that have InfiniteBench's names, and test_cases.json.
+
+    Raises ValueError for files in neither format, naming what is missing, and for a task that comes twice.
+    """
+    found: dict[str, Published] = {}
+    for source in sources:
+        path = Path(source)
+        known = [*(f"{name}.jsonl" for name in PROMPTS), "test_cases.json"]
+        files = [path / name for name in known if (path / name).is_file()] if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path} has none of InfiniteBench's files ({', '.join(known[:-1])}), nor {known[-1]}")
+        for file in files:
+            read = _infinite_bench(file) if file.suffix == ".jsonl" else _longbench_chat(file)
+            if read.name in found:
+                raise ValueError(f"{file}: {read.name} comes twice; name one of its files")
+            found[read.name] = read
+    return list(found.values())
+
+
+def _infinite_bench(file: Path) -> Published:
+    if file.stem not in PROMPTS:
+        raise ValueError(f"{file}: expected one of InfiniteBench's names: {', '.join(PROMPTS)}")
+    rows = []
+    for number, line in enumerate(_read(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        row = _loads(line, f"{file}, line {number}")
+        needed = {"context": str, "input": str, "answer": (str, list, int, float)}
+        _check(row, needed, f"{file}, line {number}")
+        try:
+            _prompt(file.stem, row)
+            references(file.stem, row)
+        except (ValueError, IndexError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{file} has no rows")
+    return Published(file.stem, tuple(rows))
+
+
+def _longbench_chat(file: Path) -> Published:
+    rows = _loads(_read(file), str(file))
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{file}: expected LongBench-Chat's list of idx, prompt, query and answer, or a .jsonl file")
+    for number, row in enumerate(rows):
+        _check(row, {"prompt": str, "query": str, "answer": str}, f"{file}, entry {number}")
+    beside, shots = file.with_name("few_shots.json"), ()
+    if beside.is_file():
+        rated = _loads(_read(beside), str(beside))
+        try:
+            numbers = [int(row.get("idx", i)) - 1 for i, row in enumerate(rows, 1)]
+            shots = tuple(tuple((str(shot["answer"]), str(shot["score"])) for shot in rated[i]) for i in numbers)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{beside}: expected a list of answer and score for every idx of {file.name}") from error
+    return Published(CHAT, tuple(rows), shots)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _loads(text: str, where: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: no valid JSON: {error}") from error
+
+
+def _check(row: object, needed: dict, where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with {', '.join(needed)}")
+    if wrong := [name for name, kind in needed.items() if not isinstance(row.get(name), kind)]:
+        raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; expected {', '.join(needed)}")
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def _prompt(name: str, row: dict) -> tuple[str, str, int]:
+    """The user's message, how the answer begins, and its tokens."""
+    if name == CHAT:
+        return row["prompt"], "", CHAT_TOKENS
+    prompt, begin, most = PROMPTS[name]
+    values = {"context": row["context"], "input": row["input"]}
+    if name in CHOICES:
+        values |= dict(zip(LETTERS, map(str, _options(row))))
+    if name == "math_find":
+        asked = re.search(r"The (.+?) of", row["input"]) or re.search(r"The (\w+ number)", row["input"])
+        if asked is None:
+            raise ValueError(f"input {row['input']!r}; expected one that asks for 'The ... of' the list")
+        values["target"] = f"the {asked[1].lower()}"
+    if name == "code_run":
+        call = re.search(r"(func_\d+)\(-?\d+\)", row["input"])
+        if call is None:
+            raise ValueError(f"input {row['input']!r}; expected a call such as func_1(2)")
+        values |= {"function": call[1], "call": call[0]}
+    return fill(prompt, **values), fill(begin, **values), most
+
+
+def _options(row: dict) -> list:
+    if len(row.get("options") or ()) != len(LETTERS):
+        raise ValueError(f"{len(row.get('options') or ())} options; expected {len(LETTERS)}")
+    return row["options"]
+
+
+def references(name: str, row: dict) -> tuple[str, ...]:
+    """What answers are scored against. Raises ValueError for an answer that is none of the options."""
+    answer = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    answer = tuple(map(str, answer))
+    if name in CHOICES and not (len(answer) == 2 and answer[1] in LETTERS):
+        options = [str(option) for option in _options(row)]
+        if not answer or answer[0] not in options:
+            raise ValueError(f"the answer {answer!r} is none of the options {options}")
+        return answer[0], LETTERS[options.index(answer[0])]
+    if not answer:
+        raise ValueError("an empty list of answers")
+    return answer
+
+
+def cut_middle(prompt: str, begin: str, room: int, counter: Counter) -> str:
+    """The prompt if it takes at most `room` tokens with its template and the answer's beginning, else its first and last
+    parts, alike in tokens. Raises ValueError where the template alone takes more.
+    """
+    if (over := counter.count(prompt, begin) - room) <= 0:
+        return prompt
+    encoded = counter.tokenizer(
+        prompt, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    spans = encoded["offset_mapping"]
+    keep = len(spans) - over
+    while keep > 1:
+        first, last = keep // 2, keep - keep // 2
+        cut = prompt[: spans[first - 1][1]] + prompt[spans[-last][0] :]
+        if (over := counter.count(cut, begin) - room) <= 0:  # the seam may join or part tokens
+            return cut
+        keep -= over
+    raise ValueError(f"the chat template and the answer leave no room for the text in {room} tokens; raise --length")
+
+
+# -- InfiniteBench's scores --------------------------------------------------------------------------------------------
+
+
+def _words(text: str, marks: str) -> list[str]:
+    return text.translate(str.maketrans(dict.fromkeys(marks, " "))).split()
+
+
+def _first_number(references: tuple[str, ...], text: str) -> float:
+    found = re.search(r"[0-9]+", text)
+    return float(found is not None and found[0] in references)
+
+
+def _word(references: tuple[str, ...], text: str) -> float:
+    words = _words(text, "\n:\"'.,?!{}")
+    return float(any(reference in words for reference in references))
+
+
+def _name(references: tuple[str, ...], text: str) -> float:
+    return float(references[0] in [word.upper() for word in _words(text, "\n:\"'.,?!{}")])
+
+
+def _last_integer(references: tuple[str, ...], text: str) -> float:
+    words = _words(text, "\n.`'\":")
+    try:
+        return float(bool(words) and int(words[-1]) == int(references[0]))
+    except ValueError:
+        return 0.0
+
+
+def _found_number(references: tuple[str, ...], text: str) -> float:
+    found = re.search(r"\d+\.\d+|\d+", text)
+    if found is None or ("." in found[0] and "." not in references[0]):  # a fraction where an integer is asked for
+        return 0.0
+    return float(float(found[0]) == float(references[0]))
+
+
+def _first_values(references: tuple[str, ...], text: str) -> float:
+    """The share of the values that are right before the first wrong one."""
+    came, right = re.findall(r"[0-9]+", text), 0
+    for expected, value in zip(references, came):
+        if int(value) != int(expected):
+            break
+        right += 1
+    return right / len(references)
+
+
+def _after(text: str, beginnings: tuple[str, ...]) -> str | None:
+    """What follows the first of these words that the text has, less one space; None without any."""
+    for begin in beginnings:
+        if begin in text:
+            return text.partition(begin)[2][1:]
+    return None
+
+
+def _debug_option(references: tuple[str, ...], text: str) -> float:
+    function, letter = references
+    if text[:2] in (f"{letter}.", f"{letter}:"):
+        return 1.0
+    text = " ".join(re.sub(r"[\n`'\"*-]|[Oo]ption", " ", text).split())
+    told = _after(text, ("answer is:", "is:", "answer:"))
+    return float(bool(told) and told.startswith((letter, function)))
+
+
+def _book_option(references: tuple[str, ...], text: str) -> float:
+    if text[:1] and text[0] in LETTERS:
+        return float(text[0] in references)
+    words = _words(text, "\n\"'.,?!{}")
+    told = _after(" ".join(words), ("answer is:", "answer:", "answer is", "option is"))
+    if told is not None:
+        return float(told.startswith(references))
+    first = next((word for word in words if word in LETTERS), None)
+    return float(first in references)
+
+
+def _f1(came: Sequence[str], expected: Sequence[str]) -> float:
+    same = sum((Multiset(came) & Multiset(expected)).values())
+    return 2 * same / (len(came) + len(expected)) if same else 0.0
+
+
+def _english(text: str) -> list[str]:
+    text = "".join(char for char in text.lower() if char not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _chinese(text: str) -> str:
+    """The characters that are neither space nor punctuation."""
+    return "".join(char for char in MARKS.sub("", text.lower()) if char not in string.punctuation)
+
+
+def _english_f1(references: tuple[str, ...], text: str) -> float:
+    return max(_f1(_english(text), _english(reference)) for reference in references)
+
+
+def _chinese_f1(references: tuple[str, ...], text: str) -> float:
+    return max(_f1(_chinese(text), _chinese(reference)) for reference in references)
+
+
+def rouge_l_sum(reference: str, text: str) -> float:
+    """ROUGE-Lsum's F: for every sentence (line) of the reference the words it has in a common subsequence with any
+    sentence of the text, each word counted as often as both texts have it (Lin 2004, union of subsequences).
+    """
+    expected, came = (
+        [words for line in part.split("\n") if (words := re.findall(r"[a-z0-9]+", line.lower()))]
+        for part in (reference, text)
+    )
+    left = [Multiset(word for line in part for word in line) for part in (expected, came)]
+    total = [left[0].total(), left[1].total()]
+    hits = 0
+    for line in expected:
+        common = sorted({i for other in came for i in _common(line, other)})
+        for word in (line[i] for i in common):
+            if left[0][word] > 0 and left[1][word] > 0:
+                hits += 1
+                left[0][word] -= 1
+                left[1][word] -= 1
+    return 2 * hits / sum(total) if hits else 0.0
+
+
+def _common(first: list[str], second: list[str]) -> list[int]:
+    """Places in `first` of a longest common subsequence."""
+    rows = [[0] * (len(second) + 1)]
+    for word in first:
+        above, row = rows[-1], [0]
+        for j, other in enumerate(second):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+        rows.append(row)
+    places, i, j = [], len(first), len(second)
+    while i and j:
+        if first[i - 1] == second[j - 1]:
+            places.append(i - 1)
+            i, j = i - 1, j - 1
+        elif rows[i][j - 1] > rows[i - 1][j]:
+            j -= 1
+        else:
+            i -= 1
+    return places[::-1]
+
+
+METRICS |= {
+    "infinitebench/passkey": _first_number,
+    "infinitebench/number_string": _first_number,
+    "infinitebench/kv_retrieval": _word,
+    "infinitebench/longbook_sum_eng": lambda references, text: rouge_l_sum(references[0], text),
+    "infinitebench/longbook_choice_eng": _book_option,
+    "infinitebench/longbook_qa_eng": _english_f1,
+    "infinitebench/longbook_qa_chn": _chinese_f1,
+    "infinitebench/longdialogue_qa_eng": _name,
+    "infinitebench/math_find": _found_number,
+    "infinitebench/math_calc": _first_values,
+    "infinitebench/code_run": _last_integer,
+    "infinitebench/code_debug": _debug_option,
+}
+
+# -- LongBench-Chat's judge --------------------------------------------------------------------------------------------
+
+JUDGE = """[Instructions]
+You are asked to evaluate the quality of an AI assistant's answer to a user's question, as an impartial judge. Weigh \
+correctness most, then helpfulness, accuracy and relevance:
+1. Read the assistant's answer and compare it with the reference answer.
+2. Find all errors in the assistant's answer and consider how much each affects the answer to the question.
+3. Consider how well the answer gives the user what was asked for.
+4. Check that whatever else the answer says is right and belongs to the question; deduct points where it does not.
+
+Give one whole rating from 1 to 10 by these principles, strictly in this form: "[[rating]]", for example "[[5]]".
+
+[Question]
+{question}
+
+[Reference answer begins]
+{reference}
+[Reference answer ends]
+
+{rated}Rate the following answer by the principles above:
+
+[Assistant's answer begins]
+{answer}
+[Assistant's answer ends]
+
+Rating: """
+RATED = "[Assistant's answer begins]\n{answer}\n[Assistant's answer ends]\n\nRating: [[{rating}]]\n\n"
+
+
+def judge_prompt(published: Published, number: int, answer: str) -> str:
+    """What the judge is asked about the answer to a row of LongBench-Chat."""
+    shots = published.few_shots[number] if published.few_shots else ()
+    rated = "".join(fill(RATED, answer=text, rating=rating) for text, rating in shots)
+    if rated:
+        rated = f"Below are several assistants' answers and their ratings:\n\n{rated}"
+    row = published.rows[number]
+    return fill(JUDGE, question=row["query"], reference=row["answer"], rated=rated, answer=answer)
+
+
+def rating(text: str) -> float | None:
+    """The last [[rating]] of what a judge says, as a score from 0.1 to 1; None without any."""
+    found = re.findall(r"\[\[[^\]\d]*(\d+(?:\.\d+)?)[^\]]*\]\]", text)
+    return float(found[-1]) / 10 if found and 1 <= float(found[-1]) <= 10 else None

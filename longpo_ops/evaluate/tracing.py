@@ -1,0 +1,56 @@
+"""Variable tracking: five assignments, each from the one before, among lines of noise; which variables hold the value?
+
+    VAR A = 12345 .. VAR B = VAR A .. VAR C = VAR B .. VAR D = VAR C .. VAR E = VAR D   ->   A B C D E
+
+As in RULER: one chain of four hops, names of five capital letters, and before it a solved example with names of three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from string import ascii_uppercase
+
+from .samples import Draft
+from .text import NOISE, Texts, fill, scatter
+
+HOPS = 4
+EXAMPLE_LINES = 10  # what fits in RULER's 500 tokens with usual tokenizers
+TEMPLATE = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+    "Question: Find all variables that are assigned the value {value} in the text above."
+)
+PREFILL = (
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the "
+    "value {value}, they are: "
+)
+
+
+@dataclass(frozen=True)
+class VariableTracking:
+    """RULER's vt. Its units are lines of noise."""
+
+    name: str = "vt"
+    max_tokens: int = 30
+    metric: str = "all"
+
+    def least(self, number: int, length: int, texts: Texts) -> int:
+        return HOPS + 2
+
+    def draft(self, seed: str, number: int, length: int, units: int, texts: Texts) -> Draft:
+        example, told, names = _puzzle(Random(f"{seed}|example"), EXAMPLE_LINES, 3)
+        prompt, prefill, references = _puzzle(Random(seed), units, 5)
+        return Draft(f"{example}{told} {' '.join(names)}\n\n\n\n{prompt}", prefill, references)
+
+
+def _puzzle(random: Random, lines: int, letters: int) -> tuple[str, str, tuple[str, ...]]:
+    """-> prompt, beginning of the answer, the names in the order of the chain."""
+    names: dict[str, None] = {}
+    while len(names) <= HOPS:
+        names["".join(random.choices(ascii_uppercase, k=letters))] = None
+    chain, value = tuple(names), str(random.randrange(10000, 99999))
+    told = [f"\nVAR {chain[0]} = {value}", *(f"\nVAR {b} = VAR {a} " for a, b in pairwise(chain))]
+    context, _ = scatter(random, [f"\n{NOISE}"] * lines, told)
+    prefill = fill(PREFILL, count=str(len(chain)), value=value)
+    return fill(TEMPLATE, context=context, value=value), prefill, chain

@@ -1,0 +1,96 @@
+"""Windows of held-out text, and their perplexity against the model's own logits."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from longpo_ops.evaluate import evaluate
+from longpo_ops.evaluate.perplexity import read_windows
+
+
+def test_windows_are_stretches_of_one_text(world, tokenizer):
+    texts = [tokenizer((world / f"held/{name}.txt").read_text())["input_ids"] for name in "bc"]
+    long, short = len(texts[0]), len(texts[1])
+    few, many = read_windows([str(world / "held")], (long - 1, 50), 1000, tokenizer)[::-1]
+    assert (few.length, len(few.ids), few.texts, few.shorter) == (long - 1, 1, 1, 1)
+    assert few.ids[0].tolist() == texts[0][: long - 1]
+    expected = [ids[at : at + 50] for ids in texts for at in range(0, len(ids) - 49, 50)]
+    assert [ids.tolist() for ids in many.ids] == expected and (many.texts, many.shorter) == (2, 0)
+    assert len(expected) == long // 50 + short // 50
+
+
+def test_windows_are_spread_and_begin_as_the_tokenizer_begins(world, tokenizer):
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    begins = deepcopy(tokenizer)
+    begins.bos_token = "<|user|>"
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", begins.bos_token_id)]
+    )
+    (all_,) = read_windows([str(world / "held")], (40,), 1000, begins)
+    (some,) = read_windows([str(world / "held")], (40,), 5, begins)
+    assert all(len(ids) == 40 and ids[0] == begins.bos_token_id for ids in all_.ids)
+    places = [next(i for i, ids in enumerate(all_.ids) if ids is each or (ids == each).all()) for each in some.ids]
+    gaps = [b - a for a, b in pairwise(places)]
+    assert len(places) == 5 and places[0] == 0 and max(gaps) - min(gaps) <= 1
+    ids = tokenizer((world / "held/b.txt").read_text())["input_ids"]
+    assert all_.ids[1].tolist()[1:] == ids[39:78]
+
+
+@pytest.mark.parametrize(
+    ("sources", "lengths", "message"),
+    [
+        ("held", (64, 100_000), r"no text is long enough for perplexity at 100000 tokens: the longest has \d+; give"),
+        ("held", (1,), "perplexity at 1 tokens; expected at least 2"),
+        ("needles/nothing", (64,), "no documents at"),
+    ],
+)
+def test_what_cannot_be_read_is_said(sources, lengths, message, world, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        read_windows([str(world / sources)], lengths, 5, tokenizer)
+    (world / "empty.txt").write_text(" ")
+    with pytest.raises(ValueError, match=r"no text for perplexity in .*empty.txt \(empty\)"):
+        read_windows([str(world / "empty.txt")], (64,), 5, tokenizer)
+
+
+def test_perplexity_is_that_of_the_logits(settings, world, model, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    held = (str(world / "held"),)
+    scores = evaluate(settings(tasks=(), needles=None, perplexity=held, perplexity_lengths=(32, 200), samples=4))
+    truth, network = {}, AutoModelForCausalLM.from_pretrained(model)
+    for windows in read_windows(held, (32, 200), 4, tokenizer):
+        ids = torch.from_numpy(np.stack(windows.ids)).long()
+        with torch.no_grad():
+            logits = network(ids).logits[:, :-1].double()
+        told = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+        truth[windows.length] = math.exp(-told.mean())
+    assert scores.perplexity.keys() == truth.keys()
+    for length, value in truth.items():
+        assert scores.perplexity[length] == pytest.approx(value, rel=1e-5)
+    assert scores.counts["perplexity/200"] == {"windows": 4, "failed": 0, "texts": 2, "shorter": 0}
+
+
+def test_windows_that_fail_are_counted_and_left_out(settings, world):
+    from benchmarks.openai_server import OpenAIServer, Reply
+
+    held = dict(tasks=(), needles=None, perplexity=(str(world / "held"),), perplexity_lengths=(32,), samples=4)
+
+    def behave(number, seen):
+        return Reply(400, {"error": "too long"}) if number in (2, 3) else None
+
+    with OpenAIServer(behave) as server:
+        some = evaluate(settings(endpoints=(server.url,), concurrency=1, **held))
+    with OpenAIServer() as server:
+        whole = evaluate(settings(endpoints=(server.url,), concurrency=1, **held))
+        assert len(server.seen) == 2  # the others are kept
+    assert some.counts["perplexity/32"]["failed"] == 2 and whole.counts["perplexity/32"]["failed"] == 0
+    assert "2 of 4 windows failed, last: the engine refused: 400" in " ".join(some.notes)
+    assert 0 < some.perplexity[32] != whole.perplexity[32] and whole.notes == ()
