@@ -118,7 +118,7 @@ BREAKS = (
     (LINE, re.compile(r"\n[ \t]*(?=\S)")),
     (PARAGRAPH, re.compile(r"\n[ \t]*\n\s*(?=\S)")),
     (HEADING, re.compile(r"(?:\A|\n)(?=[ \t]{0,3}#{1,6}[ \t]|[ \t]*\\(?:part|chapter|(?:sub)*section)\*?[\[{])")),
-    (HEADING, re.compile(r"(?:\A|\n)(?=[^\n]*\S[^\n]*\n(?:={3,}|-{3,})[ \t]*(?:\n|\Z))")),
+    (HEADING, re.compile(r"(?:\A|\n)(?=[ \t]*\S[^\n]*\n(?:={3,}|-{3,})[ \t]*(?:\n|\Z))")),
 )
 CODE = re.compile(
     r"^[ \t]*(?P<fence>```+|~~~+)[^\n]*\n.*?(?:^[ \t]*(?P=fence)[ \t]*$|\Z)"

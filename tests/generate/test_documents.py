@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longpo_ops.generate import Chunker, GenerateRun, Listing, find_files, read_documents, select
+from longpo_ops.generate.documents import find_breaks
 from tests.generate import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -300,3 +301,9 @@ def test_ten_thousand_documents_are_listed_and_parted_in_a_gibibyte(tokenizer, t
     documents, chunks, peak = map(int, done.stdout.split())
     assert documents == 10_000 and chunks >= 20_000
     assert peak < 2**30
+
+
+def test_one_line_of_millions_of_characters_is_parted():
+    """A rule that looked through the whole line again at each of its places would not come to an end."""
+    places, _ = find_breaks("word " * 600_000 + "\n")
+    assert len(places) >= 600_000
