@@ -1,7 +1,8 @@
-# make venv | test | test-vllm | quick | bench | gpu-check | lint
+# make demo | venv | test | test-vllm | quick | bench | gpu-check | lint
 #
 #   PYTHON       the interpreter .venv is made from; a fitting torch it already has is used      (python3)
 #   TORCH_INDEX  one more wheel index to look in, say the one that holds torch's CPU wheels      (none)
+#   DEMO         options of `longpo demo`, such as "--compare --rounds 2"                         (none)
 #   WORKERS      test processes side by side, one thread each                                    (2)
 
 PYTHON  ?= python3
@@ -19,7 +20,7 @@ HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, to
 
 export PATH := $(BIN):$(PATH):/usr/local/cuda/bin
 
-.PHONY: venv test test-library test-interpreter test-compile test-vllm quick bench gpu-check lint clean
+.PHONY: demo venv test test-library test-interpreter test-compile test-vllm quick bench gpu-check lint clean
 
 venv: $(STAMP)
 
@@ -31,6 +32,9 @@ $(STAMP): requirements/dev.txt requirements/nvcc.txt setup.py pyproject.toml
 	command -v nvcc >/dev/null || $(PIP) -r requirements/nvcc.txt
 	$(PIP) --no-build-isolation -e .
 	touch $@
+
+demo: $(STAMP)
+	$(BIN)/longpo demo $(DEMO)
 
 # Interpreting Triton, compiling it ahead of time and the rest of the suite each need a process of their own.
 test: test-library test-interpreter test-compile

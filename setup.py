@@ -59,10 +59,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # longpo_ops/kernels and longpo_ops/csrc are links to the folders beside it: one path to them in a checkout, an
-    # editable install and a wheel, and no top-level package `kernels`, which would shadow Hugging Face's.
+    # longpo_ops/kernels, csrc and tiny are links to folders beside it: one path to them in a checkout, an editable install
+    # and a wheel, and no top-level package `kernels`, which would shadow Hugging Face's.
     packages=find_namespace_packages(include=["longpo_ops*"], exclude=["*__pycache__*", "longpo_ops._native*"]),
-    package_data={"": ["*.cpp", "*.cu", "*.h", "*.json"], "longpo_ops.generate": ["prompts/*.txt"]},
+    package_data={
+        "": ["*.cpp", "*.cu", "*.h", "*.json"],
+        "longpo_ops.generate": ["prompts/*.txt"],
+        "longpo_ops.tiny": ["*.yaml", "model/*", "prompts/*"],
+    },
     install_requires=[
         "einops",
         "numpy",
@@ -72,6 +76,7 @@ setup(
     ],
     extras_require={
         "bench": BENCH,
+        "evaluate": [*GENERATE, "lm-eval>=0.4.13", "pyyaml"],
         "dev": [*TOOLS, *BENCH, *GENERATE, *MEMORY, *TRAIN],
         "flash": ["flash-attn"],
         "memory": MEMORY,

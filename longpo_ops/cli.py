@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .demo.commands import demo
+from .evaluate.commands import evaluate
+from .evolve.commands import evolve
 from .generate.commands import generate, pairs
 from .memory.commands import plan
 
@@ -81,7 +84,10 @@ def train(
         typer.echo(f"{name:32s}{getattr(value, 'value', value)}")
 
 
+app.command(name="demo")(demo)
 app.command(name="plan")(plan)
+app.command(name="evaluate")(evaluate)
+app.command(name="evolve")(evolve)
 app.command(name="generate")(generate)
 app.add_typer(pairs, name="pairs")
 
@@ -127,6 +133,8 @@ def _usage(message: str) -> typer.BadParameter:
 def main() -> None:
     """The console script: one line for a failure that says what to do, a traceback for a bug."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("torchao", "torch.utils._pytree"):  # their warnings at import concern nobody here
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except (ValueError, OSError, ImportError) as error:

@@ -21,7 +21,7 @@ import longpo_ops
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (".gitignore", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
-FOLDERS = ("csrc", "kernels", "longpo_ops", "tests")
+FOLDERS = ("csrc", "examples", "kernels", "longpo_ops", "tests")
 PIP_FLAGS = ("--no-deps", "--no-build-isolation", "--no-index")
 
 pytestmark = pytest.mark.xdist_group("packaging")  # the environments below are built once, in one process
@@ -144,8 +144,8 @@ def test_kernels_are_ours_and_theirs_stay_theirs(way, world, pythons, checkout, 
 
 @pytest.mark.quick
 def test_the_folders_are_links_and_kernels_is_no_regular_package():
-    for name in ("csrc", "kernels"):
-        assert os.readlink(ROOT / "longpo_ops" / name) == f"../{name}"
+    for name, folder in (("csrc", "csrc"), ("kernels", "kernels"), ("tiny", "examples/tiny")):
+        assert os.readlink(ROOT / "longpo_ops" / name) == f"../{folder}"
     assert not (ROOT / "kernels/__init__.py").exists(), "an __init__.py here shadows Hugging Face's package"
 
 
@@ -172,9 +172,10 @@ def test_wheel_holds_the_library_and_its_sources_only(wheel, checkout):
     code = {n for n in names if ".dist-info/" not in n}
     assert {n.split("/")[0] for n in code} == {"longpo_ops"}
     assert not [n for n in code if "/test" in n or "__pycache__" in n]
-    for folder, below in (("csrc", "csrc"), ("kernels", "kernels"), ("longpo_ops", ".")):
+    folders = (("csrc", "csrc"), ("kernels", "kernels"), ("examples/tiny", "tiny"), ("longpo_ops", "."))
+    for folder, below in folders:
         for file in (checkout / folder).rglob("*"):
-            if file.suffix in (".py", ".cpp", ".cu", ".h"):
+            if file.suffix in (".py", ".cpp", ".cu", ".h", ".yaml", ".txt", ".json", ".jinja", ".safetensors"):
                 inside = Path("longpo_ops", below, file.relative_to(checkout / folder)).as_posix()
                 assert inside in names, inside
 
@@ -187,6 +188,7 @@ def test_wheel_metadata(wheel, tmp_path):
     assert set(found.metadata.get_all("Provides-Extra")) == {
         "bench",
         "dev",
+        "evaluate",
         "flash",
         "generate",
         "memory",

@@ -17,6 +17,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Callable, Coroutine, Sequence
+from functools import cache
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -149,9 +150,12 @@ class EngineLM(TemplateLM):
         return answer["text"].startswith(self.tokenizer.decode(told))
 
 
+known_tasks = cache(TaskManager)  # it reads thousands of files, which takes seconds
+
+
 def check_tasks(names: Sequence[str]) -> TaskManager:
     """Raises ValueError for a name that is neither one of the harness's tasks or groups nor a YAML file of one."""
-    manager = TaskManager()
+    manager = known_tasks()
     unknown = [name for name in names if name not in manager.task_index and not name.endswith((".yaml", ".yml"))]
     if unknown:
         raise ValueError(

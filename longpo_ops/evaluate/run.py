@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -31,9 +32,7 @@ from ..data import tokenizer_fingerprint
 from ..generate.engines import Engine, EngineStopped, Request, Sampling
 from ..generate.engines.settings import EngineSettings
 from ..generate.report import CONTROL
-from ..generate.store import Shard, write_atomically
-from ..generate.store import _check_settings as check_settings
-from ..generate.store import _locked as locked
+from ..generate.store import Shard, check_settings, locked, write_atomically
 from .answers import Answers, is_out_of_memory
 from .needles import load_tasks
 from .perplexity import Windows, measure, read_windows
@@ -138,6 +137,7 @@ def _prepare(out: Path) -> Path:
         work = out / "work"
         work.mkdir(parents=True, exist_ok=True)
         write_atomically(work / "writable", b"")
+        (work / "writable").unlink()
     except OSError as error:
         raise ValueError(f"{out} cannot be written to ({error.strerror}); give another folder with --out") from error
     return work
@@ -187,6 +187,11 @@ class Plan:
         return Counter(self.tokenizer, self.run.template_kwargs or {})
 
     @cached_property
+    def harness_length(self) -> int:
+        """Tokens of the harness's longest prompts: those of the run, or what the model reads."""
+        return self.run.longest or _positions(self.run)
+
+    @cached_property
     def harness(self):
         """Our module harness, and the harness's tasks. Raises ValueError without the package."""
         try:
@@ -208,12 +213,14 @@ class Plan:
                 )
         for task in self.tasks:
             find_task(task)
+        if self.tasks and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("the heat map needs matplotlib: pip install 'longpo_ops[generate]'")
         if self.tasks or run.published:
             _ = self.counter
         for task in self.tasks:  # the shortest is the one that may not fit
             self.samples(task, self.lengths[0], 1)
         if run.harness:
-            _ = self.harness
+            _ = self.harness, self.harness_length
         for each in self.published:
             each.sample(0, run.longest, self.counter)
         _ = self.windows
@@ -328,8 +335,7 @@ class _Evaluation:
 
     async def _harness(self) -> None:
         module, manager = self.plan.harness
-        names, tokenizer = self.run_.harness, self.plan.tokenizer
-        length = self.run_.longest or _positions(self.run_)
+        names, tokenizer, length = self.run_.harness, self.plan.tokenizer, self.plan.harness_length
 
         def tell(tokens: int) -> None:
             self.total += tokens
@@ -448,8 +454,13 @@ def _about(plan: Plan) -> dict[str, Any]:
 
 
 def _positions(run: EvaluateRun) -> int:
-    """How many tokens the model's config says it reads."""
+    """How many tokens the model's config says it reads. Raises ValueError where it does not say."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(run.model, trust_remote_code=run.trust_remote_code)
-    return getattr(config, "max_position_embeddings", None) or 2048
+    try:
+        config = AutoConfig.from_pretrained(run.model, trust_remote_code=run.trust_remote_code)
+        return int(config.max_position_embeddings)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{run.model} does not say how many tokens it reads ({str(error).splitlines()[0]}); give a --length"
+        ) from error

@@ -11,28 +11,24 @@ from typing import Annotated
 
 import typer
 
+from .engines import options
+
 Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", exists=True)]
 pairs = typer.Typer(no_args_is_help=True, help="Look at, check and join preference pairs.")
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="The model: a name or a folder. Its tokenizer is used here.")],
+    model: options.Model,
     documents: Annotated[list[str], typer.Option(help="Folder, file or glob of documents, repeatable.")],
     length: Annotated[int, typer.Option(help="Tokens of the longest training sequence.")],
     out: Annotated[Path, typer.Option(help="Folder of the pairs; an unfinished run in it goes on.")],
-    engine: Annotated[
-        str | None, typer.Option(help="transformers, vllm or server; server where endpoints are given.")
-    ] = None,
-    endpoint: Annotated[list[str] | None, typer.Option(help="URL of an OpenAI-compatible server, repeatable.")] = None,
-    served_model: Annotated[
-        str | None, typer.Option(help="The model's name at the server; default the only one.")
-    ] = None,
-    api_key_variable: Annotated[
-        str, typer.Option(help="Environment variable that holds the API key.")
-    ] = "OPENAI_API_KEY",
-    concurrency: Annotated[int, typer.Option(help="Requests under way at once, per endpoint or vLLM rank.")] = 64,
-    timeout: Annotated[float, typer.Option(help="Seconds until a request counts as failed.")] = 1800.0,
-    patience: Annotated[float, typer.Option(help="Seconds without any answer until the run stops.")] = 300.0,
+    engine: options.EngineName = None,
+    endpoint: options.Endpoints = None,
+    served_model: options.ServedModel = None,
+    api_key_variable: options.KeyVariable = "OPENAI_API_KEY",
+    concurrency: options.Concurrency = 64,
+    timeout: options.Timeout = 1800.0,
+    patience: options.Patience = 300.0,
     chunks: Annotated[int, typer.Option(help="Chunks per document: turns of a pair at most.")] = 4,
     questions: Annotated[int, typer.Option(help="Questions in the pool of a chunk.")] = 4,
     min_chunk: Annotated[int | None, typer.Option(help="Tokens; default half of the most.")] = None,
@@ -57,32 +53,22 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
     prompts: Annotated[Path | None, typer.Option(help="Folder with questions.txt, lead_ins.txt, refusals.txt.")] = None,
     reference_logps: Annotated[bool, typer.Option(help="Store the reference's log-probs with the pairs.")] = False,
-    rope: Annotated[str | None, typer.Option(help='RoPE entries to replace, as JSON: {"rope_theta": 1e7}.')] = None,
-    template_kwargs: Annotated[str | None, typer.Option(help="Variables of the chat template, as JSON.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights, local engines.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
-    engine_option: Annotated[
-        list[str] | None, typer.Option(help="name=value (JSON), repeatable: vLLM engine arguments, or request fields.")
-    ] = None,
+    rope: options.Rope = None,
+    template_kwargs: options.TemplateKwargs = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    engine_option: options.EngineOptions = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List and part the documents, then stop.")] = False,
 ) -> None:
     """Make short-to-long preference pairs from long documents, or go on with a run that was stopped."""
+    given = dict(locals())
+    given.pop("dry_run")
     from .run import GenerateRun
 
-    given = dict(locals())
-    for name in ("GenerateRun", "endpoint", "api_key_variable", "engine_option", "dry_run"):
-        given.pop(name)
-    endpoints = tuple(endpoint or ())
-    given |= {
+    given = options.engine_fields(given) | {
         "documents": tuple(documents),
         "out": str(out),
-        "engine": engine or ("server" if endpoints else "transformers"),
-        "endpoints": endpoints,
-        "key_variable": api_key_variable,
         "prompts": None if prompts is None else str(prompts),
-        "rope": _json("--rope", rope),
-        "template_kwargs": _json("--template-kwargs", template_kwargs),
-        "engine_options": dict(_assignment(each) for each in engine_option or ()) or None,
     }
     try:
         run = GenerateRun(**given)
@@ -260,26 +246,6 @@ def _read(paths: list[Path]) -> Iterator:
 
     for path in paths:
         yield from read_pairs(path, allow_equal=True)
-
-
-def _json(name: str, text: str | None) -> dict | None:
-    try:
-        value = None if text is None else json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{name} {text}: no valid JSON: {error}") from None
-    if value is not None and not isinstance(value, dict):
-        raise typer.BadParameter(f"{name} {text}: expected names and values, such as '{{\"rope_theta\": 1e7}}'")
-    return value
-
-
-def _assignment(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise typer.BadParameter(f"--engine-option {text}: expected name=value")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _console(stderr: bool = False):

@@ -135,36 +135,37 @@ def html_page(
     """A page of pairs, chosen beside rejected, differences marked; a table and a figure above them."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     parts = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_safe(title)}</title>',
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{safe(title)}</title>',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style>\n</head>\n<body>',
-        f"<h1>{_safe(title)}</h1>",
+        f"<h1>{safe(title)}</h1>",
     ]
-    cells = [f'<tr><td>{_safe(name)}</td><td class="number">{_safe(value)}</td></tr>' for name, value in table]
+    cells = [f'<tr><td>{safe(name)}</td><td class="number">{safe(value)}</td></tr>' for name, value in table]
     parts += [f"<table>{''.join(cells)}</table>"] if cells else []
     if figure is not None:
         encoded = base64.b64encode(figure).decode()
         parts.append(f'<p><img alt="Histograms of lengths" src="data:image/png;base64,{encoded}"></p>')
-    return "\n".join([*parts, *map(_pair_html, pairs), "</body>\n</html>\n"])
+    return "\n".join([*parts, *map(pair_html, pairs), "</body>\n</html>\n"])
 
 
-def _pair_html(pair: Pair) -> str:
+def pair_html(pair: Pair) -> str:
+    """A pair with its answers side by side, its texts folded."""
     source = pair.provenance.get("source", "")
     parts = [
-        f"<h2>{_safe(pair.id)}</h2>",
-        f"<p>{_safe(source)}</p>" if source else "",
+        f"<h2>{safe(pair.id)}</h2>",
+        f"<p>{safe(source)}</p>" if source else "",
         _folded("document", pair.document),
     ]
     for number, turn in enumerate(pair.turns, 1):
         parts += [
             f"<h3>Turn {number}</h3>",
-            f'<p class="question">{_safe(turn.instruction)}</p>',
+            f'<p class="question">{safe(turn.instruction)}</p>',
             _folded("chunk", turn.chunk),
         ]
         for rejected in turn.rejected:
             stretches = differences(turn.chosen, rejected)
             sides = [
                 "".join(
-                    _safe(parts[side]) if parts[0] else f"<mark>{_safe(parts[side])}</mark>"
+                    safe(parts[side]) if parts[0] else f"<mark>{safe(parts[side])}</mark>"
                     for parts in stretches
                     if parts[side]
                 )
@@ -179,10 +180,11 @@ def _pair_html(pair: Pair) -> str:
 
 def _folded(name: str, text: str) -> str:
     size = f"{len(text):,} characters"
-    return f'<details><summary>{name}, {size}</summary><div class="text">{_safe(shorten(text))}</div></details>'
+    return f'<details><summary>{name}, {size}</summary><div class="text">{safe(shorten(text))}</div></details>'
 
 
-def _safe(text: object) -> str:
+def safe(text: object) -> str:
+    """As HTML shows it."""
     return escape(CONTROL.sub("\ufffd", str(text)))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import ChatFormat, tokenizer_fingerprint
-from . import engines
 from .documents import Chunker, Listing, find_files, read_documents
-from .engines import Engine, Sampling
+from .engines import Sampling
+from .engines.settings import EngineSettings
 from .filters import Filters
 from .prompts import Prompts
 from .readers import TOO_LONG
@@ -30,23 +29,20 @@ TOO_SHORT = "shorter than wanted"
 
 
 @dataclass(frozen=True)
-class GenerateRun:
-    """One run's settings.
+class GenerateRun(EngineSettings):
+    """One run's settings: those of the engine, and these.
 
-    model: a name or a folder; its tokenizer and chat template are used here, its weights by the local engines.
     documents: folders, files, globs. length: tokens of the longest training sequence, document, questions and
     answers. chunks: turns of a pair at most. questions: pool per chunk. min_chunk, max_chunk: tokens; default a
     quarter of the length, at most 32768, and half of that. min_document, max_document: tokens; default more than half
     the length, and as many as leave room for all questions and answers. temperature, top_p: of the questions; answers
-    are greedy. rope: entries of the model's rope_parameters that are replaced, for local engines. prompts: folder
-    with files of your own.
+    are greedy. prompts: folder with files of your own.
     """
 
-    model: str
+    model: str  # again, as the first of those that may be given by position
     documents: tuple[str, ...]
     length: int
     out: str
-    engine: str = "transformers"
     chunks: int = 4
     questions: int = 4
     min_chunk: int | None = None
@@ -65,47 +61,14 @@ class GenerateRun:
     seed: int = 0
     prompts: str | None = None
     reference_logps: bool = False
-    rope: dict | None = None
-    template_kwargs: dict | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    endpoints: tuple[str, ...] = ()
-    served_model: str | None = None
-    concurrency: int = 64
-    timeout: float = 1800.0
-    patience: float = 300.0
-    key_variable: str = "OPENAI_API_KEY"
-    engine_options: dict | None = None
 
     def __post_init__(self):
         """Raises ValueError for settings that make no sense, saying which."""
-        if self.engine not in engines.NAMES:
-            raise ValueError(f"engine {self.engine!r}; expected one of {', '.join(engines.NAMES)}")
-        if (self.engine == "server") != bool(self.endpoints):
-            raise ValueError(
-                f"engine {self.engine!r} with endpoints {list(self.endpoints)}; expected endpoints for 'server' only"
-            )
-        names = (
-            "length",
-            "chunks",
-            "questions",
-            "answer_tokens",
-            "question_tokens",
-            "concurrency",
-            "timeout",
-            "patience",
-        )
-        for name in (*names, "max_documents", "max_chunk", "max_document"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; expected more than 0")
+        super().__post_init__()
+        self.require_positive("length", "chunks", "questions", "answer_tokens", "question_tokens")
+        self.require_positive("max_documents", "max_chunk", "max_document")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature {self.temperature}, top_p {self.top_p}; expected >= 0, and above 0 up to 1")
-        if self.rope and self.engine == "server":
-            flag = json.dumps({"rope_parameters": self.rope})
-            raise ValueError(
-                f"rope: a running server keeps its own; start it with them: vllm serve --hf-overrides '{flag}'"
-            )
         if self.rope and self.reference_logps:
             raise ValueError(
                 "reference_logps with rope: the reference keeps its own RoPE; let `longpo train` compute its log-probs"
@@ -131,40 +94,6 @@ class GenerateRun:
         """Least and most tokens of a chunk."""
         most = min(32768, self.length // 4) if self.max_chunk is None else self.max_chunk
         return most // 2 if self.min_chunk is None else self.min_chunk, most
-
-    def load_tokenizer(self):
-        """The model's tokenizer."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
-
-    def make_engine(self) -> Engine:
-        """The engine, not started. Raises ValueError for options it does not know."""
-        local = dict(length=self.length, rope=self.rope, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        local["template_kwargs"] = self.template_kwargs
-        options = self.engine_options or {}
-        if self.engine == "vllm":
-            from .engines.vllm import VLLMEngine
-
-            return VLLMEngine(self.model, **local, concurrency=self.concurrency, options=options)
-        if self.engine == "transformers":
-            if options:
-                raise ValueError(f"engine options {sorted(options)}; the transformers engine has none")
-            from .engines.transformers import TransformersEngine
-
-            return TransformersEngine(self.model, **local)
-        from .engines.server import ServerEngine
-
-        return ServerEngine(
-            self.endpoints,
-            self.served_model,
-            concurrency=self.concurrency,
-            timeout=self.timeout,
-            patience=self.patience,
-            key_variable=self.key_variable,
-            template_kwargs=self.template_kwargs,
-            extra=options,
-        )
 
     def identity(self, tokenizer, prompts: Prompts) -> dict:
         """What decides the pairs: a folder holds those of one identity. Neither addresses nor keys are in it."""
@@ -243,7 +172,7 @@ def generate(run: GenerateRun, progress=None) -> Result:
 
 
 async def _generate(run: GenerateRun, files, store: Store, chat: ChatFormat, prompts: Prompts, progress) -> Result:
-    engine, listing, began = run.make_engine(), Listing(), time.monotonic()
+    engine, listing, began = run.make_engine(run.length), Listing(), time.monotonic()
     steps = Steps(
         engine,
         chat,

@@ -95,8 +95,8 @@ class Store:
     def __post_init__(self):
         self.work = self.out / "work"
         self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.work / "lock")
-        _check_settings(self.out / "run.json", self.settings)
+        self._lock = locked(self.work / "lock")
+        check_settings(self.out / "run.json", self.settings)
         for partial in (*self.out.glob(".*.partial"), *self.work.glob(".*.partial")):
             partial.unlink(missing_ok=True)
         for file in sorted(self.work.glob("*.json")):
@@ -217,7 +217,7 @@ def _whole_lines(path: Path) -> tuple[list[dict], int]:
     return lines, end
 
 
-def _locked(path: Path) -> int:
+def locked(path: Path) -> int:
     """A lock that ends with the process, however that ends."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -228,7 +228,8 @@ def _locked(path: Path) -> int:
     return lock
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a folder, or raise ValueError where it was begun with others."""
     if not path.exists():
         write_atomically(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
         return

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
@@ -203,9 +204,10 @@ def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | No
     return config, tokenizer, pairs, evaluation
 
 
-def train(run: TrainRun) -> LongPOTrainer:
-    """Trains or resumes a run to its end; the model, figure and card are in output_dir."""
+def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrainer:
+    """Trains or resumes a run to its end; the model, figure and card are in output_dir. progress: instead of a bar."""
     config, tokenizer, pairs, evaluation = prepare(run)
+    set_seed(config.seed)  # adapters are drawn before Trainer sets it
     checkpoint = last_checkpoint(run.output_dir)
     _check_identity(run, config, checkpoint)
     policy = run.load_model(run.model, policy=True)
@@ -224,6 +226,10 @@ def train(run: TrainRun) -> LongPOTrainer:
         processing_class=tokenizer,
     )
     del reference
+    if progress is not None:
+        for shown in (ProgressCallback, PrinterCallback):
+            trainer.pop_callback(shown)
+        trainer.add_callback(progress)
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,37 @@ def test_a_request_says_what_it_wants_and_gets_it():
             "temperature": 0.7, "top_p": 0.9, "seed": 3, "top_k": 5, "chat_template_kwargs": {"a": 1},
         }  # fmt: skip
         assert "authorization" not in server.seen[0].headers
+
+
+def test_a_begun_answer_is_the_last_message_and_said_to_go_on():
+    with OpenAIServer() as server:
+        ask(ServerEngine([server.url]), replace(ASK, prefill="At the"), ASK)
+        bodies = {len(seen.body["messages"]): seen.body for seen in server.seen}
+        assert bodies[2]["messages"] == [*bodies[1]["messages"], {"role": "assistant", "content": "At the"}]
+        assert bodies[2]["continue_final_message"] is True and bodies[2]["add_generation_prompt"] is False
+        assert not {"continue_final_message", "add_generation_prompt"} & bodies[1].keys()
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_cannot_go_on_with_an_answer_is_told_of(status):
+    def behave(number, seen):
+        return Reply(status, {"error": "unknown field"}) if "continue_final_message" in seen.body else None
+
+    with OpenAIServer(behave) as server:
+        with pytest.raises(EngineStopped, match=r"unknown field.*where a server cannot go on, do not prefill"):
+            ask(ServerEngine([server.url]), replace(ASK, prefill="At the"))
+        assert ask(ServerEngine([server.url]), ASK)[0].text
+
+
+def test_token_ids_go_to_the_completions_endpoint():
+    choice = {"text": " it is", "finish_reason": "length", "logprobs": {"token_logprobs": [-0.5, -0.25]}}
+    with OpenAIServer(first(1, Reply(200, {"choices": [choice]}))) as server:
+        (answer,) = ask(ServerEngine([server.url]), Request("", Sampling(2), logprobs=True, prompt_ids=(5, 6)))
+        assert answer == Completion(" it is", "length", 0, 0, logprobs=(-0.5, -0.25))
+        seen = server.seen[0]
+        assert seen.path.endswith("/v1/completions") and seen.body == {
+            "model": "little", "prompt": [5, 6], "max_tokens": 2, "temperature": 0.0, "top_p": 1.0, "logprobs": 1,
+        }  # fmt: skip
 
 
 def test_scores_are_those_of_all_tokens_but_the_first():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,20 @@ def test_log_probs_of_a_text_are_its_scores(engine):
     assert scores.shape == (len(ids) - 1,) and abs(scores - truth).max() < 1e-5
     assert abs(scores[-answer.tokens :] - answer.logprobs).max() < 1e-4
     assert ask(engine, question(0))[0] == answer  # scoring leaves the model as it was
+
+
+def test_a_begun_answer_and_token_ids_go_on_as_the_whole_answer_did(engine):
+    (whole,) = ask(engine, question(0))
+    begun = engine.tokenizer.decode(whole.token_ids[:2])
+    (rest,) = ask(engine, replace(question(0), prefill=begun))
+    assert rest.text == whole.text.removeprefix(begun) and rest.prompt_tokens == whole.prompt_tokens + 2
+    prompt = engine.tokenizer.apply_chat_template(question(0).messages, add_generation_prompt=True, return_dict=False)
+    (raw,) = ask(engine, replace(question(0), prompt_ids=(*prompt, *whole.token_ids[:2])))
+    assert raw == rest
+    (turned,) = ask(engine, replace(question(0), prefill="Eve"))
+    assert not whole.text.startswith("Eve") and turned.text == " writes the log of the harbour."
+    with pytest.raises(ValueError, match="prefill beside prompt_ids"):
+        replace(question(0), prefill="x", prompt_ids=(1,))
 
 
 def test_rope_reaches_the_model_and_a_short_context_is_refused(model, engine):

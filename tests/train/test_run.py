@@ -70,6 +70,14 @@ def test_the_reference_keeps_its_rope_while_the_policy_has_another(home, tmp_pat
     assert rewards(rope_theta=1e7, lora_rank=2) == pytest.approx(rewards(rope_theta=1e7), rel=1e-3)
 
 
+def test_adapters_are_drawn_from_the_runs_own_seed(home, tmp_path):
+    made = []
+    for name in "ab":
+        run(home, tmp_path / name, max_steps=1, lora_rank=2)
+        made.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+
+
 def test_a_bf16_model_trains_in_float32_and_is_saved_in_its_own_dtype(tmp_path):
     home = write_home(tmp_path / "home", torch.bfloat16)
     trainer = run(home, tmp_path / "out", max_steps=2)

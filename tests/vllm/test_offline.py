@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,23 @@ def test_vllm_agrees_with_transformers_and_shares_prefills(model):
     assert texts[0].cached_tokens == 0
     assert all(answer.cached_tokens > 0.85 * answer.prompt_tokens for answer in texts[1:4])
     assert counted["hits"] >= sum(answer.cached_tokens for answer in texts) and counted["queries"] > counted["hits"]
+
+
+def test_a_prefill_and_token_ids_go_on_as_with_transformers(model):
+    asked = Request(f"{tiny.document(0)}\n\n{tiny.QUESTIONS[0]}", Sampling(24))
+
+    async def ask(engine):
+        whole = await engine.generate(asked)
+        begun = engine.tokenizer.decode(whole.token_ids[:2])
+        prompt = engine.tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True, return_dict=False)
+        raw = replace(asked, prompt_ids=(*prompt, *whole.token_ids[:2]))
+        rest = await engine.batch([replace(asked, prefill=begun), raw, replace(asked, prefill="Eve")])
+        assert rest[0].text == rest[1].text == whole.text.removeprefix(begun)
+        assert rest[0].prompt_tokens == rest[1].prompt_tokens == whole.prompt_tokens + 2
+        return [whole.text, *(each.text for each in rest)]
+
+    ours = run_in(VLLMEngine(str(model), length=1024, dtype="float32", options=OPTIONS), ask)
+    assert ours == run_in(TransformersEngine(str(model), length=1024, dtype="float32"), ask)
 
 
 def test_rope_reaches_vllm(model):

@@ -1,10 +1,10 @@
 """Where texts come from: one small interface, three engines.
 
-    Request (chat messages, sampling) --Engine.generate--> Completion (text, token ids, log-probs)
+    Request (chat message, sampling)  --Engine.generate--> Completion (text, token ids, log-probs)
     token ids                         --Engine.score-----> log-prob of every token but the first, given those before it
 
 Engines are asynchronous, so that a server or vLLM batches whatever is under way by itself; `batch` takes a list. Chat
-messages are rendered with the model's own template, by the server or, for the other two, here.
+messages are rendered with the model's own template, by the server or, for the other two, here; token ids go in as they are.
 
     server        any OpenAI-compatible server, one or many endpoints
     vllm          vLLM in this process
@@ -34,12 +34,22 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A user message to be answered. Requests of one group read the same document and share its prefill."""
+    """A user message to be answered. Requests of one group read the same document and share its key-value cache.
+
+    prefill: how the answer begins; the completion is what follows it. prompt_ids: token ids to go on from as they
+    are, instead of a message in the chat template.
+    """
 
     content: str
     sampling: Sampling
     group: str = ""
     logprobs: bool = False
+    prefill: str = ""
+    prompt_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.prefill and self.prompt_ids is not None:
+            raise ValueError("prefill beside prompt_ids; put the tokens of the begun answer behind the others")
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -96,8 +106,10 @@ class Engine:
 
 
 def render(tokenizer, request: Request, template_kwargs: dict) -> list[int]:
-    """The token ids of a request in the model's chat template, up to where its answer begins."""
+    """The token ids of a request in the model's chat template, up to where its answer begins or goes on."""
+    if request.prompt_ids is not None:
+        return list(request.prompt_ids)
     text = tokenizer.apply_chat_template(
         request.messages, tokenize=False, add_generation_prompt=True, **template_kwargs
     )
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(text + request.prefill, add_special_tokens=False, verbose=False)["input_ids"]

@@ -135,10 +135,10 @@ class ServerEngine(Engine):
                 await endpoint.clients.pop().aclose()
 
     async def generate(self, request: Request) -> Completion:
-        sampling = request.sampling
+        sampling, raw = request.sampling, request.prompt_ids is not None
         body = {
             "model": self.model,
-            "messages": request.messages,
+            **({"prompt": list(request.prompt_ids)} if raw else {"messages": request.messages}),
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -146,8 +146,11 @@ class ServerEngine(Engine):
         if sampling.seed is not None:
             body["seed"] = sampling.seed
         if request.logprobs:
-            body["logprobs"] = True
-        return await self._ask("/chat/completions", body, request.group, _completion)
+            body["logprobs"] = 1 if raw else True
+        if request.prefill:  # the names that vLLM's server and those like it have for this
+            body["messages"].append({"role": "assistant", "content": request.prefill})
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return await self._ask("/completions" if raw else "/chat/completions", body, request.group, _completion)
 
     async def score(self, token_ids: Sequence[int]) -> np.ndarray:
         ids = list(map(int, token_ids))
@@ -216,6 +219,10 @@ class ServerEngine(Engine):
             except ValueError:
                 raise _Passing("an answer that is no JSON", own=True) from None
         detail = f"{response.status_code}: {self._quote(response.text)}"
+        if response.status_code in (400, 422) and body is not None and "continue_final_message" in body:
+            detail += (
+                "; the answer was begun for it (continue_final_message): where a server cannot go on, do not prefill"
+            )
         if response.status_code == 429:
             raise _Passing(detail, own=False, after=_seconds(response.headers.get("retry-after")))
         if response.status_code >= 500 or response.status_code == 408:
@@ -242,8 +249,10 @@ class ServerEngine(Engine):
 def _completion(answer: dict) -> Completion:
     try:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        text = choice["message"].get("content") or ""
-        entries = (choice.get("logprobs") or {}).get("content")
+        raw = "message" not in choice and "text" in choice  # of the completions endpoint
+        text = (choice["text"] if raw else choice["message"].get("content")) or ""
+        logprobs = choice.get("logprobs") or {}
+        values = logprobs.get("token_logprobs") if raw else [each["logprob"] for each in logprobs.get("content") or ()]
         ids = choice.get("token_ids")
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return Completion(
@@ -253,7 +262,7 @@ def _completion(answer: dict) -> Completion:
             tokens=int(usage.get("completion_tokens") or 0),
             cached_tokens=int(cached),
             token_ids=None if ids is None else tuple(ids),
-            logprobs=None if entries is None else tuple(float(entry["logprob"]) for entry in entries),
+            logprobs=tuple(map(float, values)) if values else None,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         raise _Passing("an answer without a text", own=True) from None

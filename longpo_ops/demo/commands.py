@@ -1,0 +1,69 @@
+"""`longpo demo`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..evolve.commands import one_set_of_bars, show_costs, show_progress, show_scores
+
+
+@one_set_of_bars
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of everything; an unfinished demo in it goes on.")] = Path(
+        "runs/demo"
+    ),
+    rounds: Annotated[int, typer.Option(help="2 goes on from 1,024 to 2,048 tokens.")] = 1,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Train the paper's other methods on the same pairs too.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of documents, pairs and training.")] = 0,
+) -> None:
+    """The whole loop on real text with a tiny model: it asks itself, answers, trains on its pairs, and is measured."""
+    _choose(device)
+    from rich.console import Console
+
+    from ..evolve import evolve
+    from .run import evolution, prepare
+    from .show import show_documents, show_pair
+
+    try:
+        wanted = evolution(out, rounds, seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    console, began = Console(), time.monotonic()
+    prepare(out, seed)
+    show_documents(console, wanted)
+    with show_progress() as progress:
+        result = evolve(wanted, progress)
+    show_pair(console, wanted)
+    show_scores(console, result)
+    show_costs(console, result)
+    if compare:
+        from .compare import compare as run_comparison
+        from .compare import show_comparison
+
+        with show_progress() as progress:
+            runs = run_comparison(wanted, progress)
+        show_comparison(console, runs, out)
+    console.print(f"{time.monotonic() - began:.0f} s in all. Figure: {out}/accuracy.png   Report: {out}/report.html")
+    if result.stopped:
+        raise ValueError(f"{result.stopped}. The last promoted model is {result.promoted}")
+
+
+def _choose(device: str) -> None:
+    """Before torch looks for devices."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    elif device != "auto":
+        raise typer.BadParameter(f"--device {device}; expected cpu, cuda or auto")

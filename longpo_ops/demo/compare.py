@@ -1,0 +1,109 @@
+"""The paper's Figure 4 in miniature: five methods on the same pairs, long accuracy and short retention against steps.
+
+    first round's pairs --train, one method after the other--> checkpoints --evaluate at two lengths--> curves
+
+    OUT/compare/METHOD              the training's folder
+    OUT/compare/METHOD-STEP         a checkpoint's evaluation
+    OUT/compare/results.json, OUT/compare.png
+
+What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from ..evaluate import Scores, evaluate
+from ..evolve import Evolution, plan
+from ..evolve.run import StepsTold
+from ..generate.store import write_atomically
+from ..train.run import TrainRun, train
+from .run import TINY
+
+
+def compare(evolution: Evolution, progress: Callable[[str, float, str], None]) -> list[dict]:
+    """-> a row per method and checkpoint: method, step, learning_rate, long and short accuracy, perplexity."""
+    settings = yaml.safe_load((TINY / "compare.yaml").read_text(encoding="utf-8"))
+    stages = {stage.kind: stage for stage in plan(evolution) if stage.round in (None, evolution.rounds[0])}
+    out, rows = Path(evolution.out) / "compare", []
+    ends = min(stages["evaluate"].run.lengths), evolution.rounds[0].length
+    untrained = Scores.load(stages["untrained"].out)
+    for method, rate in settings["methods"].items():
+        run = _training(stages["train"].run, out / method, method, float(rate), settings["every"])
+        done = out / method / "trained.json"
+        if not done.exists():
+            told = StepsTold(lambda fraction, note, method=method: progress(f"train {method}", fraction, note))
+            steps = train(run, told).state.global_step
+            write_atomically(done, f"{steps}\n".encode())
+        progress(f"train {method}", 1.0, "")
+        rows.append(_row(method, 0, rate, untrained, ends))
+        checkpoints = sorted((out / method).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for i, checkpoint in enumerate(checkpoints):
+            step = int(checkpoint.name.rpartition("-")[2])
+            progress(f"evaluate {method}", i / len(checkpoints), f"step {step}")
+            scores = evaluate(
+                replace(
+                    stages["evaluate"].run,
+                    model=str(checkpoint),
+                    out=str(out / f"{method}-{step}"),
+                    lengths=ends,
+                    perplexity_lengths=ends[:1],
+                )
+            )
+            rows.append(_row(method, step, rate, scores, ends))
+            write_atomically(out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
+            draw(rows, Path(evolution.out) / "compare.png")
+        progress(f"evaluate {method}", 1.0, "")
+    return rows
+
+
+def _training(run: TrainRun, out: Path, method: str, rate: float, every: int) -> TrainRun:
+    own = {"objective": method, "learning_rate": rate, "save_steps": every, "save_total_limit": None}
+    return replace(run, output_dir=str(out), training=run.training | own)
+
+
+def _row(method: str, step: int, rate: float, scores: Scores, ends: tuple[int, int]) -> dict:
+    short, long = ends
+    numbers = {"long": scores.accuracy(long), "short": scores.accuracy(short), "perplexity": scores.perplexity[short]}
+    return {"method": method, "step": step, "learning_rate": rate} | numbers
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Long accuracy, short accuracy and short perplexity against steps, a line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, name, title in zip(
+        axes, ("long", "short", "perplexity"), ("long accuracy", "short accuracy", "short perplexity")
+    ):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            points = [(row["step"], row[name]) for row in rows if row["method"] == method]
+            axis.plot(*zip(*points, strict=True), marker=".", label=method)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def show_comparison(console, rows: list[dict], out: Path) -> None:
+    """The last checkpoint of every method."""
+    from rich.table import Table
+
+    table = Table(title="methods on the same pairs, after the last step")
+    for name in ("method", "learning rate", "steps", "long accuracy", "short accuracy", "short perplexity"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in {row["method"]: row for row in rows}.values():
+        numbers = (f"{row['long']:.3f}", f"{row['short']:.3f}", f"{row['perplexity']:.2f}")
+        table.add_row(row["method"], f"{row['learning_rate']:g}", str(row["step"]), *numbers)
+    console.print(table)
+    console.print(f"Curves: {out}/compare.png")

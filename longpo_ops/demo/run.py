@@ -1,0 +1,51 @@
+"""What the demo runs: an Evolution of the tiny model, its documents and its held-out text, all below one folder.
+
+OUT/documents-1k, documents-2k    prose with facts planted in it (tiny/text.py)
+OUT/held-out                      prose that the tiny model never read
+OUT/base, 1k, 2k, report.html     what `evolve` makes of them
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..evolve import Evolution
+from ..tiny import text
+
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+DOCUMENTS = {"documents-1k": (120, (1750, 2150)), "documents-2k": (60, (3600, 4400))}  # number, characters
+
+
+def prepare(out: Path, seed: int = 0) -> None:
+    """Write the documents and the held-out text. Raises OSError where `out` cannot be written."""
+    for i, (name, (count, characters)) in enumerate(DOCUMENTS.items()):
+        text.write_documents(out / name, count, characters, seed=2 * seed + i)
+    text.write_held_out(out / "held-out" / "held-out.txt")
+
+
+def evolution(out: Path, rounds: int = 1, seed: int = 0) -> Evolution:
+    """The first rounds of examples/tiny/evolve.yaml in `out`. Raises ValueError for a number of rounds it has not."""
+    settings = yaml.safe_load((TINY / "evolve.yaml").read_text(encoding="utf-8"))
+    if not 1 <= rounds <= len(settings["rounds"]):
+        raise ValueError(f"--rounds {rounds}; expected 1 to {len(settings['rounds'])}")
+    settings = _moved(settings, {"runs/tiny": str(out), "examples/tiny": str(TINY)})
+    settings["rounds"] = settings["rounds"][:rounds]
+    for each in settings["rounds"]:
+        each["generate"] = each["generate"] | {"seed": seed}
+        each["train"] = each["train"] | {"seed": seed}
+    return Evolution.from_settings(settings)
+
+
+def _moved(value: Any, places: dict[str, str]) -> Any:
+    """The settings with the beginnings of paths replaced."""
+    if isinstance(value, dict):
+        return {name: _moved(item, places) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, places) for item in value]
+    for place, instead in places.items():
+        if isinstance(value, str) and (value == place or value.startswith(f"{place}/")):
+            return instead + value[len(place) :]
+    return value

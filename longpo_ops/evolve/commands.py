@@ -1,0 +1,133 @@
+"""`longpo evolve`, and what of it others show: bars, the table by length, what it cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import typer
+
+
+def one_set_of_bars(command: Callable) -> Callable:
+    """A command during which no library draws bars of its own; imports them, as they look at it then."""
+
+    @wraps(command)
+    def wrapped(*arguments, **options):
+        with mock.patch.dict(os.environ, TQDM_DISABLE="1"):
+            return command(*arguments, **options)
+
+    return wrapped
+
+
+@one_set_of_bars
+def evolve(
+    config: Annotated[Path, typer.Option(help="YAML file of the rounds.")],
+    out: Annotated[str | None, typer.Option(help="Folder of everything, instead of the file's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the stages and their settings, then stop.")] = False,
+) -> None:
+    """Rounds of generating, training and evaluating, each from the model before it; goes on where it was stopped."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from .run import check
+    from .run import evolve as run_evolution
+    from .settings import Evolution
+
+    try:
+        evolution = Evolution.from_file(config)
+        evolution = dataclasses.replace(evolution, out=out) if out else evolution
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if dry_run:
+        for stage in check(evolution):
+            _show(stage)
+        return
+    try:
+        with show_progress() as progress:
+            result = run_evolution(evolution, progress)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what there is lies in {evolution.out}, run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+    console = Console()
+    show_scores(console, result)
+    show_costs(console, result)
+    typer.echo(f"see {evolution.out}/report.html")
+    if result.stopped:
+        raise ValueError(f"{result.stopped}. The last promoted model is {result.promoted}")
+    typer.echo(f"promoted: {result.promoted}")
+
+
+def _show(stage) -> None:
+    receipt = stage.receipt()
+    typer.echo(f"{stage.name} ({'done' if receipt.done else 'begun' if receipt.cost.seconds else 'to do'})")
+    for name, value in {"model": stage.run.model, "output": stage.out}.items():
+        typer.echo(f"    {name:32s}{value}")
+    for name, value in stage.settings.items():
+        if name != "model":
+            typer.echo(f"    {name:32s}{value}")
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[str, float, str], None]]:
+    """A bar per stage, with the time left; gives what `evolve` calls."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns += (TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def update(stage: str, fraction: float, note: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=1.0, note="")
+            bars.update(tasks[stage], completed=fraction, **({"note": note} if note else {}))
+
+        yield update
+
+
+def show_scores(console, result) -> None:
+    """Accuracy by length, and perplexity where it was measured, a line per model."""
+    from .results import four_digits, three_places
+
+    for kind, write in (("accuracy", three_places), ("perplexity", four_digits)):
+        found = sorted({length for row in result.rows for length in row[kind]})
+        lines = [(row["label"], *(write(row[kind].get(length)) for length in found)) for row in result.rows]
+        if found:
+            _print(console, f"{kind} by tokens", ("", *(f"{length:,}" for length in found)), lines)
+
+
+def show_costs(console, result) -> None:
+    """Seconds and peak memory of every stage."""
+    from .results import DASH
+
+    lines = []
+    for cost in result.stages:
+        peaks = (f"{cost[name] / 2**20:,.0f}" if cost[name] else DASH for name in ("host_bytes", "device_bytes"))
+        lines.append((cost["stage"], f"{cost['seconds']:,.1f}", *peaks))
+    _print(console, "what it cost", ("stage", "seconds", "peak memory, MiB", "on the device, MiB"), lines)
+
+
+def _print(console, title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    console.print(table)

@@ -1,0 +1,130 @@
+"""What the finished stages of an evolution have given: the table, what was retained, what it cost.
+
+Scores of a stage --> a row; Scores of the base and of a round, a Bound --> whether the round is promoted
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..evaluate import Scores
+from ..generate.store import write_atomically
+from .receipt import Cost
+from .settings import BASE, HARNESS, Bound, Evolution, bound_length
+from .stages import EVALUATE, UNTRAINED, Stage
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What there is so far.
+
+    rows: the table, a dictionary per evaluated model: round (None for the base), row ("base", "untrained", "after"),
+    label, theta, accuracy and perplexity {length: number}, tasks {task: {length: number}}, harness and published {name:
+    number}, comparable {task: flag}. retention: per round and bound what was measured and whether it holds. stages: name,
+    done, and cost (receipt.py). promoted: the last model that may go on. stopped: why the loop ended early, or None.
+    """
+
+    rows: list[dict]
+    retention: list[dict]
+    stages: list[dict]
+    promoted: str
+    stopped: str | None
+
+    def save(self, path: Path) -> None:
+        """As JSON."""
+        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+def collect(evolution: Evolution, stages: Iterable[Stage], stopped: str | None = None) -> Result:
+    """Of the stages that are done, and the costs of those that were begun."""
+    rows, retention, costs, promoted = [], [], [], evolution.model
+    for stage in stages:
+        receipt = stage.receipt()
+        if receipt.cost != Cost():
+            costs.append({"stage": stage.name, "done": receipt.done} | asdict(receipt.cost))
+        if receipt.done and stage.kind in (UNTRAINED, EVALUATE):
+            rows.append(_row(stage))
+        if receipt.done and stage.kind == EVALUATE and stage.round is not None:
+            bounds = judge(evolution, stage)
+            retention += bounds
+            promoted = stage.model.path if all(bound["holds"] for bound in bounds) else promoted
+    return Result(rows, retention, costs, promoted, stopped)
+
+
+def judge(evolution: Evolution, stage: Stage) -> list[dict]:
+    """The bounds of an evaluated round: measure, length, base, after, limit, holds. A number that is none never holds."""
+    base, after = Scores.load(Path(evolution.out) / BASE / EVALUATE), Scores.load(stage.out)
+    judged = []
+    for bound in evolution.retention:
+        length = None if bound.measure.startswith(HARNESS) else bound_length(bound, evolution.evaluation())
+        was, now = _measured(base, bound, length), _measured(after, bound, length)
+        lower = bound.measure != "perplexity"
+        limit = was - bound.within if lower else was * (1 + bound.within)
+        holds = now >= limit if lower else now <= limit
+        where = "" if length is None else f" at {length}"
+        judged.append(
+            {"round": stage.round.name, "measure": f"{bound.measure.removeprefix(HARNESS)}{where}", "base": was}
+            | {"after": now, "limit": limit, "side": "at least" if lower else "at most", "holds": bool(holds)}
+        )
+    return judged
+
+
+def why_stopped(judged: list[dict]) -> str | None:
+    """One sentence for the bounds that do not hold, or None."""
+    broken = [
+        f"{each['measure']} is {four_digits(each['after'])}, the base has {four_digits(each['base'])} and {each['side']} "
+        f"{four_digits(each['limit'])} was asked for"
+        for each in judged
+        if not each["holds"]
+    ]
+    return f"round {judged[0]['round']!r} is not promoted: {'; '.join(broken)}" if broken else None
+
+
+def three_places(value: float | None) -> str:
+    """A share as people read it; a dash for none."""
+    return DASH if value is None else f"{value:.3f}"
+
+
+def four_digits(value: float | None) -> str:
+    """Any other number."""
+    return DASH if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
+def _measured(scores: Scores, bound: Bound, length: int | None) -> float:
+    try:
+        if bound.measure == "accuracy":
+            return scores.accuracy(length)
+        return scores.perplexity[length] if length else scores.harness[bound.measure.removeprefix(HARNESS)]
+    except KeyError:
+        raise ValueError(
+            f"retention: the evaluation has no {bound.measure}" + (f" at {length}" if length else "")
+        ) from None
+
+
+def _row(stage: Stage) -> dict:
+    scores = Scores.load(stage.out)
+    name, theta = stage.round and stage.round.name, stage.theta
+    if name is None:
+        kind, label = "base", "base"
+    elif stage.kind == UNTRAINED:
+        kind, label = "untrained", f"{name}: untrained" if theta is None else f"{name}: theta {theta:g}, untrained"
+    else:
+        kind, label = "after", f"{name}: after"
+    found = sorted({length for cells in scores.tasks.values() for length in cells})
+    return {
+        "round": name,
+        "row": kind,
+        "label": label,
+        "theta": theta,
+        "accuracy": {length: scores.accuracy(length) for length in found},
+        "tasks": {task: {n: cell.score for n, cell in cells.items()} for task, cells in scores.tasks.items()},
+        "comparable": {task: all(cell.comparable for cell in cells.values()) for task, cells in scores.tasks.items()},
+        "perplexity": dict(scores.perplexity),
+        "harness": dict(scores.harness),
+        "published": dict(scores.published),
+    }

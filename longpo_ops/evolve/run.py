@@ -1,0 +1,147 @@
+"""The loop: every round generates, trains, evaluates, and is promoted if short contexts were not forgotten.
+
+    OUT/base/evaluate                      the base model, measured
+    OUT/ROUND/pairs, untrained             what the generator made; the starting model with theta raised, measured
+    OUT/ROUND/train, evaluate              the trained model and its checkpoints; the same measured
+    OUT/ROUND/*.json                       receipts of these stages (receipt.py)
+    OUT/results.json, report.html, .md     after every stage
+
+A stage whose receipt says that it is done is skipped; one that was stopped goes on by its own means: the generator's
+journal, the trainer's checkpoints, the evaluator's journal. Memory: that of the stage under way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from ..data import ChatFormat, read_pairs
+from ..evaluate import EvaluateRun, evaluate
+from ..evaluate.run import Plan as EvaluationPlan
+from ..generate import GenerateRun, find_files, generate
+from ..generate.report import write_summary
+from ..generate.store import locked
+from ..train.run import TrainRun, train
+from .report import write_report
+from .results import Result, collect, judge, why_stopped
+from .settings import BASE, Evolution
+from .stages import EVALUATE, PAIRS, TRAIN, Stage, naming, plan
+
+Progress = Callable[[str, float, str], None]
+
+
+def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
+    """Run all rounds, or go on with those that were stopped; OUT/report.html shows what there is at any time.
+
+    progress(stage, fraction, note) is called while a stage runs. A bound that does not hold ends the loop with
+    Result.stopped. Raises ValueError for settings and inputs that cannot be used, naming the stage, and whatever else a
+    stage raises (EngineStopped, OSError for a full disk): mend it and run the same again.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("evolve runs in one process; a round on several is trained by hand, see docs/evolve.md")
+    stages = check(evolution)
+    lock = _open(Path(evolution.out))
+    try:
+        for stage in stages:
+            try:
+                _work(stage, progress or (lambda *_: None))
+                judged = judge(evolution, stage) if stage.kind == EVALUATE and stage.round else []
+            except Exception as error:
+                reason = str(error) if isinstance(error, ValueError) else f"{stage.name}: {error}"
+                write_report(evolution, stages, collect(evolution, stages, reason))
+                raise
+            result = collect(evolution, stages, why_stopped(judged))
+            write_report(evolution, stages, result)
+            if result.stopped:
+                break
+        return result
+    finally:
+        os.close(lock)
+
+
+def check(evolution: Evolution) -> list[Stage]:
+    """The stages, after trying what can be known to fail. Raises ValueError."""
+    stages = plan(evolution)
+    for stage in stages:
+        with naming(stage.name):
+            stage.receipt()
+            if stage.kind == PAIRS:
+                find_files(stage.run.documents)
+            if stage.kind == TRAIN:
+                stage.run.config()
+            if stage.kind == EVALUATE and stage.round and stage.round.evaluate:  # the base's own are looked at first
+                EvaluationPlan(replace(stage.run, model=evolution.model)).check()
+    first = stages[0].run
+    ChatFormat(first.load_tokenizer(), template_kwargs=first.template_kwargs)
+    return stages
+
+
+def _open(out: Path) -> int:
+    """Locks the folder. Raises ValueError where it cannot be written, or another process is at work in it."""
+    try:
+        (out / BASE).mkdir(parents=True, exist_ok=True)
+        return locked(out / BASE / "lock")
+    except OSError as error:
+        raise ValueError(f"out {out} cannot be written ({error.strerror}); expected a folder of your own") from None
+
+
+def _work(stage: Stage, progress: Progress) -> None:
+    def tell(fraction: float, note: str = "") -> None:
+        progress(stage.name, fraction, note)
+
+    receipt = stage.receipt()
+    if receipt.done:
+        return tell(1.0, "done before")
+    tell(0.0)
+    with naming(stage.name), receipt.measured():
+        WORK[type(stage.run)](stage.run, tell)
+    return tell(1.0)
+
+
+def _generate(run: GenerateRun, tell) -> None:
+    result = generate(
+        run, lambda fraction, documents, made, _: tell(fraction, f"{documents:,} documents, {made:,} pairs")
+    )
+    if result.missing:
+        raise ValueError(
+            f"{result.missing} documents that were begun are no longer there; put them back, or remove {run.out} to begin again"
+        )
+    made = sum(outcome["pairs"] for outcome in result.outcomes)
+    summary = write_summary(result, read_pairs(run.out) if made else (), Path(run.out))
+    if not made:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in summary["left_out"].items())
+        raise ValueError(
+            f"no pair is left of {summary['documents']} documents, so there is nothing to train on. Turns left out: "
+            f"{reasons}; see {run.out}/summary.html"
+        )
+
+
+def _train(run: TrainRun, tell) -> None:
+    trainer = train(run, StepsTold(tell))
+    trainer.save_state()  # trainer_state.json: the numbers of the curves
+    if run.lora_rank:
+        merged = str(Path(run.output_dir) / "merged")
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
+        trainer.processing_class.save_pretrained(merged)
+    trainer.accelerator.free_memory()
+
+
+def _evaluate(run: EvaluateRun, tell) -> None:
+    evaluate(run, lambda done, total, label: tell(done / max(1, total), label))
+
+
+WORK = {GenerateRun: _generate, TrainRun: _train, EvaluateRun: _evaluate}
+
+
+class StepsTold(TrainerCallback):
+    """Calls tell(fraction, note) after every step of a training."""
+
+    def __init__(self, tell: Callable[[float, str], None]):
+        self.tell = tell
+
+    def on_step_end(self, args, state, control, **_):
+        self.tell(state.global_step / max(1, state.max_steps), f"step {state.global_step:,} of {state.max_steps:,}")

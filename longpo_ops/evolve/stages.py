@@ -1,0 +1,158 @@
+"""All stages of an evolution, in their order, known before the first one runs.
+
+    base/evaluate, then for every round: pairs, untrained, train, evaluate
+
+A stage is settings of a public piece (GenerateRun, TrainRun, EvaluateRun) and what they follow from: which model, by
+which identity. A trained model's identity is a digest of its training's settings, those of its pairs and of the models
+before it, so that a stage tells when anything before it has changed. Nothing is loaded but configs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..evaluate import EvaluateRun
+from ..generate import GenerateRun
+from ..train.run import TrainRun
+from .receipt import Receipt
+from .settings import BASE, GENERATOR, LAST, Evolution, Round
+
+PAIRS, UNTRAINED, TRAIN, EVALUATE = KINDS = ("pairs", "untrained", "train", "evaluate")
+FREE = {  # settings that do not decide what comes out: they may change when a stage goes on, or after it
+    *("endpoints", "concurrency", "timeout", "patience", "key_variable", "engine_options", "trust_remote_code"),
+    *("memory", "fit", "workspace_bytes", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"),
+    *("save_only_model", "logging_steps", "logging_strategy", "disable_tqdm", "report_to", "dataloader_num_workers"),
+}
+
+
+class Model(NamedTuple):
+    """A model that is there or will be. identity: what decides its weights. positions: tokens it reads by itself."""
+
+    path: str
+    identity: str
+    theta: float | None
+    positions: int | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """kind: one of KINDS. round: None for the base's evaluation. model: what the stage evaluates, trains or asks, and at
+    which theta. settings: what decides its output."""
+
+    kind: str
+    round: Round | None
+    out: Path
+    run: GenerateRun | TrainRun | EvaluateRun
+    model: Model
+    theta: float | None
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.out.parent.name}/{self.kind}"
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def receipt(self) -> Receipt:
+        """Raises ValueError where the stage was begun with other settings."""
+        return Receipt.open(self.out, self.settings)
+
+
+def plan(evolution: Evolution) -> list[Stage]:
+    """Raises ValueError, naming the round, for settings that a stage refuses and models that cannot be found."""
+    trust = bool(evolution.evaluate.get("trust_remote_code"))
+    base = read_model(evolution.model, trust)
+    stages, models = [_evaluation(evolution, None, EVALUATE, base, base.theta)], {BASE: base, LAST: base}
+
+    def find(name: str) -> Model:
+        return models.get(name) or read_model(name, trust)
+
+    for each in evolution.rounds:
+        with naming(f"round {each.name!r}"):
+            start, generator = models[LAST], find(each.generator)
+            reference = generator if each.reference == GENERATOR else find(each.reference)
+            theta = start.theta if each.rope_theta is None else float(each.rope_theta)
+            pairs = _pairs(evolution, each, generator, theta)
+            train = _training(evolution, each, start, reference, theta, pairs)
+            merged = "merged" if train.run.lora_rank else ""
+            after = Model(
+                str(train.out / merged), f"{each.name} {train.digest}", theta, train.run.max_position_embeddings
+            )
+            untrained = _evaluation(evolution, each, UNTRAINED, start, theta)
+            stages += [pairs, untrained, train, _evaluation(evolution, each, EVALUATE, after, theta)]
+        models |= {each.name: after, LAST: after}
+    return stages
+
+
+def read_model(name: str, trust_remote_code: bool = False) -> Model:
+    """What a model's config says of it. Raises ValueError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    rope = getattr(config, "rope_parameters", None) or {}
+    return Model(name, name, rope.get("rope_theta"), getattr(config, "max_position_embeddings", None))
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """A ValueError from within says where it came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _pairs(evolution: Evolution, each: Round, generator: Model, theta: float | None) -> Stage:
+    """A generator that reads too few tokens reads the documents at the policy's theta."""
+    out, given = Path(evolution.out) / each.name / PAIRS, each.generate
+    if given.get("engine") != "server" and "rope" not in given and each.length > (generator.positions or each.length):
+        given = given | {"rope": _rope(generator, theta)}
+    run = GenerateRun(model=generator.path, documents=each.documents, length=each.length, out=str(out), **given)
+    identity = _identity(given, model=generator.identity, documents=each.documents, length=each.length)
+    return Stage(PAIRS, each, out, run, generator, theta, identity)
+
+
+def _training(evolution: Evolution, each: Round, start: Model, reference: Model, theta, pairs: Stage) -> Stage:
+    out = Path(evolution.out) / each.name / TRAIN
+    context = {"rope_theta": theta, "max_position_embeddings": max(each.length, start.positions or 0)}
+    paths = {"model": start.path, "data": str(pairs.out), "output_dir": str(out)}
+    paths["reference_model"] = None if reference == start else reference.path
+    identity = dict(model=start.identity, reference_model=reference.identity, data=pairs.digest)
+    run = TrainRun.from_settings(each.train | context | paths)
+    return Stage(TRAIN, each, out, run, start, theta, _identity(each.train, **context, **identity))
+
+
+def _evaluation(evolution: Evolution, each: Round | None, kind: str, model: Model, theta: float | None) -> Stage:
+    out, given = Path(evolution.out) / (each.name if each else BASE) / kind, evolution.evaluation(each)
+    run = EvaluateRun(model=model.path, out=str(out), **given)
+    fits = theta == model.theta and run.longest <= (model.positions or run.longest)
+    rope = None if fits else _rope(model, theta)
+    return Stage(
+        kind, each, out, replace(run, rope=rope), model, theta, _identity(given, model=model.identity, rope=rope)
+    )
+
+
+def _rope(model: Model, theta: float | None) -> dict[str, float]:
+    """Entries to replace, for an engine that is to read more tokens than the model's config allows, or at another theta."""
+    if theta is None:
+        raise ValueError(
+            f"{model.path} reads {model.positions} tokens and its config has no single rope_theta; set the round's, or "
+            "expect no longer inputs"
+        )
+    return {"rope_theta": theta}
+
+
+def _identity(given: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What decides a stage's output, as JSON has it."""
+    return json.loads(json.dumps({name: value for name, value in given.items() if name not in FREE} | more))

@@ -1,0 +1,62 @@
+"""The options of the command line that say which engine answers: the same for every command that asks a model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Option(help="The model: a name or a folder. Its tokenizer is used here.")]
+EngineName = Annotated[str | None, typer.Option(help="transformers, vllm or server; server where endpoints are given.")]
+Endpoints = Annotated[list[str] | None, typer.Option(help="URL of an OpenAI-compatible server, repeatable.")]
+ServedModel = Annotated[str | None, typer.Option(help="The model's name at the server; default the only one.")]
+KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the API key.")]
+Concurrency = Annotated[int, typer.Option(help="Requests under way at once, per endpoint or vLLM rank.")]
+Timeout = Annotated[float, typer.Option(help="Seconds until a request counts as failed.")]
+Patience = Annotated[float, typer.Option(help="Seconds without any answer until the run stops.")]
+Rope = Annotated[str | None, typer.Option(help='RoPE entries to replace, as JSON: {"rope_theta": 1e7}.')]
+TemplateKwargs = Annotated[str | None, typer.Option(help="Variables of the chat template, as JSON.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights, local engines.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+EngineOptions = Annotated[
+    list[str] | None, typer.Option(help="name=value (JSON), repeatable: vLLM engine arguments, or request fields.")
+]
+
+
+def engine_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """A command's arguments with those of the engine as the fields of EngineSettings.
+
+    Raises typer.BadParameter for what is no JSON.
+    """
+    rest = dict(given)
+    endpoints = tuple(rest.pop("endpoint") or ())
+    options = rest.pop("engine_option") or ()
+    return rest | {
+        "engine": rest["engine"] or ("server" if endpoints else "transformers"),
+        "endpoints": endpoints,
+        "key_variable": rest.pop("api_key_variable"),
+        "rope": _json("--rope", rest["rope"]),
+        "template_kwargs": _json("--template-kwargs", rest["template_kwargs"]),
+        "engine_options": dict(_assignment(each) for each in options) or None,
+    }
+
+
+def _json(name: str, text: str | None) -> dict | None:
+    try:
+        value = None if text is None else json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{name} {text}: no valid JSON: {error}") from None
+    if value is not None and not isinstance(value, dict):
+        raise typer.BadParameter(f"{name} {text}: expected names and values, such as '{{\"rope_theta\": 1e7}}'")
+    return value
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise typer.BadParameter(f"--engine-option {text}: expected name=value")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,0 +1,89 @@
+"""Which engine answers, and with which settings: what every run that asks a model has in common."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from . import NAMES, Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """The model and the engine of a run.
+
+    model: a name or a folder; its tokenizer and chat template are used here, its weights by the local engines.
+    rope: entries of the model's rope_parameters that are replaced, for local engines. endpoints, served_model,
+    concurrency, timeout, patience, key_variable: of servers. template_kwargs: variables of the chat template.
+    engine_options: vLLM's engine arguments, or further fields of every request to a server.
+    """
+
+    model: str
+    engine: str = "transformers"
+    rope: dict | None = None
+    template_kwargs: dict | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    endpoints: tuple[str, ...] = ()
+    served_model: str | None = None
+    concurrency: int = 64
+    timeout: float = 1800.0
+    patience: float = 300.0
+    key_variable: str = "OPENAI_API_KEY"
+    engine_options: dict | None = None
+
+    def __post_init__(self):
+        """Raises ValueError for settings that make no sense, saying which."""
+        if self.engine not in NAMES:
+            raise ValueError(f"engine {self.engine!r}; expected one of {', '.join(NAMES)}")
+        if (self.engine == "server") != bool(self.endpoints):
+            raise ValueError(
+                f"engine {self.engine!r} with endpoints {list(self.endpoints)}; expected endpoints for 'server' only"
+            )
+        self.require_positive("concurrency", "timeout", "patience")
+        if self.rope and self.engine == "server":
+            flag = json.dumps({"rope_parameters": self.rope})
+            raise ValueError(
+                f"rope: a running server keeps its own; start it with them: vllm serve --hf-overrides '{flag}'"
+            )
+
+    def require_positive(self, *names: str) -> None:
+        """Raises ValueError for a field that is neither None nor above 0."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; expected more than 0")
+
+    def load_tokenizer(self):
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+
+    def make_engine(self, length: int) -> Engine:
+        """The engine, not started, that reads `length` tokens. Raises ValueError for options it does not know."""
+        local = dict(length=length, rope=self.rope, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        local["template_kwargs"] = self.template_kwargs
+        options = self.engine_options or {}
+        if self.engine == "vllm":
+            from .vllm import VLLMEngine
+
+            return VLLMEngine(self.model, **local, concurrency=self.concurrency, options=options)
+        if self.engine == "transformers":
+            if options:
+                raise ValueError(f"engine options {sorted(options)}; the transformers engine has none")
+            from .transformers import TransformersEngine
+
+            return TransformersEngine(self.model, **local)
+        from .server import ServerEngine
+
+        return ServerEngine(
+            self.endpoints,
+            self.served_model,
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+            patience=self.patience,
+            key_variable=self.key_variable,
+            template_kwargs=self.template_kwargs,
+            extra=options,
+        )

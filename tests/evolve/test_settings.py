@@ -1,0 +1,195 @@
+"""What an evolution's settings must be, and which stages follow from them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longpo_ops.evolve import Evolution, plan
+
+ROOT = Path(__file__).parents[2]
+SHORT = {"question_tokens": 80, "answer_tokens": 24}
+FIRST = {"name": "one", "length": 1024, "documents": "docs", "rope_theta": 2e4, "generate": SHORT}
+SETTINGS = {
+    "model": "base-model",
+    "out": "out",
+    "evaluate": {"lengths": [128, 256], "perplexity": ["text"], "perplexity_lengths": [128]},
+    "retention": [{"measure": "accuracy", "within": 0.05}],
+    "rounds": [FIRST, FIRST | {"name": "two", "generator": "one"}],
+}
+
+
+def changed(**changes) -> dict:
+    settings = copy.deepcopy(SETTINGS)
+    first = changes.pop("first", {})
+    settings["rounds"][0] |= first
+    return settings | changes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (changed(colour="red"), "the evolution: colour unknown; expected some of model, out"),
+        (changed(rounds=[]), "rounds: none; expected one at least"),
+        (changed(rounds="one"), "rounds: expected a list, got str"),
+        (changed(rounds=["one"]), r"rounds\[0\]: expected names and values, got str"),
+        (changed(rounds=[{"name": "one"}]), r"rounds\[0\]: length, documents missing"),
+        (changed(evaluate={}), "evaluate: lengths missing"),
+        (changed(evaluate={"lengths": 128}), "evaluate: lengths is 128; expected a list"),
+        (changed(evaluate={"lengths": [128], "engine": "server"}), "engine 'server' has one model"),
+        (changed(evaluate={"lengths": [128], "rope": {}}), "rope is set by rope_theta; leave it out"),
+        (changed(evaluate={"lengths": [128], "task": []}), "the evolution, evaluate: task unknown; expected some of"),
+        (changed(retention=[{"measure": "bleu", "within": 0}]), "measure 'bleu'; expected accuracy, perplexity or"),
+        (changed(retention=[{"measure": "accuracy", "within": -1}]), "within is -1; expected a number from 0"),
+        (changed(retention=[{"measure": "accuracy", "within": 0, "length": 512}]), "accuracy at 512 is not evaluated"),
+        (changed(retention=[{"measure": "perplexity", "within": 0, "length": 256}]), "perplexity at 256 is not eval"),
+        (changed(retention=[{"measure": "harness:mmlu", "within": 0}]), "add 'mmlu' to evaluate: harness"),
+        (changed(retention=[{"measure": "harness:mmlu", "within": 0, "length": 8}]), "length is 8"),
+        (changed(first={"evaluate": {"lengths": [256]}}), "accuracy at 128 is not evaluated for round 'one'"),
+        (changed(first={"name": "two"}), "two is there twice"),
+        (changed(first={"name": "a/b"}), "as it names a folder"),
+        (changed(first={"name": "base"}), "expected another name, as this one means a model"),
+        (changed(first={"length": "1K"}), "length is '1K'; expected a number of tokens"),
+        (changed(first={"documents": []}), "round 'one': no documents"),
+        (changed(first={"documents": 7}), "documents: 7; expected text, or a list of it"),
+        (changed(first={"rope_theta": "high"}), "rope_theta is 'high'; expected a number"),
+        (changed(first={"colour": "red"}), r"rounds\[0\]: colour unknown; expected some of name, length"),
+        (changed(first={"generate": {"question": 4}}), "round 'one', generate: question unknown; .* questions"),
+        (changed(first={"train": {"lr": 1e-3}}), "round 'one', train: lr unknown; .* learning_rate"),
+        (changed(first={"train": {"rope_theta": 1e6}}), "round 'one', train: rope_theta is set by rope_theta; leave"),
+        (changed(first={"generate": []}), "round 'one', generate: expected names and values, got list"),
+        (
+            changed(first={"generator": "two"}),
+            "round 'one': generator 'two' is a later round, .* expected last, base, or",
+        ),
+        (changed(first={"reference": "one"}), "round 'one': reference 'one' is that round itself"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Evolution.from_settings(settings)
+
+
+def test_a_file_is_read_with_its_numbers(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(changed(first={"train": {"learning_rate": "RATE"}})).replace("RATE", "5e-7")
+    )
+    evolution = Evolution.from_file(tmp_path / "run.yaml")
+    assert evolution == Evolution.from_settings(changed(first={"train": {"learning_rate": 5e-7}}))
+    assert evolution.rounds[0].documents == ("docs",) and evolution.evaluate["lengths"] == (128, 256)
+    for text, message in (("- a", "expected names and values, got list"), ("a: [", "no valid YAML")):
+        (tmp_path / "run.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Evolution.from_file(tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        Evolution.from_file(tmp_path / "nowhere.yaml")
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="model 'base-model' cannot be loaded"):
+        plan(Evolution.from_settings(SETTINGS))
+
+
+def rounds(evolution: Evolution | dict) -> list[dict]:
+    """Per round its stages by kind; the one before them is the base's."""
+    evolution = Evolution.from_settings(evolution) if isinstance(evolution, dict) else evolution
+    stages, kinds = plan(evolution), ("pairs", "untrained", "train", "evaluate")
+    names = [f"{each.name}/{kind}" for each in evolution.rounds for kind in kinds]
+    assert [stage.name for stage in stages] == ["base/evaluate", *names]
+    return [{stage.kind: stage for stage in stages if stage.round is each} for each in evolution.rounds]
+
+
+def test_who_generates_who_is_the_reference_and_at_which_theta(model):
+    names = ("one", "two", "three", "four")
+    lengths, thetas = (1024, 2048, 2048, 4096), (2e4, 4e4, None, None)
+    settings = changed(model=str(model))
+    settings["rounds"] = [
+        FIRST | {"name": name, "length": length, "rope_theta": theta}
+        for name, length, theta in zip(names, lengths, thetas)
+    ]
+    settings["rounds"][2] |= {"generator": "one"}
+    settings["rounds"][3] |= {"generator": "one", "reference": "base"}
+    found = rounds(settings)
+    trained = [f"out/{name}/train" for name in names]
+    assert [each["train"].run.model for each in found] == [str(model), *trained[:3]]  # the last promoted one
+    assert [each["pairs"].run.model for each in found] == [str(model), trained[0], trained[0], trained[0]]
+    # None: the model that the policy starts from, with its own RoPE
+    assert [each["train"].run.reference_model for each in found] == [None, None, trained[0], str(model)]
+    assert [each["train"].run.rope_theta for each in found] == [2e4, 4e4, 4e4, 4e4]
+    assert [each["train"].run.max_position_embeddings for each in found] == [1024, 2048, 2048, 4096]
+    raised = {"rope_theta": 4e4}
+    assert [each["pairs"].run.rope for each in found] == [
+        None,
+        raised,
+        raised,
+        raised,
+    ]  # those that read too few tokens
+    assert [each["untrained"].run.model for each in found] == [str(model), *trained[:3]]
+    assert [each["untrained"].run.rope for each in found] == [{"rope_theta": 2e4}, raised, None, None]
+    assert [each["evaluate"].run.model for each in found] == trained
+    assert [each["evaluate"].run.rope for each in found] == [None] * 4
+
+
+def test_models_are_measured_beyond_what_they_read(model):
+    settings = changed(model=str(model), first={"evaluate": {"lengths": [128, 2048]}})
+    settings["evaluate"]["lengths"] = [128, 4096]
+    base, *_ = plan(Evolution.from_settings(settings))
+    first = rounds(settings)[0]
+    assert base.run.rope == {"rope_theta": 1e4}  # its own: the config's limit alone is raised
+    assert first["untrained"].run.rope == first["evaluate"].run.rope == {"rope_theta": 2e4}
+    assert first["evaluate"].run.lengths == (128, 2048)
+
+
+def test_a_server_keeps_its_own_rope(model):
+    server = SHORT | {"engine": "server", "endpoints": ["http://host/v1"]}
+    first = rounds(changed(model=str(model), first={"length": 4096, "generate": server}))[0]
+    assert first["pairs"].run.rope is None and first["pairs"].run.endpoints == ("http://host/v1",)
+
+
+def test_a_stage_tells_when_anything_before_it_has_changed(model):
+    def digests(**first):
+        return {
+            stage.name: stage.digest for stage in plan(Evolution.from_settings(changed(model=str(model), first=first)))
+        }
+
+    before = digests()
+    assert digests(train={"save_steps": 5}) == before  # decides nothing
+    after = digests(train={"seed": 5})
+    assert {name for name in before if before[name] != after[name]} == {
+        *("one/train", "one/evaluate"),
+        *("two/pairs", "two/untrained", "two/train", "two/evaluate"),
+    }
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "qwen2.5-7b"])
+def test_the_ready_configs_are_the_papers(model, name):
+    evolution = Evolution.from_file(ROOT / f"examples/evolve/{name}.yaml")
+    found = rounds(replace(evolution, model=str(model)))
+    out, base = evolution.out, str(model)
+    expected = {
+        "mistral-7b": (
+            [131072, 262144, 524288],
+            [base, f"{out}/128k/train", f"{out}/128k/train"],
+            [45000, 16000, 2500],
+        ),
+        "qwen2.5-7b": ([131072], [base], [32000]),
+    }
+    lengths, generators, documents = expected[name]
+    pairs, train = [each["pairs"].run for each in found], [each["train"].run for each in found]
+    assert [run.length for run in pairs] == [run.max_position_embeddings for run in train] == lengths
+    assert [run.model for run in pairs] == [run.reference_model or run.model for run in train] == generators
+    assert [run.max_documents for run in pairs] == documents
+    assert {(run.min_document, run.chunk_bounds(), run.chunks, run.questions) for run in pairs} == {
+        (65536, (16384, 32768), 4, 4)
+    }
+    assert {(run.temperature, run.top_p, run.answer_tokens) for run in pairs} == {(0.7, 0.9, 1024)}
+    assert {run.rope_theta for run in train} == {1e7}
+    objective = train[0].config().method.make_objective(train[0].training["objective_options"])
+    assert (objective.beta, objective.preference_weight) == (0.1, 0.01)
+    config = train[0].config()
+    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_steps) == (5e-7, "cosine", 0.1)
+    assert config.gradient_accumulation_steps == 8 and all(run.training == train[0].training for run in train)
