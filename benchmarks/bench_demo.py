@@ -21,8 +21,9 @@ from stamp import ROOT, host_class, stamp
 sys.path.insert(0, str(ROOT))
 
 from longpo_ops.demo.compare import compare, draw
-from longpo_ops.demo.run import evolution, prepare
+from longpo_ops.demo.run import evolution
 from longpo_ops.evolve import evolve
+from longpo_ops.tiny.text import prepare
 
 PICTURES = ROOT / "docs/pictures"
 

@@ -78,20 +78,43 @@ inline Vec exp_nonpositive(Vec x) {
   return fmadd(r * p, two_n, two_n);
 }
 
+// log w for normal 0 < w < infinity, within 1 ulp: w = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and
+// log(1 + f) = f - f^2 / 2 + f^3 P(f), P the minimax relative to the logarithm. The bits of sqrt(1/2), taken from those of
+// w, leave k above the mantissa; k becomes a float as exp's n does. NaN, whose bits look like a number's, stays NaN by w * 0.
+inline Vec log_normal(Vec w) {
+  using Int = at::vec::Vectorized<int32_t>;
+  using at::vec::fmadd;
+  const Int half(0x3f3504f3), bits = at::vec::cast<int32_t>(w) - half;
+  const Vec k = at::vec::cast<float>((bits >> Int(23)) + Int(0x4b400000)) - Vec(12582912.0f);
+  const Vec f = at::vec::cast<float>((bits & Int(0x7fffff)) + half) - Vec(1.0f);
+  Vec p = fmadd(f, Vec(-7.63443783e-2f), Vec(0.127615631f));
+  p = fmadd(f, p, Vec(-0.131601974f));
+  p = fmadd(f, p, Vec(0.142017603f));
+  p = fmadd(f, p, Vec(-0.166233554f));
+  p = fmadd(f, p, Vec(0.200012267f));
+  p = fmadd(f, p, Vec(-0.250008225f));
+  p = fmadd(f, p, Vec(0.333333313f));
+  p = fmadd(f, p, Vec(-0.5f));
+  return fmadd(w, Vec(0.0f), fmadd(k, Vec(0.693147181f), fmadd(f * f, p, f)));
+}
+
 // tanh x within 1.5 ulp: x + x^3 P(x^2) up to |x| = 0.55, P the relative minimax, and beyond, with u = e^(-2|x|),
-// 1 - 2u / (1 + u), where little is subtracted from 1.
+// 1 - 2u / (1 + u), where little is subtracted from 1. Most vectors of logits need the first alone, a third of the work.
 inline Vec tanh(Vec x) {
   using at::vec::fmadd;
-  const Vec sign = x & Vec(-0.0f), two(2.0f), one(1.0f);
-  const Vec u = exp_nonpositive((x | Vec(-0.0f)) * two);
-  const Vec large = (one - two * u / (one + u)) | sign;
   const Vec z = x * x;
   Vec p = fmadd(z, Vec(-6.26669802e-3f), Vec(2.10666562e-2f));
   p = fmadd(z, p, Vec(-5.38511704e-2f));
   p = fmadd(z, p, Vec(0.133325761f));
   p = fmadd(z, p, Vec(-0.333333173f));
-  const Vec small = fmadd(x * z, p, x);
-  return Vec::blendv(large, small, z < Vec(0.3025f));
+  const Vec small = fmadd(x * z, p, x), is_small = z < Vec(0.3025f);
+  if (is_small.zero_mask() == 0) {
+    return small;
+  }
+  const Vec sign = x & Vec(-0.0f), two(2.0f), one(1.0f);
+  const Vec u = exp_nonpositive((x | Vec(-0.0f)) * two);
+  const Vec large = (one - two * u / (one + u)) | sign;
+  return Vec::blendv(large, small, is_small);
 }
 
 // How a product becomes a logit.
@@ -105,8 +128,8 @@ struct Map {
   }
 
   // The logits of columns [column, column + n): z itself where the map is the identity, else written to `to` (z or a
-  // buffer).
-  const float* logits(const float* z, float* to, int64_t column, int64_t n) const {
+  // buffer). With a soft-cap also their tanh, where a place for it is given.
+  const float* logits(const float* z, float* to, int64_t column, int64_t n, float* tanhs = nullptr) const {
     if (identity()) {
       return z;
     }
@@ -118,10 +141,17 @@ struct Map {
     const float* shift = bias + column;
     const auto biased = [=](Vec x, int64_t j, int64_t count) { return x + Vec::loadu(shift + j, count); };
     const Vec inner(softcap > 0 ? scale / softcap : scale), cap(softcap);
+    const auto capped = [=](Vec x, int64_t j, int64_t count) {
+      const Vec t = tanh(x * inner);
+      if (tanhs != nullptr) {
+        t.store(tanhs + j, count);
+      }
+      return t * cap;
+    };
     if (softcap > 0 && bias != nullptr) {
-      write([=](Vec x, int64_t j, int64_t count) { return tanh(biased(x, j, count) * inner) * cap; });
+      write([=](Vec x, int64_t j, int64_t count) { return capped(biased(x, j, count), j, count); });
     } else if (softcap > 0) {
-      write([=](Vec x, int64_t, int64_t) { return tanh(x * inner) * cap; });
+      write(capped);
     } else if (bias != nullptr) {
       write([=](Vec x, int64_t j, int64_t count) { return biased(x, j, count) * inner; });
     } else {
@@ -133,10 +163,11 @@ struct Map {
   // f' as a function of the logit.
   template <class T>
   T slope(T logit) const {
-    if (softcap == 0) {
-      return T(scale);
-    }
-    const T t = logit / T(softcap);  // a reciprocal's rounding would show where t is near 1
+    // a reciprocal's rounding would show where the quotient is near 1
+    return softcap == 0 ? T(scale) : slope_of_tanh(logit / T(softcap));
+  }
+  template <class T>
+  T slope_of_tanh(T t) const {
     return T(scale) * (T(1.0f) - t * t);
   }
 };
@@ -179,11 +210,12 @@ struct LogSumExp {
   float peak = -kInfinity;
   double sum = 0;
 
-  // Adds a block; with `exps`, writes exp(l - shift) there. Returns the shift: the peak so far, or 0 while all is -inf,
-  // where subtracting the peak would turn zeros into NaN. `next` is what the row's next block will read from memory:
-  // asked for here, where arithmetic leaves the memory idle (a third of the visit's time with a scale or a bias).
-  template <bool store>
-  float add(const float* l, int64_t n, float* exps, const float* next) {
+  // Adds a block and hands keep(j, e, count) its exponentials exp(l - shift). Returns the shift: the peak so far, or 0
+  // while all is -inf, where subtracting the peak would turn zeros into NaN. `next` is what the row's next block will read
+  // from memory: asked for here, where arithmetic leaves the memory idle (a third of the visit's time with a scale or a
+  // bias).
+  template <class Keep>
+  float add(const float* l, int64_t n, const float* next, const Keep& keep) {
     const float top = block_max(l, n);
     if (top > peak) {
       sum *= std::exp(static_cast<double>(peak) - top);
@@ -194,15 +226,18 @@ struct LogSumExp {
     for_vectors(n, [&](int chain, int64_t j, int64_t count) {
       __builtin_prefetch(next + j);
       const Vec e = exp_nonpositive(Vec::loadu(l + j, count) - Vec(shift));
-      if (store) {
-        e.store(exps + j, count);
-      }
+      keep(j, e, count);
       block.add(chain, e, count);
     });
     sum += block.total();
     return shift;
   }
 
+  // What makes probabilities of a block's exponentials: one double factor rounded once, which spares the rounding of
+  // (l - peak) - log_sum, several ulps of p where log_sum is near 10.
+  double factor(float shift) const {
+    return (shift == peak ? 1.0 : std::exp(static_cast<double>(shift) - peak)) / sum;
+  }
   double log_sum() const {
     return std::log(sum);
   }
@@ -225,5 +260,7 @@ inline void narrow_block(float* row, int64_t column, int64_t n) {
     at::vec::convert_from_float<T>(low, high).store(to + j, count);
   }
 }
+
+using Narrow = void (*)(float* row, int64_t column, int64_t n);
 
 }  // namespace longpo

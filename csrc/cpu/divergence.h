@@ -6,7 +6,10 @@
 //   jsd:     a = (beta, 1 - beta)    dl = a_p p (log p/r - KL(p||r))   dl_teacher = a_q q (log q/r - KL(q||r))
 //            r = beta q + (1 - beta) p
 //
-// with 0 log 0 = 0. Works on the logits of both rows, (V,) each, in place; sums as in blocks.h.
+// with 0 log 0 = 0. Works on the logits of both rows, (V,) each, in place, beside the exponentials that their sums left;
+// sums as in blocks.h. With u = log p - log q, e = exp(-|u|), and c the weight in r of the smaller of p and q,
+//
+//   log(larger / r) = -log(1 - c (1 - e)),    log(smaller / r) = log(larger / r) - |u|
 
 #pragma once
 
@@ -21,80 +24,119 @@ inline Vec weighed(Vec w, Vec x) {
   return Vec::blendv(w * x, Vec(0.0f), w == Vec(0.0f));
 }
 
+// One of the two rows. A gradient is share * slope * (p - q), written at once, or share * weight * (term - mean), for which
+// the first visit leaves weight = slope * p where the exponentials were, and the term where the logits were.
+struct Side {
+  float *logits, *exps;
+  const float* shifts;  // of the exponentials, per block
+  LogSumExp sums;
+  const Map& map;
+  bool needed;  // whether its gradient is
+  Narrow narrow;
+
+  Vec factor(int64_t column) const {
+    return Vec(static_cast<float>(sums.factor(shifts[column / kBlock])));
+  }
+
+  void leave(int64_t at, Vec logit, Vec p, Vec term, int64_t count) const {
+    if (needed) {
+      term.store(logits + at, count);
+      (p * map.slope(logit)).store(exps + at, count);
+    }
+  }
+  void write(int64_t at, Vec logit, Vec gradient, int64_t count) const {
+    if (needed) {
+      (gradient * map.slope(logit)).store(logits + at, count);
+    }
+  }
+
+  void gradient(double mean, float share, int64_t columns) const {
+    if (!needed) {
+      return;
+    }
+    const Vec m(static_cast<float>(mean)), k(share);
+    for_blocks(columns, [&](int64_t column, int64_t n) {
+      float *to = logits + column, *weight = exps + column;
+      for_vectors(n, [=](int, int64_t j, int64_t count) {
+        (weighed(Vec::loadu(weight + j, count), Vec::loadu(to + j, count) - m) * k).store(to + j, count);
+      });
+      narrow_block(column, n);
+    });
+  }
+  void narrow_block(int64_t column, int64_t n) const {
+    if (needed && narrow != nullptr) {
+      narrow(logits, column, n);
+    }
+  }
+};
+
 template <Kind kind>
 struct DivergenceRow {
-  float* l;         // the student's logits
-  float* l_teacher;
+  Side student, teacher;
   int64_t columns;
-  LogSumExp student, teacher;
   float beta;
-  // log p and log q are never formed: near -10 each would lose digits that their difference, or p / q, keeps.
-  Vec scale_p{static_cast<float>(1.0 / student.sum)};
-  Vec scale_q{static_cast<float>(1.0 / teacher.sum)};
-  Vec log_sums{static_cast<float>(student.log_sum() - teacher.log_sum())};
+  // log p and log q are never formed: near -10 each would lose digits that their difference keeps.
+  Vec log_sums{static_cast<float>(student.sums.log_sum() - teacher.sums.log_sum())};
 
-  struct Terms {
-    Vec p, q, ratio_p, ratio_q;  // log p/r, log q/r; 0 where the kind has no such term
-  };
   struct Means {
     double p = 0, q = 0;  // KL(p || r), KL(q || r)
   };
 
-  Terms terms(Vec logit, Vec logit_teacher) const {
-    const Vec zero(0.0f);
-    const Vec x = logit - Vec(student.peak), y = logit_teacher - Vec(teacher.peak);
-    const Vec p = exp_nonpositive(x) * scale_p, q = exp_nonpositive(y) * scale_q;
-    if constexpr (kind == Kind::forward) {
-      return {p, q, zero, (y - x) + log_sums};
-    } else if constexpr (kind == Kind::reverse) {
-      return {p, q, (x - y) - log_sums, zero};
-    } else {
-      const Vec gap = p - q, minus(-1.0f);  // r = p - beta (p - q) = q + (1 - beta) (p - q)
-      return {p, q, minus * (Vec(-beta) * gap / p).log1p(), minus * (Vec(1.0f - beta) * gap / q).log1p()};
-    }
-  }
-
-  Means means() const {
+  Means means(float kappa) const {
     Means means;
     for_blocks(columns, [&](int64_t column, int64_t n) {
       BlockSum sum_p, sum_q;
-      for_vectors(n, [&](int chain, int64_t j, int64_t count) {
-        const Terms t = terms(Vec::loadu(l + column + j, count), Vec::loadu(l_teacher + column + j, count));
-        if (kind != Kind::forward) {
-          sum_p.add(chain, weighed(t.p, t.ratio_p), count);
+      const Vec f_p = student.factor(column), f_q = teacher.factor(column), k(kappa), one(1.0f), zero(0.0f);
+      for_vectors(n, [&](int chain, int64_t j, int64_t count) __attribute__((always_inline)) {
+        const int64_t at = column + j;
+        const Vec logit = Vec::loadu(student.logits + at, count), logit_teacher = Vec::loadu(teacher.logits + at, count);
+        const Vec p = Vec::loadu(student.exps + at, count) * f_p, q = Vec::loadu(teacher.exps + at, count) * f_q;
+        const Vec u = ((logit - Vec(student.sums.peak)) - (logit_teacher - Vec(teacher.sums.peak))) - log_sums;
+        Vec term = u, term_teacher = zero - u;  // log p/r, log q/r
+        if constexpr (kind == Kind::jsd) {
+          const Vec minus = u | Vec(-0.0f), p_larger = u >= zero;  // -|u|
+          const Vec c = Vec::blendv(Vec(1.0f - beta), Vec(beta), p_larger);
+          const Vec larger = zero - log_normal(one - c * (one - exp_nonpositive(minus))), smaller = larger + minus;
+          term = Vec::blendv(smaller, larger, p_larger);
+          term_teacher = Vec::blendv(larger, smaller, p_larger);
         }
-        if (kind != Kind::reverse) {
-          sum_q.add(chain, weighed(t.q, t.ratio_q), count);
+        if constexpr (kind == Kind::forward) {
+          student.write(at, logit, (p - q) * k, count);
+        } else {
+          student.leave(at, logit, p, term, count);
+          sum_p.add(chain, weighed(p, term), count);
+        }
+        if constexpr (kind == Kind::reverse) {
+          teacher.write(at, logit_teacher, (q - p) * k, count);
+        } else {
+          teacher.leave(at, logit_teacher, q, term_teacher, count);
+          sum_q.add(chain, weighed(q, term_teacher), count);
         }
       });
       means.p += sum_p.total();
       means.q += sum_q.total();
+      if (kind == Kind::forward) {
+        student.narrow_block(column, n);
+      }
+      if (kind == Kind::reverse) {
+        teacher.narrow_block(column, n);
+      }
     });
     return means;
   }
 
   double value(const Means& means) const {
-    return kind == Kind::forward ? means.q : kind == Kind::reverse ? means.p : beta * means.q + (1.0 - beta) * means.p;
+    return kind == Kind::jsd ? beta * means.q + (1.0 - beta) * means.p : means.p + means.q;
   }
 
-  // kappa * d value / dz over one block, into the logits of each side that is wanted.
-  void gradient(const Means& means, float kappa, const Map* map, const Map* map_teacher, int64_t column,
-                int64_t n) const {
-    float *to = l + column, *to_teacher = l_teacher + column;
-    const Vec mean_p(static_cast<float>(means.p)), mean_q(static_cast<float>(means.q));
-    const Vec k_p(kind == Kind::jsd ? kappa * (1.0f - beta) : kappa), k_q(kind == Kind::jsd ? kappa * beta : kappa);
-    for_vectors(n, [&](int, int64_t j, int64_t count) {
-      const Vec logit = Vec::loadu(to + j, count), logit_teacher = Vec::loadu(to_teacher + j, count);
-      const Terms t = terms(logit, logit_teacher);
-      if (map != nullptr) {
-        const Vec dl = kind == Kind::forward ? t.p - t.q : weighed(t.p, t.ratio_p - mean_p);
-        (dl * k_p * map->slope(logit)).store(to + j, count);
-      }
-      if (map_teacher != nullptr) {
-        const Vec dl = kind == Kind::reverse ? t.q - t.p : weighed(t.q, t.ratio_q - mean_q);
-        (dl * k_q * map_teacher->slope(logit_teacher)).store(to_teacher + j, count);
-      }
-    });
+  // What `means` has not yet written.
+  void gradients(const Means& means, float kappa) const {
+    if (kind != Kind::forward) {
+      student.gradient(means.p, kind == Kind::jsd ? kappa * (1.0f - beta) : kappa, columns);
+    }
+    if (kind != Kind::reverse) {
+      teacher.gradient(means.q, kind == Kind::jsd ? kappa * beta : kappa, columns);
+    }
   }
 };
 

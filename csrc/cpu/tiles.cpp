@@ -5,7 +5,7 @@
 //
 // The interface, shapes and corner cases are those of longpo_ops/ops/tiles.py. Tiles are (n, V) float32 with contiguous
 // columns and any pitch. Rows are split over threads; a row is read from memory once, and the second pass finds it in
-// the second-level cache. Scratch: a block of kBlock floats and V / kBlock floats per thread.
+// the second-level cache. Scratch: a block of kBlock floats and V / kBlock floats per thread; a divergence also two rows.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -87,6 +87,11 @@ void for_rows(const Tile& z, const F& f) {
   at::parallel_for(0, z.rows, std::max<int64_t>(1, 32768 / z.columns), f);
 }
 
+// A number per block of a row.
+std::vector<float> shifts_of(const Tile& z) {
+  return std::vector<float>((z.columns + kBlock - 1) / kBlock);
+}
+
 struct Label {
   int64_t column;
   float logit = 0;
@@ -96,36 +101,34 @@ struct Label {
   }
 };
 
-using Narrow = void (*)(float* row, int64_t column, int64_t n);
-
 Narrow narrow_to(at::ScalarType dtype) {
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
                     "dtype must be float32, bfloat16 or float16, got ", dtype);
   return dtype == at::kBFloat16 ? narrow_block<at::BFloat16> : dtype == at::kHalf ? narrow_block<at::Half> : nullptr;
 }
 
-// What the first pass leaves in the row: the products as they were, the logits, or exp(l - shift), a shift per block.
-enum class Leave { products, logits, exps };
+// Where the first pass writes what the map makes of a row's products.
+enum class Place { buffer, row, tanh_in_row };  // logits in a buffer, in the row, in a buffer and their tanh in the row
 
-template <Leave leave>
-LogSumExp first_pass(float* z, int64_t columns, const Map& map, Label& label, std::vector<float>* shifts = nullptr) {
+// Sums a row; keep(column, e, count) takes exp(l - shift), a shift per block.
+template <Place place, class Keep>
+LogSumExp first_pass(float* z, int64_t columns, const Map& map, Label& label, float* shifts, const Keep& keep) {
   LogSumExp stats;
   alignas(64) float buffer[kBlock];
   for_blocks(columns, [&](int64_t column, int64_t n) {
-    const float* l = map.logits(z + column, leave == Leave::logits ? z + column : buffer, column, n);
+    float* row = z + column;
+    float *logits = place == Place::row ? row : buffer, *tanhs = place == Place::tanh_in_row ? row : nullptr;
+    const float* l = map.logits(row, logits, column, n, tanhs);
     if (label.in(column, n)) {
       label.logit = l[label.column - column];
     }
-    const float shift = stats.add<leave == Leave::exps>(l, n, z + column, z + column + n);
-    if (leave == Leave::exps) {
-      (*shifts)[column / kBlock] = shift;
-    }
+    shifts[column / kBlock] =
+        stats.add(l, n, row + n, [&](int64_t j, Vec e, int64_t count) { keep(column + j, e, count); });
   });
   return stats;
 }
 
-// g * (1[j == y] - p) * f', in place. p_j is an exponential times one double factor rounded once, which spares the
-// rounding of (l - m) - s, several ulps of p where s is near 10.
+// g * (1[j == y] - p) * f', in place.
 struct LabelGradient {
   Label label;
   double logp;
@@ -154,13 +157,10 @@ struct LabelGradient {
     });
   }
 
-  // Without a soft-cap the slope is constant, and the first pass's exponentials need only a factor per block.
-  void from_exps(float* row, int64_t columns, const LogSumExp& sums, const std::vector<float>& shifts) const {
-    const double factor = -static_cast<double>(g) * map.scale / sums.sum;
+  // From what the first pass kept: exponentials times `slope`, which need only a factor per block.
+  void from_exps(float* row, int64_t columns, const LogSumExp& sums, const float* shifts, float slope) const {
     for_blocks(columns, [&](int64_t column, int64_t n) {
-      const float shift = shifts[column / kBlock];
-      const double rescale = shift == sums.peak ? 1.0 : std::exp(static_cast<double>(shift) - sums.peak);
-      const Vec f(static_cast<float>(factor * rescale));
+      const Vec f(static_cast<float>(-static_cast<double>(g) * slope * sums.factor(shifts[column / kBlock])));
       float* e = row + column;
       for_vectors(n, [&](int, int64_t j, int64_t count) { (Vec::loadu(e + j, count) * f).store(e + j, count); });
       finish_block(row, column, n);
@@ -179,9 +179,11 @@ std::tuple<Tensor, Tensor> logps(const Tensor& z, const Tensor& labels, const Op
   const int64_t* label_of = y.const_data_ptr<int64_t>();
   float *logp = logps.data_ptr<float>(), *stat = stats.data_ptr<float>();
   for_rows(tile, [&](int64_t first, int64_t last) {
+    std::vector<float> shifts = shifts_of(tile);
     for (int64_t i = first; i < last; ++i) {
       Label label{label_of[i]};
-      const LogSumExp sums = first_pass<Leave::products>(tile.row(i), tile.columns, map, label);
+      const auto nothing = [](int64_t, Vec, int64_t) {};
+      const LogSumExp sums = first_pass<Place::buffer>(tile.row(i), tile.columns, map, label, shifts.data(), nothing);
       stat[2 * i] = sums.peak;
       stat[2 * i + 1] = static_cast<float>(sums.log_sum());
       logp[i] = static_cast<float>(sums.log_p(label.logit));
@@ -224,19 +226,20 @@ Tensor logps_gradient_(const Tensor& z, const Tensor& labels, const Tensor& g, c
   const float* weight = w.const_data_ptr<float>();
   float* logp = logps.data_ptr<float>();
   for_rows(tile, [&](int64_t first, int64_t last) {
-    std::vector<float> shifts((tile.columns + kBlock - 1) / kBlock);
+    std::vector<float> shifts = shifts_of(tile);
     for (int64_t i = first; i < last; ++i) {
       float* row = tile.row(i);
       Label label{label_of[i]};
-      const LogSumExp sums = softcap > 0 ? first_pass<Leave::logits>(row, tile.columns, map, label)
-                                         : first_pass<Leave::exps>(row, tile.columns, map, label, &shifts);
+      const auto exps = [=](int64_t at, Vec e, int64_t count) { e.store(row + at, count); };
+      const auto sloped = [=](int64_t at, Vec e, int64_t count) {
+        (e * map.slope_of_tanh(Vec::loadu(row + at, count))).store(row + at, count);
+      };
+      const LogSumExp sums =
+          softcap > 0 ? first_pass<Place::tanh_in_row>(row, tile.columns, map, label, shifts.data(), sloped)
+                      : first_pass<Place::buffer>(row, tile.columns, map, label, shifts.data(), exps);
       const LabelGradient gradient{label, sums.log_p(label.logit), weight[i], map, narrow};
       logp[i] = static_cast<float>(gradient.logp);
-      if (softcap > 0) {
-        gradient.from_logits(row, tile.columns, sums.peak, sums.sum);
-      } else {
-        gradient.from_exps(row, tile.columns, sums, shifts);
-      }
+      gradient.from_exps(row, tile.columns, sums, shifts.data(), softcap > 0 ? 1.0f : map.scale);
     }
   });
   return logps;
@@ -245,31 +248,21 @@ Tensor logps_gradient_(const Tensor& z, const Tensor& labels, const Tensor& g, c
 template <Kind kind>
 void divergence_rows(const Tile& z, const Tile& z_teacher, const float* kappa, float beta, const Map& map,
                      const Map& map_teacher, Narrow narrow, bool need_student, bool need_teacher, float* values) {
-  const auto logits_and_stats = [](float* row, int64_t columns, const Map& map) {
-    Label none{-1};
-    return first_pass<Leave::logits>(row, columns, map, none);
-  };
   for_rows(z, [&](int64_t first, int64_t last) {
+    std::vector<float> exps(2 * z.columns), shifts = shifts_of(z), shifts_teacher = shifts;
+    const auto side = [&](float* row, float* exps, std::vector<float>& shifts, const Map& map, bool needed) {
+      Label none{-1};
+      const auto keep = [=](int64_t at, Vec e, int64_t count) { e.store(exps + at, count); };
+      const LogSumExp sums = first_pass<Place::row>(row, z.columns, map, none, shifts.data(), keep);
+      return Side{row, exps, shifts.data(), sums, map, needed, narrow};
+    };
     for (int64_t i = first; i < last; ++i) {
-      float *row = z.row(i), *row_teacher = z_teacher.row(i);
-      const LogSumExp student = logits_and_stats(row, z.columns, map);
-      const LogSumExp teacher = logits_and_stats(row_teacher, z.columns, map_teacher);
-      const DivergenceRow<kind> divergence{row, row_teacher, z.columns, student, teacher, beta};
-      const auto means = divergence.means();
+      const DivergenceRow<kind> divergence{
+          side(z.row(i), exps.data(), shifts, map, need_student),
+          side(z_teacher.row(i), exps.data() + z.columns, shifts_teacher, map_teacher, need_teacher), z.columns, beta};
+      const auto means = divergence.means(kappa[i]);
       values[i] = static_cast<float>(divergence.value(means));
-      if (!need_student && !need_teacher) {
-        continue;
-      }
-      for_blocks(z.columns, [&](int64_t column, int64_t n) {
-        divergence.gradient(means, kappa[i], need_student ? &map : nullptr, need_teacher ? &map_teacher : nullptr,
-                            column, n);
-        if (narrow != nullptr && need_student) {
-          narrow(row, column, n);
-        }
-        if (narrow != nullptr && need_teacher) {
-          narrow(row_teacher, column, n);
-        }
-      });
+      divergence.gradients(means, kappa[i]);
     }
   });
 }

@@ -29,7 +29,8 @@ def demo(
     from rich.console import Console
 
     from ..evolve import evolve
-    from .run import evolution, prepare
+    from ..tiny.text import prepare
+    from .run import evolution
     from .show import show_documents, show_pair
 
     try:

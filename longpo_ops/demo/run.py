@@ -1,4 +1,4 @@
-"""What the demo runs: an Evolution of the tiny model, its documents and its held-out text, all below one folder.
+"""What the demo runs: an Evolution of the tiny model, all of it below one folder.
 
 OUT/documents-1k, documents-2k    prose with facts planted in it (tiny/text.py)
 OUT/held-out                      prose that the tiny model never read
@@ -13,17 +13,8 @@ from typing import Any
 import yaml
 
 from ..evolve import Evolution
-from ..tiny import text
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
-DOCUMENTS = {"documents-1k": (120, (1750, 2150)), "documents-2k": (60, (3600, 4400))}  # number, characters
-
-
-def prepare(out: Path, seed: int = 0) -> None:
-    """Write the documents and the held-out text. Raises OSError where `out` cannot be written."""
-    for i, (name, (count, characters)) in enumerate(DOCUMENTS.items()):
-        text.write_documents(out / name, count, characters, seed=2 * seed + i)
-    text.write_held_out(out / "held-out" / "held-out.txt")
 
 
 def evolution(out: Path, rounds: int = 1, seed: int = 0) -> Evolution:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from ..data import Pair, Turn, read_pairs
@@ -48,15 +48,14 @@ def show_pair(console: Console, evolution: Evolution) -> None:
     chosen = Text.assemble(("chosen: ", "bold green"), turn.chosen, "\n\n", _marked(turn.chunk))
     document = pair.document if len(pair.document) <= 2 * SHOWN else pair.document[: 2 * SHOWN] + " ..."
     rejected = Text.assemble(("rejected: ", "bold red"), turn.rejected[0], "\n\n", _marked(document))
-    width = max(40, console.width // 2 - 1)
-    console.print(
-        Columns(
-            [
-                Panel(chosen, title=f"read a chunk of {len(turn.chunk):,} characters", width=width),
-                Panel(rejected, title=f"read the whole document of {len(pair.document):,}", width=width),
-            ]
-        )
+    sides = Table.grid(expand=True)
+    for _ in range(2):
+        sides.add_column(ratio=1)
+    sides.add_row(
+        Panel(chosen, title=f"read a chunk of {len(turn.chunk):,} characters"),
+        Panel(rejected, title=f"read all {len(pair.document):,} characters"),
     )
+    console.print(sides)
 
 
 def _right(pair: Pair, turn: Turn, said: str) -> bool:

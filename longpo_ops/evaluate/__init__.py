@@ -3,22 +3,16 @@
 tasks, texts --samples--> engine --answers--> scores by length and depth --> results.json, results.md, heatmap.png
 """
 
-from .needles import load_tasks
-from .report import Cell, Scores
-from .run import EvaluateRun, evaluate
-from .samples import Sample, score
-from .tasks import TASKS, make_samples
-from .text import Texts
+from ..lazy import public_names
 
-__all__ = [
-    "TASKS",
-    "Cell",
-    "EvaluateRun",
-    "Sample",
-    "Scores",
-    "Texts",
-    "evaluate",
-    "load_tasks",
-    "make_samples",
-    "score",
-]
+__all__, __getattr__, __dir__ = public_names(
+    __name__,
+    {
+        "needles": ("load_tasks",),
+        "report": ("Cell", "Scores"),
+        "run": ("EvaluateRun", "evaluate"),
+        "samples": ("Sample", "score"),
+        "tasks": ("TASKS", "make_samples"),
+        "text": ("Texts",),
+    },
+)

@@ -5,28 +5,14 @@ rounds of: pairs --> train --> evaluate --(short contexts retained?)--> promoted
 The public names, loaded with their modules at first use: training is heavy.
 """
 
-import importlib
+from ..lazy import public_names
 
-_HOME = {
-    name: module
-    for module, names in {
+__all__, __getattr__, __dir__ = public_names(
+    __name__,
+    {
         "settings": ("Bound", "Evolution", "Round"),
         "stages": ("Stage", "plan"),
         "results": ("Result",),
         "run": ("evolve",),
-    }.items()
-    for name in names
-}
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    },
+)

@@ -3,28 +3,15 @@
 documents --select--> tasks --Steps(engine)--> pairs --Store--> a folder that `longpo train` reads
 """
 
-from .documents import Chunker, Document, Listing, find_files, read_documents
-from .engines import Completion, Engine, EngineStopped, Request, RequestFailed, Sampling
-from .filters import Filters
-from .prompts import Prompts
-from .run import GenerateRun, Result, generate, select
+from ..lazy import public_names
 
-__all__ = [
-    "Chunker",
-    "Completion",
-    "Document",
-    "Engine",
-    "EngineStopped",
-    "Filters",
-    "GenerateRun",
-    "Listing",
-    "Prompts",
-    "Request",
-    "RequestFailed",
-    "Result",
-    "Sampling",
-    "find_files",
-    "generate",
-    "read_documents",
-    "select",
-]
+__all__, __getattr__, __dir__ = public_names(
+    __name__,
+    {
+        "documents": ("Chunker", "Document", "Listing", "find_files", "read_documents"),
+        "engines": ("Completion", "Engine", "EngineStopped", "Request", "RequestFailed", "Sampling"),
+        "filters": ("Filters",),
+        "prompts": ("Prompts",),
+        "run": ("GenerateRun", "Result", "generate", "select"),
+    },
+)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .dispatch import choose_backend
 from .objectives import rebuild_objective
+from .products import multiplies_natively
 from .rows import WINDOW, Stretch, chunks, windows
 from .sweep import HeadSweep, Options, Pairs, Result, even_rows, float16_scale, rows_per_chunk, sweep
 
@@ -84,7 +85,8 @@ def _head(
     """A sweep with room for the rows that fit, or for chunks of equal size: few rows make slow products on a CPU. Pairs
     keep all the room, as they are visited once only if their answers fit."""
     tiles = choose_backend(weight.device, options.compute_dtype, backend or None)
-    limit = rows_per_chunk(options.workspace_bytes, weight, options.compute_dtype)
+    native = multiplies_natively(weight, options.compute_dtype, tiles.name)
+    limit = rows_per_chunk(options.workspace_bytes, weight, options.compute_dtype, native=native)
     even = weight.device.type == "cpu" and not pairs
     return HeadSweep(weight, bias, tiles, options, even_rows(rows, limit) if even else max(1, min(limit, rows)))
 
@@ -300,6 +302,9 @@ def keeps_graph() -> bool:
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient *= factor (); 16 bits in float32 block by block, as a 0-dim factor would be rounded to their dtype first."""
+    known = type(factor) is Tensor and factor.device.type == "cpu"  # no tracer, and nothing to wait for
+    if known and factor == 1:
+        return gradient
     if gradient.dtype.itemsize > 2:
         return gradient.mul_(factor)
     for block in gradient.view(-1).split(SCALE_BLOCK):

@@ -4,10 +4,9 @@
     dh = dZ W         (n, H)
     dW += dZ^T h      (V, H)   accumulated in float32
 
-CUDA with 16-bit operands: the vendor's products with a float32 result. CPU: bfloat16 operands with a float32 result where the
-processor multiplies bfloat16 and the C++ back-end is there (csrc/cpu/products.cpp); elsewhere float32 products (a bf16
-product runs at 0.3 GFLOP/s on AVX2), a 16-bit weight upcast block by block of UPCAST_BYTES. float32 and float64 multiply
-as they are.
+CUDA with 16-bit operands: the vendor's products with a float32 result. CPU with the C++ back-end: csrc/cpu/products.cpp for
+float32, and for bfloat16 where the processor multiplies it. Elsewhere torch's products, 16-bit inputs in float32 (a bf16
+product runs at 0.3 GFLOP/s on AVX2) with a weight upcast block by block of UPCAST_BYTES.
 """
 
 from __future__ import annotations
@@ -22,11 +21,17 @@ SLICE_BYTES = 4 << 20  # of a float32 weight per product on a CPU: 190 instead o
 FEW_ROWS = 4  # below this the CPU's products add one number after another: ten times the rounding error at V = 128K
 
 
-def multiplies_bfloat16(weight: Tensor, dtype: torch.dtype, backend: str) -> bool:
-    """Whether csrc/cpu multiplies bfloat16 with a float32 result here: AVX-512 BF16 or AMX, at twice float32's rate."""
-    fits = backend == "cpu" and weight.dtype == dtype == torch.bfloat16 and weight.stride(1) == 1
-    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return fits and weight.shape[1] % 2 == 0 and able
+def multiplies_natively(weight: Tensor, dtype: torch.dtype, backend: str) -> bool:
+    """Whether csrc/cpu multiplies this weight by operands of `dtype`: float32 at the processor's full rate, bfloat16 at
+    twice that with AVX-512 BF16 or AMX, where pairs of columns are multiplied."""
+    if backend != "cpu" or weight.dtype != dtype or weight.stride(1) != 1 or not _multiplies(dtype):
+        return False
+    return dtype == torch.float32 or (weight.shape[1] % 2 == 0 and weight.stride(0) % 2 == 0)
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    return torch.ops.longpo_cpu.multiplies(dtype)
 
 
 def operand_dtype(device: torch.device, dtype: torch.dtype, native: bool = False) -> torch.dtype:
@@ -40,7 +45,7 @@ class Products:
     """The products with one head weight (V, H), for inputs that count as `dtype`."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, backend: str = "torch"):
-        self.native = weight.device.type == "cpu" and multiplies_bfloat16(weight, dtype, backend)
+        self.native = multiplies_natively(weight, dtype, backend)
         self.dtype = operand_dtype(weight.device, dtype, self.native)
         self.tile_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.blockwise = weight.device.type == "cpu" and weight.dtype.itemsize < self.dtype.itemsize
@@ -74,7 +79,11 @@ class Products:
         return out if z is out else out.copy_(z[:n])
 
     def hidden_gradient(self, dz: Tensor) -> Tensor:
-        """dz (n, V) -> (n, H) in the operands' dtype."""
+        """dz (n, V) -> (n, H) in the operands' dtype or in float32."""
+        if self.native:
+            dh = torch.empty(dz.shape[0], self.weight.shape[1])
+            torch.ops.longpo_cpu.hidden_gradient_(dz, self.weight, dh)
+            return dh
         dz, n = _enough(dz), dz.shape[0]
         if not self.blockwise:
             return (dz @ self.weight)[:n]
@@ -83,16 +92,19 @@ class Products:
             dh.addmm_(dz[:, columns], weight)
         return dh[:n]
 
-    def add_weight_gradient_(self, dw: Tensor, dz: Tensor, h: Tensor) -> None:
-        """dw (V, H) in tile_dtype += dz^T h."""
+    def add_weight_gradient_(self, dw: Tensor, dz: Tensor, h: Tensor, first: bool = False) -> None:
+        """dw (V, H) in tile_dtype += dz^T h; with `first` dw holds nothing yet, and a pass over it less is made."""
+        dz, beta = dz if self.native else dz.t(), float(not first)
         if self.native:
-            torch.ops.longpo_cpu.add_weight_gradient_(dw, dz, h)
+            torch.ops.longpo_cpu.add_weight_gradient_(dw, dz, h, first)
         elif not self.wide:
-            dw.addmm_(dz.t(), h)
+            torch.addmm(dw, dz, h, beta=beta, out=dw)
         elif _addmm_takes_float32(dz.device, dz.dtype):
-            torch.ops.aten.addmm.dtype_out(dw, dz.t(), h, torch.float32, out=dw)
+            torch.ops.aten.addmm.dtype_out(dw, dz, h, torch.float32, beta=beta, out=dw)
+        elif first:
+            torch.ops.aten.mm.dtype_out(dz, h, torch.float32, out=dw)
         else:
-            dw.add_(torch.mm(dz.t(), h, out_dtype=torch.float32))
+            dw.add_(torch.mm(dz, h, out_dtype=torch.float32))
 
 
 def _enough(rows: Tensor) -> Tensor:

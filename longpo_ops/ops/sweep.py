@@ -40,19 +40,22 @@ def default_workspace(device: torch.device) -> int:
     return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
 
 
-def scratch_bytes(weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> tuple[int, int]:
+def scratch_bytes(weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bool = False) -> tuple[int, int]:
     """-> fixed bytes, bytes per row: a row costs `tiles` logits rows, its hidden state gathered and converted, and its
-    hidden gradient; fixed are the blocks of the tile functions, the host's window of labels and the upcast block."""
+    hidden gradient; fixed are the blocks of the tile functions, the host's window of labels and the block of a 16-bit
+    weight that a CPU upcasts, unless its products are `native`."""
     vocab, width = weight.shape
     wide = 8 if dtype == torch.float64 else 4
-    upcast = UPCAST_BYTES if weight.device.type == "cpu" and weight.dtype.itemsize == 2 else 0
+    upcast = UPCAST_BYTES if weight.device.type == "cpu" and weight.dtype.itemsize == 2 and not native else 0
     fixed = 6 * tiles * max(BLOCK_BYTES, vocab * wide) + 64 * WINDOW + tiles * upcast
     return fixed, tiles * (vocab * wide + width * (2 * dtype.itemsize + 2 * wide) + 64)
 
 
-def rows_per_chunk(workspace_bytes: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:
+def rows_per_chunk(
+    workspace_bytes: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bool = False
+) -> int:
     """Rows whose scratch fits in workspace_bytes, at least 1; on CUDA a multiple of 64 where that many fit."""
-    fixed, row = scratch_bytes(weight, dtype, tiles)
+    fixed, row = scratch_bytes(weight, dtype, tiles, native)
     rows = max(1, (workspace_bytes - fixed) // row)
     return rows if rows < 64 or weight.device.type == "cpu" else rows // 64 * 64
 
@@ -97,12 +100,18 @@ class HeadSweep:
         self.tiles, self.options, self.rows = tiles, options, rows
         self.map = LogitMap(bias, options.scale, options.softcap)
         self.vocab, self.device, self.dtype = weight.shape[0], weight.device, self.products.tile_dtype
-        self.dw = torch.zeros_like(weight, dtype=self.dtype) if options.need_weight else None
+        self.dw = torch.empty_like(weight, dtype=self.dtype) if options.need_weight else None
+        if self.dw is not None and tiles.name == "cpu":
+            torch.ops.longpo_cpu.large_pages(self.dw)
+        self.gathered = False  # until then dw holds nothing
         self.db = torch.zeros_like(bias, dtype=torch.float64) if options.need_bias else None  # many chunks, few numbers
 
     @functools.cached_property
     def tile(self) -> Tensor:
-        return empty_tile(self.rows, self.vocab, self.device, self.dtype)
+        tile = empty_tile(self.rows, self.vocab, self.device, self.dtype)
+        if self.tiles.name == "cpu":
+            torch.ops.longpo_cpu.large_pages(tile)
+        return tile
 
     def _logits(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         h = chunk.hidden(self.products.dtype)
@@ -137,11 +146,16 @@ class HeadSweep:
 
     def _gather(self, chunk: Chunk, h: Tensor, dz: Tensor) -> None:
         if self.dw is not None:
-            self.products.add_weight_gradient_(self.dw, dz, h)
+            self.products.add_weight_gradient_(self.dw, dz, h, not self.gathered)
+            self.gathered = True
         if self.db is not None:
             self.db.add_(dz.sum(0, dtype=self.dtype))
         if self.options.need_hidden:  # last: with reuse_hidden this overwrites what h may be a view of
             chunk.write(self.products.hidden_gradient(dz))
+
+    def weight_gradient(self) -> Tensor | None:
+        """(V, H) in the tile's dtype; zeros where no row had a weight."""
+        return self.dw if self.dw is None or self.gathered else self.dw.zero_()
 
 
 class Pairs(NamedTuple):
@@ -215,7 +229,7 @@ class _Sweep:
             self.sums,
             self.chosen_rewards,
             self.rejected_rewards,
-            self.head.dw,
+            self.head.weight_gradient(),
             self.head.db,
             self.grad_scale,
         )

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from longpo_ops.ops.products import Products
+from longpo_ops import linear_cross_entropy
+from longpo_ops.ops.products import UPCAST_BYTES, Products
 from longpo_ops.ops.sweep import even_rows, float16_scale, rows_per_chunk, scratch_bytes
 
 from .test_preference import OBJECTIVES, Case
@@ -31,6 +32,22 @@ def test_rows_fit_in_what_is_asked_for():
             fit = rows_per_chunk(fixed + rows * row, weight, dtype)
             assert fit <= rows and (fit == rows or (fit % 64 == 0 and rows - fit < 64))
             assert rows_per_chunk(fixed + rows * row + row - 1, weight, dtype) == fit
+
+
+def test_a_weight_that_is_not_upcast_leaves_room_for_rows():
+    weight = torch.empty(32_000, 1024, dtype=torch.bfloat16)
+    upcast, native = (rows_per_chunk(64 << 20, weight, weight.dtype, native=native) for native in (False, True))
+    assert (native - upcast) * scratch_bytes(weight, weight.dtype)[1] <= UPCAST_BYTES
+    assert native > upcast
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_gradient_of_no_row_is_zero(dtype, backend, device):
+    held = torch.full((64, 500), math.nan, device=device)  # what comes next may get this memory
+    del held
+    hidden, weight = (torch.randn(n, 500, device=device).to(dtype).requires_grad_() for n in (9, 64))
+    linear_cross_entropy(hidden, weight, torch.full((9,), -100), backend=backend).backward()
+    assert (weight.grad == 0).all() and (hidden.grad == 0).all()
 
 
 @pytest.fixture
