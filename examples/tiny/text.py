@@ -8,6 +8,7 @@ a list      "List 2 questions." about the facts of a text, answered by one of ea
 
 from __future__ import annotations
 
+import argparse
 import re
 from bisect import bisect
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ TASK = yaml.safe_load(Path(__file__).with_name("codes.yaml").read_text(encoding=
 FACT, KEYS, DIGITS = TASK["needle"], tuple(TASK["keys"]), TASK["value"]["digits"]
 QUESTIONS = (TASK["question"], "Which code belongs to {key}?")
 LISTED, LIST = 2, "List 2 questions."
+DOCUMENTS = {"documents-1k": (140, (1750, 2150)), "documents-2k": (70, (3600, 4400))}  # number, characters
 
 
 def answer(key: str, value: str) -> str:
@@ -82,3 +84,18 @@ def write_held_out(file: Path) -> None:
     """The held-out prose, one text."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n\n".join(prose()[1]) + "\n", encoding="utf-8")
+
+
+def prepare(out: Path, seed: int = 0) -> None:
+    """Write the documents and the held-out text below `out`. Raises OSError where that cannot be."""
+    for i, (name, (count, characters)) in enumerate(DOCUMENTS.items()):
+        write_documents(out / name, count, characters, seed=2 * seed + i)
+    write_held_out(out / "held-out" / "held-out.txt")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the tiny evolution's documents and held-out text.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    prepare(options.out, options.seed)
