@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -29,42 +30,37 @@ from .run import TINY
 def compare(evolution: Evolution, progress: Callable[[str, float, str], None]) -> list[dict]:
     """-> a row per method and checkpoint: method, step, learning_rate, long and short accuracy, perplexity."""
     settings = yaml.safe_load((TINY / "compare.yaml").read_text(encoding="utf-8"))
-    stages = {stage.kind: stage for stage in plan(evolution) if stage.round in (None, evolution.rounds[0])}
-    out, rows = Path(evolution.out) / "compare", []
-    ends = min(stages["evaluate"].run.lengths), evolution.rounds[0].length
-    untrained = Scores.load(stages["untrained"].out)
+    stages = {stage.kind: stage for stage in plan(evolution) if stage.round == evolution.rounds[0]}
+    first, measured, out = stages["train"].run, stages["evaluate"].run, Path(evolution.out) / "compare"
+    ends, rows = (min(measured.lengths), evolution.rounds[0].length), []
     for method, rate in settings["methods"].items():
-        run = _training(stages["train"].run, out / method, method, float(rate), settings["every"])
-        done = out / method / "trained.json"
-        if not done.exists():
-            told = StepsTold(lambda fraction, note, method=method: progress(f"train {method}", fraction, note))
-            steps = train(run, told).state.global_step
-            write_atomically(done, f"{steps}\n".encode())
-        progress(f"train {method}", 1.0, "")
-        rows.append(_row(method, 0, rate, untrained, ends))
-        checkpoints = sorted((out / method).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        for i, checkpoint in enumerate(checkpoints):
-            step = int(checkpoint.name.rpartition("-")[2])
+        own = {"objective": method, "learning_rate": float(rate), "max_steps": settings["steps"]}
+        own |= {"save_steps": settings["every"], "save_total_limit": None}
+        told = partial(progress, f"train {method}")
+        _train(replace(first, output_dir=str(out / method), training=first.training | own), told)
+        rows.append(_row(method, 0, rate, Scores.load(stages["untrained"].out), ends))
+        checkpoints = sorted((_step(path), path) for path in (out / method).glob("checkpoint-*"))
+        for i, (step, path) in enumerate(checkpoints):
             progress(f"evaluate {method}", i / len(checkpoints), f"step {step}")
-            scores = evaluate(
-                replace(
-                    stages["evaluate"].run,
-                    model=str(checkpoint),
-                    out=str(out / f"{method}-{step}"),
-                    lengths=ends,
-                    perplexity_lengths=ends[:1],
-                )
-            )
-            rows.append(_row(method, step, rate, scores, ends))
+            run = replace(measured, model=str(path), out=str(out / f"{method}-{step}"), lengths=ends)
+            rows.append(_row(method, step, rate, evaluate(replace(run, perplexity_lengths=ends[:1])), ends))
             write_atomically(out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
             draw(rows, Path(evolution.out) / "compare.png")
         progress(f"evaluate {method}", 1.0, "")
     return rows
 
 
-def _training(run: TrainRun, out: Path, method: str, rate: float, every: int) -> TrainRun:
-    own = {"objective": method, "learning_rate": rate, "save_steps": every, "save_total_limit": None}
-    return replace(run, output_dir=str(out), training=run.training | own)
+def _train(run: TrainRun, told: Callable[[float, str], None]) -> None:
+    """Once; a training that was stopped goes on."""
+    done = Path(run.output_dir) / "trained.json"
+    if not done.exists():
+        steps = train(run, StepsTold(told)).state.global_step
+        write_atomically(done, f"{steps}\n".encode())
+    told(1.0, "")
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _row(method: str, step: int, rate: float, scores: Scores, ends: tuple[int, int]) -> dict:

@@ -234,7 +234,7 @@ def precompute(
     share = range(rank, len(pairs), world_size)
     missing = [i for i in share if not known(pairs[i])]
     known_before = f"{len(share) - len(missing)} of {len(share)} pairs known"
-    for i in tqdm(missing, desc=f"reference ({known_before})", unit="pair", disable=not missing):
+    for i in tqdm(missing, desc=f"reference ({known_before})", unit="pair") if missing else ():
         add(pairs[i])
 
 

@@ -26,7 +26,9 @@ def small(monkeypatch, tmp_path):
     for each in settings["rounds"]:
         each["train"] |= {"gradient_accumulation_steps": 2, "save_steps": 2}
     (here / "evolve.yaml").write_text(yaml.safe_dump(settings))
-    (here / "compare.yaml").write_text(yaml.safe_dump({"every": 2, "methods": {"dpo": 1e-4, "sft_chosen": 1e-3}}))
+    (here / "compare.yaml").write_text(
+        yaml.safe_dump({"steps": 4, "every": 2, "methods": {"dpo": 1e-4, "sft_chosen": 1e-3}})
+    )
     for module in (run, compare):
         monkeypatch.setattr(module, "TINY", here)
     monkeypatch.setattr(text, "DOCUMENTS", {"documents-1k": (10, (1750, 2150)), "documents-2k": (2, (3600, 4400))})
@@ -49,7 +51,7 @@ def test_the_demo_shows_documents_a_pair_and_the_table_and_compares_methods(smal
     rows = json.loads((small / "compare" / "results.json").read_text())
     assert {row["method"] for row in rows} == {"dpo", "sft_chosen"}
     last = {row["method"]: row for row in rows}
-    assert last["dpo"]["step"] == last["sft_chosen"]["step"] > 0  # equal steps
+    assert last["dpo"]["step"] == last["sft_chosen"]["step"] == 4
     assert last["dpo"]["perplexity"] != last["sft_chosen"]["perplexity"]
     for figure in ("accuracy.png", "compare.png"):
         assert (small / figure).read_bytes().startswith(b"\x89PNG")
