@@ -262,11 +262,11 @@ def test_ctrl_c_stops_at_once_and_the_run_goes_on_later(settings, whole, tmp_pat
     command = [sys.executable, "-c", script, "--model", run.model, "--documents", run.documents[0], "--out", run.out]
     for name in ("length", "min_document", "min_chunk", "max_chunk", "question_tokens", "answer_tokens", "concurrency"):
         command += ["--" + name.replace("_", "-"), str(getattr(run, name))]
-    with OpenAIServer(lambda number, seen: Reply(wait=30.0) if number > 12 else None) as server:
+    with OpenAIServer(lambda number, seen: Reply(wait=300.0) if number > 12 else None) as server:
         process = subprocess.Popen([*command, "--endpoint", server.url], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: len(server.seen) > 12)
+        wait_for(lambda: len(server.seen) == 12 + run.concurrency)  # nothing else is under way: twelve answers are kept
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=120)
         assert process.returncode == 130 and "run the same command again to go on" in " ".join(error.split())
     with OpenAIServer() as server:
         generate(settings(endpoints=(server.url,)))
