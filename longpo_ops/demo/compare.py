@@ -84,6 +84,8 @@ def draw(rows: list[dict], path: Path) -> None:
             points = [(row["step"], row[name]) for row in rows if row["method"] == method]
             axis.plot(*zip(*points, strict=True), marker=".", label=method)
         axis.set_title(title, fontsize=10)
+        if name != "perplexity":
+            axis.set_ylim(0, 1.03)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
