@@ -60,8 +60,6 @@ async def side_by_side(*coroutines) -> list:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
     except BaseExceptionGroup as errors:
-        if asyncio.current_task().cancelling():  # an error in the moment of being stopped must not hide that
-            raise asyncio.CancelledError from None
         grave = [error for error in errors.exceptions if not isinstance(error, RequestFailed)]
         raise (grave or errors.exceptions)[0] from None
     return [task.result() for task in tasks]
