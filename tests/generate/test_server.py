@@ -236,6 +236,15 @@ def test_requests_are_spread_groups_stay_and_a_dead_endpoint_is_left_alone():
         assert len({answer.text for answer in answers}) == 24 and one.answered == 24 and len(two.seen) <= 24
 
 
+def test_documents_are_spread_by_what_there_is_to_read():
+    short, long = Sampling(8), "many words " * 50
+    requests = [Request(f"first {long}", short, group="first"), *(Request(f"chunk {i}", short) for i in range(3))]
+    requests.append(Request(f"second {long}", short, group="second"))
+    with OpenAIServer(latency=0.2) as one, OpenAIServer(latency=0.2) as two:
+        ask(ServerEngine([one.url, two.url]), *requests)
+        assert [len(server.seen) for server in (one, two)] == [1, 4]  # by number, both documents would be at one
+
+
 def test_the_model_must_be_clear():
     with OpenAIServer() as server:
         server_models = {"data": [{"id": "a"}, {"id": "b"}]}

@@ -106,12 +106,19 @@ def test_two_servers_at_once(servers, truth, model, settings, tmp_path):
     assert turns(tmp_path / "pairs") == truth
     assert all(pair.ref_chosen_logp < 0 for pair in read_pairs(tmp_path / "pairs"))
     assert result.tally.cached_tokens > 0
+    queries, hits = (sum_of(servers, f"vllm:prefix_cache_{counter}_total") for counter in ("queries", "hits"))
+    assert all(queries) and sum(hits) > 0  # both worked, and prefills were shared
+
+
+def sum_of(servers: list[Served], metric: str) -> list[float]:
+    """A counter of each server."""
+    found = []
     for server in servers:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as page:
-            lines = [
-                line for line in page.read().decode().splitlines() if line.startswith("vllm:prefix_cache_hits_total")
-            ]
-        assert sum(float(line.split()[-1]) for line in lines) > 0  # both worked, and both shared prefills
+            lines = page.read().decode().splitlines()
+        found.append(sum(float(line.split()[-1]) for line in lines if line.startswith(metric)))
+    print(metric, found)
+    return found
 
 
 def test_a_server_that_stands_still_is_waited_for(servers, truth, model, settings, tmp_path):

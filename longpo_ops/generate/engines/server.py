@@ -1,6 +1,7 @@
 """Any OpenAI-compatible server, one endpoint or many, asynchronous.
 
-A request goes to the endpoint that serves its group already, else to the one with the fewest under way. What may pass
+A request goes to the endpoint that serves its group already, else to the one with the least to read: requests weigh
+what their prompts do, as one whole document takes an engine longer than many chunks. What may pass
 (no connection, 429, 5xx, a timeout, an answer that is none) is tried again after a pause of base * 2^failures with
 jitter, or as long as Retry-After says; meanwhile the endpoint gets nothing and the others take over. Two rules end
 that:
@@ -37,7 +38,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 @dataclass(eq=False)
 class Endpoint:
-    """One server: what is under way there, until when it is left alone, and connections to it that are idle.
+    """One server: the weight of what is under way there, until when it is left alone, and idle connections to it.
 
     A client per connection, as a shared pool of httpx looks through all its connections at every request and answer.
     """
@@ -160,10 +161,10 @@ class ServerEngine(Engine):
     # -- one request, until it is answered or given up -----------------------------------------------------------------
 
     async def _ask(self, path: str, body: dict, group: str, read):
-        began, failures, body = time.monotonic(), 0, body | self._extra
+        began, failures, weight, body = time.monotonic(), 0, _weight(body), body | self._extra
         while True:
             endpoint = self._pick(group)
-            endpoint.under_way += 1
+            endpoint.under_way += weight
             try:
                 if (pause := endpoint.retry_at - time.monotonic()) > 0:
                     await asyncio.sleep(pause)
@@ -179,7 +180,7 @@ class ServerEngine(Engine):
                 self._answered += 1
                 return result
             finally:
-                endpoint.under_way -= 1
+                endpoint.under_way -= weight
 
     def _give_up(self, failure: _Passing, failures: int, began: float) -> None:
         """Raise if trying again makes no sense."""
@@ -244,6 +245,13 @@ class ServerEngine(Engine):
         """What a server says, short, and without the key should it repeat that."""
         text = " ".join(text.split())
         return (text.replace(self._key, "***") if self._key else text)[:300]
+
+
+def _weight(body: dict) -> int:
+    """Characters of a request's messages, or its tokens."""
+    if "prompt" in body:
+        return len(body["prompt"])
+    return sum(len(message["content"]) for message in body["messages"])
 
 
 def _completion(answer: dict) -> Completion:
