@@ -6,138 +6,222 @@
 //   jsd:     a = (beta, 1 - beta)    dl = a_p p (log p/r - KL(p||r))   dl_teacher = a_q q (log q/r - KL(q||r))
 //            r = beta q + (1 - beta) p
 //
-// with 0 log 0 = 0. Works on the logits of both rows, (V,) each, in place, beside the exponentials that their sums left;
-// sums as in blocks.h. With u = log p - log q, e = exp(-|u|), and c the weight in r of the smaller of p and q,
-//
-//   log(larger / r) = -log(1 - c (1 - e)),    log(smaller / r) = log(larger / r) - |u|
+// with 0 log 0 = 0. Works on the logits of both rows, (V,) each, in place, beside a row of scratch for each; sums as in
+// blocks.h. log p and log q are never formed: near -10 each would lose digits that their difference keeps.
 
 #pragma once
+
+#include <vector>
 
 #include "blocks.h"
 
 namespace longpo {
 
-enum class Kind { forward, reverse, jsd };
-
-// w where it is not 0 times x, else 0: 0 log 0 = 0.
+// w * x where w is not 0, else 0: 0 log 0 = 0.
 inline Vec weighed(Vec w, Vec x) {
+#ifdef CPU_CAPABILITY_AVX512
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ), w, x);
+#else
   return Vec::blendv(w * x, Vec(0.0f), w == Vec(0.0f));
+#endif
 }
 
-// One of the two rows. A gradient is share * slope * (p - q), written at once, or share * weight * (term - mean), for which
-// the first visit leaves weight = slope * p where the exponentials were, and the term where the logits were.
+// One of the two rows. After the first visit `row` and `scratch` hold what its gradient is made of.
 struct Side {
-  float *logits, *exps;
-  const float* shifts;  // of the exponentials, per block
-  LogSumExp sums;
+  float *row, *scratch;
   const Map& map;
   bool needed;  // whether its gradient is
   Narrow narrow;
+  LogSumExp sums = {};
+  std::vector<float> shifts = {};  // of the exponentials, per block
 
-  Vec factor(int64_t column) const {
-    return Vec(static_cast<float>(sums.factor(shifts[column / kBlock])));
-  }
-
-  void leave(int64_t at, Vec logit, Vec p, Vec term, int64_t count) const {
-    if (needed) {
-      term.store(logits + at, count);
-      (p * map.slope(logit)).store(exps + at, count);
-    }
-  }
-  void write(int64_t at, Vec logit, Vec gradient, int64_t count) const {
-    if (needed) {
-      (gradient * map.slope(logit)).store(logits + at, count);
-    }
-  }
-
-  void gradient(double mean, float share, int64_t columns) const {
+  // f(at, count) for each vector of each block, which is then narrowed; prepare(block) comes before a block.
+  template <class Prepare>
+  void gradient(int64_t columns, const Prepare& prepare) const {
     if (!needed) {
       return;
     }
-    const Vec m(static_cast<float>(mean)), k(share);
     for_blocks(columns, [&](int64_t column, int64_t n) {
-      float *to = logits + column, *weight = exps + column;
-      for_vectors(n, [=](int, int64_t j, int64_t count) {
-        (weighed(Vec::loadu(weight + j, count), Vec::loadu(to + j, count) - m) * k).store(to + j, count);
-      });
-      narrow_block(column, n);
+      const auto f = prepare(column / kBlock);
+      for_vectors(n, [&](int, int64_t j, int64_t count) { f(column + j, count).store(row + column + j, count); });
+      if (narrow != nullptr) {
+        narrow(row, column, n);
+      }
     });
-  }
-  void narrow_block(int64_t column, int64_t n) const {
-    if (needed && narrow != nullptr) {
-      narrow(logits, column, n);
-    }
   }
 };
 
-template <Kind kind>
-struct DivergenceRow {
-  Side student, teacher;
-  int64_t columns;
-  float beta;
-  // log p and log q are never formed: near -10 each would lose digits that their difference keeps.
-  Vec log_sums{static_cast<float>(student.sums.log_sum() - teacher.sums.log_sum())};
+// KL(a || b) of two rows in two visits. With shifts s per block, e = exp(l - s) and d = (l_a - s_a) - (l_b - s_b),
+//
+//   log a/b = d + delta,    delta = (s_a - peak_a - log sum_a) - (s_b - peak_b - log sum_b)
+//   KL = sum over blocks of factor_a (sum e_a d + delta sum e_a),    a = factor_a e_a
+//
+// so that the first visit has the sums of both and the divergence. It leaves d and f'_a e_a for dl_a = a (log a/b - KL),
+// and f'_b e_b and f'_b e_a for dl_b = b - a.
+class KlRow {
+ public:
+  KlRow(Side& a, Side& b, int64_t columns) : a_(a), b_(b), columns_(columns) {}
 
-  struct Means {
-    double p = 0, q = 0;  // KL(p || r), KL(q || r)
+  double value() {
+    for_blocks(columns_, [&](int64_t column, int64_t n) { visit(column, n); });
+    log_sums_ = a_.sums.log_sum() - b_.sums.log_sum();
+    for (size_t block = 0; block < sums_.size(); ++block) {
+      kl_ += factor(a_, block) * (sums_[block].weighted + delta(block) * sums_[block].plain);
+    }
+    return kl_;
+  }
+
+  void gradients(float kappa) const {
+    a_.gradient(columns_, [&](int64_t block) {
+      const Vec k(static_cast<float>(kappa * factor(a_, block))), m(static_cast<float>(kl_ - delta(block)));
+      const float *d = a_.row, *e = a_.scratch;
+      return [=](int64_t at, int64_t count) {
+        return weighed(Vec::loadu(e + at, count) * k, Vec::loadu(d + at, count) - m);
+      };
+    });
+    b_.gradient(columns_, [&](int64_t block) {
+      const Vec f_a(static_cast<float>(factor(a_, block))), f_b(static_cast<float>(factor(b_, block))), k(kappa);
+      const float *e_a = b_.scratch, *e_b = b_.row;
+      return [=](int64_t at, int64_t count) {
+        return (Vec::loadu(e_b + at, count) * f_b - Vec::loadu(e_a + at, count) * f_a) * k;
+      };
+    });
+  }
+
+ private:
+  struct Sums {
+    double plain, weighted;  // sum e_a, sum e_a d
   };
 
-  Means means(float kappa) const {
-    Means means;
-    for_blocks(columns, [&](int64_t column, int64_t n) {
-      BlockSum sum_p, sum_q;
-      const Vec f_p = student.factor(column), f_q = teacher.factor(column), k(kappa), one(1.0f), zero(0.0f);
-      for_vectors(n, [&](int chain, int64_t j, int64_t count) __attribute__((always_inline)) {
-        const int64_t at = column + j;
-        const Vec logit = Vec::loadu(student.logits + at, count), logit_teacher = Vec::loadu(teacher.logits + at, count);
-        const Vec p = Vec::loadu(student.exps + at, count) * f_p, q = Vec::loadu(teacher.exps + at, count) * f_q;
-        const Vec u = ((logit - Vec(student.sums.peak)) - (logit_teacher - Vec(teacher.sums.peak))) - log_sums;
-        Vec term = u, term_teacher = zero - u;  // log p/r, log q/r
-        if constexpr (kind == Kind::jsd) {
-          const Vec minus = u | Vec(-0.0f), p_larger = u >= zero;  // -|u|
-          const Vec c = Vec::blendv(Vec(1.0f - beta), Vec(beta), p_larger);
-          const Vec larger = zero - log_normal(one - c * (one - exp_nonpositive(minus))), smaller = larger + minus;
-          term = Vec::blendv(smaller, larger, p_larger);
-          term_teacher = Vec::blendv(larger, smaller, p_larger);
-        }
-        if constexpr (kind == Kind::forward) {
-          student.write(at, logit, (p - q) * k, count);
-        } else {
-          student.leave(at, logit, p, term, count);
-          sum_p.add(chain, weighed(p, term), count);
-        }
-        if constexpr (kind == Kind::reverse) {
-          teacher.write(at, logit_teacher, (q - p) * k, count);
-        } else {
-          teacher.leave(at, logit_teacher, q, term_teacher, count);
-          sum_q.add(chain, weighed(q, term_teacher), count);
-        }
-      });
-      means.p += sum_p.total();
-      means.q += sum_q.total();
-      if (kind == Kind::forward) {
-        student.narrow_block(column, n);
+  void visit(int64_t column, int64_t n) {
+    float *a = a_.row + column, *b = b_.row + column;
+    float *scratch_a = a_.scratch + column, *scratch_b = b_.scratch + column;
+    const float *l_a = a_.map.logits(a, a, column, n), *l_b = b_.map.logits(b, b, column, n);
+    a_.shifts.push_back(a_.sums.raise(l_a, n));
+    b_.shifts.push_back(b_.sums.raise(l_b, n));
+    const Vec s_a(a_.shifts.back()), s_b(b_.shifts.back());
+    const bool need_a = a_.needed, need_b = b_.needed;
+    const Map map_a = a_.map, map_b = b_.map;
+    BlockSum sum_a, sum_b, sum_d;
+    for_vectors(n, [&](int chain, int64_t j, int64_t count) __attribute__((always_inline)) {
+      __builtin_prefetch(a + n + j);
+      __builtin_prefetch(b + n + j);
+      const Vec logit_a = Vec::loadu(l_a + j, count), logit_b = Vec::loadu(l_b + j, count);
+      const Vec x_a = logit_a - s_a, x_b = logit_b - s_b, d = x_a - x_b;
+      const Vec e_a = exp_nonpositive(x_a), e_b = exp_nonpositive(x_b);
+      sum_a.add(chain, e_a, count);
+      sum_b.add(chain, e_b, count);
+      sum_d.add(chain, weighed(e_a, d), count);
+      if (need_a) {
+        d.store(a + j, count);
+        (e_a * map_a.slope(logit_a)).store(scratch_a + j, count);
       }
-      if (kind == Kind::reverse) {
-        teacher.narrow_block(column, n);
+      if (need_b) {
+        const Vec slope = map_b.slope(logit_b);
+        (e_b * slope).store(b + j, count);
+        (e_a * slope).store(scratch_b + j, count);
       }
     });
-    return means;
+    a_.sums.sum += sum_a.total();
+    b_.sums.sum += sum_b.total();
+    sums_.push_back({sum_a.total(), sum_d.total()});
   }
 
-  double value(const Means& means) const {
-    return kind == Kind::jsd ? beta * means.q + (1.0 - beta) * means.p : means.p + means.q;
+  static double factor(const Side& side, int64_t block) {
+    return side.sums.factor(side.shifts[block]);
+  }
+  double delta(int64_t block) const {
+    const auto offset = [=](const Side& side) { return static_cast<double>(side.shifts[block]) - side.sums.peak; };
+    return offset(a_) - offset(b_) - log_sums_;
   }
 
-  // What `means` has not yet written.
-  void gradients(const Means& means, float kappa) const {
-    if (kind != Kind::forward) {
-      student.gradient(means.p, kind == Kind::jsd ? kappa * (1.0f - beta) : kappa, columns);
-    }
-    if (kind != Kind::reverse) {
-      teacher.gradient(means.q, kind == Kind::jsd ? kappa * beta : kappa, columns);
-    }
+  Side &a_, &b_;
+  int64_t columns_;
+  double kl_ = 0, log_sums_ = 0;  // log sum_a - log sum_b
+  std::vector<Sums> sums_;
+};
+
+// Jensen-Shannon divergence in three visits: the sums of p and q, then both KL, then the gradients. With
+// u = log p - log q, e = exp(-|u|), and c the weight in r of the smaller of p and q,
+//
+//   log(larger / r) = -log(1 - c (1 - e)),    log(smaller / r) = log(larger / r) - |u|
+//
+// The first visit leaves exponentials in the scratch, the second log p/r in the row and f' p in the scratch.
+class JsdRow {
+ public:
+  JsdRow(Side& student, Side& teacher, int64_t columns, float beta)
+      : p_(student), q_(teacher), columns_(columns), beta_(beta) {}
+
+  double value() {
+    sum(p_);
+    sum(q_);
+    log_sums_ = static_cast<float>(p_.sums.log_sum() - q_.sums.log_sum());
+    for_blocks(columns_, [&](int64_t column, int64_t n) { visit(column, n); });
+    return beta_ * kl_q_ + (1.0 - beta_) * kl_p_;
   }
+
+  void gradients(float kappa) const {
+    const auto gradient = [&](const Side& side, double kl, float share) {
+      side.gradient(columns_, [&](int64_t) {
+        const Vec k(share), m(static_cast<float>(kl));
+        const float *term = side.row, *weight = side.scratch;
+        return [=](int64_t at, int64_t count) {
+          return weighed(Vec::loadu(weight + at, count), Vec::loadu(term + at, count) - m) * k;
+        };
+      });
+    };
+    gradient(p_, kl_p_, kappa * (1.0f - beta_));
+    gradient(q_, kl_q_, kappa * beta_);
+  }
+
+ private:
+  void sum(Side& side) {
+    for_blocks(columns_, [&](int64_t column, int64_t n) {
+      float *row = side.row + column, *exps = side.scratch + column;
+      const float* l = side.map.logits(row, row, column, n);
+      const auto keep = [=](int64_t j, Vec e, int64_t count) { e.store(exps + j, count); };
+      side.shifts.push_back(side.sums.add(l, n, row + n, keep));
+    });
+  }
+
+  void visit(int64_t column, int64_t n) {
+    const auto factor = [=](const Side& side) {
+      return Vec(static_cast<float>(side.sums.factor(side.shifts[column / kBlock])));
+    };
+    const Vec f_p = factor(p_), f_q = factor(q_);
+    const Vec peak_p(p_.sums.peak), peak_q(q_.sums.peak), log_sums(log_sums_), beta(beta_), rest(1.0f - beta_);
+    const Vec one(1.0f), zero(0.0f);
+    float *row_p = p_.row + column, *row_q = q_.row + column;
+    float *weight_p = p_.scratch + column, *weight_q = q_.scratch + column;
+    const bool need_p = p_.needed, need_q = q_.needed;
+    const Map map_p = p_.map, map_q = q_.map;
+    BlockSum sum_p, sum_q;
+    for_vectors(n, [&](int chain, int64_t j, int64_t count) __attribute__((always_inline)) {
+      const Vec logit_p = Vec::loadu(row_p + j, count), logit_q = Vec::loadu(row_q + j, count);
+      const Vec p = Vec::loadu(weight_p + j, count) * f_p, q = Vec::loadu(weight_q + j, count) * f_q;
+      const Vec u = ((logit_p - peak_p) - (logit_q - peak_q)) - log_sums;
+      const Vec c = Vec::blendv(rest, beta, u >= zero);
+      const Vec larger = zero - log_normal(one - c * (one - exp_nonpositive(u | Vec(-0.0f))));
+      const Vec term_p = larger + at::vec::clamp_max(u, zero), term_q = larger - at::vec::clamp_min(u, zero);
+      sum_p.add(chain, weighed(p, term_p), count);
+      sum_q.add(chain, weighed(q, term_q), count);
+      if (need_p) {
+        term_p.store(row_p + j, count);
+        (p * map_p.slope(logit_p)).store(weight_p + j, count);
+      }
+      if (need_q) {
+        term_q.store(row_q + j, count);
+        (q * map_q.slope(logit_q)).store(weight_q + j, count);
+      }
+    });
+    kl_p_ += sum_p.total();
+    kl_q_ += sum_q.total();
+  }
+
+  Side &p_, &q_;
+  int64_t columns_;
+  float beta_, log_sums_ = 0;    // log sum_p - log sum_q
+  double kl_p_ = 0, kl_q_ = 0;  // KL(p || r), KL(q || r)
 };
 
 }  // namespace longpo

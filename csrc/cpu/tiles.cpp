@@ -107,18 +107,16 @@ Narrow narrow_to(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? narrow_block<at::BFloat16> : dtype == at::kHalf ? narrow_block<at::Half> : nullptr;
 }
 
-// Where the first pass writes what the map makes of a row's products.
-enum class Place { buffer, row, tanh_in_row };  // logits in a buffer, in the row, in a buffer and their tanh in the row
-
-// Sums a row; keep(column, e, count) takes exp(l - shift), a shift per block.
-template <Place place, class Keep>
-LogSumExp first_pass(float* z, int64_t columns, const Map& map, Label& label, float* shifts, const Keep& keep) {
+// Sums a row; keep(column, e, count) takes exp(l - shift), a shift per block. With a soft-cap its tanh takes the row's
+// place where that is asked for.
+template <class Keep>
+LogSumExp first_pass(float* z, int64_t columns, const Map& map, bool tanh_in_row, Label& label, float* shifts,
+                     const Keep& keep) {
   LogSumExp stats;
-  alignas(64) float buffer[kBlock];
+  alignas(64) float logits[kBlock];
   for_blocks(columns, [&](int64_t column, int64_t n) {
     float* row = z + column;
-    float *logits = place == Place::row ? row : buffer, *tanhs = place == Place::tanh_in_row ? row : nullptr;
-    const float* l = map.logits(row, logits, column, n, tanhs);
+    const float* l = map.logits(row, logits, column, n, tanh_in_row ? row : nullptr);
     if (label.in(column, n)) {
       label.logit = l[label.column - column];
     }
@@ -157,10 +155,10 @@ struct LabelGradient {
     });
   }
 
-  // From what the first pass kept: exponentials times `slope`, which need only a factor per block.
-  void from_exps(float* row, int64_t columns, const LogSumExp& sums, const float* shifts, float slope) const {
+  // From what the first pass kept: exponentials, times 1 - tanh^2 with a soft-cap, which need only a factor per block.
+  void from_exps(float* row, int64_t columns, const LogSumExp& sums, const float* shifts) const {
     for_blocks(columns, [&](int64_t column, int64_t n) {
-      const Vec f(static_cast<float>(-static_cast<double>(g) * slope * sums.factor(shifts[column / kBlock])));
+      const Vec f(static_cast<float>(-static_cast<double>(g) * map.scale * sums.factor(shifts[column / kBlock])));
       float* e = row + column;
       for_vectors(n, [&](int, int64_t j, int64_t count) { (Vec::loadu(e + j, count) * f).store(e + j, count); });
       finish_block(row, column, n);
@@ -183,7 +181,7 @@ std::tuple<Tensor, Tensor> logps(const Tensor& z, const Tensor& labels, const Op
     for (int64_t i = first; i < last; ++i) {
       Label label{label_of[i]};
       const auto nothing = [](int64_t, Vec, int64_t) {};
-      const LogSumExp sums = first_pass<Place::buffer>(tile.row(i), tile.columns, map, label, shifts.data(), nothing);
+      const LogSumExp sums = first_pass(tile.row(i), tile.columns, map, false, label, shifts.data(), nothing);
       stat[2 * i] = sums.peak;
       stat[2 * i + 1] = static_cast<float>(sums.log_sum());
       logp[i] = static_cast<float>(sums.log_p(label.logit));
@@ -232,39 +230,26 @@ Tensor logps_gradient_(const Tensor& z, const Tensor& labels, const Tensor& g, c
       Label label{label_of[i]};
       const auto exps = [=](int64_t at, Vec e, int64_t count) { e.store(row + at, count); };
       const auto sloped = [=](int64_t at, Vec e, int64_t count) {
-        (e * map.slope_of_tanh(Vec::loadu(row + at, count))).store(row + at, count);
+        const Vec t = Vec::loadu(row + at, count);
+        (e * (Vec(1.0f) - t * t)).store(row + at, count);
       };
       const LogSumExp sums =
-          softcap > 0 ? first_pass<Place::tanh_in_row>(row, tile.columns, map, label, shifts.data(), sloped)
-                      : first_pass<Place::buffer>(row, tile.columns, map, label, shifts.data(), exps);
+          softcap > 0 ? first_pass(row, tile.columns, map, true, label, shifts.data(), sloped)
+                      : first_pass(row, tile.columns, map, false, label, shifts.data(), exps);
       const LabelGradient gradient{label, sums.log_p(label.logit), weight[i], map, narrow};
       logp[i] = static_cast<float>(gradient.logp);
-      gradient.from_exps(row, tile.columns, sums, shifts.data(), softcap > 0 ? 1.0f : map.scale);
+      gradient.from_exps(row, tile.columns, sums, shifts.data());
     }
   });
   return logps;
 }
 
-template <Kind kind>
-void divergence_rows(const Tile& z, const Tile& z_teacher, const float* kappa, float beta, const Map& map,
-                     const Map& map_teacher, Narrow narrow, bool need_student, bool need_teacher, float* values) {
-  for_rows(z, [&](int64_t first, int64_t last) {
-    std::vector<float> exps(2 * z.columns), shifts = shifts_of(z), shifts_teacher = shifts;
-    const auto side = [&](float* row, float* exps, std::vector<float>& shifts, const Map& map, bool needed) {
-      Label none{-1};
-      const auto keep = [=](int64_t at, Vec e, int64_t count) { e.store(exps + at, count); };
-      const LogSumExp sums = first_pass<Place::row>(row, z.columns, map, none, shifts.data(), keep);
-      return Side{row, exps, shifts.data(), sums, map, needed, narrow};
-    };
-    for (int64_t i = first; i < last; ++i) {
-      const DivergenceRow<kind> divergence{
-          side(z.row(i), exps.data(), shifts, map, need_student),
-          side(z_teacher.row(i), exps.data() + z.columns, shifts_teacher, map_teacher, need_teacher), z.columns, beta};
-      const auto means = divergence.means(kappa[i]);
-      values[i] = static_cast<float>(divergence.value(means));
-      divergence.gradients(means, kappa[i]);
-    }
-  });
+enum class Kind { forward, reverse, jsd };
+
+Kind kind_of(std::string_view name) {
+  TORCH_CHECK_VALUE(name == "forward" || name == "reverse" || name == "jsd",
+                    "divergence must be 'forward', 'reverse' or 'jsd', got '", name, "'");
+  return name == "forward" ? Kind::forward : name == "reverse" ? Kind::reverse : Kind::jsd;
 }
 
 Tensor divergence_(const Tensor& z, const Tensor& z_teacher, const Tensor& kappa, std::string_view kind, double beta,
@@ -274,17 +259,30 @@ Tensor divergence_(const Tensor& z, const Tensor& z_teacher, const Tensor& kappa
   const Tile tile(z, "z"), teacher(z_teacher, "z_teacher");
   TORCH_CHECK_VALUE(tile.rows == teacher.rows && tile.columns == teacher.columns,
                     "z and z_teacher must have one shape, got ", z.sizes(), " and ", z_teacher.sizes());
-  TORCH_CHECK_VALUE(kind == "forward" || kind == "reverse" || kind == "jsd",
-                    "divergence must be 'forward', 'reverse' or 'jsd', got '", kind, "'");
+  const Kind which = kind_of(kind);
   const Tensor k = per_row<float>(kappa, tile.rows, "kappa");
   const Tensor wide = wide_bias(bias, tile), wide_teacher = wide_bias(bias_teacher, teacher);
+  const Map map = make_map(wide, scale, softcap), map_teacher = make_map(wide_teacher, scale_teacher, softcap_teacher);
+  const Narrow narrow = narrow_to(dtype);
   Tensor values = z.new_empty({tile.rows});
-  const auto rows = kind == "forward"   ? divergence_rows<Kind::forward>
-                    : kind == "reverse" ? divergence_rows<Kind::reverse>
-                                        : divergence_rows<Kind::jsd>;
-  rows(tile, teacher, k.const_data_ptr<float>(), static_cast<float>(beta), make_map(wide, scale, softcap),
-       make_map(wide_teacher, scale_teacher, softcap_teacher), narrow_to(dtype), need_student, need_teacher,
-       values.data_ptr<float>());
+  const float* weight = k.const_data_ptr<float>();
+  float* value = values.data_ptr<float>();
+  for_rows(tile, [&](int64_t first, int64_t last) {
+    std::vector<float> scratch(2 * tile.columns);
+    for (int64_t i = first; i < last; ++i) {
+      Side p{tile.row(i), scratch.data(), map, need_student, narrow};
+      Side q{teacher.row(i), scratch.data() + tile.columns, map_teacher, need_teacher, narrow};
+      const auto visit = [&](auto row) {
+        value[i] = static_cast<float>(row.value());
+        row.gradients(weight[i]);
+      };
+      if (which == Kind::jsd) {
+        visit(JsdRow(p, q, tile.columns, static_cast<float>(beta)));
+      } else {
+        visit(which == Kind::forward ? KlRow(q, p, tile.columns) : KlRow(p, q, tile.columns));
+      }
+    }
+  });
   return values;
 }
 

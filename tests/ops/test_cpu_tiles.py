@@ -149,7 +149,8 @@ def test_minus_infinity_has_probability_and_gradient_zero(cpu, option):
     z[0, :2100] = -float("inf")  # the first two blocks of the row and a part of the third
     z[1, 1:] = -float("inf")
     z[2, labels[2]] = -float("inf")
-    labels[:2] = torch.tensor([3999, 0])
+    z[3, :1100], z[3, 1100:] = -float("inf"), z[3, 1100:] - 1000  # no first peak that exp(-peak) would have room for
+    labels[[0, 1, 3]] = torch.tensor([3999, 0, 3999])
     check_rows(cpu, z, labels, g, logit_map(option, 4000))
     if option != "softcap":  # a soft-capped -inf is -softcap
         gradient = cpu.logps_gradient_(z.clone(), labels, g, logit_map(option, 4000), torch.float32)[1]
@@ -233,7 +234,16 @@ def test_divergences_where_both_have_no_mass(cpu, kind):
     z, teacher = tile(40, 1500), tile(40, 1500)
     for x in (z, teacher):
         x[::3, 5:1400] = -float("inf")
+        x[4, :1100], x[4, 1100:] = -float("inf"), x[4, 1100:] - 1000
     z[2, 7] = teacher[1, 7] = float("nan")
+    check_divergence(cpu, z, teacher, torch.randn(40), kind, (LogitMap(), LogitMap()))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_divergences_where_one_has_no_mass(cpu, kind):
+    z, teacher = tile(40, 1500), tile(40, 1500)
+    z[::3, 5:1400] = -float("inf")
+    teacher[1::3, 100:1200] = -float("inf")
     check_divergence(cpu, z, teacher, torch.randn(40), kind, (LogitMap(), LogitMap()))
 
 
