@@ -1,7 +1,8 @@
 """The demo over several seeds: accuracy by length and perplexity of the base, of theta raised alone, and after each round.
 
 A seed draws documents, questions and the order of training; the base model and the samples of the evaluation stay. With
---compare every seed also trains the other methods (examples/tiny/compare.yaml) on its pairs.
+--compare every seed also trains the other methods (examples/tiny/compare.yaml) on its pairs, and, as a control, NLL alone
+on its documents, without any question or answer, for as many steps.
 
     python benchmarks/bench_demo.py [--seeds 3] [--rounds 1] [--compare] [--work runs/bench-demo] [--out benchmarks/results]
 
@@ -11,6 +12,7 @@ Writes DATE-demo-HOST.json with every number, mean and spread, and docs/pictures
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -22,10 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 from longpo_ops.demo.compare import compare, draw
 from longpo_ops.demo.run import evolution
-from longpo_ops.evolve import evolve
+from longpo_ops.evaluate import EvaluateRun, evaluate
+from longpo_ops.evolve import Evolution, evolve, plan
 from longpo_ops.tiny.text import prepare
 
 PICTURES = ROOT / "docs/pictures"
+CONTROL_RATE = 7e-4  # the best of three on seed 0 (docs/log.md)
 
 
 def main() -> None:
@@ -54,7 +58,42 @@ def run(work: Path, seed: int, options: argparse.Namespace) -> dict:
     prepare(work, seed)
     result = evolve(wanted, lambda *_: None)
     told = {"seed": seed, "rows": result.rows, "stages": result.stages, "stopped": result.stopped}
-    return told | ({"methods": compare(wanted, lambda *_: None)} if options.compare else {})
+    if options.compare:
+        told["methods"] = compare(wanted, lambda *_: None)
+        told["methods"] += control(wanted, told["methods"], CONTROL_RATE)
+    return told
+
+
+def control(wanted: Evolution, others: list[dict], rate: float) -> list[dict]:
+    """Rows like those of `compare`: theta raised, and NLL on the first round's documents, one a step, nothing else."""
+    from transformers import Trainer
+
+    stages = {stage.kind: stage.run for stage in plan(wanted)}
+    steps, out = max(row["step"] for row in others), Path(wanted.out) / f"compare/nll_documents-{rate:g}"
+    training = {"learning_rate": rate, "max_steps": steps, "save_strategy": "no", "report_to": "none"}
+    run = dataclasses.replace(stages["train"], output_dir=str(out), training=stages["train"].training | training)
+    if not (out / "model.safetensors").exists():
+        tokenizer, examples = run.load_tokenizer(), []
+        for file in sorted(Path(stages["pairs"].documents[0]).glob("*.txt")):
+            turn = [{"role": "user", "content": file.read_text(encoding="utf-8").strip()}]
+            ids = tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]
+            examples.append({"input_ids": ids, "labels": ids})
+        trainer = Trainer(run.load_model(run.model, policy=True), run.config(), train_dataset=examples)
+        trainer.processing_class = tokenizer
+        trainer.train()
+        trainer.save_model()
+    return [
+        {**others[0], "method": "nll_documents", "learning_rate": rate},
+        scored(dataclasses.replace(stages["evaluate"], model=str(out), out=f"{out}-{steps}"), rate, steps),
+    ]
+
+
+def scored(run: EvaluateRun, rate: float, step: int) -> dict:
+    """A row of the control at step `step`."""
+    short, long = min(run.lengths), 1024
+    scores = evaluate(dataclasses.replace(run, lengths=(short, long), perplexity_lengths=(short,)))
+    numbers = {"long": scores.accuracy(long), "short": scores.accuracy(short), "perplexity": scores.perplexity[short]}
+    return {"method": "nll_documents", "step": step, "learning_rate": rate} | numbers
 
 
 def summary(rows: list[dict], key: str) -> list[dict]:
