@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -95,24 +96,32 @@ def data_files(path: str | os.PathLike) -> list[Path]:
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, str | dict]]:
-    """Yield ('file:number', row) for every row below `path`; a JSON line is still text (`parse_row` parses it)."""
+    """Yield ('file:number', row) for every row below `path`; a JSON line is still text (`parse_row` parses it).
+
+    Raises ValueError for a path without data, and for a file that is damaged, naming it.
+    """
+    for file in data_files(path):
+        _require_zstandard(file)
+        try:
+            yield from _rows(file)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise ValueError(f"{file} cannot be read ({error}); it is damaged or cut off, fetch it again") from error
+
+
+def _rows(file: Path) -> Iterator[tuple[str, str | dict]]:
     from datasets import load_dataset
 
-    for file in data_files(path):
-        if file.suffix == ".parquet":
-            rows = load_dataset(
-                "parquet", data_files=str(file), split="train", streaming=True, batch_size=ROWS_PER_GROUP
-            )
-            yield from ((f"{file.name}:{number}", row) for number, row in enumerate(rows, 1))
-        else:
-            _require_zstandard(file)
-            # Bytes that are no UTF-8 become \xff escapes, which JSON does not know: one bad record, not a bad file.
-            lines = load_dataset(
-                "text", data_files=str(file), split="train", streaming=True, encoding_errors="backslashreplace"
-            )
-            for number, line in enumerate(lines, 1):
-                if line["text"].strip():
-                    yield f"{file.name}:{number}", line["text"]
+    if file.suffix == ".parquet":
+        rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True, batch_size=ROWS_PER_GROUP)
+        yield from ((f"{file.name}:{number}", row) for number, row in enumerate(rows, 1))
+    else:
+        # Bytes that are no UTF-8 become \xff escapes, which JSON does not know: one bad record, not a bad file.
+        lines = load_dataset(
+            "text", data_files=str(file), split="train", streaming=True, encoding_errors="backslashreplace"
+        )
+        for number, line in enumerate(lines, 1):
+            if line["text"].strip():
+                yield f"{file.name}:{number}", line["text"]
 
 
 def parse_row(row: str | dict, where: str) -> dict:
@@ -120,7 +129,7 @@ def parse_row(row: str | dict, where: str) -> dict:
     if isinstance(row, str):
         try:
             row = json.loads(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRecord(where, "line", "no valid JSON", f"{error}; expected one object per line") from None
     if not isinstance(row, dict):
         came = type(row).__name__

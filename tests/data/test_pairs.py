@@ -136,6 +136,13 @@ def test_skipping_counts_and_raising_names_the_line(pair, tmp_path):
         list(read_pairs(file))
 
 
+def test_a_line_nested_too_deeply_is_one_bad_record(pair, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(pair.to_row()) + "\n" + "[" * 100_000 + "\n")
+    report = DataReport()
+    assert [found.id for found in read_pairs(tmp_path, "skip", report)] == [pair.id]
+    assert report.skipped == {"no valid JSON": 1}
+
+
 def test_paths_without_data_are_refused(pair, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         list(read_pairs(tmp_path / "none.jsonl"))
@@ -151,6 +158,15 @@ def test_paths_without_data_are_refused(pair, tmp_path):
         list(read_pairs(tmp_path, on_bad_record="ignore"))
     with pytest.raises(ValueError, match="cannot write"):
         write_pairs([pair], tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+def test_a_file_that_is_cut_off_is_named(suffix, pair, tmp_path):
+    file = tmp_path / f"a{suffix}"
+    write_pairs([pair], file)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"a{suffix} cannot be read .*; it is damaged or cut off"):
+        list(read_pairs(file))
 
 
 def test_a_failed_write_leaves_the_old_file(pair, tmp_path):
