@@ -77,6 +77,8 @@ class LongPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, or none")
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: expected >= 0")
         if self.constraint_weight <= 0:
             raise ValueError(f"constraint_weight={self.constraint_weight}: expected > 0")
         if self.fit not in ("off", "auto"):

@@ -91,6 +91,14 @@ class TrainRun:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: expected 0 for full fine-tuning, or a rank")
+        for name in ("rope_theta", "max_position_embeddings", "max_length", "lora_alpha"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name}={value}: expected more than 0, or none")
+        for name in ("model", "reference_model"):
+            if (folder := getattr(self, name)) and Path(folder).resolve() == Path(self.output_dir).resolve():
+                raise ValueError(
+                    f"output_dir={self.output_dir}: holds the {name}, which would be overwritten; give another"
+                )
 
     def config(self) -> LongPOConfig:
         """LongPOConfig of the run. Raises ValueError for values it refuses."""

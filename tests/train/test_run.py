@@ -345,8 +345,18 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
         ({"lora_rank": -1}, "expected 0 for full fine-tuning"),
         ({"on_bad_record": "drop"}, "expected one of raise, skip"),
         ({"dtype": "int8"}, "expected one of auto, float32"),
+        ({"rope_theta": -5.0}, r"rope_theta=-5\.0: expected more than 0"),
+        ({"max_length": 0}, "max_length=0: expected more than 0"),
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0: expected >= 0"),
     ],
 )
 def test_settings_of_another_kind_are_refused(home, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
-        TrainRun.from_settings(settings(home, tmp_path) | more)
+        TrainRun.from_settings(settings(home, tmp_path) | more).config()
+
+
+@pytest.mark.parametrize("name", ["model", "reference_model"])
+def test_a_run_does_not_write_over_the_models_it_reads(home, name):
+    folder = home / "model"
+    with pytest.raises(ValueError, match=f"holds the {name}, which would be overwritten"):
+        TrainRun.from_settings(settings(home, folder / ".." / "model") | {"model": "other", name: str(folder)})
