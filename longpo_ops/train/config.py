@@ -41,6 +41,7 @@ class LongPOConfig(TrainingArguments):
     gradient_accumulation_steps: int = field(default=8)
     gradient_checkpointing: bool = field(default=True)
     logging_steps: float = field(default=1)
+    logging_nan_inf_filter: bool = field(default=False)  # it logs a loss that is not finite as 0
     num_train_epochs: float = field(default=1.0)
     remove_unused_columns: bool = field(default=False)
     dataloader_pin_memory: bool = field(default=False)  # a row stays on the host until the loss has planned it

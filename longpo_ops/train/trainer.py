@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -62,7 +63,8 @@ class LongPOTrainer(Trainer):
     16-bit weights that train at a rate below SMALL_STEP become float32 ones that compute in bfloat16 (autocast): such
     steps are lost in rounding otherwise. Checkpoints then hold float32 weights.
 
-    Raises ValueError, before training, for a missing reference and for a record that lacks what the method reads.
+    Raises ValueError, before training, for a missing reference and for a record that lacks what the method reads; while
+    training, at the first log of a loss that is not finite.
     """
 
     def __init__(
@@ -325,7 +327,8 @@ class LongPOTrainer(Trainer):
     # -- logs and checkpoints ----------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's numbers with the paper's, tokens per second and peak memory since the last log."""
+        """Trainer's numbers with the paper's, tokens per second and peak memory since the last log. Raises ValueError for a
+        loss that is not finite: its step has spoilt the weights, so no checkpoint may follow."""
         evaluation = any(name.startswith("eval_") for name in logs)
         names = [name for name in self._values if name.startswith("eval_") == evaluation]
         for name in names:
@@ -340,6 +343,12 @@ class LongPOTrainer(Trainer):
             logs["peak_memory_gib"] = _peak_memory(self.args.device) / 2**30
             self._tokens = 0
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}, and its step has spoilt the weights; lower "
+                "learning_rate, or check rope_theta, objective_options and the model. The same command goes on from the last "
+                "checkpoint"
+            )
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes a checkpoint beside its place, flushes it and renames it: under its name it is whole."""

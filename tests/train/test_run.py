@@ -360,3 +360,9 @@ def test_a_run_does_not_write_over_the_models_it_reads(home, name):
     folder = home / "model"
     with pytest.raises(ValueError, match=f"holds the {name}, which would be overwritten"):
         TrainRun.from_settings(settings(home, folder / ".." / "model") | {"model": "other", name: str(folder)})
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(home, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (inf|nan) at step 1, .*lower learning_rate"):
+        run(home, tmp_path, max_steps=2, save_steps=1, objective_options={"preference_weight": 1e308})
+    assert last_checkpoint(tmp_path) is None and not (tmp_path / "model.safetensors").exists()
