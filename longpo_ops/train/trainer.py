@@ -384,6 +384,15 @@ class LongPOTrainer(Trainer):
         check_checkpoint(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except KeyError as error:
+            raise ValueError(
+                f"{checkpoint}: its optimizer state has no {error}, so it is another optimizer's; go on with the settings it "
+                "began with (fit, memory: states and master, optim), or give another output_dir"
+            ) from error
+
 
 def _keep_float32_master(model: nn.Module, args: LongPOConfig) -> None:
     """Turns trained 16-bit weights into float32 ones under autocast where steps are too small for them."""

@@ -366,3 +366,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(home, tmp_pa
     with pytest.raises(ValueError, match=r"the loss is (inf|nan) at step 1, .*lower learning_rate"):
         run(home, tmp_path, max_steps=2, save_steps=1, objective_options={"preference_weight": 1e308})
     assert last_checkpoint(tmp_path) is None and not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_run_does_not_go_on_with_the_state_of_another_optimizer(home, tmp_path):
+    run(home, tmp_path, max_steps=1, memory={"states": "float32"})
+    with pytest.raises(ValueError, match=r"checkpoint-1: its optimizer state has no 'step'.*memory: states"):
+        run(home, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="go on with the settings it began with"):
+        run(home, tmp_path, max_steps=2, memory={"states": "float32", "master": "float32"})
