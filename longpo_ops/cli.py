@@ -102,7 +102,7 @@ def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:
             raise _usage(f"--config {config}: no such file")
         try:
             settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise _usage(f"--config {config}: no valid YAML: {error}") from None
         if not isinstance(settings, dict):
             raise _usage(f"--config {config}: expected names and values, got {type(settings).__name__}")

@@ -85,6 +85,8 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         (["--set", "rows=5"], "expected names of TrainRun"),
         (["--set", "max_steps=abc"], "expected int"),
         (["--set", "objective_options={beta: -1}"], "expected beta > 0"),
+        (["--set", "objective_options=3"], "objective_options=3: expected dict"),
+        (["--set", "memory=[1]"], "memory=[1]: expected dict"),
         (["--config", "nowhere.yaml"], "no such file"),
         (["--on-bad-record", "drop"], "expected one of raise, skip"),
     ],
@@ -100,9 +102,12 @@ def test_missing_settings_are_named(tmp_path):
     assert done.exit_code == 2 and "model, data missing" in done.output
 
 
-@pytest.mark.parametrize("text, message", [("- a\n- b", "expected names and values"), ("a: [", "no valid YAML")])
+@pytest.mark.parametrize(
+    "text, message",
+    [(b"- a\n- b", "expected names and values"), (b"a: [", "no valid YAML"), (b"\xff", "no valid YAML")],
+)
 def test_files_that_are_no_settings_are_refused(tmp_path, text, message):
-    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_bytes(text)
     done = in_process("train", "--config", tmp_path / "run.yaml")
     assert done.exit_code == 2 and message in done.output
 

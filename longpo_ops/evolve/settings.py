@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..kinds import check_kinds
+
 LAST, BASE, GENERATOR = "last", "base", "generator"
 HARNESS = "harness:"
 OWNED = {  # fields of a stage that follow from the round
@@ -168,7 +170,7 @@ class Evolution:
             settings = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: no valid YAML: {error}") from None
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: expected names and values, got {type(settings).__name__}")
@@ -222,22 +224,29 @@ def _further(what: str, kind: str, values: Any) -> dict[str, Any]:
         numbers = values.get(name, ()) if kind == "evaluate" else ()
         if not isinstance(numbers, list | tuple) or not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(f"{what}, evaluate: {name} is {numbers!r}; expected a list of numbers of tokens")
-    if kind == "train":
+    if kind == "train":  # TrainRun checks the kinds of its values
         return dict(values)
+    check_kinds(values, _run(kind), f"{what}, {kind}: ")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _fields(kind: str) -> set[str]:
-    """Names a round may set for one of its stages."""
+def _run(kind: str) -> type:
+    """The class of a stage's settings."""
     if kind == "generate":
         from ..generate import GenerateRun as run
     elif kind == "evaluate":
         from ..evaluate import EvaluateRun as run
     else:
-        from ..train.config import LongPOConfig
         from ..train.run import TrainRun as run
-    names = {f.name for f in dataclasses.fields(run)} - {"training"}
+    return run
+
+
+def _fields(kind: str) -> set[str]:
+    """Names a round may set for one of its stages."""
+    names = {f.name for f in dataclasses.fields(_run(kind))} - {"training"}
     if kind == "train":
+        from ..train.config import LongPOConfig
+
         names |= {f.name for f in dataclasses.fields(LongPOConfig) if f.init}
     return names - set(OWNED[kind])
 

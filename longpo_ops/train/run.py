@@ -11,8 +11,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
+from ..kinds import check_kinds
 from .config import LongPOConfig
 from .report import write_report
 from .rows import PairStore, select
@@ -84,8 +84,8 @@ class TrainRun:
 
     def __post_init__(self):
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "training"}
-        _check_kinds(own, get_type_hints(TrainRun))
-        _check_kinds(self.training, get_type_hints(LongPOConfig))
+        check_kinds(own, TrainRun)
+        check_kinds(self.training, LongPOConfig)
         for name, choices in (("on_bad_record", ("raise", "skip")), ("dtype", ("auto", *DTYPES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
@@ -174,17 +174,6 @@ class TrainRun:
         return get_peft_model(
             model, LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         )
-
-
-def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:
-    """Raises ValueError for a value that is no number, text or flag where one is wanted."""
-    for name, value in values.items():
-        wanted = set(get_args(kinds[name]) or [kinds[name]])
-        if wanted <= {int, float, str, bool, NoneType}:
-            wanted |= {int} if float in wanted else set()
-            if type(value) not in wanted:
-                names = sorted(kind.__name__ for kind in wanted - {NoneType})
-                raise ValueError(f"{name}={value!r}: expected {' or '.join(names)}")
 
 
 def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:

@@ -59,6 +59,12 @@ def changed(**changes) -> dict:
         (changed(first={"rope_theta": "high"}), "rope_theta is 'high'; expected a number"),
         (changed(first={"colour": "red"}), r"rounds\[0\]: colour unknown; expected some of name, length"),
         (changed(first={"generate": {"question": 4}}), "round 'one', generate: question unknown; .* questions"),
+        (changed(first={"generate": {"chunks": "four"}}), "round 'one', generate: chunks='four': expected int"),
+        (
+            changed(evaluate={"lengths": [128], "samples": "all"}),
+            "the evolution, evaluate: samples='all': expected int",
+        ),
+        (changed(evaluate={"lengths": [128], "perplexity": "text"}), "perplexity='text': expected list or tuple"),
         (changed(first={"train": {"lr": 1e-3}}), "round 'one', train: lr unknown; .* learning_rate"),
         (changed(first={"train": {"rope_theta": 1e6}}), "round 'one', train: rope_theta is set by rope_theta; leave"),
         (changed(first={"generate": []}), "round 'one', generate: expected names and values, got list"),
@@ -81,8 +87,12 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
     evolution = Evolution.from_file(tmp_path / "run.yaml")
     assert evolution == Evolution.from_settings(changed(first={"train": {"learning_rate": 5e-7}}))
     assert evolution.rounds[0].documents == ("docs",) and evolution.evaluate["lengths"] == (128, 256)
-    for text, message in (("- a", "expected names and values, got list"), ("a: [", "no valid YAML")):
-        (tmp_path / "run.yaml").write_text(text)
+    for text, message in (
+        (b"- a", "expected names and values, got list"),
+        (b"a: [", "no valid YAML"),
+        (b"\xff", "run.yaml: no valid YAML: 'utf-8' codec"),
+    ):
+        (tmp_path / "run.yaml").write_bytes(text)
         with pytest.raises(ValueError, match=message):
             Evolution.from_file(tmp_path / "run.yaml")
     with pytest.raises(ValueError, match="cannot be read: No such file"):
