@@ -229,8 +229,8 @@ def locked(path: Path) -> int:
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a folder, or raise ValueError where it was begun with others."""
-    if not path.exists():
+    """Write the settings of a folder, or raise ValueError where its work/ holds something that others have made."""
+    if not path.exists() or not any(file.stat().st_size for file in (path.parent / "work").iterdir()):
         write_atomically(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
         return
     before = json.loads(path.read_text(encoding="utf-8"))

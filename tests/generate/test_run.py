@@ -315,6 +315,17 @@ def test_a_document_that_vanished_keeps_its_shard_open(settings, tmp_path):
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_that_made_nothing_leaves_the_folder_to_other_settings(settings):
+    with OpenAIServer() as server:
+        pass
+    with pytest.raises(ConnectionError, match="no server answers"):
+        generate(settings(endpoints=(server.url,), patience=0.5))
+    with OpenAIServer() as server:
+        assert generate(settings(endpoints=(server.url,), seed=1)).outcomes
+        with pytest.raises(ValueError, match=r"begun with other settings .seed was 1, is 0"):
+            generate(settings(endpoints=(server.url,)))
+
+
 def test_a_folder_holds_one_run(settings, whole, tmp_path):
     with OpenAIServer() as server:
         with pytest.raises(ValueError, match=r"begun with other settings .seed was 0, is 1"):
