@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ..evaluate import EvaluateRun
 from ..generate import GenerateRun
+from ..pretrained import loading
 from ..train.run import TrainRun
 from .receipt import Receipt
 from .settings import BASE, GENERATOR, LAST, Evolution, Round
@@ -96,10 +97,8 @@ def read_model(name: str, trust_remote_code: bool = False) -> Model:
     """What a model's config says of it. Raises ValueError where there is none."""
     from transformers import AutoConfig
 
-    try:
+    with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     rope = getattr(config, "rope_parameters", None) or {}
     return Model(name, name, rope.get("rope_theta"), getattr(config, "max_position_embeddings", None))
 

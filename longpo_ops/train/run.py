@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..kinds import check_kinds
+from ..pretrained import DTYPES, loading
 from .config import LongPOConfig
 from .report import write_report
 from .rows import PairStore, select
@@ -28,7 +28,6 @@ from .trainer import LongPOTrainer, last_checkpoint
 log = logging.getLogger("longpo_ops.train")
 
 # A checkpoint goes on under the same of these only; steps, learning rate, logging and the like may change.
-DTYPES = ("float32", "bfloat16", "float16")
 IDENTITY = ("objective", "objective_options", "constraint_weight", "row_tokens", "target_length", "seed")
 
 
@@ -86,7 +85,7 @@ class TrainRun:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "training"}
         check_kinds(own, TrainRun)
         check_kinds(self.training, LongPOConfig)
-        for name, choices in (("on_bad_record", ("raise", "skip")), ("dtype", ("auto", *DTYPES))):
+        for name, choices in (("on_bad_record", ("raise", "skip")), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
         if self.lora_rank < 0:
@@ -107,10 +106,8 @@ class TrainRun:
     def _auto_config(self, name: str):
         from transformers import AutoConfig
 
-        try:
+        with loading(name):
             return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
-        except OSError as error:
-            raise ValueError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
     def all_settings(self) -> dict[str, Any]:
         """As they will be used: those of this run, LongPOConfig's own, and others that were set."""
@@ -123,7 +120,8 @@ class TrainRun:
     def load_tokenizer(self):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+        with loading(self.model):
+            return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
 
     def load_pairs(self, path: str, tokenizer, vocab_size: int) -> PairStore:
         """Tokenised pairs of `path`, from output_dir/data if they were made of the same files and settings before."""
@@ -157,12 +155,10 @@ class TrainRun:
                 config.rope_parameters = {**config.rope_parameters, "rope_theta": float(self.rope_theta)}
             if self.max_position_embeddings is not None:
                 config.max_position_embeddings = self.max_position_embeddings
-        try:
+        with loading(name):
             model = AutoModelForCausalLM.from_pretrained(
                 name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=self.trust_remote_code
             )
-        except SafetensorError as error:
-            raise ValueError(f"{name}: its safetensors cannot be read ({error}); fetch the model again") from None
         return self._with_adapters(model) if policy and self.lora_rank else model
 
     def _with_adapters(self, model):

@@ -85,6 +85,7 @@ def test_a_dry_run_lists_and_asks_nobody(tokenizer, documents, tmp_path):
         (["--rope", "3"], "expected names and values"),
         (["--engine-option", "x"], "expected name=value"),
         (["--engine", "magic"], "expected one of"),
+        (["--dtype", "float8"], "dtype 'float8'; expected one of auto"),
     ],
 )
 def test_wrong_usage_is_code_2(more, message, tokenizer, documents, tmp_path):

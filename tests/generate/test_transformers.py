@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 from dataclasses import replace
 
@@ -80,6 +81,23 @@ def test_rope_reaches_the_model_and_a_short_context_is_refused(model, engine):
     assert wide.model.config.max_position_embeddings == 4096
     ids = engine.tokenizer("The wind turned, and Ann went home. " * 8)["input_ids"]
     assert abs(asyncio.run(wide.score(ids)) - asyncio.run(engine.score(ids))).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("model.safetensors", "cut", "model '.*' cannot be loaded: its safetensors cannot be read"),
+        ("tokenizer.json", "{", "model '.*' cannot be loaded: Expecting property name"),
+        ("config.json", '{"model_type": "unheard-of"}', "model '.*' cannot be loaded: .*unheard-of"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_named(model, settings, tmp_path, file, text, message):
+    broken = shutil.copytree(model, tmp_path / "model")
+    (broken / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        generate(settings(out=str(tmp_path / "out"), model=str(broken)))
+    with pytest.raises(ValueError, match=r"model 'no/where' cannot be loaded: .*no folder of that name"):
+        generate(settings(out=str(tmp_path / "out"), model="no/where"))
 
 
 def test_closing_ends_a_text_under_way(model):

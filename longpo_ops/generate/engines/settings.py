@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from ...pretrained import DTYPES, loading
 from . import NAMES, Engine
 
 
@@ -36,6 +37,8 @@ class EngineSettings:
         """Raises ValueError for settings that make no sense, saying which."""
         if self.engine not in NAMES:
             raise ValueError(f"engine {self.engine!r}; expected one of {', '.join(NAMES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if (self.engine == "server") != bool(self.endpoints):
             raise ValueError(
                 f"engine {self.engine!r} with endpoints {list(self.endpoints)}; expected endpoints for 'server' only"
@@ -55,10 +58,11 @@ class EngineSettings:
                 raise ValueError(f"{name} is {value}; expected more than 0")
 
     def load_tokenizer(self):
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises ValueError for a model that has none or cannot be found."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+        with loading(self.model):
+            return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
 
     def make_engine(self, length: int) -> Engine:
         """The engine, not started, that reads `length` tokens. Raises ValueError for options it does not know."""

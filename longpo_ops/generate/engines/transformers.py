@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...pretrained import loading
 from . import Completion, Engine, EngineStopped, Request, render
 
 
@@ -52,7 +53,8 @@ class TransformersEngine(Engine):
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+        with loading(self.name):
+            config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
         if self.rope:
             config.rope_parameters = {**(getattr(config, "rope_parameters", None) or {}), **self.rope}
             config.max_position_embeddings = max(config.max_position_embeddings, self.length or 0)
@@ -62,14 +64,15 @@ class TransformersEngine(Engine):
                 f"{self.name} reads {positions} tokens, {self.length} are wanted; give RoPE settings for longer texts, "
                 "such as --rope '{\"rope_theta\": 1e7}'"
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            self.name,
-            config=config,
-            dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
-            use_safetensors=True,
-            trust_remote_code=self.trust_remote_code,
-        ).eval()
+        with loading(self.name):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.name,
+                config=config,
+                dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+            ).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _generate(self, request: Request) -> Completion:

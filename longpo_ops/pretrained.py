@@ -1,0 +1,26 @@
+"""What a model's name or folder holds: whatever cannot be loaded of it is one message that names the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of weights; auto is the one they are stored in
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Within it transformers loads a config, a tokenizer or weights of the model `name`. Raises ValueError if it cannot."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        why = f"its safetensors cannot be read ({error}); fetch the model again"
+        raise ValueError(f"model {name!r} cannot be loaded: {why}") from error
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split()) + (
+            "" if Path(name).exists() else " (no folder of that name is here, either)"
+        )
+        raise ValueError(f"model {name!r} cannot be loaded: {why}") from error
