@@ -68,6 +68,8 @@ class Work:
             raise ValueError(
                 f"length={self.length!r}, tails={self.tails}: expected a row longer than its rejected tails"
             )
+        if self.accumulation < 1:
+            raise ValueError(f"accumulation={self.accumulation}: expected at least one row")
 
 
 @dataclass(frozen=True)

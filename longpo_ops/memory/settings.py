@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longpo_ops.kinds import check_kinds
 from longpo_ops.memory import optimizer, plan
 from longpo_ops.memory.offload import offload_activations
 from longpo_ops.memory.quantise import CODECS
@@ -39,6 +40,10 @@ class Memory:
     step_in_backward: bool = False
 
     def __post_init__(self):
+        check_kinds(vars(self), Memory, "memory: ")
+        for name, least in (("tile_rows", 1), ("device_bytes", 0), ("host_bytes", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"memory: {name}={value}, expected at least {least}")
         for name, known in (
             ("store", tuple(CODECS)),
             ("states", (None, *optimizer.STATES)),

@@ -95,6 +95,9 @@ def test_this_machine():
     [
         ({"memory": {"tiles": 3}}, "memory: tiles unknown, expected some of tile_rows"),
         ({"memory": {"store": "int4"}}, "store='int4'"),
+        ({"memory": {"tile_rows": 0}}, "memory: tile_rows=0, expected at least 1"),
+        ({"memory": {"offload": True, "device_bytes": -1}}, "memory: device_bytes=-1, expected at least 0"),
+        ({"memory": {"offload": True, "host_bytes": "80 GiB"}}, "memory: host_bytes='80 GiB': expected int"),
         ({"memory": {"step_in_backward": True}}, "set states to float32 or 8bit"),
         ({"memory": OURS | {"step_in_backward": True}}, "max_grad_norm=1.0 needs all gradients"),
         ({"memory": OURS, "fit": "auto"}, "expected one of the two"),
