@@ -140,6 +140,14 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        from .evaluate.answers import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        advice = "train with --fit auto, or shorter texts; `longpo plan` says what fits"
+        typer.echo(f"error: out of memory: {error}\n{advice}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from longpo_ops import cli
 from longpo_ops.cli import app
 
 from .train.tiny import ROOT, write_home
@@ -51,6 +53,21 @@ def test_a_failed_run_exits_with_1_and_says_why_in_a_line(home, tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "record 'r-1', turns: missing field" in line and "Traceback" not in done.stderr
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("a tensor of 8 GiB")])
+def test_running_out_of_memory_exits_with_1_and_says_what_to_do(error, monkeypatch, capsys):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    said = capsys.readouterr().err
+    assert str(error) in said and "--fit auto" in said
+    monkeypatch.setattr(cli, "app", lambda: torch.zeros(2) @ torch.zeros(3))  # a bug keeps its traceback
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        cli.main()
 
 
 def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, tmp_path):
