@@ -88,9 +88,14 @@ class LongPOTrainer(Trainer):
         if args.target_length is None and self.method.spread:
             self._target_length = base_model(model).config.max_position_embeddings
         datasets = [pairs for pairs in (train_dataset, eval_dataset) if pairs is not None]
-        for pairs in datasets:
-            for pair in pairs:
-                self._check(pair, args)
+        longest = max((self._check(pair, args) for pairs in datasets for pair in pairs), default=0)
+        positions = getattr(base_model(model).config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            log.warning(
+                "the longest sequence has %d tokens, the model's config reads %d: set rope_theta and max_position_embeddings",
+                longest,
+                positions,
+            )
         self.memory = (
             self._fitted(model, args, train_dataset) if args.fit == "auto" else Memory.from_settings(args.memory)
         )
@@ -165,8 +170,9 @@ class LongPOTrainer(Trainer):
             pairs, self.method, row_tokens=args.row_tokens, target_length=self._target_length, seed=args.seed
         )
 
-    def _check(self, pair: TokenizedPair, args: LongPOConfig) -> None:
-        """Raises ValueError for a record that lacks what the method reads of it, or does not fit target_length."""
+    def _check(self, pair: TokenizedPair, args: LongPOConfig) -> int:
+        """-> tokens of its longest sequence. Raises ValueError for a record that lacks what the method reads of it, or does
+        not fit target_length."""
         selected = select(pair, self.method)
         if self._target_length and selected.length > self._target_length:
             raise ValueError(
@@ -175,6 +181,7 @@ class LongPOTrainer(Trainer):
             )
         if self.method.reference is not None:
             DataReference().logps(pair) if args.reference == "data" else readings(pair, self.method.reference)
+        return selected.length
 
     # -- reference ---------------------------------------------------------------------------------------------------
 

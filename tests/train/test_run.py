@@ -70,6 +70,13 @@ def test_the_reference_keeps_its_rope_while_the_policy_has_another(home, tmp_pat
     assert rewards(rope_theta=1e7, lora_rank=2) == pytest.approx(rewards(rope_theta=1e7), rel=1e-3)
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_sequences_beyond_what_the_model_reads_are_told(home, tmp_path, caplog, lora_rank):
+    for positions, told in ((None, False), (256, True)):
+        run(home, tmp_path / str(positions), max_steps=1, max_position_embeddings=positions, lora_rank=lora_rank)
+        assert ("the model's config reads 256: set rope_theta and max_position_embeddings" in caplog.text) == told
+
+
 def test_adapters_are_drawn_from_the_runs_own_seed(home, tmp_path):
     made = []
     for name in "ab":
