@@ -74,7 +74,8 @@ class LongPOConfig(TrainingArguments):
                     f"{name}={getattr(self, name)}: expected 1, as a packed row is a batch; use row_tokens to put "
                     "several pairs in a row and gradient_accumulation_steps for larger steps"
                 )
-        for name, least in (("row_tokens", 1), ("target_length", 0), ("workspace_bytes", 1)):
+        leasts = {"row_tokens": 1, "target_length": 0, "workspace_bytes": 1, "gradient_accumulation_steps": 1}
+        for name, least in leasts.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, or none")

@@ -83,6 +83,8 @@ def test_a_dry_run_lists_and_asks_nobody(tokenizer, documents, tmp_path):
     [
         (["--rope", "{x"], "no valid JSON"),
         (["--rope", "3"], "expected names and values"),
+        (["--rope", '{"rope_theta": -1}'], "rope: rope_theta is -1; expected a number above 0"),
+        (["--rope", '{"rope_type": "yarnn"}'], "rope: rope_type is 'yarnn'; expected one of default"),
         (["--engine-option", "x"], "expected name=value"),
         (["--engine", "magic"], "expected one of"),
         (["--dtype", "float8"], "dtype 'float8'; expected one of auto"),

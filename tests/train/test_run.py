@@ -354,6 +354,7 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
         ({"dtype": "int8"}, "expected one of auto, float32"),
         ({"rope_theta": -5.0}, r"rope_theta=-5\.0: expected more than 0"),
         ({"max_length": 0}, "max_length=0: expected more than 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: expected a whole number of at least 1"),
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0: expected >= 0"),
     ],
 )

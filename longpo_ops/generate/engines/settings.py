@@ -44,6 +44,7 @@ class EngineSettings:
                 f"engine {self.engine!r} with endpoints {list(self.endpoints)}; expected endpoints for 'server' only"
             )
         self.require_positive("concurrency", "timeout", "patience")
+        _check_rope(self.rope or {})
         if self.rope and self.engine == "server":
             flag = json.dumps({"rope_parameters": self.rope})
             raise ValueError(
@@ -91,3 +92,15 @@ class EngineSettings:
             template_kwargs=self.template_kwargs,
             extra=options,
         )
+
+
+def _check_rope(rope: dict) -> None:
+    """Raises ValueError for entries with which no model reads anything."""
+    theta, kind = rope.get("rope_theta", 1.0), rope.get("rope_type", "default")
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise ValueError(f"rope: rope_theta is {theta!r}; expected a number above 0")
+    if kind != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS as known
+
+        if kind not in known:
+            raise ValueError(f"rope: rope_type is {kind!r}; expected one of default, {', '.join(known)}")
