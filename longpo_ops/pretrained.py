@@ -24,3 +24,16 @@ def loading(name: str) -> Iterator[None]:
             "" if Path(name).exists() else " (no folder of that name is here, either)"
         )
         raise ValueError(f"model {name!r} cannot be loaded: {why}") from error
+
+
+def replace_rope(config, rope: dict, length: int | None) -> None:
+    """Put entries into the rope_parameters of a transformers config, the others stay, and let it read `length` tokens.
+
+    Raises ValueError where the entries and those of the config make no whole.
+    """
+    config.rope_parameters = {**(getattr(config, "rope_parameters", None) or {}), **rope}
+    config.max_position_embeddings = max(config.max_position_embeddings, length or 0)
+    try:
+        config.validate_rope()
+    except KeyError as error:
+        raise ValueError(f"rope: {error.args[0]}") from None

@@ -99,7 +99,7 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         (["--learning-rate", "fast"], "Input should be a valid number"),
         (["--colour", "red"], "No such option"),
         (["--set", "row_tokens"], "expected name=value"),
-        (["--set", "rows=5"], "expected names of TrainRun"),
+        (["--set", "rows=5"], "is none of TrainRun"),
         (["--set", "max_steps=abc"], "expected int"),
         (["--set", "objective_options={beta: -1}"], "expected beta > 0"),
         (["--set", "objective_options=3"], "objective_options=3: expected dict"),

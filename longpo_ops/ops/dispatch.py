@@ -125,14 +125,20 @@ def _choose(device_type: str, dtype: torch.dtype, forced: str | None) -> Tiles:
 
 def explain_backend(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:
     """A few lines: which back-end runs inputs of `dtype` on `device` (default: CUDA if there is one), and why the others
-    do not. Loads (and if need be compiles) what it asks about."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    do not. Loads (and if need be compiles) what it asks about. Raises ValueError for what is no device."""
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: expected a torch device such as 'cpu' or 'cuda'") from None
+    absent = device.type == "cuda" and not torch.cuda.is_available()
     forced = _forced()
     order = ORDER.get(device.type, ("torch",))
     reasons = {name: _refusal(name, device, dtype) for name in NAMES}
     chosen = forced or next(name for name in order if reasons[name] is None)
     lines = [
-        f"{device.type}, {str(dtype).removeprefix('torch.')}: {chosen}" + (" (LONGPO_OPS_BACKEND)" if forced else "")
+        f"{device.type}, {str(dtype).removeprefix('torch.')}: {chosen}"
+        + (" (LONGPO_OPS_BACKEND)" if forced else "")
+        + (" (but there is no CUDA device here)" if absent else "")
     ]
     for name in NAMES:
         if name == chosen:

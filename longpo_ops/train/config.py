@@ -81,6 +81,8 @@ class LongPOConfig(TrainingArguments):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, or none")
         if self.learning_rate < 0:
             raise ValueError(f"learning_rate={self.learning_rate}: expected >= 0")
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0: expected a number of steps, or -1 for whole epochs")
         if self.constraint_weight <= 0:
             raise ValueError(f"constraint_weight={self.constraint_weight}: expected > 0")
         if self.fit not in ("off", "auto"):

@@ -6,6 +6,7 @@ settings -> tokenizer, ChatFormat -> PairStore on disk -> LongPOTrainer -> check
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import logging
@@ -68,11 +69,10 @@ class TrainRun:
         """Flat settings, as a YAML file and command line give them. Raises ValueError naming one that nobody knows."""
         own = {f.name for f in dataclasses.fields(cls)} - {"training"}
         known = {f.name for f in dataclasses.fields(LongPOConfig) if f.init} - {"output_dir"}
-        unknown = sorted(set(settings) - own - known)
-        if unknown:
-            raise ValueError(
-                f"settings {unknown}: expected names of TrainRun ({', '.join(sorted(own))}) or LongPOConfig"
-            )
+        for name in sorted(set(settings) - own - known):
+            near = difflib.get_close_matches(name, own | known, 3)
+            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"setting {name!r} is none of TrainRun ({', '.join(sorted(own))}) or LongPOConfig{meant}")
         missing = [name for name in ("model", "data", "output_dir") if not settings.get(name)]
         if missing:
             raise ValueError(
@@ -88,6 +88,10 @@ class TrainRun:
         for name, choices in (("on_bad_record", ("raise", "skip")), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        if "resume_from_checkpoint" in self.training:
+            raise ValueError(
+                "resume_from_checkpoint: leave it out; a run goes on from the last checkpoint in output_dir"
+            )
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: expected 0 for full fine-tuning, or a rank")
         for name in ("rope_theta", "max_position_embeddings", "max_length", "lora_alpha"):

@@ -100,6 +100,12 @@ def test_a_model_that_cannot_be_loaded_is_named(model, settings, tmp_path, file,
         generate(settings(out=str(tmp_path / "out"), model="no/where"))
 
 
+def test_rope_entries_that_make_no_whole_are_refused(model):
+    engine = TransformersEngine(str(model), length=4096, rope={"rope_type": "yarn"})
+    with pytest.raises(ValueError, match=r"rope: Missing required keys .*factor"):
+        asyncio.run(engine.start())
+
+
 def test_closing_ends_a_text_under_way(model):
     engine = TransformersEngine(str(model), length=1024)
 

@@ -75,3 +75,10 @@ def test_explanations(monkeypatch):
     monkeypatch.setenv("LONGPO_OPS_BACKEND", "fast")
     with pytest.raises(ValueError, match="backend='fast': expected one of"):
         explain_backend("cpu")
+
+
+def test_devices_that_are_none_or_not_here_are_told():
+    with pytest.raises(ValueError, match="device='gpu': expected a torch device"):
+        explain_backend("gpu")
+    if not torch.cuda.is_available():
+        assert "no CUDA device here" in explain_backend("cuda").splitlines()[0]

@@ -345,7 +345,7 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"foo": 1}, r"settings \['foo'\]"),
+        ({"foo": 1}, "setting 'foo' is none of TrainRun"),
         ({"model": None}, "model missing"),
         ({"lora_rank": "abc"}, "lora_rank='abc': expected int"),
         ({"max_steps": "abc"}, "max_steps='abc': expected int"),
@@ -356,6 +356,9 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
         ({"max_length": 0}, "max_length=0: expected more than 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: expected a whole number of at least 1"),
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0: expected >= 0"),
+        ({"max_steps": 0}, "max_steps=0: expected a number of steps, or -1"),
+        ({"resume_from_checkpoint": "x"}, "goes on from the last checkpoint in output_dir"),
+        ({"learning_rte": 1e-3}, "did you mean learning_rate"),
     ],
 )
 def test_settings_of_another_kind_are_refused(home, tmp_path, more, message):

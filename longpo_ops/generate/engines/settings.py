@@ -95,12 +95,16 @@ class EngineSettings:
 
 
 def _check_rope(rope: dict) -> None:
-    """Raises ValueError for entries with which no model reads anything."""
+    """Raises ValueError for entries with which no model reads anything, and for names that are none."""
+    if not rope:
+        return
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+    names, kinds = list(RopeParameters.__annotations__), ["default", *ROPE_INIT_FUNCTIONS]
+    if unknown := sorted(set(rope) - set(names)):
+        raise ValueError(f"rope: {', '.join(unknown)}; expected some of {', '.join(names)}")
     theta, kind = rope.get("rope_theta", 1.0), rope.get("rope_type", "default")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
         raise ValueError(f"rope: rope_theta is {theta!r}; expected a number above 0")
-    if kind != "default":
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS as known
-
-        if kind not in known:
-            raise ValueError(f"rope: rope_type is {kind!r}; expected one of default, {', '.join(known)}")
+    if kind not in kinds:
+        raise ValueError(f"rope: rope_type is {kind!r}; expected one of {', '.join(dict.fromkeys(kinds))}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...pretrained import loading
+from ...pretrained import loading, replace_rope
 from . import Completion, Engine, EngineStopped, Request, render
 
 
@@ -56,8 +56,7 @@ class TransformersEngine(Engine):
         with loading(self.name):
             config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
         if self.rope:
-            config.rope_parameters = {**(getattr(config, "rope_parameters", None) or {}), **self.rope}
-            config.max_position_embeddings = max(config.max_position_embeddings, self.length or 0)
+            replace_rope(config, self.rope, self.length)
         positions = getattr(config, "max_position_embeddings", None)
         if self.length and positions and positions < self.length:
             raise ValueError(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...pretrained import replace_rope
 from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
 
 
@@ -68,9 +69,8 @@ class VLLMEngine(Engine):
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        rope = {**(getattr(config, "rope_parameters", None) or {}), **self.rope}
-        positions = max(config.max_position_embeddings, self.arguments["max_model_len"] or 0)
-        return {"rope_parameters": rope, "max_position_embeddings": positions}
+        replace_rope(config, self.rope, self.arguments["max_model_len"])
+        return {name: getattr(config, name) for name in ("rope_parameters", "max_position_embeddings")}
 
     async def close(self) -> None:
         if self._engine is not None:
