@@ -17,9 +17,7 @@ with them all that is recomputed, are bitwise those of plain checkpointing.
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from os import PathLike
@@ -32,10 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from longpo_ops.memory.attention_outputs import recall_contexts
 from longpo_ops.memory.quantise import CODECS, Exact
-from longpo_ops.memory.tiers import PAGE, HostPages, SpillPages, Staging, available_host_bytes, gib, lane_of
+from longpo_ops.memory.stored import Move, Mover, Stored
+from longpo_ops.memory.tiers import DEVICE, DISK, HOST, PAGE, HostPages, SpillPages, available_host_bytes, gib, lane_of
 
-WORKERS = 2  # threads of the disk tier: one writes or reads ahead while another serves what is wanted now
-DEVICE, HOST, DISK = "device", "host", "disk"
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what a layer's checkpointing is set by
 
 
 # --- where each layer's input goes ------------------------------------------------------------------------------------
@@ -89,127 +87,7 @@ def place(
     return Placement(device, host, disk)
 
 
-# --- one tensor away from the device ----------------------------------------------------------------------------------
-
-
-class Move(NamedTuple):
-    """What happened: "keep" (stays on the device), "out", "in" (copy begun), "use" (handed to the backward)."""
-
-    what: str
-    layer: int
-    tier: str
-    nbytes: int
-
-
-class Shape(NamedTuple):
-    """All of a tensor but its bytes."""
-
-    size: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-class Stored:
-    """A tensor that has left, held by the graph; when the graph lets it go, its pages are given back.
-
-    The tensor is held until its copy is done (`source`), a copy on its way back until it is used (`arrival`).
-    """
-
-    def __init__(self, mover: Mover, layer: int, x: Tensor, tier: str, codec):
-        self.pages: list[int] = []  # first, as __del__ asks for it whatever fails here
-        flat = _flat(x)
-        dense = flat.data_ptr() == x.data_ptr()
-        self.shape = Shape(x.shape, x.stride() if dense else _contiguous(x.shape), x.dtype, x.device)
-        self.mover, self.layer, self.tier, self.codec = mover, layer, tier, codec
-        self.job: Future | None = None
-        self.arrival: tuple[Tensor, object, Future | None] | None = None
-        self.source: Tensor | None = codec.encode(flat)
-        self.nbytes, self.version = self.source.numel(), self.source._version
-        self.store = mover.host if tier == HOST else mover.disk
-        self.pages = self.store.take(self.store.count(self.nbytes))
-        mover.note("out", layer, tier, self.nbytes)
-        self.event = mover.lane.now()
-        if tier == HOST:
-            self.event = mover.lane.copy([(page, part) for page, part in self._parts(self.source)], self.event)
-        else:
-            self.job = mover.submit(mover.write, self.source, self.pages, self.event)
-
-    def settle(self) -> None:
-        """Lets the tensor go: what is computed from here on may use its memory. Raises what writing it raised, once."""
-        source, self.source = self.source, None
-        if source is None:
-            return
-        if self.job is not None:
-            _finish(self.job)
-        else:
-            self.mover.lane.hold(self.event)
-        if source._version != self.version:
-            raise RuntimeError(
-                f"the input of layer {self.layer}, {tuple(self.shape.size)}, was modified in place while it was being "
-                f"offloaded: use the out-of-place operation, as gradient checkpointing recomputes from this tensor"
-            )
-
-    def fetch(self) -> None:
-        """Begins the copy back, unless it is on its way."""
-        if self.arrival is not None:
-            return
-        self.settle()
-        if self.job is not None:
-            _finish(self.job)  # raises again, should the write have failed
-        mover = self.mover
-        payload = torch.empty(self.nbytes, dtype=torch.uint8, device=self.shape.device)
-        mover.note("in", self.layer, self.tier, self.nbytes)
-        now = mover.lane.now()  # until here the memory of `payload` may be in use by what freed it
-        if self.tier == HOST:
-            event = mover.lane.copy([(part, page) for page, part in self._parts(payload)], now)
-            self.arrival = payload, event, None
-        else:
-            self.arrival = payload, None, mover.submit(mover.read, payload, self.pages, now)
-
-    def load(self) -> Tensor:
-        """The tensor again, as often as it is asked for."""
-        self.fetch()
-        payload, event, job = self.arrival
-        if job is not None:
-            self.arrival = None  # a failed read is tried anew, should anyone ask again
-            _finish(job)
-        else:
-            self.mover.lane.hold(event)
-            self.arrival = None
-        self.mover.note("use", self.layer, self.tier, self.nbytes)
-        flat = self.codec.decode(payload, self.shape.dtype, self.shape.size.numel())
-        return flat.as_strided(self.shape.size, self.shape.stride)
-
-    def _parts(self, payload: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Host pages and the parts of the payload that belong in them."""
-        for page, part in zip(self.pages, payload.split(self.store.page_bytes), strict=True):
-            yield self.store.view(page, part.numel()), part
-
-    def __del__(self):
-        """Copies under way still own what they read and write: memory and pages are free only after them."""
-        if not self.pages:
-            return
-        give, pages = self.store.give, self.pages
-        if self.tier == HOST:
-            # Any thread may run this, one with another current stream too: the host itself waits. Rare, and short.
-            if self.arrival is not None or self.source is not None:
-                self.mover.lane.wait(self.event if self.arrival is None else self.arrival[1])
-            give(pages)
-            return
-        jobs = [job for job in (self.job, self.arrival and self.arrival[2]) if job is not None and not job.done()]
-        if jobs:
-            jobs[-1].add_done_callback(lambda _: give(pages))
-        else:
-            give(pages)
-
-
-def _finish(job: Future) -> None:
-    """Waits for a thread's work. Raises its error anew: raised as it is, the error would refer to the frames it passes,
-    these to the tensor, that to the work, and the work to the error: memory held until a collection of cycles."""
-    error = job.exception()
-    if error is not None:
-        raise type(error)(*error.args) from error
+# --- one model --------------------------------------------------------------------------------------------------------
 
 
 class Kept:
@@ -217,64 +95,6 @@ class Kept:
 
     def __init__(self, x: Tensor):
         self.tensor, self.nbytes = x, x.nbytes
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(n,) view of a tensor without gaps in memory, in memory order; a contiguous copy of any other."""
-    x = x.detach()
-    order = sorted(range(x.ndim), key=lambda d: (x.stride(d), x.size(d)))
-    expected = 1
-    for d in order:
-        if x.size(d) != 1:
-            if x.stride(d) != expected:
-                return x.contiguous().view(-1)
-            expected *= x.size(d)
-    return x.as_strided((x.numel(),), (1,))
-
-
-def _contiguous(size: torch.Size) -> tuple[int, ...]:
-    return torch.empty(size, device="meta").stride()
-
-
-class Mover:
-    """What all tensors of one handle share: the lane, the pages, the threads, and the list of what happened."""
-
-    def __init__(self, lane, host: HostPages, disk: SpillPages | None):
-        self.lane, self.host, self.disk = lane, host, disk
-        self.moves: deque[Move] = deque(maxlen=8192)
-        self.workers = disk and ThreadPoolExecutor(WORKERS, thread_name_prefix="longpo-spill")
-        self.staging = disk and Staging(WORKERS, host.page_bytes, lane)
-
-    def note(self, what: str, layer: int, tier: str, nbytes: int) -> None:
-        self.moves.append(Move(what, layer, tier, nbytes))
-
-    def submit(self, work: Callable, *args) -> Future:
-        return self.workers.submit(work, *args)
-
-    def write(self, payload: Tensor, pages: list[int], after) -> None:
-        with self.staging.page() as stage:
-            for page, part in zip(pages, payload.split(self.disk.page_bytes), strict=True):
-                piece = stage[: part.numel()]
-                self.lane.wait(self.lane.copy([(piece, part)], after))
-                self.disk.write(page, piece)
-
-    def read(self, payload: Tensor, pages: list[int], after) -> None:
-        with self.staging.page() as stage:
-            for page, part in zip(pages, payload.split(self.disk.page_bytes), strict=True):
-                piece = stage[: part.numel()]
-                self.disk.read(page, piece)
-                self.lane.wait(self.lane.copy([(part, piece)], after))
-
-    def close(self) -> None:
-        """Ends the threads when their work is done, and frees all memory and the file; pages in use when given back."""
-        if self.workers:
-            self.workers.shutdown(wait=True)
-            self.disk.close()
-            self.staging.close()
-        self.host.close()
-
-
-# --- one model --------------------------------------------------------------------------------------------------------
 
 
 class Visit:
@@ -293,7 +113,7 @@ class Offloader:
         self.mover, self.layers, self.codec, self.device_bytes = mover, layers, codec, device_bytes
         self.save_attention = save_attention
         self.tiers: list[str] = []
-        self.input_bytes = 0
+        self.stored_bytes = 0  # of one layer's input away from the device
         self.last: Callable[[], Visit | None] = lambda: None
         self.last_layer = layers
         self.leaving: Callable[[], Stored | None] = lambda: None
@@ -305,18 +125,14 @@ class Offloader:
         """Calls a layer under checkpointing, its input offloaded. Takes the place of torch's checkpoint."""
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        visit = Visit(self._before(layer))
+        visit = Visit(self.last() if layer == self.last_layer + 1 else None)
         contexts = partial(recall_contexts, partial(self.keep, layer, visit)) if self.save_attention else _no_contexts
         try:
             with saved_tensors_hooks(partial(self._pack, layer, visit, args[0].data_ptr()), self._unpack):
                 return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
         except BaseException:
-            self._forget()
+            self.last_layer = self.layers  # the next forward pass begins anew, whichever layer it meets first
             raise
-
-    def _before(self, layer: int) -> Visit | None:
-        """The visit of the layer before in the same forward pass."""
-        return self.last() if layer == self.last_layer + 1 else None
 
     def _pack(self, layer: int, visit: Visit, address: int, x: Tensor):
         if x.data_ptr() != address:  # another argument of a layer that takes several tensors
@@ -332,20 +148,20 @@ class Offloader:
         """A forward pass begins: finds a place for every layer's input and makes the pages, before anything is computed."""
         mover, kept = self.mover, sum(k.nbytes for k in self.kept)
         host, disk, page = mover.host, mover.disk, mover.host.page_bytes
-        stored = self.codec.nbytes(x)
+        self.stored_bytes = self.codec.nbytes(x)
         placement = place(
             self.layers,
             x.nbytes,
-            stored_bytes=stored,
+            stored_bytes=self.stored_bytes,
             device_bytes=max(0, self.device_bytes - kept),
             host_bytes=host.room() * page,
             disk_bytes=disk.room() * page if disk else 0,
             page_bytes=page,
         )
-        host.reserve(placement.host * host.count(stored))
+        host.reserve(placement.host * host.count(self.stored_bytes))
         if disk:
-            disk.reserve(placement.disk * disk.count(stored))
-        self.tiers, self.stored = placement.tiers(), stored
+            disk.reserve(placement.disk * disk.count(self.stored_bytes))
+        self.tiers = placement.tiers()
 
     def _put(self, layer: int, x: Tensor) -> Stored | Kept:
         tier = self.tiers[layer]
@@ -354,7 +170,10 @@ class Offloader:
             kept = Kept(x)
             self.kept.add(kept)
             return kept
-        stored = Stored(self.mover, layer, x, tier, self.codec)
+        return self._store(layer, x, tier, self.codec)
+
+    def _store(self, layer: int, x: Tensor, tier: str, codec) -> Stored:
+        stored = Stored(self.mover, layer, x, tier, codec)
         self.leaving = weakref.ref(stored)
         return stored
 
@@ -363,11 +182,10 @@ class Offloader:
         for tier, store in ((HOST, self.mover.host), (DISK, self.mover.disk)):
             if store is None:
                 continue
-            promised = self.tiers[layer + 1 :].count(tier) * store.count(self.stored)
+            promised = self.tiers[layer + 1 :].count(tier) * store.count(self.stored_bytes)
             if store.room() - promised >= store.count(x.nbytes):
                 self._settle()
-                stored = Stored(self.mover, layer, x, tier, Exact)
-                self.leaving = weakref.ref(stored)
+                stored = self._store(layer, x, tier, Exact)
                 visit.others.append(stored)
                 return stored
         return None
@@ -385,10 +203,6 @@ class Offloader:
         leaving = self.leaving()
         if leaving is not None:
             leaving.settle()
-
-    def _forget(self) -> None:
-        """A forward pass ended by an exception: the next begins anew, whichever layer it meets first."""
-        self.last_layer = self.layers
 
 
 def _no_contexts():
@@ -432,7 +246,7 @@ class OffloadHandle:
         if not self._before:
             return
         for layer, attributes in self._before:
-            for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            for name in CHECKPOINTING:
                 layer.__dict__.pop(name, None)
             layer.__dict__.update(attributes)
         self._before = []
@@ -490,8 +304,7 @@ def offload_activations(
     disk = None if spill_dir is None else SpillPages(page_bytes, spill_dir)
     mover = Mover(lane, HostPages(page_bytes, host_bytes, lane), disk)
     offloader = Offloader(mover, len(layers), CODECS[store], device_bytes, save_attention)
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    before = [(layer, {n: layer.__dict__[n] for n in names if n in layer.__dict__}) for layer in layers]
+    before = [(layer, {n: layer.__dict__[n] for n in CHECKPOINTING if n in layer.__dict__}) for layer in layers]
     runs = [partial(offloader.run, number) for number in range(len(layers))]
     for layer, run in zip(layers, runs, strict=True):
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 RETRY = "Weights and optimizer are as before the step: clear the gradients and take the step again"
+DEVICE, HOST, DISK = "device", "host", "disk"  # the tiers: a page belongs to one of the last two
 PAGE = 16 << 20  # large enough for full copy and disk rates, small beside a checkpoint of gigabytes
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import Placement, offload, offload_activations, place, tiers
+from longpo_ops.memory.stored import WORKERS
 from longpo_ops.memory.tiers import Lane
 
 from .models import (
@@ -165,8 +166,8 @@ def let_workers_finish(handle):
     """Pages that a thread is still writing or reading are given back when it is done."""
     workers = handle._offloader.mover.workers
     if workers:
-        barrier = threading.Barrier(offload.WORKERS + 1)
-        for _ in range(offload.WORKERS):
+        barrier = threading.Barrier(WORKERS + 1)
+        for _ in range(WORKERS):
             workers.submit(barrier.wait)
         barrier.wait()
 
