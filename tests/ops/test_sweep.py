@@ -9,7 +9,7 @@ from longpo_ops import linear_cross_entropy
 from longpo_ops.ops.products import UPCAST_BYTES, Products
 from longpo_ops.ops.sweep import even_rows, float16_scale, rows_per_chunk, scratch_bytes
 
-from .test_preference import OBJECTIVES, Case
+from .preference_cases import OBJECTIVES, Case
 
 
 @pytest.mark.parametrize("value", [1.0, 0.5, 3e-9, 65504.0, 1e30, 2.0**-30])
