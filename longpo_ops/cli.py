@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import terminal
 from .demo.commands import demo
 from .evaluate.commands import evaluate
 from .evolve.commands import evolve
@@ -55,27 +56,16 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print counts, lengths and settings, then stop.")] = False,
 ) -> None:
     """Train a model on short-to-long preference pairs, or go on with a run that was stopped."""
-    given = {
-        "model": model,
-        "data": data,
-        "output_dir": output_dir,
-        "objective": objective,
-        "learning_rate": learning_rate,
-        "max_steps": max_steps,
-        "rope_theta": rope_theta,
-        "lora_rank": lora_rank,
-        "fit": fit,
-        "on_bad_record": on_bad_record,
-    }
+    given = dict(locals())
+    for name in ("config", "set_", "dry_run"):
+        del given[name]
     settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
     from .train.run import TrainRun, describe, prepare
     from .train.run import train as run_training
 
-    try:
+    with terminal.wrong_usage((ValueError, TypeError)):
         run = TrainRun.from_settings(settings)
         run.config()
-    except (ValueError, TypeError) as error:
-        raise _usage(str(error)) from None
     if not dry_run:
         run_training(run).accelerator.end_training()  # a process group left to the interpreter's exit may abort it
         return
@@ -99,21 +89,21 @@ def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if config is not None:
         if not config.is_file():
-            raise _usage(f"--config {config}: no such file")
+            raise typer.BadParameter(f"--config {config}: no such file")
         try:
             settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise _usage(f"--config {config}: no valid YAML: {error}") from None
+            raise typer.BadParameter(f"--config {config}: no valid YAML: {error}") from None
         if not isinstance(settings, dict):
-            raise _usage(f"--config {config}: expected names and values, got {type(settings).__name__}")
+            raise typer.BadParameter(f"--config {config}: expected names and values, got {type(settings).__name__}")
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
-            raise _usage(f"--set {assignment}: expected name=value")
+            raise typer.BadParameter(f"--set {assignment}: expected name=value")
         try:
             settings[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise _usage(f"--set {assignment}: no valid YAML: {error}") from None
+            raise typer.BadParameter(f"--set {assignment}: no valid YAML: {error}") from None
     return _numbers(settings)
 
 
@@ -124,10 +114,6 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
-
-
-def _usage(message: str) -> typer.BadParameter:
-    return typer.BadParameter(message)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .. import terminal
 from ..evolve.commands import one_set_of_bars, show_costs, show_progress, show_scores
 
 
@@ -26,18 +27,14 @@ def demo(
 ) -> None:
     """The whole loop on real text with a tiny model: it asks itself, answers, trains on its pairs, and is measured."""
     _choose(device)
-    from rich.console import Console
-
     from ..evolve import evolve
     from ..tiny.text import prepare
     from .run import evolution
     from .show import show_documents, show_pair
 
-    try:
+    with terminal.wrong_usage():
         wanted = evolution(out, rounds, seed)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    console, began = Console(), time.monotonic()
+    console, began = terminal.console(), time.monotonic()
     prepare(out, seed)
     show_documents(console, wanted)
     with show_progress() as progress:

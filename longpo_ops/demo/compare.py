@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from .. import terminal
 from ..evaluate import Scores, evaluate
 from ..evolve import Evolution, plan
 from ..evolve.run import StepsTold
@@ -95,13 +96,10 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def show_comparison(console, rows: list[dict], out: Path) -> None:
     """The last checkpoint of every method."""
-    from rich.table import Table
-
-    table = Table(title="methods on the same pairs, after the last step")
-    for name in ("method", "learning rate", "steps", "long accuracy", "short accuracy", "short perplexity"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    header = ("method", "learning rate", "steps", "long accuracy", "short accuracy", "short perplexity")
+    lines = []
     for row in {row["method"]: row for row in rows}.values():
         numbers = (f"{row['long']:.3f}", f"{row['short']:.3f}", f"{row['perplexity']:.2f}")
-        table.add_row(row["method"], f"{row['learning_rate']:g}", str(row["step"]), *numbers)
-    console.print(table)
+        lines.append((row["method"], f"{row['learning_rate']:g}", str(row["step"]), *numbers))
+    terminal.print_table(console, "methods on the same pairs, after the last step", header, lines)
     console.print(f"Curves: {out}/compare.png")

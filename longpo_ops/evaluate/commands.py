@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .. import terminal
 from ..generate.engines import options
 
 
@@ -77,10 +78,8 @@ def evaluate(
         "questions": None if questions is None else str(questions),
     }
     given |= {name: tuple(given[name] or ()) for name in ("texts", "perplexity", "published")}
-    try:
+    with terminal.wrong_usage():
         run = EvaluateRun(**given)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     _evaluate(run)
 
 
@@ -89,37 +88,20 @@ def _names(given: list[str] | None) -> tuple[str, ...]:
 
 
 def _evaluate(run) -> None:
-    from rich.console import Console
     from rich.markdown import Markdown
 
     from .report import RESULTS, TABLES, markdown
     from .run import evaluate as run_evaluation
 
-    try:
-        with _progress() as progress:
-            scores = run_evaluation(run, progress)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; the answers are in {run.out}, run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
-    Console().print(Markdown(markdown(scores, picture=False)))
+    with terminal.resumable(f"the answers are in {run.out}"), _progress() as progress:
+        scores = run_evaluation(run, progress)
+    terminal.console().print(Markdown(markdown(scores, picture=False)))
     typer.echo(f"see {run.out}/{TABLES} and {RESULTS}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _progress() -> Iterator:
     """A bar with what is asked and the time left; gives what `evaluate` calls."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True)) as bar:
+    with terminal.bars() as bar:
         task = bar.add_task("reading tasks and texts", total=None)
         yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)

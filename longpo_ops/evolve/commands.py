@@ -12,6 +12,8 @@ from unittest import mock
 
 import typer
 
+from .. import terminal
+
 
 def one_set_of_bars(command: Callable) -> Callable:
     """A command during which no library draws bars of its own; imports them, as they look at it then."""
@@ -33,28 +35,20 @@ def evolve(
     """Rounds of generating, training and evaluating, each from the model before it; goes on where it was stopped."""
     import dataclasses
 
-    from rich.console import Console
-
     from .run import check
     from .run import evolve as run_evolution
     from .settings import Evolution
 
-    try:
+    with terminal.wrong_usage():
         evolution = Evolution.from_file(config)
         evolution = dataclasses.replace(evolution, out=out) if out else evolution
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     if dry_run:
         for stage in check(evolution):
             _show(stage)
         return
-    try:
-        with show_progress() as progress:
-            result = run_evolution(evolution, progress)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; what there is lies in {evolution.out}, run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
-    console = Console()
+    with terminal.resumable(f"what there is lies in {evolution.out}"), show_progress() as progress:
+        result = run_evolution(evolution, progress)
+    console = terminal.console()
     show_scores(console, result)
     show_costs(console, result)
     typer.echo(f"see {evolution.out}/report.html")
@@ -76,19 +70,7 @@ def _show(stage) -> None:
 @contextmanager
 def show_progress() -> Iterator[Callable[[str, float, str], None]]:
     """A bar per stage, with the time left; gives what `evolve` calls."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    columns += (TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with terminal.bars(note=True) as bars:
         tasks = {}
 
         def update(stage: str, fraction: float, note: str) -> None:
@@ -107,7 +89,7 @@ def show_scores(console, result) -> None:
         found = sorted({length for row in result.rows for length in row[kind]})
         lines = [(row["label"], *(write(row[kind].get(length)) for length in found)) for row in result.rows]
         if found:
-            _print(console, f"{kind} by tokens", ("", *(f"{length:,}" for length in found)), lines)
+            terminal.print_table(console, f"{kind} by tokens", ("", *(f"{length:,}" for length in found)), lines)
 
 
 def show_costs(console, result) -> None:
@@ -118,16 +100,4 @@ def show_costs(console, result) -> None:
     for cost in result.stages:
         peaks = (f"{cost[name] / 2**20:,.0f}" if cost[name] else DASH for name in ("host_bytes", "device_bytes"))
         lines.append((cost["stage"], f"{cost['seconds']:,.1f}", *peaks))
-    _print(console, "what it cost", ("stage", "seconds", "peak memory, MiB", "on the device, MiB"), lines)
-
-
-def _print(console, title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left")
-    for line in lines:
-        table.add_row(*map(Text, line))
-    console.print(table)
+    terminal.print_table(console, "what it cost", ("stage", "seconds", "peak memory, MiB", "on the device, MiB"), lines)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .. import terminal
 from .engines import options
 
 Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", exists=True)]
@@ -70,10 +73,8 @@ def generate(
         "out": str(out),
         "prompts": None if prompts is None else str(prompts),
     }
-    try:
+    with terminal.wrong_usage():
         run = GenerateRun(**given)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     (_list if dry_run else _generate)(run)
 
 
@@ -90,7 +91,7 @@ def _list(run) -> None:
     typer.echo(str(listing))
     for kind, values in lengths.items():
         table = describe(values) if values else {"number": 0}
-        show_rows(((f"{kind} tokens, {name}", f"{value:,}") for name, value in table.items()), _console())
+        show_rows(((f"{kind} tokens, {name}", f"{value:,}") for name, value in table.items()), terminal.console())
 
 
 def _generate(run) -> None:
@@ -99,15 +100,11 @@ def _generate(run) -> None:
     from .run import generate as run_generation
 
     out = Path(run.out)
-    try:
-        with _progress() as progress:
-            result = run_generation(run, progress)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; what was generated is in {out}, run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
+    with terminal.resumable(f"what was generated is in {out}"), _progress() as progress:
+        result = run_generation(run, progress)
     made = sum(outcome["pairs"] for outcome in result.outcomes)
     summary = write_summary(result, read_pairs(out) if made else (), out)
-    show_rows(rows(result, summary), _console())
+    show_rows(rows(result, summary), terminal.console())
     if result.missing:
         typer.echo(
             f"{result.missing} documents begun before are no longer among the documents; put them back to go on",
@@ -120,28 +117,19 @@ def _generate(run) -> None:
     typer.echo(f"{made:,} pairs in {out}; see {out}/summary.html")
 
 
-def _progress():
-    """A bar with documents, pairs, tokens per second and time left; a context that gives what `generate` calls."""
-    import contextlib
-    import time
+@contextmanager
+def _progress() -> Iterator:
+    """A bar with documents, pairs, tokens per second and time left; gives what `generate` calls."""
+    began = time.monotonic()
+    with terminal.bars(percentage=False) as bar:
+        task = bar.add_task("reading documents", total=1.0)
 
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        def update(fraction, documents, made, tally) -> None:
+            speed = (tally.prompt_tokens + tally.tokens) / max(1e-9, time.monotonic() - began)
+            text = f"{documents:,} documents, {made:,} pairs, {speed:,.0f} tokens/s"
+            bar.update(task, completed=fraction, description=text)
 
-    @contextlib.contextmanager
-    def shown():
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        began = time.monotonic()
-        with Progress(*columns, console=_console(stderr=True)) as bar:
-            task = bar.add_task("reading documents", total=1.0)
-
-            def update(fraction, documents, made, tally) -> None:
-                speed = (tally.prompt_tokens + tally.tokens) / max(1e-9, time.monotonic() - began)
-                text = f"{documents:,} documents, {made:,} pairs, {speed:,.0f} tokens/s"
-                bar.update(task, completed=fraction, description=text)
-
-            yield update
-
-    return shown()
+        yield update
 
 
 @pairs.command()
@@ -163,7 +151,7 @@ def show(
         typer.echo(f"{len(chosen)} pairs in {html}")
         return
     for pair in chosen:
-        show_pair(pair, _console())
+        show_pair(pair, terminal.console())
 
 
 @pairs.command()
@@ -193,7 +181,7 @@ def stats(
         table += [
             (f"{name} {unit}, {what}", f"{value:,}") for what, value in describe(values).items() if what != "number"
         ]
-    show_rows(table, _console())
+    show_rows(table, terminal.console())
 
 
 @pairs.command()
@@ -246,9 +234,3 @@ def _read(paths: list[Path]) -> Iterator:
 
     for path in paths:
         yield from read_pairs(path, allow_equal=True)
-
-
-def _console(stderr: bool = False):
-    from rich.console import Console
-
-    return Console(stderr=stderr)
