@@ -56,6 +56,16 @@ def check_numbers(numbers: Tensor | None, shape: tuple[int, ...], name: str) -> 
         raise ValueError(f"{name}.shape={tuple(numbers.shape)}: expected {tuple(shape)}")
 
 
+def check_reduction(reduction: str, row_weights: Tensor | None, rows: int) -> None:
+    """Raises ValueError for an unknown reduction, and for row weights that do not fit the rows or want a gradient that
+    only "none" gives."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+    check_numbers(row_weights, (rows,), "row_weights")
+    if row_weights is not None and row_weights.requires_grad and torch.is_grad_enabled() and reduction != "none":
+        raise ValueError(f"row_weights requires a gradient with reduction={reduction!r}: expected reduction='none'")
+
+
 def compute_dtype(hidden: Tensor, weight: Tensor, head: str = "weight") -> torch.dtype:
     """What an op counts in: autocast's dtype where that is on, else the one dtype of both. Raises ValueError if they differ."""
     if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):

@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_numbers, check_rows, check_workspace, compute_dtype, logit_map
+from .checks import check_head, check_reduction, check_rows, check_workspace, compute_dtype, logit_map
 from .dispatch import choose_backend
 from .operators import deliver, scale_, scaled
-from .products import Products
+from .products import Products, result_dtype
 from .rows import WINDOW
 from .sweep import float16_scale, rows_per_chunk
 from .tiles import Divergence, LogitMap, empty_tile
@@ -64,8 +64,6 @@ def linear_kl(
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
     if kind == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta={beta}: expected 0 < beta < 1; use kind='reverse' or 'forward' for the ends")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
     check_head(hidden, weight, bias)
     check_rows(hidden)
     check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_hidden", "teacher_weight")
@@ -79,12 +77,10 @@ def linear_kl(
         raise ValueError(
             f"teacher_hidden is on {teacher_hidden.device}, hidden on {hidden.device}: expected one device"
         )
-    check_numbers(row_weights, (n,), "row_weights")
+    check_reduction(reduction, row_weights, n)
     kind_of_mask = getattr(mask, "dtype", type(mask).__name__), tuple(getattr(mask, "shape", ()))
     if mask is not None and kind_of_mask != (torch.bool, (n,)):
         raise ValueError(f"mask: {kind_of_mask[0]} {kind_of_mask[1]}: expected bool ({n},)")
-    if row_weights is not None and row_weights.requires_grad and torch.is_grad_enabled() and reduction != "none":
-        raise ValueError(f"row_weights requires a gradient with reduction={reduction!r}: expected reduction='none'")
     dtype = compute_dtype(hidden, weight)
     if compute_dtype(teacher_hidden, teacher_weight, "teacher_weight") != dtype:
         raise ValueError(f"teacher tensors are {teacher_hidden.dtype}, student tensors {dtype}: expected one dtype")
@@ -220,7 +216,7 @@ def _divergence_op(
 @_divergence_op.register_fake
 def _(*arguments):
     heads, need = arguments[:6], arguments[-1]
-    value = heads[0].new_empty((), dtype=_value_dtype(heads[1]))
+    value = heads[0].new_empty((), dtype=result_dtype(heads[1].dtype))
     like = (heads[1] if t is None else t for t in heads)
     grads = (t.new_empty(t.shape if needed else 0) for t, needed in zip(like, need, strict=True))
     return value, *grads, heads[0].new_empty(6, dtype=torch.float32)
@@ -255,19 +251,15 @@ def _values_op(
     """-> (N,) values, 0 where masked out."""
     # fmt: on
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    values = torch.zeros(hidden.shape[0], device=hidden.device, dtype=_value_dtype(weight))
+    values = torch.zeros(hidden.shape[0], device=hidden.device, dtype=result_dtype(weight.dtype))
     maps, one, need = ((scale, softcap), (teacher_scale, teacher_softcap)), torch.ones(()), [False] * 6
     _sweep(heads, mask, None, one, kind, beta, *maps, scratch, dtype, backend, need, values)
     return values
 
 
-def _value_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 @_values_op.register_fake
 def _(hidden, weight, *_):
-    return hidden.new_empty(hidden.shape[0], dtype=_value_dtype(weight))
+    return hidden.new_empty(hidden.shape[0], dtype=result_dtype(weight.dtype))
 
 
 def _values_setup(ctx, inputs, output):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_labels, check_numbers, check_rows, check_workspace, compute_dtype, logit_map
-from .operators import logps_op, sweep_op
+from .checks import check_head, check_labels, check_reduction, check_rows, check_workspace, compute_dtype, logit_map
+from .operators import Batch, logps_op, sweep_op
 
 
 def linear_logprobs(
@@ -67,20 +67,16 @@ def linear_cross_entropy(
     row_weights: default 1. They take a gradient with reduction="none" only.
     Everything else as in linear_logprobs.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
     check_head(hidden, weight, bias)
     check_rows(hidden)
     check_labels(labels, (hidden.shape[0],))
-    check_numbers(row_weights, (hidden.shape[0],), "row_weights")
+    check_reduction(reduction, row_weights, hidden.shape[0])
     if reduction == "none":
         logps = linear_logprobs(
             hidden, weight, labels, bias=bias, softcap=softcap, scale=scale, temperature=temperature,
             ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
         return -logps if row_weights is None else -logps * row_weights
-    if row_weights is not None and row_weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"row_weights requires a gradient with reduction={reduction!r}: expected reduction='none'")
 
     dtype = compute_dtype(hidden, weight)
     scratch = check_workspace(workspace_bytes, weight, dtype)
@@ -94,7 +90,10 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     none = torch.empty(0, dtype=torch.int64)
-    return sweep_op(
-        [hidden[None]], weight, bias, [none], [none], [labels[None]], [weights], total, None, None, none, 0, "", [], 0.0, 1.0,
-        False, ignore_index, *logit_map(scale, softcap, temperature), scratch, dtype, need, backend or "",
-    )[0]  # fmt: skip
+    batch = Batch(
+        answers=[none], segments=[none], nll=[labels[None]], nll_weights=[weights], nll_total=total, ref_chosen=None,
+        ref_rejected=None, pair=none, count=0, objective="", parameters=[], preference_weight=0.0, num_pairs=1.0,
+        shift=False, ignore_index=ignore_index,
+    )  # fmt: skip
+    map = logit_map(scale, softcap, temperature)
+    return sweep_op([hidden[None]], weight, bias, *batch, *map, scratch, dtype, need, backend or "")[0]

@@ -7,25 +7,47 @@ logps          per-token log-probs; backward recomputes chunk by chunk (logps_ba
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .dispatch import choose_backend
 from .objectives import rebuild_objective
-from .products import multiplies_natively
+from .products import multiplies_natively, result_dtype
 from .rows import WINDOW, Stretch, chunks, windows
 from .sweep import HeadSweep, Options, Pairs, Result, even_rows, float16_scale, rows_per_chunk, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
 
 
+class Batch(NamedTuple):
+    """What a sweep is told of rows and pairs: arguments of sweep_op, in its order. A list has an entry per hidden tensor."""
+
+    answers: list[Tensor]  # (S_i, T_i) labels of answer tokens, or (0,) for none
+    segments: list[Tensor]  # (S_i, T_i) or (S_i, 1) sequence numbers
+    nll: list[Tensor]  # (S_i, T_i) labels of NLL tokens, or (0,) for none
+    nll_weights: list[Tensor]  # (S_i, T_i) or (S_i, 1)
+    nll_total: Tensor  # () what NLL weights are divided by
+    ref_chosen: Tensor | None  # (B,)
+    ref_rejected: Tensor | None  # (R,)
+    pair: Tensor  # (R,)
+    count: int  # B
+    objective: str
+    parameters: list[float]
+    preference_weight: float
+    num_pairs: float
+    shift: bool
+    ignore_index: int
+
+
 def _stretches(
     hiddens: list[Tensor],  # (S_i, T_i, H)
     grads: list[Tensor | None],
-    answers: list[Tensor],  # (S_i, T_i), or (0,) for none
-    segments: list[Tensor],  # (S_i, T_i) or (S_i, 1)
-    nll: list[Tensor],  # (S_i, T_i), or (0,) for none
-    nll_weights: list[Tensor],  # (S_i, T_i) or (S_i, 1)
+    answers: list[Tensor],  # this and the next three as in Batch
+    segments: list[Tensor],
+    nll: list[Tensor],
+    nll_weights: list[Tensor],
     shift: bool,
     ignore_index: int,
 ) -> list[Stretch]:
@@ -96,42 +118,32 @@ def run_sweep(
     grads: list[Tensor | None],
     weight: Tensor,
     bias: Tensor | None,
-    answers: list[Tensor],
-    segments: list[Tensor],
-    nll: list[Tensor],
-    nll_weights: list[Tensor],
-    nll_total: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-    pair: Tensor,
-    count: int,
-    objective: str,
-    parameters: list[float],
-    num_pairs: float,
-    shift: bool,
-    ignore_index: int,
+    batch: Batch,
     options: Options,
     backend: str,
     clear: bool = False,
 ) -> Result:
     """The sweep on plain tensors. `grads` receive the hidden gradients of visited rows; other rows stay as they are, or
     become zero with `clear`."""
-    device = weight.device
+    device, count = weight.device, batch.count
     with torch.autocast(device.type, enabled=False), torch.no_grad():
-        pair, nll_weights = pair.cpu(), [weights.cpu() for weights in nll_weights]
+        pair, nll_weights = batch.pair.cpu(), [weights.cpu() for weights in batch.nll_weights]
         _check_pair(pair, count)
-        stretches = _stretches(hiddens, grads, answers, segments, nll, nll_weights, shift, ignore_index)
+        labels = (batch.answers, batch.segments, batch.nll, nll_weights)
+        stretches = _stretches(hiddens, grads, *labels, batch.shift, batch.ignore_index)
         _check_labels(stretches, weight.shape[0])
         _check_segments(stretches, count + pair.shape[0])
         head = _head(weight, bias, options, backend, sum(map(len, stretches)), pairs=count > 0)
         pairs = None
         if count:
-            rebuilt = rebuild_objective(objective, parameters)
-            references = (None if r is None else r.to(device, torch.float64) for r in (ref_chosen, ref_rejected))
-            pairs = Pairs(rebuilt, *references, pair.to(device), count, rebuilt.preference_weight / num_pairs)
-        result = sweep(stretches, head, pairs, nll_total)
+            objective = rebuild_objective(batch.objective, batch.parameters)
+            given = (batch.ref_chosen, batch.ref_rejected)
+            references = (None if r is None else r.to(device, torch.float64) for r in given)
+            weight_of_pair = batch.preference_weight / batch.num_pairs
+            pairs = Pairs(objective, *references, pair.to(device), count, weight_of_pair)
+        result = sweep(stretches, head, pairs, batch.nll_total)
         if clear:
-            _clear_unvisited(stretches, grads, shift)
+            _clear_unvisited(stretches, grads, batch.shift)
         return result
 
 
@@ -167,10 +179,12 @@ def _clear_unvisited(stretches: list[Stretch], grads: list[Tensor], shift: bool)
         grad[:, -1:].zero_()
 
 
-def total(result: Result, preference_weight: float, num_pairs: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss, preference_loss, nll_loss in float64 (Eq. 14)."""
-    preference = result.losses.sum() / num_pairs
-    return preference_weight * preference + result.nll, preference, result.nll
+def numbers_of(result: Result, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """-> loss, preference_loss, nll_loss (Eq. 14), summed log-probs, chosen and rejected rewards: copies in that dtype."""
+    preference = result.losses.sum() / batch.num_pairs
+    loss = batch.preference_weight * preference + result.nll
+    numbers = (loss, preference, result.nll, result.sums, result.chosen_rewards, result.rejected_rewards)
+    return tuple(x.to(dtype, copy=True) for x in numbers)
 
 
 @torch.library.custom_op("longpo_ops::sweep", mutates_args=())
@@ -202,21 +216,15 @@ def sweep_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     grads = [torch.zeros_like(h, memory_format=torch.contiguous_format) if need[0] else None for h in hiddens]
-    result = run_sweep(
-        hiddens, grads, weight, bias, answers, segments, nll, nll_weights, nll_total, ref_chosen, ref_rejected, pair,
-        count, objective, parameters, num_pairs, shift, ignore_index, options, backend,
+    batch = Batch(
+        answers, segments, nll, nll_weights, nll_total, ref_chosen, ref_rejected, pair, count, objective, parameters,
+        preference_weight, num_pairs, shift, ignore_index,
     )  # fmt: skip
-    dtype = _number_dtype(weight)
-    loss, preference, nll_loss = (x.to(dtype, copy=True) for x in total(result, preference_weight, num_pairs))
+    result = run_sweep(hiddens, grads, weight, bias, batch, options, backend)
     dw, dw_scale = deliver(result.dw, weight)
     db, db_scale = deliver(result.db, bias if need[2] else weight)
     return (
-        loss,
-        preference,
-        nll_loss,
-        result.sums.to(dtype, copy=True),
-        result.chosen_rewards.to(dtype, copy=True),
-        result.rejected_rewards.to(dtype, copy=True),
+        *numbers_of(result, batch, result_dtype(weight.dtype)),
         [h.new_empty(0) if g is None else g for h, g in zip(hiddens, grads, strict=True)],
         dw,
         db,
@@ -239,30 +247,16 @@ def deliver(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @sweep_op.register_fake
-def _(
-    hiddens, weight, bias, answers, segments, nll, nll_weights, nll_total, ref_chosen, ref_rejected, pair, count,
-    objective, parameters, preference_weight, num_pairs, shift, ignore_index, scale, softcap, workspace_bytes,
-    compute_dtype, need, backend,
-):  # fmt: skip
-    def numbers(*shape):
-        return weight.new_empty(shape, dtype=_number_dtype(weight))
-
+def _(hiddens, weight, bias, *rest):
+    batch, need = Batch(*rest[: len(Batch._fields)]), rest[-2]
+    b, r = batch.count, batch.pair.shape[0]
     return (
-        numbers(),
-        numbers(),
-        numbers(),
-        numbers(count + pair.shape[0]),
-        numbers(count),
-        numbers(pair.shape[0]),
+        *(weight.new_empty(shape, dtype=result_dtype(weight.dtype)) for shape in ((), (), (), b + r, b, r)),
         [h.new_empty(h.shape if need[0] else 0) for h in hiddens],
         weight.new_empty(weight.shape if need[1] else 0),
         weight.new_empty(0) if not need[2] else bias.new_empty(bias.shape),
         weight.new_empty(3, dtype=torch.float32),
     )
-
-
-def _number_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _setup(ctx, inputs, output):
@@ -326,7 +320,7 @@ def logps_op(
     backend: str,
 ) -> Tensor:
     options = Options(scale, softcap, workspace_bytes, compute_dtype, False, False, False)
-    out = torch.zeros(hidden.shape[0], dtype=_number_dtype(weight), device=hidden.device)
+    out = torch.zeros(hidden.shape[0], dtype=result_dtype(weight.dtype), device=hidden.device)
     with torch.autocast(weight.device.type, enabled=False):
         stretches = _token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
         _check_labels(stretches, weight.shape[0])
@@ -338,7 +332,7 @@ def logps_op(
 
 @logps_op.register_fake
 def _(hidden, weight, bias, labels, ignore_index, scale, softcap, workspace_bytes, compute_dtype, backend):
-    return hidden.new_empty(hidden.shape[0], dtype=_number_dtype(weight))
+    return hidden.new_empty(hidden.shape[0], dtype=result_dtype(weight.dtype))
 
 
 @torch.library.custom_op("longpo_ops::logps_backward", mutates_args=())

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .checks import check_head, check_labels, check_numbers, check_rows, check_workspace, compute_dtype, logit_map
 from .objectives import Objective, resolve_objective
-from .operators import keeps_graph, run_sweep, scaled, sweep_op, total
+from .operators import Batch, keeps_graph, numbers_of, run_sweep, scaled, sweep_op
+from .products import result_dtype
 from .sweep import Options
 
 
@@ -231,22 +232,22 @@ def _run(
     need = [grad and any(t is not None and t.requires_grad for t in group) for group in (hiddens, [weight], [bias])]
     options = Options(*map, check_workspace(workspace_bytes, weight, dtype), dtype, *need)
     nll_total = torch.full((), pairs.num_pairs, dtype=torch.float64)
-    references = (pairs.ref_chosen, pairs.ref_rejected)
-    rows = (answers, segments, nll, nll_weights, nll_total, *references, pairs.pair, pairs.count)
-    objective = (pairs.objective.name, pairs.objective.parameters())
+    objective = pairs.objective
+    batch = Batch(
+        answers, segments, nll, nll_weights, nll_total, pairs.ref_chosen, pairs.ref_rejected, pairs.pair, pairs.count,
+        objective.name, objective.parameters(), objective.preference_weight, pairs.num_pairs, shift, ignore_index,
+    )  # fmt: skip
     if reuse_hidden and need[0]:
-        numbers = _reuse(hiddens, weight, bias, rows, pairs, shift, ignore_index, options, backend or "")
+        numbers = _reuse(hiddens, weight, bias, batch, options, backend or "")
     else:
-        numbers = sweep_op(
-            hiddens, weight, bias, *rows, *objective, pairs.objective.preference_weight, pairs.num_pairs, shift,
-            ignore_index, *map, options.workspace_bytes, dtype, need, backend or "",
-        )  # fmt: skip
+        scratch = options.workspace_bytes
+        numbers = sweep_op(hiddens, weight, bias, *batch, *map, scratch, dtype, need, backend or "")
     loss, preference, nll_loss, sums, chosen_rewards, rejected_rewards = numbers[:6]
     detached = (preference, nll_loss, sums[: pairs.count], sums[pairs.count :], chosen_rewards, rejected_rewards)
     return PreferenceOutput(loss, *(x.detach() for x in detached))
 
 
-def _reuse(hiddens, weight, bias, rows, pairs, shift, ignore_index, options, backend) -> tuple[Tensor, ...]:
+def _reuse(hiddens, weight, bias, batch, options, backend) -> tuple[Tensor, ...]:
     """The sweep with gradients written over the hidden states."""
     if torch.compiler.is_compiling():
         raise ValueError("reuse_hidden=True: expected False under torch.compile, which cannot see memory being reused")
@@ -258,7 +259,7 @@ def _reuse(hiddens, weight, bias, rows, pairs, shift, ignore_index, options, bac
         raise ValueError(
             "reuse_hidden=True: chosen_hidden and rejected_hidden share rows of memory; expected one row of memory each"
         )
-    return _Reuse.apply(len(hiddens), rows, pairs, shift, ignore_index, options, backend, weight, bias, *hiddens)
+    return _Reuse.apply(batch, options, backend, weight, bias, *hiddens)
 
 
 def _share_rows(a: Tensor, b: Tensor) -> bool:
@@ -274,19 +275,13 @@ def _share_rows(a: Tensor, b: Tensor) -> bool:
 
 class _Reuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, count, rows, pairs, shift, ignore_index, options, backend, weight, bias, *hiddens):
+    def forward(ctx, batch, options, backend, weight, bias, *hiddens):
         grads = [h.detach() for h in hiddens]
-        objective = (pairs.objective.name, pairs.objective.parameters())
-        result = run_sweep(
-            grads, grads, weight, bias, *rows, *objective, pairs.num_pairs, shift, ignore_index, options, backend,
-            clear=True,
-        )  # fmt: skip
+        result = run_sweep(grads, grads, weight, bias, batch, options, backend, clear=True)
         ctx.grads = grads, result.dw, result.db
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.grad_scale = result.grad_scale
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        numbers = (*total(result, pairs.objective.preference_weight, pairs.num_pairs), *result[2:5])
-        out = tuple(x.to(dtype, copy=True) for x in numbers)
+        out = numbers_of(result, batch, result_dtype(weight.dtype))
         ctx.mark_non_differentiable(*out[1:])
         return out
 
@@ -300,4 +295,4 @@ class _Reuse(torch.autograd.Function):
         head = (
             None if g is None else scaled(g, factor).to(dtype) for g, dtype in zip((dw, db), ctx.dtypes, strict=True)
         )
-        return *[None] * 7, *head, *(scaled(h, factor) for h in hiddens)
+        return *[None] * 3, *head, *(scaled(h, factor) for h in hiddens)

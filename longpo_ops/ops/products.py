@@ -41,13 +41,18 @@ def operand_dtype(device: torch.device, dtype: torch.dtype, native: bool = False
     return dtype
 
 
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits, sums and losses of inputs of `dtype` are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Products:
     """The products with one head weight (V, H), for inputs that count as `dtype`."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, backend: str = "torch"):
         self.native = multiplies_natively(weight, dtype, backend)
         self.dtype = operand_dtype(weight.device, dtype, self.native)
-        self.tile_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.tile_dtype = result_dtype(dtype)
         self.blockwise = weight.device.type == "cpu" and weight.dtype.itemsize < self.dtype.itemsize
         self.weight = weight if self.blockwise else weight.to(self.dtype)
         self.wide = self.dtype != self.tile_dtype  # 16-bit operands, float32 results
