@@ -18,7 +18,7 @@ from benchmarks.budget import judge, worst
 from benchmarks.gpu_setting import Setting, attempt
 from longpo_ops.ops import reference
 from longpo_ops.ops.objectives import OBJECTIVES
-from longpo_ops.ops.sweep import scratch_bytes
+from longpo_ops.ops.sweep import workspace_of
 from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles, TorchTiles
 
 PLAIN = TorchTiles()
@@ -208,8 +208,7 @@ def _public_cases(setting: Setting, backend: str, dtype: torch.dtype) -> Iterato
     tensors = _inputs(setting, dtype, ("hidden", (n, width), 1.0), *head)
     labels = torch.arange(n, device=device) * 7919 % vocab
     labels[::9] = -100
-    fixed, per_row = scratch_bytes(tensors["weight"], dtype)
-    options = {"backend": backend, "workspace_bytes": fixed + 40 * per_row}
+    options = {"backend": backend, "workspace_bytes": workspace_of(40, tensors["weight"], dtype)}
     weights = torch.linspace(0, 2, n, device=device)
 
     for case, map in {"plain": {}, "softcap scale": {"softcap": 5.0, "scale": 1.5}}.items():
@@ -250,8 +249,7 @@ def _public_cases(setting: Setting, backend: str, dtype: torch.dtype) -> Iterato
         ("teacher_hidden", (n, width // 2), 1.0),
         ("teacher_weight", (vocab, width // 2), 0.4),
     )
-    fixed, per_row = scratch_bytes(tensors["weight"], dtype, tiles=2)
-    two_tiles = {"backend": backend, "workspace_bytes": fixed + 40 * per_row}
+    two_tiles = {"backend": backend, "workspace_bytes": workspace_of(40, tensors["weight"], dtype, tiles=2)}
 
     def plain_kl(kind, hidden, weight, teacher_hidden, teacher_weight):
         def log_p(h, w):

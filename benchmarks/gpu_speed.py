@@ -18,8 +18,9 @@ from torch import Tensor
 
 import longpo_ops
 from benchmarks.gpu_setting import NO_GPU, Setting, attempt, measure
+from longpo_ops.ops.checks import check_workspace
 from longpo_ops.ops.products import Products
-from longpo_ops.ops.sweep import default_workspace, rows_per_chunk, scratch_bytes
+from longpo_ops.ops.sweep import rows_per_chunk
 from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles
 
 # ---- ceilings --------------------------------------------------------------------------------------------------------
@@ -39,8 +40,8 @@ def _rate(timing: dict, operations: float) -> dict:
 
 def _chunk_rows(setting: Setting, weight: Tensor) -> int:
     """The rows that the sweep multiplies at once with its default workspace."""
-    workspace = max(default_workspace(setting.device), sum(scratch_bytes(weight, setting.dtype)))
-    return min(setting.rows, rows_per_chunk(workspace, weight, setting.dtype))
+    default = check_workspace(None, weight, setting.dtype)
+    return min(setting.rows, rows_per_chunk(default, weight, setting.dtype))
 
 
 @functools.cache

@@ -275,11 +275,10 @@ def _phases(
 
 def _workspace(work: Work) -> int:
     """Scratch of the loss: what it may use, or all it can use."""
-    from longpo_ops.ops.sweep import scratch_bytes
+    from longpo_ops.ops.sweep import workspace_of
 
     weight = torch.empty(work.config.vocab_size, work.config.hidden_size, dtype=work.dtype, device="meta")
-    fixed, row = scratch_bytes(weight, work.dtype)
-    return min(work.workspace_bytes, fixed + row * work.length)
+    return min(work.workspace_bytes, workspace_of(work.length, weight, work.dtype))
 
 
 def attention_pairs(length: int, tails: tuple[int, ...], window: int | None = None) -> float:

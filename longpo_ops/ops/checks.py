@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .sweep import default_workspace, scratch_bytes
+from .sweep import default_workspace, workspace_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -91,12 +91,12 @@ def check_workspace(workspace_bytes: int | None, weight: Tensor, dtype: torch.dt
 
     Raises ValueError when workspace_bytes is no int or does not hold one row of logits.
     """
-    fixed, row = scratch_bytes(weight, dtype, tiles)
+    least = workspace_of(1, weight, dtype, tiles)
     if workspace_bytes is None:
-        return max(default_workspace(weight.device), fixed + row)
-    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes < fixed + row:
+        return max(default_workspace(weight.device), least)
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes < least:
         raise ValueError(
-            f"workspace_bytes={workspace_bytes!r}: expected at least {fixed + row} bytes, which hold one row of "
+            f"workspace_bytes={workspace_bytes!r}: expected at least {least} bytes, which hold one row of "
             f"V={weight.shape[0]} logits at H={weight.shape[1]}, or None"
         )
     return workspace_bytes

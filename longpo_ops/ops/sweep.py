@@ -51,6 +51,12 @@ def scratch_bytes(weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bo
     return fixed, tiles * (vocab * wide + width * (2 * dtype.itemsize + 2 * wide) + 64)
 
 
+def workspace_of(rows: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:
+    """Bytes that hold the scratch of so many rows at a time."""
+    fixed, row = scratch_bytes(weight, dtype, tiles)
+    return fixed + rows * row
+
+
 def rows_per_chunk(
     workspace_bytes: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bool = False
 ) -> int:

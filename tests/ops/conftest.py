@@ -1,4 +1,4 @@
-"""The back-ends of this machine as a fixture, a fixed seed, and the smallest workspace that forces a row at a time."""
+"""The back-ends of this machine as a fixture, a fixed seed, and the workspace that forces some rows at a time."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longpo_ops.ops.dispatch import NAMES, choose_backend
-from longpo_ops.ops.sweep import scratch_bytes
+from longpo_ops.ops.sweep import workspace_of
 
 HOME = {"torch": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -36,10 +36,9 @@ def device(backend) -> str:
 
 @pytest.fixture
 def workspace():
-    """workspace(weight, rows, tiles=1) -> bytes that hold just so many rows of logits at a time."""
+    """workspace(weight, rows, tiles=1) -> bytes that hold just so many rows of logits at a time; None for all rows."""
 
-    def bytes_for(weight: torch.Tensor, rows: int, tiles: int = 1, dtype: torch.dtype | None = None) -> int:
-        fixed, row = scratch_bytes(weight, dtype or weight.dtype, tiles)
-        return fixed + rows * row
+    def bytes_for(weight: torch.Tensor, rows: int | None, tiles: int = 1) -> int | None:
+        return None if rows is None else workspace_of(rows, weight, weight.dtype, tiles)
 
     return bytes_for

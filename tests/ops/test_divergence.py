@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longpo_ops import linear_kl
 from longpo_ops.ops import reference
 from longpo_ops.ops.products import Products
-from longpo_ops.ops.sweep import scratch_bytes
+from longpo_ops.ops.sweep import workspace_of
 
 from .budget import DRAWS, check_mean_budget, ulp
 
@@ -110,7 +110,7 @@ def test_error_budget(kind, option, dtype, backend, device, workspace):
     options = dict(OPTIONS[option])
     rows = options.pop("rows", None)
     case = Case(dtype, device, **kind, **options)
-    scratch = rows and workspace(case.tensors[1], rows, 2)
+    scratch = workspace(case.tensors[1], rows, 2)
     case.check(DRAWS if dtype == torch.float32 else 1, backend=backend, workspace_bytes=scratch)
 
 
@@ -120,7 +120,7 @@ def test_error_budget(kind, option, dtype, backend, device, workspace):
 def test_ragged_sizes(kind, rows, size, backend, device, workspace):
     case = Case(torch.float32, device, bias=True, **kind, **size)
     wider = max((case.tensors[1], case.tensors[4]), key=lambda w: w.shape[1])
-    case.check(DRAWS, backend=backend, workspace_bytes=rows and workspace(wider, rows, 2))
+    case.check(DRAWS, backend=backend, workspace_bytes=workspace(wider, rows, 2))
 
 
 @pytest.mark.quick
@@ -130,7 +130,7 @@ def test_float64_equals_full_logits(kind, option, workspace):
     options = dict(OPTIONS[option])
     rows = options.pop("rows", None)
     case = Case(torch.float64, **kind, **options)
-    ours = case.ours(backend="torch", workspace_bytes=rows and workspace(case.tensors[1], rows, 2))
+    ours = case.ours(backend="torch", workspace_bytes=workspace(case.tensors[1], rows, 2))
     for a, truth in zip(ours, case.full_logits()):
         torch.testing.assert_close(a, truth, rtol=1e-11, atol=1e-13)
 
@@ -292,10 +292,10 @@ def test_properties(data):
             kind={"forward": "reverse", "reverse": "forward"}[kind["kind"]],
         )  # fmt: skip
     torch.testing.assert_close(values, swapped, rtol=1e-9, atol=1e-12)
-    fixed, row = scratch_bytes(max((weight, teacher_weight), key=lambda w: w.shape[1]), torch.float64, 2)
-    order = torch.randperm(len(hidden))
+    order, wider = torch.randperm(len(hidden)), max((weight, teacher_weight), key=lambda w: w.shape[1])
+    scratch = workspace_of(draw(1, 30), wider, torch.float64, 2)
     total = linear_kl(
-        hidden[order], weight, teacher[order], teacher_weight, workspace_bytes=fixed + draw(1, 30) * row,
+        hidden[order], weight, teacher[order], teacher_weight, workspace_bytes=scratch,
         reduction="sum", bias=bias + data.draw(st.floats(-20, 20)), teacher_bias=teacher_bias, **kind,
     )  # fmt: skip
     torch.testing.assert_close(total, values.sum(), rtol=1e-9, atol=1e-11)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from longpo_ops import linear_cross_entropy, linear_logprobs
 from longpo_ops.ops import reference
 from longpo_ops.ops.products import Products
-from longpo_ops.ops.sweep import scratch_bytes
+from longpo_ops.ops.sweep import workspace_of
 
 from .budget import DRAWS, check_mean_budget
 
@@ -91,7 +91,7 @@ def test_error_budget(loss, option, dtype, backend, device, workspace):
     options = dict(OPTIONS[option])
     rows = options.pop("rows", None)
     case = Case(dtype, device, loss=loss, **options)
-    scratch = rows and workspace(case.tensors[1], rows)
+    scratch = workspace(case.tensors[1], rows)
     case.check(DRAWS if dtype == torch.float32 else 1, backend=backend, workspace_bytes=scratch)
 
 
@@ -100,7 +100,7 @@ def test_error_budget(loss, option, dtype, backend, device, workspace):
 @pytest.mark.parametrize("loss", ["logprobs", "weighted mean"])
 def test_ragged_sizes(loss, rows, size, backend, device, workspace):
     case = Case(torch.float32, device, loss=loss, bias=True, **size)
-    case.check(DRAWS, backend=backend, workspace_bytes=rows and workspace(case.tensors[1], rows))
+    case.check(DRAWS, backend=backend, workspace_bytes=workspace(case.tensors[1], rows))
 
 
 @pytest.mark.quick
@@ -110,7 +110,7 @@ def test_float64_equals_full_logits(loss, option, workspace):
     options = dict(OPTIONS[option])
     rows = options.pop("rows", None)
     case = Case(torch.float64, loss=loss, **options)
-    ours = case.run(True, backend="torch", workspace_bytes=rows and workspace(case.tensors[1], rows))
+    ours = case.run(True, backend="torch", workspace_bytes=workspace(case.tensors[1], rows))
     for a, truth in zip(ours, case.run(False)):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, truth, rtol=1e-12, atol=1e-13)
@@ -133,7 +133,7 @@ def test_gradcheck(loss, rows, workspace):
     hidden, weight = torch.randn(6, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     bias, weights = torch.randn(5, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
     labels = torch.tensor([0, -100, 4, 2, 2, -100])
-    more = dict(softcap=2.0, temperature=1.5, backend="torch", workspace_bytes=rows and workspace(weight, rows))
+    more = dict(softcap=2.0, temperature=1.5, backend="torch", workspace_bytes=workspace(weight, rows))
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     if loss == "logprobs":
         assert torch.autograd.gradcheck(lambda h, w, b: linear_logprobs(h, w, labels, bias=b, **more), leaves)
@@ -154,7 +154,7 @@ def test_one_hot_upstream_gradients_are_exact(rows, workspace):
     case = Case(torch.float64, N=5)
     for row in range(5):
         case.upstream = torch.eye(5)[row]
-        ours = case.run(True, backend="torch", workspace_bytes=rows and workspace(case.tensors[1], rows))
+        ours = case.run(True, backend="torch", workspace_bytes=workspace(case.tensors[1], rows))
         for a, truth in zip(ours, case.run(False)):
             torch.testing.assert_close(a, truth, rtol=1e-12, atol=1e-14)
 
@@ -191,7 +191,7 @@ def test_nan_rows(loss, rows, backend, device, workspace):
     case = Case(torch.float32, device, loss=loss, bias=True)
     case.labels[3], case.labels[4] = -100, 5
     case.weights[5], case.labels[5] = 0, 6
-    more = dict(backend=backend, workspace_bytes=rows and workspace(case.tensors[1], rows))
+    more = dict(backend=backend, workspace_bytes=workspace(case.tensors[1], rows))
     clean = case.run(True, **more)
     case.tensors[0][3] = math.nan
     if "weighted" in loss and device == "cpu":  # weights the host can see: their zeros are rows without weight
@@ -294,7 +294,6 @@ def test_properties(data):
     case = Case(torch.float64, N=max(N, 1), V=V, H=draw(1, 6), bias=True)
     hidden, weight, bias = case.tensors
     labels, rows = case.labels, draw(1, 40)
-    fixed, row = scratch_bytes(weight, torch.float64)
     near = dict(rtol=1e-10, atol=1e-11)
 
     def total(hidden, labels, bias, factor=1.0, **more):
@@ -308,7 +307,7 @@ def test_properties(data):
     order = torch.randperm(len(hidden))
     shuffled = total(hidden[order], labels[order], bias)
     for changed in (
-        total(hidden, labels, bias, workspace_bytes=fixed + rows * row),
+        total(hidden, labels, bias, workspace_bytes=workspace_of(rows, weight, torch.float64)),
         total(hidden, labels, bias + data.draw(st.floats(-30, 30))),
         (shuffled[0], shuffled[1][order.argsort()], *shuffled[2:]),
     ):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpo_ops import DPO, LOGO, LongPO, packed_preference_loss
-from longpo_ops.ops.sweep import scratch_bytes
+from longpo_ops.ops.sweep import workspace_of
 
 from .budget import DRAWS
 from .preference_cases import DTYPES, NAMES, OBJECTIVES, Case, check_case, pack, same
@@ -40,7 +40,7 @@ def test_error_budget(objective, option, dtype, backend, device, workspace):
     rows = options.pop("rows", None)
     case = Case(objective, dtype, device, **options)
     draws = DRAWS if dtype == torch.float32 else 1
-    check_case(case, draws, backend=backend, workspace_bytes=rows and workspace(case.tensors[2], rows))
+    check_case(case, draws, backend=backend, workspace_bytes=workspace(case.tensors[2], rows))
 
 
 @pytest.mark.quick
@@ -53,7 +53,7 @@ def test_float64_equals_full_logits(objective, option, workspace):
         pytest.skip("takes one rejected answer per pair")
     rows = options.pop("rows", None)
     case = Case(objective, torch.float64, **options)
-    ours = case.ours(backend="torch", workspace_bytes=rows and workspace(case.tensors[2], rows))
+    ours = case.ours(backend="torch", workspace_bytes=workspace(case.tensors[2], rows))
     for name, a, truth in zip(NAMES, ours, case.full_logits()):
         torch.testing.assert_close(a, truth, rtol=1e-12, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -68,7 +68,7 @@ def test_ragged_sizes(sizes, rows, backend, device, workspace):
         case.chosen, case.rejected = (torch.randint(37, (3, 2)) for _ in range(2))
     else:
         case = Case(DPO(), torch.float32, device, **sizes)
-    check_case(case, DRAWS, backend=backend, workspace_bytes=rows and workspace(case.tensors[2], rows))
+    check_case(case, DRAWS, backend=backend, workspace_bytes=workspace(case.tensors[2], rows))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 64])
@@ -85,7 +85,7 @@ def test_any_chunk_size_gives_the_same(objective, rows, workspace):
 def test_gradcheck(objective, rows, workspace):
     objective = OBJECTIVES[objective]
     case = Case(objective, torch.float64, V=5, H=3, T=(6, 5), bias=True, softcap=3.0)
-    more = dict(backend="torch", workspace_bytes=rows and workspace(case.tensors[2], rows))
+    more = dict(backend="torch", workspace_bytes=workspace(case.tensors[2], rows))
     fast = not isinstance(objective, LOGO)
     assert torch.autograd.gradcheck(lambda *leaves: case.loss(leaves, **more).loss, case.leaves(), fast_mode=fast)
 
@@ -112,7 +112,7 @@ def test_objective_by_name_equals_its_defaults():
 def test_no_grad_gives_the_same_numbers(workspace):
     for rows in (None, 1):
         case = Case(LongPO(), torch.float64)
-        more = dict(backend="torch", workspace_bytes=rows and workspace(case.tensors[2], rows))
+        more = dict(backend="torch", workspace_bytes=workspace(case.tensors[2], rows))
         with torch.no_grad():
             quiet = case.loss(case.leaves(), **more)
         loud = case.loss(case.leaves(), **more)
@@ -129,7 +129,7 @@ def test_no_grad_gives_the_same_numbers(workspace):
 def test_packed_rows_in_any_order_equal_sequences(objective, rows, workspace):
     several = dict(pair=[0, 1, 2, 1]) if not OBJECTIVES[objective].one_rejected else {}
     case = Case(OBJECTIVES[objective], torch.float64, bias=True, num_pairs=5, **several)
-    more = dict(backend="torch", workspace_bytes=rows and workspace(case.tensors[2], rows))
+    more = dict(backend="torch", workspace_bytes=workspace(case.tensors[2], rows))
     leaves = case.leaves()
     out = pack(case, leaves, **more)
     out.loss.backward()
@@ -235,7 +235,7 @@ def test_any_layout_equals_full_logits(data):
     case.nll = torch.where(torch.rand(b, tc) < 0.7, tokens[0], -100)
     case.nll[:, -1] = tokens[0][:, -1]
     case.refs = dict(ref_chosen_logps=random(b), ref_rejected_logps=random(r)) if objective.needs_reference else {}
-    fixed, row = scratch_bytes(case.tensors[2], torch.float64)
-    got = case.ours(backend="torch", workspace_bytes=fixed + draw(1, 40) * row)
+    scratch = workspace_of(draw(1, 40), case.tensors[2], torch.float64)
+    got = case.ours(backend="torch", workspace_bytes=scratch)
     for name, a, truth in zip(NAMES, got, case.full_logits()):
         torch.testing.assert_close(a, truth, rtol=1e-8, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")

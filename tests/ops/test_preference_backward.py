@@ -31,7 +31,7 @@ def products(monkeypatch):
 @pytest.mark.parametrize("rows", [None, 1])
 def test_only_rows_with_weight_are_multiplied(rows, products, workspace):
     case = Case(LongPO(), torch.float32)
-    case.ours(backend="torch", workspace_bytes=rows and workspace(case.tensors[2], rows))
+    case.ours(backend="torch", workspace_bytes=workspace(case.tensors[2], rows))
     answers = [(labels[:, 1:] != -100).sum() for labels in (case.chosen, case.rejected)]
     nll = ((case.nll[:, 1:] != -100) | (case.chosen[:, 1:] != -100)).sum() + answers[1]
     assert products["hidden_gradient"] == products["add_weight_gradient_"] == nll
@@ -147,7 +147,7 @@ def test_gradients_of_gradients_are_refused(retain):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_reuse_hidden_gives_the_same_gradients(dtype, rows, layout, workspace):
     case = Case(LongPO(), dtype, bias=True)
-    more = dict(backend="torch", workspace_bytes=rows and workspace(case.tensors[2], rows))
+    more = dict(backend="torch", workspace_bytes=workspace(case.tensors[2], rows))
 
     def run(reuse):
         leaves = case.leaves()

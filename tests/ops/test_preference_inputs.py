@@ -43,7 +43,7 @@ def test_nll_labels_that_label_nothing_add_nothing():
 def test_left_and_right_padding_change_nothing(rows, workspace):
     case = Case(LongPO(), torch.float64)
     case.nll[:, 0] = -100  # nothing predicts the first token, so its label must not be handed to padding
-    more = dict(backend="torch", workspace_bytes=rows and workspace(case.tensors[2], rows))
+    more = dict(backend="torch", workspace_bytes=workspace(case.tensors[2], rows))
     bare = case.ours(**more)
     pad = torch.nn.functional.pad
     for left, right in ((5, 0), (0, 4), (3, 2)):
@@ -65,7 +65,7 @@ def test_left_and_right_padding_change_nothing(rows, workspace):
 @pytest.mark.parametrize("objective", ["longpo", "kto_pair"])
 def test_nan_in_an_unused_row_changes_no_bit(objective, rows, backend, device, workspace):
     case = Case(OBJECTIVES[objective], torch.float32, device)
-    more = dict(backend=backend, workspace_bytes=rows and workspace(case.tensors[2], rows))
+    more = dict(backend=backend, workspace_bytes=workspace(case.tensors[2], rows))
     clean = case.ours(**more)
     case.tensors[0][:, -1] = case.tensors[1][:, 0] = case.tensors[0][0, :2] = (
         math.nan
@@ -80,7 +80,7 @@ def test_nan_in_a_used_row_gives_nan(where, value, rows, backend, device, worksp
     case = Case(DPO(), torch.float32, device)
     case.tensors[0][1, -2 if where == "answer" else 2, 3] = value
     loss, *_, chosen_grad, rejected_grad, weight_grad = case.ours(
-        backend=backend, workspace_bytes=rows and workspace(case.tensors[2], rows)
+        backend=backend, workspace_bytes=workspace(case.tensors[2], rows)
     )
     assert loss.isnan() and weight_grad.isnan().any() and chosen_grad[1].isnan().any()
     assert rejected_grad[0].isfinite().all() and chosen_grad[0].isfinite().all()  # other pairs are left alone
@@ -128,14 +128,14 @@ def test_results_do_not_depend_on_what_new_memory_holds(backend, device, workspa
 def test_bitwise_repeatable(backend, device, workspace):
     for rows in (None, 3):
         case = Case(LongPO(), torch.bfloat16, device, bias=True)
-        more = dict(backend=backend, workspace_bytes=rows and workspace(case.tensors[2], rows))
+        more = dict(backend=backend, workspace_bytes=workspace(case.tensors[2], rows))
         assert same(case.ours(**more), case.ours(**more))
 
 
 @pytest.mark.parametrize("rows", [None, 1])
 def test_strides_do_not_matter(rows, backend, device, workspace):
     case = Case(LongPO(), torch.float32, device, bias=True)
-    more = dict(backend=backend, workspace_bytes=rows and workspace(case.tensors[2], rows))
+    more = dict(backend=backend, workspace_bytes=workspace(case.tensors[2], rows))
     truth = case.ours(**more)
     chosen, rejected, weight, bias = case.leaves()
     views = [
