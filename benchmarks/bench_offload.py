@@ -16,9 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,8 +26,8 @@ import torch
 
 from longpo_ops.memory.tiers import PAGE, HostPages, lane_of
 
-from .measure import Peak
-from .stamp import ROOT, host_class, stamp
+from .measure import Peak, fresh
+from .stamp import host_class, stamp
 
 SETTINGS = {  # name -> offload's tier (None: plain checkpointing), tiled, attention saved
     "checkpointing": (None, False, False),
@@ -152,12 +149,12 @@ def norm(model) -> float:
 
 def measure(shape: Shape, setting: str) -> dict:
     """One setting, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.bench_offload", "--order", json.dumps([asdict(shape), setting])]
+    order = json.dumps([asdict(shape), setting])
     heap = {"MALLOC_MMAP_THRESHOLD_": str(1 << 22), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | heap)
-    if done.returncode:
-        raise RuntimeError(f"{setting}: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return fresh("benchmarks.bench_offload", "--order", order, environment=heap)
+    except RuntimeError as error:
+        raise RuntimeError(f"{setting}: {error}") from None
 
 
 def copy_rates(device: str, nbytes: int = 1 << 30, page_bytes: int = PAGE) -> dict:

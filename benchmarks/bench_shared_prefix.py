@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .measure import Peak
+from .measure import Peak, fresh
 from .stamp import ROOT, host_class, stamp
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -175,11 +173,10 @@ def measure(name: str, rounds: int, folder: Path) -> dict:
     runs: dict[str, list[dict]] = {side: [] for side in files}
     for _ in range(rounds):
         for side, file in files.items():
-            command = [sys.executable, "-m", "benchmarks.bench_shared_prefix", "--perform", name, side, str(file)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            if done.returncode:
-                raise RuntimeError(f"{name}, {side}: {done.stderr.strip().splitlines()[-1]}")
-            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+            try:
+                runs[side].append(fresh("benchmarks.bench_shared_prefix", "--perform", name, side, str(file)))
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}, {side}: {error}") from None
     error = compare(files["two"], files["shared"])
     row = {"case": name, "shape": vars(CASES[name]), "weight_bytes": runs["two"][0]["weight_bytes"], "error": error}
     for side, results in runs.items():

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Peak
+from benchmarks.measure import Peak, fresh
 from benchmarks.stamp import ROOT, host_class, stamp
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
@@ -316,14 +316,12 @@ def file_of(shape: Shape, out: Path) -> Path:
 def run_variant(shape: Shape, name: str, progress: Path, limit: float) -> dict:
     """One variant in a process of its own."""
     order = json.dumps({"shape": asdict(shape), "variant": name, "progress": str(progress)})
-    command = [sys.executable, "-m", "benchmarks.bench_step", "--perform", order]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=ROOT)
+        return fresh("benchmarks.bench_step", "--perform", order, seconds=limit)
     except subprocess.TimeoutExpired:
         return {"status": f"stopped after {limit:.0f} s"}
-    if done.returncode:
-        return {"status": f"failed: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    except RuntimeError as error:
+        return {"status": f"failed: {error}"}
 
 
 def perform_order(order: str) -> None:

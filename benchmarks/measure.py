@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,9 +29,9 @@ import torch
 
 from .cases import CASES, Case, Inputs, make
 from .peers import Candidate, candidates
+from .stamp import ROOT
 from .truth import Truth
 
-ROOT = Path(__file__).resolve().parents[1]
 PROBE = 16
 MEASURED = "measured"
 SANITY = 2.0**-4  # what plain PyTorch itself, the yardstick of all others, may be off by
@@ -52,14 +53,24 @@ class Order:
 
 def measure(order: Order) -> dict:
     """The measurement of an order, made in a fresh process. Never raises for what happens in there."""
-    command = [sys.executable, "-m", "benchmarks.measure", json.dumps(asdict(order))]
     patience = 4 * order.limit + 120  # compiling, the probe and the first run are not timed
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, cwd=ROOT)
+        return fresh("benchmarks.measure", json.dumps(asdict(order)), seconds=patience)
     except subprocess.TimeoutExpired:
         return {"status": f"no result within {patience:.0f} s"}
+    except RuntimeError as error:
+        return {"status": f"failed: {error}"}
+
+
+def fresh(
+    module: str, *arguments: str, seconds: float | None = None, environment: dict[str, str] | None = None
+) -> dict:
+    """The JSON that a module prints last, run in a fresh process. Raises RuntimeError with the last line of its failure,
+    and subprocess.TimeoutExpired after so many seconds."""
+    command, surroundings = [sys.executable, "-m", module, *arguments], os.environ | (environment or {})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=surroundings)
     if done.returncode:
-        return {"status": f"failed: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1]}"}
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
