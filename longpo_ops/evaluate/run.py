@@ -32,7 +32,7 @@ from ..data import tokenizer_fingerprint
 from ..generate.engines import Engine, EngineStopped, Request, Sampling
 from ..generate.engines.settings import EngineSettings
 from ..generate.report import CONTROL
-from ..generate.store import Shard, check_settings, locked, write_atomically
+from ..generate.store import Shard, check_folder, check_settings, locked, write_atomically
 from .answers import Answers, is_out_of_memory
 from .needles import load_tasks
 from .perplexity import Windows, measure, read_windows
@@ -97,10 +97,9 @@ class EvaluateRun(EngineSettings):
 
     def identity(self, tokenizer) -> dict:
         """What decides an answer besides what is asked. Neither addresses nor keys are in it."""
-        name = Path(self.model).name if Path(self.model).exists() else self.model
         kept = ("engine", "served_model", "rope", "dtype", "template_kwargs")
         weights = None if self.engine == "server" else weights_digest(Path(self.model))
-        named = {"model": name, "weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer)}
+        named = {"model": self.model_name, "weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer)}
         return named | {each: getattr(self, each) for each in kept}
 
 
@@ -132,8 +131,7 @@ def evaluate(run: EvaluateRun, progress: Progress | None = None) -> Scores:
 def _prepare(out: Path) -> Path:
     """The folder for a run's own files. Raises ValueError for a folder that is somebody else's or not writable."""
     try:
-        if out.is_dir() and any(out.iterdir()) and not (out / "run.json").exists():
-            raise ValueError(f"{out} is neither empty nor the folder of a run; use another")
+        check_folder(out)
         work = out / "work"
         work.mkdir(parents=True, exist_ok=True)
         write_atomically(work / "writable", b"")
@@ -248,7 +246,7 @@ class _Evaluation:
         self.found = Scores(about=_about(plan), complete=False)
 
     async def run(self) -> Scores:
-        engine = self._engine()
+        engine = self.run_.make_engine(self.run_.longest or None)
         try:
             self._tell(0)
             await self._start(engine)
@@ -269,9 +267,6 @@ class _Evaluation:
         finally:
             await engine.close()
         return self.found
-
-    def _engine(self) -> Engine:
-        return self.run_.make_engine(self.run_.longest or None)
 
     async def _start(self, engine: Engine) -> None:
         try:

@@ -83,13 +83,12 @@ def show_progress() -> Iterator[Callable[[str, float, str], None]]:
 
 def show_scores(console, result) -> None:
     """Accuracy by length, and perplexity where it was measured, a line per model."""
-    from .results import four_digits, three_places
+    from .results import by_length, four_digits, three_places
 
     for kind, write in (("accuracy", three_places), ("perplexity", four_digits)):
-        found = sorted({length for row in result.rows for length in row[kind]})
-        lines = [(row["label"], *(write(row[kind].get(length)) for length in found)) for row in result.rows]
-        if found:
-            terminal.print_table(console, f"{kind} by tokens", ("", *(f"{length:,}" for length in found)), lines)
+        lengths, lines = by_length(result.rows, kind, write)
+        if lengths:
+            terminal.print_table(console, f"{kind} by tokens", ("", *lengths), lines)
 
 
 def show_costs(console, result) -> None:

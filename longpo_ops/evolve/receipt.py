@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..generate.store import write_atomically
+from ..generate.store import changes, write_atomically
 
 BEAT = 2.0  # seconds between two writes of a running stage's cost
 
@@ -63,14 +63,9 @@ class Receipt:
             raise ValueError(
                 f"{receipt.path} is damaged; remove it, and its stage goes on from what {out} holds"
             ) from None
-        changed = [
-            f"{name} was {before.get(name)!r}, is {receipt.settings.get(name)!r}"
-            for name in sorted({*before, *receipt.settings})
-            if before.get(name) != receipt.settings.get(name)
-        ]
-        if changed:
+        if changed := changes(before, receipt.settings):
             raise ValueError(
-                f"{out} was begun with other settings ({'; '.join(changed)}); use those, or another out, or remove "
+                f"{out} was begun with other settings ({changed}); use those, or another out, or remove "
                 "that folder to do this stage again"
             )
         return receipt

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..data import Pair, read_pairs
 from ..generate.report import STYLE, pair_html, safe, shorten
 from ..generate.store import write_atomically
-from .results import DASH, Result, four_digits, three_places
+from .results import DASH, Result, by_length, four_digits, three_places
 from .settings import Evolution, Round
 from .stages import PAIRS, TRAIN, Stage
 
@@ -139,9 +139,8 @@ def _measured(evolution: Evolution, result: Result) -> Iterator[Block]:
 
 
 def _by_length(caption: str, rows: list[dict], kind: str, write: Callable[[float | None], str]) -> Table:
-    found = sorted({length for row in rows for length in row[kind]})
-    lines = [(row["label"], *(write(row[kind].get(n)) for n in found)) for row in rows]
-    return Table(caption, ("tokens", *(f"{n:,}" for n in found)), lines)
+    lengths, lines = by_length(rows, kind, write)
+    return Table(caption, ("tokens", *lengths), lines)
 
 
 def _by_task(rows: list[dict], tasks: list[str]) -> Table:

@@ -6,7 +6,7 @@ Scores of a stage --> a row; Scores of the base and of a round, a Bound --> whet
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,6 +83,12 @@ def why_stopped(judged: list[dict]) -> str | None:
         if not each["holds"]
     ]
     return f"round {judged[0]['round']!r} is not promoted: {'; '.join(broken)}" if broken else None
+
+
+def by_length(rows: list[dict], kind: str, write: Callable[[float | None], str]) -> tuple[list[str], list[tuple]]:
+    """The lengths at which any row has such a score, and a line per row."""
+    found = sorted({length for row in rows for length in row[kind]})
+    return [f"{n:,}" for n in found], [(row["label"], *(write(row[kind].get(n)) for n in found)) for row in rows]
 
 
 def three_places(value: float | None) -> str:

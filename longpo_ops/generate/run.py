@@ -23,7 +23,7 @@ from .filters import Filters
 from .prompts import Prompts
 from .readers import TOO_LONG
 from .steps import Steps, Tally, Task, side_by_side
-from .store import Store
+from .store import Store, check_folder
 
 TOO_SHORT = "shorter than wanted"
 
@@ -100,8 +100,8 @@ class GenerateRun(EngineSettings):
         free = {"documents", "out", "max_documents", "endpoints", "concurrency", "timeout", "patience", "key_variable"}
         free |= {"prompts", "model", "engine_options", "trust_remote_code"}
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in free}
-        name = Path(self.model).name if Path(self.model).exists() else self.model
-        return kept | {"model": name, "prompts": prompts.digest(), "tokenizer": tokenizer_fingerprint(tokenizer)}
+        named = {"model": self.model_name, "prompts": prompts.digest()}
+        return kept | named | {"tokenizer": tokenizer_fingerprint(tokenizer)}
 
 
 @dataclass
@@ -155,15 +155,10 @@ def generate(run: GenerateRun, progress=None) -> Result:
     inputs that cannot be used, EngineStopped (a ConnectionError) for an engine that is gone, OSError for a disk that
     is full: mend it and run the same again. Raises KeyboardInterrupt for Ctrl-C.
     """
-    files, prompts, tokenizer, out = (
-        find_files(run.documents),
-        Prompts.load(run.prompts),
-        run.load_tokenizer(),
-        Path(run.out),
-    )
+    files, prompts = find_files(run.documents), Prompts.load(run.prompts)
+    tokenizer, out = run.load_tokenizer(), Path(run.out)
     chat = ChatFormat(tokenizer, template_kwargs=run.template_kwargs)
-    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").exists():
-        raise ValueError(f"{out} is neither empty nor the folder of a run; use another")
+    check_folder(out)
     store = Store(out, run.identity(tokenizer, prompts))
     try:
         return asyncio.run(_generate(run, files, store, chat, prompts, progress))

@@ -233,14 +233,18 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists() or not any(file.stat().st_size for file in (path.parent / "work").iterdir()):
         write_atomically(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(settings))
-    changed = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
+    changed = changes(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))
     if changed:
-        raise ValueError(
-            f"{path.parent} was begun with other settings ({'; '.join(changed)}); use those, or another folder"
-        )
+        raise ValueError(f"{path.parent} was begun with other settings ({changed}); use those, or another folder")
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two settings, in words; empty where nothing does."""
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+
+
+def check_folder(out: Path) -> None:
+    """Raises ValueError for a folder that holds anything but a run."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").exists():
+        raise ValueError(f"{out} is neither empty nor the folder of a run; use another")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...pretrained import DTYPES, loading
 from . import NAMES, Engine
@@ -50,6 +51,11 @@ class EngineSettings:
             raise ValueError(
                 f"rope: a running server keeps its own; start it with them: vllm serve --hf-overrides '{flag}'"
             )
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, or that of its folder, wherever it lies."""
+        return Path(self.model).name if Path(self.model).exists() else self.model
 
     def require_positive(self, *names: str) -> None:
         """Raises ValueError for a field that is neither None nor above 0."""
