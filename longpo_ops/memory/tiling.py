@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -145,26 +145,16 @@ class RowWise:
                 del leaves, parts, pairs, results, upstream, wanted, grads
         return dinputs, [t if t is None else t.to(_grad_dtype(p)) for t, p in zip(totals, self.parameters, strict=True)]
 
-    def _replayed(self, device: torch.device):
-        """A context in which random numbers are those of the forward, and afterwards those that were due."""
-        if self.state is None:
-            return nullcontext()
-        return _Replay(self.state, device)
-
-
-class _Replay:
-    def __init__(self, state: tuple[Tensor, Tensor | None], device: torch.device):
-        self.state, self.device = state, device
-        self.fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-    def __enter__(self):
-        self.fork.__enter__()
-        torch.set_rng_state(self.state[0])
-        if self.state[1] is not None:
-            torch.cuda.set_rng_state(self.state[1], self.device)
-
-    def __exit__(self, *exc):
-        return self.fork.__exit__(*exc)
+    @contextmanager
+    def _replayed(self, device: torch.device) -> Iterator[None]:
+        """Within it random numbers are those of the forward, afterwards those that were due."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=self.state is not None):
+            if self.state is not None:
+                host, cuda = self.state
+                torch.set_rng_state(host)
+                if cuda is not None:
+                    torch.cuda.set_rng_state(cuda, device)
+            yield
 
 
 def _add(total: Tensor | None, grad: Tensor) -> Tensor:

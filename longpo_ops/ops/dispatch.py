@@ -32,22 +32,20 @@ def _load(name: str) -> Tiles:
     """The back-end of that name. Raises Unusable when this machine cannot run it."""
     if name == "torch":
         return TorchTiles()
-    if name == "cpu":
-        return _load_cpu()
-    if not torch.cuda.is_available():
+    if name != "cpu" and not torch.cuda.is_available():
         raise Unusable("torch sees no CUDA device")
-    return _load_triton() if name == "triton" else _load_cuda()
-
-
-def _load_cpu() -> Tiles:
     from .build import BuildError
 
     try:
-        from .cpu_tiles import CpuTiles
-
-        return CpuTiles()
+        return {"cpu": _load_cpu, "triton": _load_triton, "cuda": _load_cuda}[name]()
     except BuildError as error:
         raise Unusable(str(error)) from error
+
+
+def _load_cpu() -> Tiles:
+    from .cpu_tiles import CpuTiles
+
+    return CpuTiles()
 
 
 def _load_triton() -> Tiles:
@@ -63,14 +61,9 @@ def _load_triton() -> Tiles:
 
 
 def _load_cuda() -> Tiles:
-    from .build import BuildError
+    from .cuda_tiles import CudaTiles
 
-    try:
-        from .cuda_tiles import CudaTiles
-
-        return CudaTiles()
-    except BuildError as error:
-        raise Unusable(str(error)) from error
+    return CudaTiles()
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

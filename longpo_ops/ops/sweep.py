@@ -73,7 +73,7 @@ def even_rows(total: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """How the head is read, the same for every op: one object instead of eight parameters."""
+    """How the head is read, the same for every op: one object instead of seven parameters."""
 
     scale: float
     softcap: float
