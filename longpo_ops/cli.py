@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def train(
         run = TrainRun.from_settings(settings)
         run.config()
     if not dry_run:
-        run_training(run).accelerator.end_training()  # a process group left to the interpreter's exit may abort it
+        with terminal.resumable(f"its whole checkpoints are in {run.output_dir}"):
+            trainer = run_training(run)
+        trainer.accelerator.end_training()  # a process group left to the interpreter's exit may abort it
         return
     checked, _, pairs, _ = prepare(run)
     for name, value in (describe(pairs, checked) | run.all_settings()).items():

@@ -26,6 +26,14 @@ def loading(name: str) -> Iterator[None]:
         raise ValueError(f"model {name!r} cannot be loaded: {why}") from error
 
 
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer of a model. Raises ValueError if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    with loading(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
 def replace_rope(config, rope: dict, length: int | None) -> None:
     """Put entries into the rope_parameters of a transformers config, the others stay, and let it read `length` tokens.
 

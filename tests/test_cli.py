@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,12 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def longpo(*arguments) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "longpo_ops.cli", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def in_process(*arguments):
@@ -44,6 +48,21 @@ def test_a_run_from_a_file_with_overrides_exits_with_0(home, tmp_path):
     assert "rewards/margins" in done.stdout and (tmp_path / "model.safetensors").exists()
     card = (tmp_path / "README.md").read_text()
     assert "SimPO(preference_weight=1.0, beta=0.5" in card and "| learning rate | 0.0001, cosine |" in card
+
+
+def test_ctrl_c_exits_with_130_and_the_run_goes_on(home, tmp_path):
+    arguments = ("train", "--config", home / "run.yaml", "--output-dir", tmp_path, "--set", "save_steps=1")
+    endless = [sys.executable, "-m", "longpo_ops.cli", *map(str, arguments), "--max-steps", "100000"]
+    process = subprocess.Popen(endless, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("checkpoint-*")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "run the same command again to go on" in error and "Traceback" not in error
+    steps = max(int(folder.name.partition("-")[2]) for folder in tmp_path.glob("checkpoint-*"))
+    done = longpo(*arguments, "--max-steps", steps + 1, "--set", "logging_steps=1")
+    assert done.returncode == 0 and f"going on from {tmp_path}/checkpoint-{steps}" in done.stderr
 
 
 def test_a_failed_run_exits_with_1_and_says_why_in_a_line(home, tmp_path):

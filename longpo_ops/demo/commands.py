@@ -34,10 +34,10 @@ def demo(
 
     with terminal.wrong_usage():
         wanted = evolution(out, rounds, seed)
-    console, began = terminal.console(), time.monotonic()
+    console, began, left = terminal.console(), time.monotonic(), f"what is finished lies in {out}"
     prepare(out, seed)
     show_documents(console, wanted)
-    with show_progress() as progress:
+    with terminal.resumable(left), show_progress() as progress:
         result = evolve(wanted, progress)
     show_pair(console, wanted)
     show_scores(console, result)
@@ -46,7 +46,7 @@ def demo(
         from .compare import compare as run_comparison
         from .compare import show_comparison
 
-        with show_progress() as progress:
+        with terminal.resumable(left), show_progress() as progress:
             runs = run_comparison(wanted, progress)
         show_comparison(console, runs, out)
     console.print(f"{time.monotonic() - began:.0f} s in all. Figure: {out}/accuracy.png   Report: {out}/report.html")

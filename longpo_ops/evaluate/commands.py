@@ -63,11 +63,13 @@ def evaluate(
     given = options.engine_fields(dict(locals()))
     from .needles import load_tasks
     from .run import EvaluateRun
-    from .tasks import TASKS
+    from .tasks import TASKS, find_task
 
-    names = _names(tasks)
-    if tasks is None and length:
-        names = tuple(TASKS if needles is None else load_tasks(needles))
+    with terminal.wrong_usage():
+        own = {} if needles is None else load_tasks(needles)
+        names = _names(tasks) if tasks or not length else tuple(own or TASKS)
+        for name in names:
+            find_task(name)
     given |= {
         "out": str(out),
         "lengths": tuple(given.pop("length") or ()),

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from .. import terminal
+from ..pretrained import load_tokenizer
 from .engines import options
 
 Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", exists=True)]
@@ -135,7 +136,7 @@ def _progress() -> Iterator:
 @pairs.command()
 def show(
     path: Paths,
-    number: Annotated[int, typer.Option(help="How many.")] = 3,
+    number: Annotated[int, typer.Option(help="How many.", min=1)] = 3,
     id: Annotated[str | None, typer.Option(help="Only the pair of this id.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write an HTML page instead.")] = None,
 ) -> None:
@@ -145,7 +146,8 @@ def show(
 
     chosen = list(islice((pair for pair in _read(path) if id in (None, pair.id)), number))
     if not chosen:
-        raise ValueError(f"no pair with id {id!r} in {', '.join(map(str, path))}")
+        which = "no pair" if id is None else f"no pair with id {id!r}"
+        raise ValueError(f"{which} in {', '.join(map(str, path))}")
     if html is not None:
         write_atomically(html, html_page(chosen, "Preference pairs").encode())
         typer.echo(f"{len(chosen)} pairs in {html}")
@@ -163,9 +165,7 @@ def stats(
 
     unit, measure = "characters", len
     if model is not None:
-        from transformers import AutoTokenizer
-
-        encode = AutoTokenizer.from_pretrained(model).backend_tokenizer.encode
+        encode = load_tokenizer(model).backend_tokenizer.encode
         unit, measure = "tokens", lambda text: len(encode(text, add_special_tokens=False).ids)
     turns: list[int] = []
     lengths: dict[str, list[int]] = {name: [] for name in ("document", "chunk", "instruction", "chosen", "rejected")}
@@ -195,9 +195,7 @@ def validate(
 
     report, chat = DataReport(), None
     if model is not None:
-        from transformers import AutoTokenizer
-
-        chat = ChatFormat(AutoTokenizer.from_pretrained(model), max_length=max_length)
+        chat = ChatFormat(load_tokenizer(model), max_length=max_length)
     for each in path:
         read = read_pairs(each, "skip", report) if chat is None else tokenized_pairs(each, chat, None, "skip", report)
         for _ in read:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .. import terminal
+
 
 def plan(
     model: Annotated[
@@ -36,9 +38,10 @@ def plan(
     from .plan_report import as_json, draw_plan, print_plan
     from .trace import read_config
 
-    gib = planner.GIB
+    gib, config = planner.GIB, read_config(model)
+    with terminal.wrong_usage():
+        work = planner.Work(config, length, tuple(tail or ()), accumulation, max_grad_norm)
     try:
-        work = planner.Work(read_config(model), length, tuple(tail or ()), accumulation, max_grad_norm)
         machine = planner.Machine(
             int(device_gib * gib),
             int(host_gib * gib),

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..kinds import check_kinds
-from ..pretrained import DTYPES, loading
+from ..pretrained import DTYPES, load_tokenizer, loading
 from .config import LongPOConfig
 from .report import write_report
 from .rows import PairStore, select
@@ -122,10 +122,7 @@ class TrainRun:
     # -- pieces ------------------------------------------------------------------------------------------------------
 
     def load_tokenizer(self):
-        from transformers import AutoTokenizer
-
-        with loading(self.model):
-            return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.model, self.trust_remote_code)
 
     def load_pairs(self, path: str, tokenizer, vocab_size: int) -> PairStore:
         """Tokenised pairs of `path`, from output_dir/data if they were made of the same files and settings before."""

@@ -84,6 +84,7 @@ def test_options_reach_the_run(call, world, monkeypatch):
         (("--length", "64", "--samples", "0"), "samples is 0"),
         (("--length", "64", "--rope", "{x"), "no valid JSON"),
         (("--length", "64", "--engine", "magic"), "expected one of"),
+        (("--length", "64", "--tasks", "vtt"), "no task 'vtt'"),
     ],
 )
 def test_wrong_usage_is_code_2(words, message, call):
@@ -92,8 +93,6 @@ def test_wrong_usage_is_code_2(words, message, call):
 
 
 def test_what_fails_says_what_to_do(call, world):
-    done = call("--length", 160, "--tasks", "vtt")
-    assert isinstance(done.exception, ValueError) and "no task 'vtt'" in str(done.exception)
     with OpenAIServer() as server:
         pass
     done = call("--length", 160, "--needles", world / "needles", "--endpoint", server.url)

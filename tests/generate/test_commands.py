@@ -175,6 +175,14 @@ def test_validate(pair, tokenizer, tmp_path):
     assert "longer than max_length" in str(done.exception)  # not one usable record
 
 
+def test_pairs_commands_name_a_model_that_cannot_be_loaded(pair, tmp_path):
+    write_pairs([pair], tmp_path / "pairs.jsonl")
+    (tmp_path / "model").mkdir()
+    for command in ("stats", "validate"):
+        done = call("pairs", command, tmp_path / "pairs.jsonl", "--model", tmp_path / "model")
+        assert isinstance(done.exception, ValueError) and "model' cannot be loaded" in str(done.exception)
+
+
 def test_merge(pair, tmp_path):
     write_pairs([pair, replace(pair, id="two")], tmp_path / "a.jsonl")
     write_pairs([replace(pair, id="two"), replace(pair, id="three")], tmp_path / "b.parquet")

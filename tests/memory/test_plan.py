@@ -301,6 +301,7 @@ def test_command_says_what_is_missing(folder):
         "--model", str(folder / "model"), "--length", "4096", "--device-gib", "0.01", "--device-reserve-gib", "0"
     )
     assert result.exit_code == 1 and "device is short of" in result.output
+    assert run("--model", str(folder / "model"), "--length", "0").exit_code == 2
 
 
 def test_command_writes_json(folder):

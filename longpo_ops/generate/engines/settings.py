@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...pretrained import DTYPES, loading
+from ...pretrained import DTYPES, load_tokenizer
 from . import NAMES, Engine
 
 
@@ -66,10 +66,7 @@ class EngineSettings:
 
     def load_tokenizer(self):
         """The model's tokenizer. Raises ValueError for a model that has none or cannot be found."""
-        from transformers import AutoTokenizer
-
-        with loading(self.model):
-            return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.model, self.trust_remote_code)
 
     def make_engine(self, length: int) -> Engine:
         """The engine, not started, that reads `length` tokens. Raises ValueError for options it does not know."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...pretrained import loading, replace_rope
+from ...pretrained import load_tokenizer, loading, replace_rope
 from . import Completion, Engine, EngineStopped, Request, render
 
 
@@ -51,7 +51,7 @@ class TransformersEngine(Engine):
 
     def _load(self) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         with loading(self.name):
             config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
@@ -63,8 +63,8 @@ class TransformersEngine(Engine):
                 f"{self.name} reads {positions} tokens, {self.length} are wanted; give RoPE settings for longer texts, "
                 "such as --rope '{\"rope_theta\": 1e7}'"
             )
+        self.tokenizer = load_tokenizer(self.name, self.trust_remote_code)
         with loading(self.name):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
             self.model = AutoModelForCausalLM.from_pretrained(
                 self.name,
                 config=config,

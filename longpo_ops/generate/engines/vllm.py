@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...pretrained import replace_rope
+from ...pretrained import load_tokenizer, replace_rope
 from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
 
 
@@ -53,12 +53,10 @@ class VLLMEngine(Engine):
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise ValueError(f"vLLM cannot be imported ({error}); install it, or use another --engine") from None
-        from transformers import AutoTokenizer
-
         name, trust = self.arguments["model"], self.arguments["trust_remote_code"]
         if self.rope:
             self.arguments["hf_overrides"] = self._overrides(name, trust) | (self.arguments.get("hf_overrides") or {})
-        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        self.tokenizer = load_tokenizer(name, trust)
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.arguments))
         except TypeError as error:
