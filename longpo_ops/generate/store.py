@@ -245,6 +245,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """Raises ValueError for a folder that holds anything but a run."""
+    """Raises ValueError for a file, and for a folder that holds anything but a run."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; expected a folder, or a name that is free")
     if out.is_dir() and any(out.iterdir()) and not (out / "run.json").exists():
         raise ValueError(f"{out} is neither empty nor the folder of a run; use another")

@@ -79,6 +79,10 @@ def _stretches(
 
 def _check_labels(stretches: list[Stretch], vocab: int) -> None:
     """Raises ValueError for a label out of range, or two different labels for one row."""
+
+    def place(number: int, row: int) -> str:
+        return f"sequence {number}, row {row} of its hidden states (chosen sequences count before rejected ones)"
+
     for number, s in enumerate(stretches):
         for start in range(0, len(s), WINDOW):
             window = slice(start, start + WINDOW)
@@ -88,15 +92,15 @@ def _check_labels(stretches: list[Stretch], vocab: int) -> None:
                 if bool(bad.any()):
                     at = int(bad.nonzero()[0])
                     raise ValueError(
-                        f"labels: {int(labels[at])} in sequence {number}, row {start + at}: expected "
-                        f"0 <= label < V={vocab}, or ignore_index={s.ignore_index}"
+                        f"labels: {int(labels[at])} in {place(number, start + at)}: "
+                        f"expected 0 <= label < V={vocab}, or ignore_index={s.ignore_index}"
                     )
             if len(given) == 2:
                 clash = (given[0] != given[1]) & (given[0] != s.ignore_index) & (given[1] != s.ignore_index)
                 if bool(clash.any()):
                     at = int(clash.nonzero()[0])
                     raise ValueError(
-                        f"labels: sequence {number}, row {start + at} is answer token {int(given[0][at])} and NLL token "
+                        f"labels: {place(number, start + at)} is answer token {int(given[0][at])} and NLL token "
                         f"{int(given[1][at])}: expected the same token where both are given"
                     )
 

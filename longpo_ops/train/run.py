@@ -97,6 +97,8 @@ class TrainRun:
         for name in ("rope_theta", "max_position_embeddings", "max_length", "lora_alpha"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name}={value}: expected more than 0, or none")
+        if Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir={self.output_dir} is a file: expected a folder, or a name that is free")
         for name in ("model", "reference_model"):
             if (folder := getattr(self, name)) and Path(folder).resolve() == Path(self.output_dir).resolve():
                 raise ValueError(

@@ -334,6 +334,8 @@ def test_a_folder_holds_one_run(settings, whole, tmp_path):
         (tmp_path / "mine/notes.txt").write_text("x")
         with pytest.raises(ValueError, match="neither empty nor the folder of a run"):
             generate(settings(endpoints=(server.url,), out=str(tmp_path / "mine")))
+        with pytest.raises(ValueError, match=r"notes.txt is a file; expected a folder"):
+            generate(settings(endpoints=(server.url,), out=str(tmp_path / "mine/notes.txt")))
         with OpenAIServer(latency=30.0) as slow:
             process = begin(settings(endpoints=(slow.url,)))
             wait_for(lambda: len(slow.seen) > 0)

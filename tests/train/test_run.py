@@ -373,6 +373,12 @@ def test_a_run_does_not_write_over_the_models_it_reads(home, name):
         TrainRun.from_settings(settings(home, folder / ".." / "model") | {"model": "other", name: str(folder)})
 
 
+def test_a_file_is_no_output_folder(home, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file: expected a folder"):
+        TrainRun.from_settings(settings(home, tmp_path / "file"))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(home, tmp_path):
     with pytest.raises(ValueError, match=r"the loss is (inf|nan) at step 1, .*lower learning_rate"):
         run(home, tmp_path, max_steps=2, save_steps=1, objective_options={"preference_weight": 1e308})
