@@ -74,8 +74,9 @@ class Objective:
                 raise ValueError(f"{type(self).__name__}({field.name}={value!r}): expected a finite number")
         if getattr(self, "beta", 1.0) <= 0:
             raise ValueError(f"{type(self).__name__}(beta={self.beta}): expected beta > 0")
-        if self.preference_weight < 0:
-            raise ValueError(f"{type(self).__name__}(preference_weight={self.preference_weight}): expected >= 0")
+        for name in ("preference_weight", "nll_weight", "lam"):
+            if getattr(self, name, 0.0) < 0:
+                raise ValueError(f"{type(self).__name__}({name}={getattr(self, name)}): expected >= 0")
 
     def terms(self, p: PairLogps) -> Terms:
         """Losses, slopes and rewards. Subclasses define it."""

@@ -220,6 +220,8 @@ def test_objectives_are_frozen_and_named():
         (lambda: DPO(label_smoothing=0.5), ["label_smoothing=0.5", "< 0.5"]),
         (lambda: DPO(label_smoothing=-0.1), ["label_smoothing=-0.1", "0 <="]),
         (lambda: ORPO(preference_weight=-1), ["ORPO", "preference_weight=-1", ">= 0"]),
+        (lambda: ORPO(lam=-0.1), ["ORPO", "lam=-0.1", ">= 0"]),
+        (lambda: LOGO(nll_weight=-1.0), ["LOGO", "nll_weight=-1.0", ">= 0"]),
         (lambda: resolve_objective("ppo"), ["objective='ppo'", "longpo", "orpo"]),
         (lambda: resolve_objective(DPO), ["objective=", "expected one of"]),
         (lambda: resolve_objective(Objective()), ["objective=Objective", "expected one of"]),
