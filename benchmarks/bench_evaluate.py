@@ -28,8 +28,8 @@ from stamp import ROOT, host_class, stamp
 sys.path.insert(0, str(ROOT))
 
 from longpo_ops.evaluate.samples import Counter
+from longpo_ops.evaluate.sources import Texts
 from longpo_ops.evaluate.tasks import TASKS, make_samples
-from longpo_ops.evaluate.text import Texts
 
 TRAINING = 12_000_000  # characters of the standard library's sources beside the documentation
 TEMPLATE = (

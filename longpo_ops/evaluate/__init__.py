@@ -8,11 +8,11 @@ from ..lazy import public_names
 __all__, __getattr__, __dir__ = public_names(
     __name__,
     {
-        "needles": ("load_tasks",),
+        "own": ("load_tasks",),
         "report": ("Cell", "Scores"),
         "run": ("EvaluateRun", "evaluate"),
         "samples": ("Sample", "score"),
+        "sources": ("Texts",),
         "tasks": ("TASKS", "make_samples"),
-        "text": ("Texts",),
     },
 )

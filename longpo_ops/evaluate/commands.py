@@ -61,7 +61,7 @@ def evaluate(
 ) -> None:
     """Measure a model by length and depth, or go on with an evaluation that was stopped."""
     given = options.engine_fields(dict(locals()))
-    from .needles import load_tasks
+    from .own import load_tasks
     from .run import EvaluateRun
     from .tasks import TASKS, find_task
 

@@ -34,13 +34,13 @@ from ..generate.engines.settings import EngineSettings
 from ..generate.report import CONTROL
 from ..generate.store import Shard, check_folder, check_settings, locked, write_atomically
 from .answers import Answers, is_out_of_memory
-from .needles import load_tasks
+from .own import load_tasks
 from .perplexity import Windows, measure, read_windows
 from .published import CHAT, Published, judge_prompt, rating, read_published
 from .report import Cell, Scores, tenth
 from .samples import Counter, Sample, score
+from .sources import Texts
 from .tasks import TASKS, comparable, find_task, make_samples
-from .text import Texts
 
 BLOCKS, BLOCK = 16, 4096  # of every file of weights, what tells one model from another
 JUDGE_TOKENS = 1024

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from .needles import LOADED, NeedleTask
 from .needles import RULER as NEEDLES
+from .needles import NeedleTask
 from .questions import QuestionAnswering
 from .samples import SPARE, Counter, Draft, Sample, Task, fit
-from .text import Texts
+from .sources import Texts
 from .tracing import VariableTracking
 from .words import CommonWords, FrequentWords
 
@@ -25,6 +25,7 @@ QUESTIONS = (QuestionAnswering("qa_1", "squad"), QuestionAnswering("qa_2", "hotp
 TASKS: dict[str, Task] = {
     task.name: task for task in (*NEEDLES, VariableTracking(), CommonWords(), FrequentWords(), *QUESTIONS)
 }
+LOADED: dict[str, Task] = {}  # what own.load_tasks has read, by name
 CATEGORIES = {
     "retrieval": tuple(task.name for task in NEEDLES),
     "tracing": ("vt",),
@@ -40,7 +41,7 @@ def default_texts() -> Texts:
 
 
 def find_task(name: str) -> Task:
-    """One of RULER's tasks, or of those that needles.load_tasks has read. Raises ValueError for another name."""
+    """One of RULER's tasks, or of those that own.load_tasks has read. Raises ValueError for another name."""
     if name in TASKS:
         return TASKS[name]
     if name in LOADED:

@@ -13,7 +13,8 @@ from random import Random
 from string import ascii_uppercase
 
 from .samples import Draft
-from .text import NOISE, Texts, fill, scatter
+from .sources import Texts
+from .text import NOISE, fill, scatter
 
 HOPS = 4
 EXAMPLE_LINES = 10  # what fits in RULER's 500 tokens with usual tokenizers

@@ -14,7 +14,8 @@ from random import Random
 from string import ascii_lowercase
 
 from .samples import Draft
-from .text import Texts, fill
+from .sources import Texts
+from .text import fill
 from .vocabulary import draw_words
 
 SHORT = 4096  # tokens below which RULER repeats words less often

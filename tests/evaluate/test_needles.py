@@ -7,10 +7,12 @@ from random import Random
 
 import pytest
 
-from longpo_ops.evaluate.needles import LOADED, RULER, NeedleTask, load_tasks
+from longpo_ops.evaluate.needles import RULER, NeedleTask
+from longpo_ops.evaluate.own import load_tasks
 from longpo_ops.evaluate.samples import score
-from longpo_ops.evaluate.tasks import comparable, make_samples
-from longpo_ops.evaluate.text import NOISE, Prose, Texts, fill, scatter
+from longpo_ops.evaluate.sources import Texts
+from longpo_ops.evaluate.tasks import LOADED, comparable, make_samples
+from longpo_ops.evaluate.text import NOISE, Prose, fill, scatter
 from tests.evaluate.readers import tokenizer, used
 
 CODES = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from longpo_ops.evaluate.needles import LOADED, load_tasks
-from longpo_ops.evaluate.tasks import TASKS
+from longpo_ops.evaluate.own import load_tasks
+from longpo_ops.evaluate.tasks import LOADED, TASKS
 from longpo_ops.evaluate.vocabulary import ADJECTIVES, NOUNS
 from tests.evaluate.readers import tokenizer
 

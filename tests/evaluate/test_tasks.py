@@ -6,8 +6,8 @@ import re
 import pytest
 
 from longpo_ops.evaluate.samples import Sample, score
+from longpo_ops.evaluate.sources import Texts
 from longpo_ops.evaluate.tasks import CATEGORIES, TASKS, comparable, make_samples
-from longpo_ops.evaluate.text import Texts
 from longpo_ops.evaluate.tracing import VariableTracking
 from longpo_ops.evaluate.words import CommonWords
 from tests.evaluate.readers import answer, chain, common, tokenizer, used
