@@ -299,14 +299,18 @@ def keeps_graph() -> bool:
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient *= factor (); 16 bits in float32 block by block, as a 0-dim factor would be rounded to their dtype first."""
+    """gradient *= factor (); 16 bits by a factor (1,) in float32, as a 0-dim one would be rounded to their dtype first.
+
+    On the CPU torch converts what it multiplies beforehand, so it goes block by block; a GPU converts in the one kernel.
+    """
     known = type(factor) is Tensor and factor.device.type == "cpu"  # no tracer, and nothing to wait for
     if known and factor == 1:
         return gradient
     if gradient.dtype.itemsize > 2:
         return gradient.mul_(factor)
-    for block in gradient.view(-1).split(SCALE_BLOCK):
-        block.copy_(block.float() * factor)
+    blocks = gradient.view(-1).split(SCALE_BLOCK) if gradient.device.type == "cpu" else [gradient]
+    for block in blocks:
+        block.mul_(factor.to(torch.float32).view(1))
     return gradient
 
 

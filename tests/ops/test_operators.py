@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from longpo_ops import (
@@ -267,3 +268,33 @@ def test_the_reference_is_plain_pytorch():
     nll = torch.nn.functional.cross_entropy(z, LABELS, reduction="none")
     torch.testing.assert_close(reference.logprobs(hidden, weight, LABELS, bias=bias), -nll)
     torch.testing.assert_close(reference.cross_entropy(hidden, weight, LABELS, bias=bias, reduction="sum"), nll.sum())
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators called within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_16_bit_gradient_is_scaled_in_float32(dtype):
+    gradient, factor = (
+        torch.randn(3, operators.SCALE_BLOCK // 2).to(dtype),
+        torch.tensor(1.2345678, dtype=torch.float64),
+    )
+    wanted = (gradient.float() * factor.float()).to(dtype)
+    assert torch.equal(operators.scale_(gradient, factor), wanted)
+
+
+def test_a_gpu_scales_a_16_bit_gradient_in_one_kernel():
+    """The meta device stands for it: block by block, launches would take longer than the numbers."""
+    gradient, factor = torch.empty(1 << 30, dtype=torch.bfloat16, device="meta"), torch.ones((), device="meta")
+    with Calls() as calls:
+        operators.scale_(gradient, factor)
+    assert [name for name in calls.names if "mul" in name] == ["aten::mul_.Tensor"]
