@@ -155,23 +155,23 @@ def _sweep(
         student = _Side(hidden, weight, bias, student_map, dtype, rows, need[:3], tiles.name)
         teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_map, dtype, rows, need[3:], tiles.name)
         mask, weights = (None if t is None else t.cpu() for t in (mask, weights))
-        total = total.to(weight.device, torch.float64)
+        total = total.to(weight.device, torch.float64, non_blocking=True)
         kappa_scale = torch.where(total != 0, 1 / total, 0.0)
         summed, grad_scale = torch.zeros_like(total), torch.ones((), device=weight.device)
         if dtype == torch.float16 and n:
             largest = 1.0
             if weights is not None:
                 counted = weights if mask is None else torch.where(mask, weights, 0.0)
-                largest = counted.abs().amax().to(weight.device, torch.float64)
+                largest = counted.abs().amax().to(weight.device, torch.float64, non_blocking=True)
             grad_scale = float16_scale(kappa_scale.abs() * largest)
         for start in range(0, n, WINDOW):
             window = _counts(mask, weights, slice(start, min(start + WINDOW, n)))
             picked = window.nonzero().squeeze(-1) + start
             for host_index in picked.split(rows) if picked.shape[0] else ():
-                index = host_index.to(weight.device)
+                index = host_index.to(weight.device, non_blocking=True)
                 kappa = kappa_scale.expand(index.shape[0])
                 if weights is not None:
-                    kappa = kappa * weights[host_index].to(weight.device, torch.float64)
+                    kappa = kappa * weights[host_index].to(weight.device, torch.float64, non_blocking=True)
                 rows_of, dz, dz_teacher = tiles.divergence_(
                     student.logits(index), teacher.logits(index), (kappa * grad_scale).to(student.tile.dtype),
                     Divergence(kind, beta), student.map, teacher.map, student.products.dtype, student.need, teacher.need,

@@ -142,9 +142,9 @@ def run_sweep(
         if count:
             objective = rebuild_objective(batch.objective, batch.parameters)
             given = (batch.ref_chosen, batch.ref_rejected)
-            references = (None if r is None else r.to(device, torch.float64) for r in given)
+            references = (None if r is None else r.to(device, torch.float64, non_blocking=True) for r in given)
             weight_of_pair = batch.preference_weight / batch.num_pairs
-            pairs = Pairs(objective, *references, pair.to(device), count, weight_of_pair)
+            pairs = Pairs(objective, *references, pair, count, weight_of_pair)
         result = sweep(stretches, head, pairs, batch.nll_total)
         if clear:
             _clear_unvisited(stretches, grads, batch.shift)

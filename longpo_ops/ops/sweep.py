@@ -165,12 +165,12 @@ class HeadSweep:
 
 
 class Pairs(NamedTuple):
-    """B chosen sequences numbered 0..B-1 and R rejected ones numbered B..B+R-1, all tensors on the device."""
+    """B chosen sequences numbered 0..B-1 and R rejected ones numbered B..B+R-1."""
 
     objective: Objective
-    ref_chosen: Tensor | None  # (B,)
-    ref_rejected: Tensor | None  # (R,)
-    pair: Tensor  # (R,) int64
+    ref_chosen: Tensor | None  # (B,) on the device
+    ref_rejected: Tensor | None  # (R,) on the device
+    pair: Tensor  # (R,) int64, host
     count: int  # B
     weight: float  # preference_weight / num_pairs: what a pair's loss counts in the total
 
@@ -201,7 +201,7 @@ class _Sweep:
         b, r = (0, 0) if pairs is None else (pairs.count, pairs.pair.shape[0])
         self.sums, self.slopes, self.nll = double(b + r), double(b + r), double(1)
         self.losses, self.chosen_rewards, self.rejected_rewards = double(b), double(b), double(r)
-        nll_total = nll_total.to(head.device, torch.float64)
+        nll_total = nll_total.to(head.device, torch.float64, non_blocking=True)
         self.nll_scale = torch.where(nll_total != 0, 1 / nll_total, 0.0)
         self.windows = windows(stretches)
         self.lengths = torch.zeros(b + r, dtype=torch.int64)  # answer rows of each sequence, on the host
@@ -263,7 +263,7 @@ class _Sweep:
         single_visit = self.pairs.objective.separable and self.head.options.compute_dtype != torch.float16
         if not single_visit:
             return [], everything
-        pair_of = torch.cat([torch.arange(self.pairs.count), self.pairs.pair.cpu()])
+        pair_of = torch.cat([torch.arange(self.pairs.count), self.pairs.pair])
         rows = torch.zeros(self.pairs.count, dtype=torch.int64).index_add_(0, pair_of, self.lengths)
         groups, group, room, large = [], [], 0, []
         for pair, n in enumerate(rows.tolist()):
@@ -338,10 +338,12 @@ class _Sweep:
     def _decide(self, sequences: Tensor) -> None:
         """Losses, rewards and slopes of the pairs whose sequences are in the mask (K,)."""
         pairs, b = self.pairs, self.pairs.count
-        chosen, rejected = (m.nonzero().squeeze(-1).to(self.head.device) for m in (sequences[:b], sequences[b:]))
-        local = torch.zeros(b, dtype=torch.int64, device=self.head.device)
-        local[chosen] = torch.arange(chosen.shape[0], device=self.head.device)
-        lengths = self.lengths.to(self.head.device, torch.float64)
+        chosen, rejected = (m.nonzero().squeeze(-1) for m in (sequences[:b], sequences[b:]))
+        local = torch.zeros(b, dtype=torch.int64)
+        local[chosen] = torch.arange(chosen.shape[0])
+        pair = local[pairs.pair[rejected]]
+        numbers = self.lengths.double(), chosen, rejected, pair
+        lengths, chosen, rejected, pair = (t.to(self.head.device, non_blocking=True) for t in numbers)
         terms: Terms = pairs.objective.terms(
             PairLogps(
                 chosen=self.sums[chosen],
@@ -350,7 +352,7 @@ class _Sweep:
                 ref_rejected=None if pairs.ref_rejected is None else pairs.ref_rejected[rejected],
                 chosen_lengths=lengths[chosen],
                 rejected_lengths=lengths[b + rejected],
-                pair=local[pairs.pair[rejected]],
+                pair=pair,
             )
         )
         self.losses[chosen] = terms.losses
@@ -363,7 +365,8 @@ class _Sweep:
         bound = self.slopes.abs().amax() if self.slopes.shape[0] else self.nll.new_zeros(())
         for stretch in self.stretches:
             if stretch.nll is not None and stretch.nll_weights.shape[0]:
-                bound = torch.maximum(bound, stretch.nll_weights.abs().amax().to(bound) * self.nll_scale.abs())
+                largest = stretch.nll_weights.abs().amax().to(bound, non_blocking=True)
+                bound = torch.maximum(bound, largest * self.nll_scale.abs())
         return float16_scale(bound)
 
 

@@ -1,13 +1,17 @@
 """What the sweep plans: which pairs share a visit, how many rows fit, and float16's power of two."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longpo_ops import linear_cross_entropy
+from longpo_ops.ops import products
+from longpo_ops.ops.operators import Batch, run_sweep
 from longpo_ops.ops.products import UPCAST_BYTES, Products
-from longpo_ops.ops.sweep import even_rows, float16_scale, rows_per_chunk, scratch_bytes
+from longpo_ops.ops.sweep import Options, even_rows, float16_scale, rows_per_chunk, scratch_bytes, workspace_of
 
 from .preference_cases import OBJECTIVES, Case
 
@@ -97,3 +101,40 @@ def test_chunks_of_tokens_are_alike():
         assert -(-total // rows) == -(-total // limit)  # as few chunks as with the limit
         lacking = rows - ((total - 1) % rows + 1)  # of the last chunk
         assert total == 0 or lacking < -(-total // rows)
+
+
+class Transfers(TorchDispatchMode):
+    """Copies from one device to another for which the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited_for = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.name() == "aten::_to_copy" and args[0].device != out.device and not kwargs.get("non_blocking"):
+            self.waited_for.append(args[0].shape)
+        return out
+
+
+@pytest.mark.parametrize("rows", [7, 40, 100])  # no pair, one pair or all of them in a single visit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_labels_on_the_host_cost_no_synchronisation(objective, dtype, rows, monkeypatch):
+    """Tensors on the meta device stand for a GPU's: whoever reads one of them on the host raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has none
+    monkeypatch.setattr(products, "_addmm_takes_float32", lambda *_: True)  # asked once per process
+    labels = torch.arange(60).view(2, 30)
+    weight = torch.empty(60, 8, dtype=dtype, device="meta")
+    hiddens = [torch.empty(2, 30, 8, dtype=dtype, device="meta") for _ in range(2)]
+    numbers = torch.tensor([-3.0, -4.0]) if objective.needs_reference else None
+    batch = Batch(
+        answers=[labels, labels], segments=[torch.arange(2)[:, None], torch.arange(2, 4)[:, None]],
+        nll=[labels, labels[:0]], nll_weights=[torch.ones(2, 1), torch.zeros(1, 1)], nll_total=torch.ones(()),
+        ref_chosen=numbers, ref_rejected=numbers, pair=torch.tensor([1, 0]), count=2, objective=objective.name,
+        parameters=objective.parameters(), preference_weight=1.0, num_pairs=2.0, shift=True, ignore_index=-100,
+    )  # fmt: skip
+    options = Options(1.0, 0.0, workspace_of(rows, weight, dtype), dtype, True, True, False)
+    with Transfers() as transfers:
+        run_sweep(hiddens, [torch.empty_like(h) for h in hiddens], weight, None, batch, options, "torch")
+    assert transfers.waited_for == []
