@@ -1,6 +1,11 @@
 """The offload benchmark at a size for tests: what it requires of the peak at 32K tokens holds at 6K as well."""
 
+import pytest
+import torch
+
+from benchmarks import bench_offload
 from benchmarks.bench_offload import Shape, copy_rates, measure, verdict
+from benchmarks.gpu_setting import REHEARSAL
 
 SHAPE = Shape(tokens=6144, width=256, window=64, rows=256, steps=1, page_bytes=1 << 18)
 
@@ -40,3 +45,26 @@ def test_verdict_names_what_is_wrong():
 def test_copy_rates_go_both_ways():
     rates = copy_rates("cpu", nbytes=1 << 22, page_bytes=1 << 20)
     assert set(rates) == {"out", "in", "out, one copy", "in, one copy"} and min(rates.values()) > 0
+
+
+def test_a_setting_that_breaks_does_not_hide_the_others(monkeypatch):
+    def broken(shape, name, seconds):
+        if name == "offload to disk":
+            raise RuntimeError(f"{name}: no result within {seconds:.0f} s")
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(bench_offload, "measure", broken)
+    statuses = {row["case"]: row["status"] for row in bench_offload.rows(REHEARSAL)}
+    assert statuses.pop("offload to disk") == "failed: RuntimeError: offload to disk: no result within 500 s"
+    assert set(statuses.values()) == {"passed"} and "verdict" not in statuses
+
+
+def test_a_setting_is_stopped_at_its_limit():
+    with pytest.raises(RuntimeError, match="checkpointing: no result within 0 s"):
+        measure(SHAPE, "checkpointing", 0.01)
+
+
+def test_repeatable_kernels_for_one_step_only():
+    with bench_offload.repeatable():
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
