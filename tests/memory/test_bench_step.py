@@ -1,6 +1,8 @@
 """benchmarks/bench_step.py and plot.py in rehearsal: every variant runs, the layouts are what they say, the figure draws."""
 
+import gc
 import json
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from benchmarks import bench_step, plot
 from benchmarks.bench_step import TINY, VARIANTS, pair_rows, perform, useful_operations
+from benchmarks.gpu_setting import REHEARSAL
 from longpo_ops.memory.optimizer import AdamW
 
 
@@ -112,3 +115,21 @@ def test_plot_draws_measured_steps_and_no_rehearsals(report, tmp_path, capsys):
     assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figure.png")]) == 0
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert [p["length"] for p in plot.read(tmp_path)["tiny: all features"]] == [256, 512]
+
+
+def test_a_variant_is_gone_before_the_next_one_is_measured(monkeypatch):
+    models = []
+
+    def perform(shape, name):
+        assert all(model() is None for model in models)
+        model = torch.nn.Module()
+        model.forward = model.train  # as tiling and attach() do, by which a model refers to itself
+        models.append(weakref.ref(model))
+        return {"status": "measured"}
+
+    monkeypatch.setattr(bench_step, "perform", perform)
+    gc.disable()
+    try:
+        assert len(list(bench_step.rows(REHEARSAL))) == len(models) == len(VARIANTS)
+    finally:
+        gc.enable()
