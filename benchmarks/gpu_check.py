@@ -7,6 +7,7 @@ gpu_check_PIECE.json in the folder $OUT (default: benchmarks/results), with the 
 date. A piece that crashes or hangs leaves what it had; the next one still runs. Exit status 1 if any row failed.
 
     correctness   every tile function of every back-end against float64 by error budget; public: the public functions
+    attention     every attention kernel on rows of pairs against float64
     ceilings      what torch.mm and a copy reach at our shapes, and our products beside them
     epilogue      tile functions against a copy           logprobs   scoring against torch.mm
     loss          forward and backward at 6NHV            workspace  the same by size of scratch
@@ -34,7 +35,7 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_correctness, gpu_speed  # noqa: E402
+from benchmarks import gpu_attention, gpu_correctness, gpu_speed  # noqa: E402
 from benchmarks.gpu_setting import FULL, REHEARSAL, Setting  # noqa: E402
 from benchmarks.stamp import stamp  # noqa: E402
 
@@ -54,6 +55,7 @@ def offload(setting: Setting) -> Iterator[dict]:
 PIECES = {  # name -> (its rows, seconds it may take)
     "correctness": (gpu_correctness.correctness, 530),
     "public": (gpu_correctness.public, 530),
+    "attention": (gpu_attention.rows, 530),
     "ceilings": (gpu_speed.ceilings, 240),
     "epilogue": (gpu_speed.epilogue, 530),
     "logprobs": (gpu_speed.logprobs, 530),

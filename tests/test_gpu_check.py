@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu_check, gpu_correctness
+from benchmarks import gpu_attention, gpu_check, gpu_correctness
 from benchmarks.budget import judge, worst
 from benchmarks.gpu_setting import REHEARSAL, Setting, attempt
+from longpo_ops.attention import kernels
 from longpo_ops.ops.objectives import OBJECTIVES
 from longpo_ops.ops.tiles import TorchTiles
 
@@ -71,6 +72,27 @@ def test_correctness_has_every_function_option_and_dtype(rehearsal):
     assert set(statuses(report, backend="torch")) == {"passed"}
     for backend in ("triton", "cuda"):
         assert statuses(report, backend=backend) == ["skipped: no GPU"]
+
+
+def test_attention_is_judged_for_every_kernel(rehearsal):
+    report = rehearsal["attention"]
+    assert {row["backend"] for row in report["rows"]} == {"torch flash attention for CPU", "blockwise PyTorch"}
+    assert len(report["rows"]) == 2 * 3 * 2 * 3 * 2  # kernels, layouts, heads, dtypes, windows
+    assert set(statuses(report, backend="blockwise PyTorch")) == {"passed"}
+    told = {status.partition(":")[0] for status in statuses(report, backend="torch flash attention for CPU")}
+    assert told == {"passed", "skipped"}
+
+
+def test_wrong_attention_is_a_failed_row(monkeypatch):
+    right = kernels.BLOCKWISE
+
+    def backward(*arguments):
+        dq, dk, dv = right.backward(*arguments)
+        return dq, dk * 1.05, dv
+
+    monkeypatch.setattr(kernels, "BLOCKWISE", right._replace(backward=backward))
+    rows = [row for row in gpu_attention.rows(REHEARSAL) if row["backend"] == right.name]
+    assert all(row["status"].startswith("failed: error") for row in rows)
 
 
 def test_public_functions_are_all_judged(rehearsal):

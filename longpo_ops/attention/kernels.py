@@ -334,7 +334,7 @@ FLASH_ATTN = Kernel("flash-attn", _flash_attn_refusal, _flash_attn_forward, _fla
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
-def _candidates(device: torch.device) -> tuple[Kernel, ...]:
+def stock_kernels(device: torch.device) -> tuple[Kernel, ...]:
     """Fastest first. On Hopper and later cuDNN leads (published, H100: 595 / 516 TFLOP/s against 370 / 322)."""
     if device.type == "cpu":
         return (CPU_FLASH,)
@@ -348,7 +348,7 @@ def _candidates(device: torch.device) -> tuple[Kernel, ...]:
 def choose(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Kernel, str]:
     """The kernel for one call and the reason: why each faster one was passed over."""
     passed = []
-    for kernel in _candidates(q.device):
+    for kernel in stock_kernels(q.device):
         refusal = kernel.refusal(q, k, v, case)
         if refusal is None:
             return kernel, "; ".join(passed) or "first choice on this device"

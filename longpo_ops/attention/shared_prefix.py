@@ -189,7 +189,12 @@ def shared_prefix_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, layout, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _SharedPrefixAttention.apply(q, k, v, plan_calls(q, k, v, layout, scale, window, softcap))
+    return run_plan(q, k, v, plan_calls(q, k, v, layout, scale, window, softcap))
+
+
+def run_plan(q: Tensor, k: Tensor, v: Tensor, plan: tuple[tuple[Call, ...], ...]) -> Tensor:
+    """Attention (B, Tq, H, Dv) by the calls of plan_calls."""
+    return _SharedPrefixAttention.apply(q, k, v, plan)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout | None, window: int | None) -> None:

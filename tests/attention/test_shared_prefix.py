@@ -84,7 +84,7 @@ def test_softcap(window):
 
 
 def test_blockwise_equals_dense_softmax_in_bf16(monkeypatch):
-    monkeypatch.setattr(kernels, "_candidates", lambda device: ())
+    monkeypatch.setattr(kernels, "stock_kernels", lambda device: ())
     compare(LAYOUTS["several pairs"], torch.bfloat16)
 
 
@@ -100,7 +100,7 @@ def test_one_key_head_at_a_time_gives_the_same(monkeypatch):
 def test_gradcheck(kernel, monkeypatch):
     options = {}
     if kernel == "blockwise":
-        monkeypatch.setattr(kernels, "_candidates", lambda device: ())
+        monkeypatch.setattr(kernels, "stock_kernels", lambda device: ())
         options = dict(window=4, softcap=2.0)
     layout = make_layout((5, 2, 3, 1), (1, 2, 2))
     q, k, v, _ = make_inputs(layout, torch.float64, size=4, batch=1, heads=2, kv_heads=1)
