@@ -39,7 +39,13 @@ def replace_rope(config, rope: dict, length: int | None) -> None:
 
     Raises ValueError where the entries and those of the config make no whole.
     """
-    config.rope_parameters = {**(getattr(config, "rope_parameters", None) or {}), **rope}
+    before = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(entries, dict) for entries in before.values()):
+        if not all(kind in before and isinstance(entries, dict) for kind, entries in rope.items()):
+            kinds = ", ".join(before)
+            raise ValueError(f"rope: {rope}; this model has entries by type of layer, expected some under {kinds}")
+        rope = {kind: {**(before[kind] or {}), **entries} for kind, entries in rope.items()}
+    config.rope_parameters = {**before, **rope}
     config.max_position_embeddings = max(config.max_position_embeddings, length or 0)
     try:
         config.validate_rope()

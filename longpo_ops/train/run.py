@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..kinds import check_kinds
-from ..pretrained import DTYPES, load_tokenizer, loading
+from ..pretrained import DTYPES, load_tokenizer, loading, replace_rope
 from .config import LongPOConfig
 from .report import write_report
 from .rows import PairStore, select
@@ -155,7 +155,7 @@ class TrainRun:
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         if policy:
             if self.rope_theta is not None:
-                config.rope_parameters = {**config.rope_parameters, "rope_theta": float(self.rope_theta)}
+                replace_rope(config, {"rope_theta": float(self.rope_theta)}, None)
             if self.max_position_embeddings is not None:
                 config.max_position_embeddings = self.max_position_embeddings
         with loading(name):

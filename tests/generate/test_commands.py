@@ -85,7 +85,7 @@ def test_a_dry_run_lists_and_asks_nobody(tokenizer, documents, tmp_path):
         (["--rope", "3"], "expected names and values"),
         (["--rope", '{"rope_theta": -1}'], "rope: rope_theta is -1; expected a number above 0"),
         (["--rope", '{"rope_type": "yarnn"}'], "rope: rope_type is 'yarnn'; expected one of default"),
-        (["--rope", '{"rope_teta": 1e6}'], "rope: rope_teta; expected some of rope_theta"),
+        (["--rope", '{"rope_teta": 1e6}'], "rope: rope_teta is none of its entries; did you mean rope_theta?"),
         (["--engine-option", "x"], "expected name=value"),
         (["--engine", "magic"], "expected one of"),
         (["--dtype", "float8"], "dtype 'float8'; expected one of auto"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +99,20 @@ class EngineSettings:
 
 
 def _check_rope(rope: dict) -> None:
-    """Raises ValueError for entries with which no model reads anything, and for names that are none."""
+    """Raises ValueError for entries with which no model reads anything, and for misspelt names.
+
+    Models know further names (mrope_section, mscale), and some have entries by type of layer.
+    """
     if not rope:
         return
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
     names, kinds = list(RopeParameters.__annotations__), ["default", *ROPE_INIT_FUNCTIONS]
-    if unknown := sorted(set(rope) - set(names)):
-        raise ValueError(f"rope: {', '.join(unknown)}; expected some of {', '.join(names)}")
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            _check_rope(value)
+        elif name not in names and (near := difflib.get_close_matches(str(name), names, 1, 0.66)):
+            raise ValueError(f"rope: {name} is none of its entries; did you mean {near[0]}?")
     theta, kind = rope.get("rope_theta", 1.0), rope.get("rope_type", "default")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
         raise ValueError(f"rope: rope_theta is {theta!r}; expected a number above 0")
