@@ -66,17 +66,20 @@ class KlRow {
     for_blocks(columns_, [&](int64_t column, int64_t n) { visit(column, n); });
     log_sums_ = a_.sums.log_sum() - b_.sums.log_sum();
     for (size_t block = 0; block < sums_.size(); ++block) {
-      kl_ += factor(a_, block) * (sums_[block].weighted + delta(block) * sums_[block].plain);
+      const double f = factor(a_, block);
+      if (static_cast<float>(f) != 0) {  // else 0 log 0, and `weighted` may be infinite
+        kl_ += f * (sums_[block].weighted + delta(block) * sums_[block].plain);
+      }
     }
     return kl_;
   }
 
   void gradients(float kappa) const {
     a_.gradient(columns_, [&](int64_t block) {
-      const Vec k(static_cast<float>(kappa * factor(a_, block))), m(static_cast<float>(kl_ - delta(block)));
+      const Vec f_a(static_cast<float>(factor(a_, block))), m(static_cast<float>(kl_ - delta(block))), k(kappa);
       const float *d = a_.row, *e = a_.scratch;
       return [=](int64_t at, int64_t count) {
-        return weighed(Vec::loadu(e + at, count) * k, Vec::loadu(d + at, count) - m);
+        return weighed(Vec::loadu(e + at, count) * f_a, Vec::loadu(d + at, count) - m) * k;
       };
     });
     b_.gradient(columns_, [&](int64_t block) {
