@@ -64,7 +64,7 @@ class LongPOTrainer(Trainer):
     steps are lost in rounding otherwise. Checkpoints then hold float32 weights.
 
     Raises ValueError, before training, for a missing reference and for a record that lacks what the method reads; while
-    training, at the first log of a loss that is not finite.
+    training, at the first log or checkpoint after a loss that is not finite.
     """
 
     def __init__(
@@ -350,9 +350,19 @@ class LongPOTrainer(Trainer):
             logs["peak_memory_gib"] = _peak_memory(self.args.device) / 2**30
             self._tokens = 0
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
+        self._check_finite(logs.get("loss", logs.get("train_loss", 0.0)))
+
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
+        if (
+            self.control.should_save and not self.control.should_log
+        ):  # a log, which looks at the loss, comes before a save
+            self._check_finite(float(self.accelerator.reduce(tr_loss)))
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise ValueError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}, and its step has spoilt the weights; lower "
+                f"the loss is {loss} at step {self.state.global_step}, and its step has spoilt the weights; lower "
                 "learning_rate, or check rope_theta, objective_options and the model. The same command goes on from the last "
                 "checkpoint"
             )

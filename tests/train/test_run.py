@@ -379,9 +379,17 @@ def test_a_file_is_no_output_folder(home, tmp_path):
         TrainRun.from_settings(settings(home, tmp_path / "file"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(home, tmp_path):
-    with pytest.raises(ValueError, match=r"the loss is (inf|nan) at step 1, .*lower learning_rate"):
-        run(home, tmp_path, max_steps=2, save_steps=1, objective_options={"preference_weight": 1e308})
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (1, {"save_steps": 1}),
+        (1, {"save_steps": 1, "logging_steps": 5}),
+        (2, {"save_strategy": "no", "logging_steps": 5}),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(home, tmp_path, step, more):
+    with pytest.raises(ValueError, match=rf"the loss is (inf|nan) at step {step}, .*lower learning_rate"):
+        run(home, tmp_path, max_steps=2, objective_options={"preference_weight": 1e308}, **more)
     assert last_checkpoint(tmp_path) is None and not (tmp_path / "model.safetensors").exists()
 
 
