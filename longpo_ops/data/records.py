@@ -103,8 +103,12 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, str | dict]]:
     for file in data_files(path):
         _require_zstandard(file)
         try:
+            if file.suffix == ".zst":
+                _read_through(file)
             yield from _rows(file)
         except (OSError, EOFError, ValueError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno:  # the system's, say of permissions, which names the file
+                raise
             raise ValueError(f"{file} cannot be read ({error}); it is damaged or cut off, fetch it again") from error
 
 
@@ -186,3 +190,12 @@ def _require_zstandard(file: Path) -> None:
 
     if file.suffix == ".zst" and find_spec("zstandard") is None:
         raise ValueError(f"{file} is compressed with Zstandard; install the package 'zstandard' or use .jsonl.gz")
+
+
+def _read_through(file: Path) -> None:
+    """Raises OSError for what is no Zstandard, and for an end within a frame, which the reader of rows takes for the end."""
+    import pyarrow
+
+    with pyarrow.input_stream(str(file), compression="zstd") as data:
+        while data.read(1 << 20):
+            pass

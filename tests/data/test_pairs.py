@@ -7,9 +7,10 @@ import json
 import tracemalloc
 from dataclasses import replace
 
+import pyarrow
 import pytest
 
-from longpo_ops.data import BadRecord, DataReport, Pair, Turn, read_pairs, write_pairs
+from longpo_ops.data import BadRecord, DataReport, Pair, Turn, read_pairs, records, write_pairs
 
 OFFICIAL = {
     "prompt": "A long document.",
@@ -160,13 +161,28 @@ def test_paths_without_data_are_refused(pair, tmp_path):
         write_pairs([pair], tmp_path / "a.csv")
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_a_file_that_is_cut_off_is_named(suffix, pair, tmp_path):
     file = tmp_path / f"a{suffix}"
-    write_pairs([pair], file)
+    if suffix == ".jsonl.zst":
+        lines = "".join(json.dumps(replace(pair, id=str(i)).to_row()) + "\n" for i in range(20_000))
+        file.write_bytes(pyarrow.compress(lines.encode(), codec="zstd", asbytes=True))
+        assert sum(1 for _ in read_pairs(file)) == 20_000
+    else:
+        write_pairs([pair], file)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=rf"a{suffix} cannot be read .*; it is damaged or cut off"):
         list(read_pairs(file))
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(pair, tmp_path, monkeypatch):
+    def refuse(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    write_pairs([pair], tmp_path / "a.jsonl")
+    monkeypatch.setattr(records, "_rows", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        list(read_pairs(tmp_path))
 
 
 def test_a_failed_write_leaves_the_old_file(pair, tmp_path):
