@@ -19,7 +19,9 @@ def loading(name: str) -> Iterator[None]:
     except SafetensorError as error:
         why = f"its safetensors cannot be read ({error}); fetch the model again"
         raise ValueError(f"model {name!r} cannot be loaded: {why}") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError) and type(error) is not Exception:  # which tokenizers raises
+            raise
         why = " ".join(str(error).split()) + (
             "" if Path(name).exists() else " (no folder of that name is here, either)"
         )

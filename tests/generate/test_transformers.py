@@ -88,6 +88,7 @@ def test_rope_reaches_the_model_and_a_short_context_is_refused(model, engine):
     [
         ("model.safetensors", "cut", "model '.*' cannot be loaded: its safetensors cannot be read"),
         ("tokenizer.json", "{", "model '.*' cannot be loaded: Expecting property name"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "New"}}', "model '.*' cannot be loaded: .*line 1"),
         ("config.json", '{"model_type": "unheard-of"}', "model '.*' cannot be loaded: .*unheard-of"),
     ],
 )
