@@ -81,6 +81,8 @@ def _check_labels(stretches: list[Stretch], vocab: int) -> None:
     """Raises ValueError for a label out of range, or two different labels for one row."""
 
     def place(number: int, row: int) -> str:
+        if len(stretches) == 1:  # a pack of sequences, or rows that belong to none
+            return f"row {row}"
         return f"sequence {number}, row {row} of its hidden states (chosen sequences count before rejected ones)"
 
     for number, s in enumerate(stretches):

@@ -126,7 +126,7 @@ BAD = {
     "objective class": (fused, dict(objective=DPO), ["objective=", "expected one of"]),
     # labels
     "label too large": (fused, dict(chosen_labels=torch.full((B, T), V)), ["labels: 11", "sequence 0, row 0", "V=11", "-100"]),
-    "label negative": (logprobs, dict(labels=torch.full((N,), -1)), ["labels: -1", "0 <= label", "-100"]),
+    "label negative": (logprobs, dict(labels=torch.full((N,), -1)), ["labels: -1 in row 0: ", "0 <= label", "-100"]),
     "nll label too large": (fused, dict(nll_labels=torch.full((B, T), 99), chosen_labels=ids(B, T)), ["labels: 99", "V=11"]),
     "chosen answer without tokens": (fused, dict(chosen_labels=NOTHING), ["chosen answer 0", "no answer tokens", "ignore_index"]),
     "rejected answer without tokens": (fused, dict(rejected_labels=torch.cat([ids(1, T), NOTHING[:1]])), ["rejected answer 1", "no answer tokens"]),
