@@ -69,7 +69,7 @@ class TrainRun:
         """Flat settings, as a YAML file and command line give them. Raises ValueError naming one that nobody knows."""
         own = {f.name for f in dataclasses.fields(cls)} - {"training"}
         known = {f.name for f in dataclasses.fields(LongPOConfig) if f.init} - {"output_dir"}
-        for name in sorted(set(settings) - own - known):
+        for name in sorted(map(str, set(settings) - own - known)):
             near = difflib.get_close_matches(name, own | known, 3)
             meant = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"setting {name!r} is none of TrainRun ({', '.join(sorted(own))}) or LongPOConfig{meant}")

@@ -346,6 +346,7 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
     "more, message",
     [
         ({"foo": 1}, "setting 'foo' is none of TrainRun"),
+        ({1: 2}, "setting '1' is none of TrainRun"),
         ({"model": None}, "model missing"),
         ({"lora_rank": "abc"}, "lora_rank='abc': expected int"),
         ({"max_steps": "abc"}, "max_steps='abc': expected int"),
