@@ -229,8 +229,10 @@ def locked(path: Path) -> int:
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a folder, or raise ValueError where its work/ holds something that others have made."""
-    if not path.exists() or not any(file.stat().st_size for file in (path.parent / "work").iterdir()):
+    """Write the settings of a folder, or raise ValueError where it holds something that others have made."""
+    made = [file for file in (path.parent / "work").iterdir() if file.stat().st_size]
+    made += [file for file in path.parent.iterdir() if file.name not in (path.name, "work")]
+    if not path.exists() or not made:
         write_atomically(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
         return
     changed = changes(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))

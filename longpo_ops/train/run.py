@@ -88,7 +88,7 @@ class TrainRun:
         for name, choices in (("on_bad_record", ("raise", "skip")), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
-        if "resume_from_checkpoint" in self.training:
+        if self.training.get("resume_from_checkpoint") is not None:
             raise ValueError(
                 "resume_from_checkpoint: leave it out; a run goes on from the last checkpoint in output_dir"
             )
@@ -100,7 +100,8 @@ class TrainRun:
         if Path(self.output_dir).is_file():
             raise ValueError(f"output_dir={self.output_dir} is a file: expected a folder, or a name that is free")
         for name in ("model", "reference_model"):
-            if (folder := getattr(self, name)) and Path(folder).resolve() == Path(self.output_dir).resolve():
+            folder = getattr(self, name)
+            if folder and Path(folder).is_dir() and Path(folder).resolve() == Path(self.output_dir).resolve():
                 raise ValueError(
                     f"output_dir={self.output_dir}: holds the {name}, which would be overwritten; give another"
                 )

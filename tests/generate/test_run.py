@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,7 +316,7 @@ def test_a_document_that_vanished_keeps_its_shard_open(settings, tmp_path):
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_made_nothing_leaves_the_folder_to_other_settings(settings):
+def test_a_run_that_made_nothing_leaves_the_folder_to_other_settings(settings, tmp_path):
     with OpenAIServer() as server:
         pass
     with pytest.raises(ConnectionError, match="no server answers"):
@@ -323,6 +324,9 @@ def test_a_run_that_made_nothing_leaves_the_folder_to_other_settings(settings):
     with OpenAIServer() as server:
         assert generate(settings(endpoints=(server.url,), seed=1)).outcomes
         with pytest.raises(ValueError, match=r"begun with other settings .seed was 1, is 0"):
+            generate(settings(endpoints=(server.url,)))
+        shutil.rmtree(tmp_path / "pairs/work")
+        with pytest.raises(ValueError, match="begun with other settings"):
             generate(settings(endpoints=(server.url,)))
 
 

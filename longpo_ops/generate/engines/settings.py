@@ -116,5 +116,5 @@ def _check_rope(rope: dict) -> None:
     theta, kind = rope.get("rope_theta", 1.0), rope.get("rope_type", "default")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
         raise ValueError(f"rope: rope_theta is {theta!r}; expected a number above 0")
-    if kind not in kinds:
+    if kind not in kinds and difflib.get_close_matches(str(kind), kinds, 1, 0.66):  # remote code may have its own
         raise ValueError(f"rope: rope_type is {kind!r}; expected one of {', '.join(dict.fromkeys(kinds))}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...pretrained import load_tokenizer, replace_rope
+from ...pretrained import load_tokenizer, loading, replace_rope
 from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
 
 
@@ -66,7 +66,8 @@ class VLLMEngine(Engine):
         """What vLLM lays over the model's config. RoPE entries replace those of the same name, the others stay."""
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with loading(name):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         replace_rope(config, self.rope, self.arguments["max_model_len"])
         return {name: getattr(config, name) for name in ("rope_parameters", "max_position_embeddings")}
 
