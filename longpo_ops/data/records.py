@@ -8,6 +8,7 @@ not an unreadable file.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import zlib
@@ -101,10 +102,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, str | dict]]:
     Raises ValueError for a path without data, and for a file that is damaged, naming it.
     """
     for file in data_files(path):
-        _require_zstandard(file)
         try:
-            if file.suffix == ".zst":
-                _read_through(file)
             yield from _rows(file)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno:  # the system's, say of permissions, which names the file
@@ -113,19 +111,32 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, str | dict]]:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, str | dict]]:
-    from datasets import load_dataset
-
     if file.suffix == ".parquet":
+        from datasets import load_dataset
+
         rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True, batch_size=ROWS_PER_GROUP)
         yield from ((f"{file.name}:{number}", row) for number, row in enumerate(rows, 1))
     else:
-        # Bytes that are no UTF-8 become \xff escapes, which JSON does not know: one bad record, not a bad file.
-        lines = load_dataset(
-            "text", data_files=str(file), split="train", streaming=True, encoding_errors="backslashreplace"
-        )
-        for number, line in enumerate(lines, 1):
-            if line["text"].strip():
-                yield f"{file.name}:{number}", line["text"]
+        for number, line in enumerate(_zstd_lines(file) if file.suffix == ".zst" else _lines(file), 1):
+            if line.strip():
+                yield f"{file.name}:{number}", line
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Bytes that are no UTF-8 become \\xff escapes, which JSON does not know: one bad record, not a bad file."""
+    from datasets import load_dataset
+
+    given = dict(data_files=str(file), split="train", streaming=True, encoding_errors="backslashreplace")
+    yield from (row["text"] for row in load_dataset("text", **given))
+
+
+def _zstd_lines(file: Path) -> Iterator[str]:
+    """The same through pyarrow: what `datasets` uses takes the end of a file that was cut off for its end."""
+    import pyarrow
+
+    stream = io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+    with io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace") as lines:
+        yield from lines
 
 
 def parse_row(row: str | dict, where: str) -> dict:
@@ -183,19 +194,3 @@ def _write_parquet(rows, partial: Path, schema, compress: bool) -> int:
 
 def _is_data(path: Path) -> bool:
     return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
-
-
-def _require_zstandard(file: Path) -> None:
-    from importlib.util import find_spec
-
-    if file.suffix == ".zst" and find_spec("zstandard") is None:
-        raise ValueError(f"{file} is compressed with Zstandard; install the package 'zstandard' or use .jsonl.gz")
-
-
-def _read_through(file: Path) -> None:
-    """Raises OSError for what is no Zstandard, and for an end within a frame, which the reader of rows takes for the end."""
-    import pyarrow
-
-    with pyarrow.input_stream(str(file), compression="zstd") as data:
-        while data.read(1 << 20):
-            pass
