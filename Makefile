@@ -64,10 +64,10 @@ quick: $(STAMP)
 	$(PYTEST) -m quick tests --ignore=tests/kernels
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.losses.run
 
 gpu-check:
-	$(ANY_PYTHON) benchmarks/gpu_check.py
+	$(ANY_PYTHON) -m benchmarks.gpu.check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

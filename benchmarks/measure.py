@@ -1,13 +1,7 @@
-"""One measurement in a process of its own: correctness first, then time and memory of forward and backward.
+"""What every measurement stands on: a process of its own, and its peak memory.
 
-    python -m benchmarks.measure '{"case": ..., "candidate": ..., "threads": ..., ...}'    prints one line of JSON
-
-1. In 16 bits, a probe at N/16: a CPU without 16-bit products would need minutes, so what is projected to exceed the
-   limit is measured at that size and says so.
-2. One full run, which warms up and compiles; its loss and gradients are compared with the float64 truth on a sample. An
-   error beyond the budget makes the candidate wrong: nothing is timed.
-3. Up to `repeats` runs. Seconds are their median; memory is the peak resident size of a run beyond what was resident
-   before it (the inputs among it) and beyond the gradients it delivers. The float32 gradient of a 16-bit head is extra.
+What is measured is the benchmarks' own: losses/measurement.py, training/step.py and the others. Memory of a CUDA device is
+not in Peak: torch counts that itself. Tests: tests/benchmarks/losses/test_run.py.
 """
 
 from __future__ import annotations
@@ -15,51 +9,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import statistics
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from .cases import CASES, Case, Inputs, make
-from .peers import Candidate, candidates
 from .stamp import ROOT
-from .truth import Truth
-
-PROBE = 16
-MEASURED = "measured"
-SANITY = 2.0**-4  # what plain PyTorch itself, the yardstick of all others, may be off by
-SLACK = 8  # how many times plain PyTorch's error, plus a rounding, a candidate may be off by
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to measure."""
-
-    case: str
-    candidate: str
-    threads: int
-    repeats: int
-    limit: float  # seconds all timed runs may take together
-    truths: dict[str, str]  # rows -> file with the truth at that size
-    yardstick: dict[str, float] | None  # plain PyTorch's errors
-
-
-def measure(order: Order) -> dict:
-    """The measurement of an order, made in a fresh process. Never raises for what happens in there."""
-    patience = 4 * order.limit + 120  # compiling, the probe and the first run are not timed
-    try:
-        return fresh("benchmarks.measure", json.dumps(asdict(order)), seconds=patience)
-    except subprocess.TimeoutExpired:
-        return {"status": f"no result within {patience:.0f} s"}
-    except RuntimeError as error:
-        return {"status": f"failed: {error}"}
 
 
 def fresh(
@@ -72,65 +28,6 @@ def fresh(
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def perform(order: Order, registry: Callable[[Case], dict[str, Candidate]] = candidates) -> dict:
-    """The measurement, in this process."""
-    torch.set_num_threads(order.threads)
-    case = CASES[order.case]
-    call = registry(case)[order.candidate]
-    try:
-        if _needs_probe(case) and _probe(case.shrunk(PROBE), call) * PROBE > order.limit:
-            case = case.shrunk(PROBE)
-        inputs = make(case)
-        _, loss = run(case, inputs, call)
-    except ImportError as error:
-        return {"status": f"not installed: {error}"}
-    errors = load(order.truths[str(case.rows)]).errors(loss, inputs.gradients())
-    result = {"rows": case.rows, "errors": errors, "status": verdict(errors, order.yardstick, case)}
-    if result["status"] != MEASURED:
-        return result
-    seconds, extra = [], []
-    while len(seconds) < order.repeats and sum(seconds) + max(seconds, default=0.0) <= order.limit:
-        inputs.clear()
-        with Peak() as peak:
-            seconds.append(run(case, inputs, call)[0])
-        extra.append(max(0, peak.bytes - inputs.gradient_bytes()))
-    return result | {"seconds": seconds, "median_s": statistics.median(seconds), "extra_bytes": max(extra)}
-
-
-def sizes(case: Case) -> list[Case]:
-    """The sizes a case may be measured at, each of which needs a truth."""
-    return [case, case.shrunk(PROBE)] if _needs_probe(case) else [case]
-
-
-def _needs_probe(case: Case) -> bool:
-    return case.torch_dtype.itemsize == 2
-
-
-def _probe(case: Case, call: Candidate) -> float:
-    inputs = make(case)
-    run(case, inputs, call)
-    return run(case, inputs, call)[0]
-
-
-def run(case: Case, inputs: Inputs, call: Candidate) -> tuple[float, float]:
-    """Forward and backward -> seconds and the loss; the gradients are left in the leaves."""
-    inputs.clear()
-    start = time.perf_counter()
-    loss = call(case, inputs)
-    loss.backward()
-    return time.perf_counter() - start, float(loss.detach())
-
-
-def verdict(errors: dict[str, float], yardstick: dict[str, float] | None, case: Case) -> str:
-    """MEASURED, or "wrong: ..." where an error is beyond SLACK times plain PyTorch's plus one rounding."""
-    eps = torch.finfo(case.torch_dtype).eps
-    for name, error in errors.items():
-        allowed = SANITY if yardstick is None else SLACK * (yardstick[name] + eps)
-        if not error <= allowed:  # so that NaN is wrong
-            return f"wrong: {name} is off by {error:.1e} of its largest value, allowed {allowed:.1e}"
-    return MEASURED
 
 
 class Peak:
@@ -173,11 +70,3 @@ def _resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/self/status has no {field}: expected Linux")
-
-
-def load(path: str) -> Truth:
-    return Truth(*torch.load(path))
-
-
-if __name__ == "__main__":
-    print(json.dumps(perform(Order(**json.loads(sys.argv[1])))))

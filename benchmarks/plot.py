@@ -1,6 +1,6 @@
-"""Draws memory and time against length from the dated JSON of bench_step.py: one line per model and variant.
+"""Draws memory and time against length from the dated JSON of training/step.py: one line per model and variant.
 
-python benchmarks/plot.py [--results FOLDER] [--out FILE.png]
+python -m benchmarks.plot [--results FOLDER] [--out FILE.png]
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from .stamp import RESULTS
+
 GIB = 2**30
 PANELS = {"device memory, GiB": "device", "host memory, GiB": "host", "seconds of a step": "seconds"}
 
@@ -18,7 +19,7 @@ PANELS = {"device memory, GiB": "device", "host memory, GiB": "host", "seconds o
 def read(folder: Path) -> dict[str, list[dict]]:
     """Line name -> its points, sorted by length; of several files with the same point the newest. Rehearsals are left out."""
     points: dict[tuple, dict] = {}
-    for path in sorted(folder.glob("bench_step_*.json")):  # the date is in the name
+    for path in sorted(folder.glob("step_*.json")):  # the date is in the name
         report = json.loads(path.read_text())
         shape = report["shape"]
         if report["rehearsal"] or shape["backward_layers"]:
@@ -72,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     lines = read(options.results)
     if not lines:
-        print(f"{options.results.name} holds no measured step: run benchmarks/bench_step.py on a GPU first")
+        print(f"{options.results.name} holds no measured step: run `python -m benchmarks.training.step` on a GPU first")
         return 1
-    path = options.out or options.results / "bench_step.png"
+    path = options.out or options.results / "step.png"
     draw(lines, path)
     print(f"{len(lines)} lines in {path.name}")
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "numpy", "transformers", "cut-cross-entropy", "liger-kernel", "quack-kernels")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides how fast a matrix product is
 
@@ -31,7 +32,7 @@ def stamp(**more) -> dict:
 
 def command() -> str:
     """The command line from the checkout's root, without the paths of this machine."""
-    words = [word.replace(f"{ROOT}{os.sep}", "") for word in sys.argv]
+    words = [word.replace(f"{ROOT}{os.sep}", "") for word in sys.orig_argv[1:]]  # sys.argv has no `-m module`
     return " ".join(["python", *words])
 
 

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from . import terminal
 from .demo.commands import demo
 from .evaluate.commands import evaluate
 from .evolve.commands import evolve
 from .generate.commands import generate, pairs
 from .memory.commands import plan
+from .runs import terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

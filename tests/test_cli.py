@@ -96,16 +96,16 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         "--output-dir",
         tmp_path,
         "--set",
-        "row_tokens=5000",
+        "pack_tokens=5000",
         "--rope-theta",
         "1e7",
     )
     done = in_process("train", *arguments, "--dry-run")
     assert done.exit_code == 0, done.output
     told = dict(re.findall(r"^(\w[\w ]*?)  +(.+)$", done.stdout, re.MULTILINE))
-    assert told["pairs"] == "8" and int(told["tokens of packed rows"]) < int(told["tokens of separate sequences"])
+    assert told["pairs"] == "8" and int(told["tokens of packs"]) < int(told["tokens of separate sequences"])
     assert int(told["shortest sequence"]) <= int(told["median sequence"]) <= int(told["longest sequence"])
-    expected = {"objective": "longpo", "learning_rate": "0.0001", "row_tokens": "5000", "rope_theta": "10000000.0"}
+    expected = {"objective": "longpo", "learning_rate": "0.0001", "pack_tokens": "5000", "rope_theta": "10000000.0"}
     assert expected.items() <= told.items()
     assert told["objective_options"] == "{'beta': 0.5}"
     assert not (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("checkpoint-*"))
@@ -117,7 +117,7 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         (["--objective", "ppo"], "expected one of longpo"),
         (["--learning-rate", "fast"], "Input should be a valid number"),
         (["--colour", "red"], "No such option"),
-        (["--set", "row_tokens"], "expected name=value"),
+        (["--set", "pack_tokens"], "expected name=value"),
         (["--set", "rows=5"], "is none of TrainRun"),
         (["--set", "max_steps=abc"], "expected int"),
         (["--set", "objective_options={beta: -1}"], "expected beta > 0"),

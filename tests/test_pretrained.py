@@ -3,7 +3,7 @@
 import pytest
 from transformers import Gemma3TextConfig, Qwen2Config
 
-from longpo_ops.generate.engines.settings import EngineSettings
+from longpo_ops.engines.settings import EngineSettings
 from longpo_ops.pretrained import replace_rope
 from longpo_ops.train.run import TrainRun
 

@@ -79,12 +79,12 @@ def explain_attention(model: PreTrainedModel, layout: SharedPrefixLayout) -> str
     kinds = Counter((_window(m), getattr(m, "attn_logit_softcapping", None)) for m in _attention_modules(model))
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = torch.empty(1, 1, 1, size, dtype=model.dtype, device=model.device)
-    q = row.expand(1, config.num_attention_heads, layout.length, size)
-    k = row.expand(1, config.num_key_value_heads, layout.length, size)
+    token = torch.empty(1, 1, 1, size, dtype=model.dtype, device=model.device)
+    q = token.expand(1, config.num_attention_heads, layout.length, size)
+    k = token.expand(1, config.num_key_value_heads, layout.length, size)
     lines = []
     for (window, softcap), count in kinds.items():
-        lines.append(f"{count} layers with window {window}, soft-cap {softcap}, {row.dtype} on {row.device}:")
+        lines.append(f"{count} layers with window {window}, soft-cap {softcap}, {token.dtype} on {token.device}:")
         plan = plan_calls(q, k, k, layout, 1.0, window, softcap)
         calls = [(i, c) for segment in plan for i, c in enumerate(segment)]
         uses = Counter((("own rows", "shared prefix")[i], c.kernel.name, c.why) for i, c in calls)
@@ -157,7 +157,7 @@ def _check_positions(position_ids: Tensor, layout: SharedPrefixLayout | None) ->
     if layout is None:
         if (position_ids.diff(dim=-1) < 0).any():
             raise ValueError(
-                "position_ids go back within a row but no shared_prefix_layout came: pass the row's layout"
+                "position_ids go back within a sequence but no shared_prefix_layout came: pass the pack's layout"
             )
         return
     starts = [(start, pair.prefix_end - 1) for pair in layout.pairs for start, _ in pair.tails[1:]]

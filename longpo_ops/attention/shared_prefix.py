@@ -1,6 +1,6 @@
-"""Attention over rows of pairs: the prefix of a pair is read by all its tails, and computed once.
+"""Attention over packs of pairs: the prefix of a pair is read by all its tails, and computed once.
 
-A row (see data/layout.py) is split into segments of query rows, each with at most two key ranges:
+A pack (see data/layout.py) is split into segments of query rows, each with at most two key ranges:
 
     prefix + chosen tail   its own rows, plain causal
     rejected tail          its own rows, plain causal: (o1, l1);   prefix without its last row: (o2, l2)
@@ -31,7 +31,7 @@ GROUP = 1 << 28
 
 
 class KeyRange(NamedTuple):
-    """Keys [start, end) of the row; the segment's first query row sits `offset` positions after row `start`."""
+    """Keys [start, end) of the pack; the segment's first query row sits `offset` positions after row `start`."""
 
     start: int
     end: int
@@ -175,7 +175,7 @@ def shared_prefix_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of a row of pairs, (B, Tq, H, Dv) in q's dtype, equal to that of the pairs' separate sequences.
+    """Attention of a pack of pairs, (B, Tq, H, Dv) in q's dtype, equal to that of the pairs' separate sequences.
 
     layout: which rows are prefix, chosen and rejected; the same for every batch entry; Tq = Tk = layout.length.
     None is plain causal attention, the queries being the last Tq of Tk positions (Tq < Tk: decoding with a cache).

@@ -1,4 +1,4 @@
-"""Tokenised pairs packed into one row (1, N) that pays for every shared prefix once.
+"""Tokenised pairs packed into one sequence (1, N), a pack, that pays for every shared prefix once.
 
 Per pair with prefix length P, chosen length C and rejected lengths R_j (layout.py draws it):
 
@@ -33,7 +33,7 @@ from .tokenized import IGNORE, TokenizedPair, TokenSequence
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """One packed row of N tokens with K sequences in B pairs; the host lists need no synchronisation to read."""
+    """A pack of N tokens with K sequences in B pairs; the host lists need no synchronisation to read."""
 
     input_ids: Tensor  # (1, N) int64
     position_ids: Tensor  # (1, N) int64
@@ -78,13 +78,13 @@ class PairBatch:
 
 
 def packed_length(pair: TokenizedPair) -> int:
-    """Rows that a pair takes in a packed row."""
+    """Rows that a pair takes in a pack."""
     prefix = _prefix_length(pair)
     return len(pair.chosen) + sum(1 + len(sequence) - prefix for sequence in pair.rejected)
 
 
 def pack(pairs: Sequence[TokenizedPair], target_length: int | None = None, seed: int = 0) -> PairBatch:
-    """Pack pairs into one row. A pair may have no rejected sequences: plain causal training on the chosen one.
+    """Pack pairs into one sequence. A pair may have no rejected sequences: plain causal training on the chosen one.
 
     target_length: spread each pair's positions over [0, target_length) with `spread_positions`, a draw of its own per
     `seed` and record id. Raises ValueError for no pairs, and for a pair whose sequences share no prefix before their
@@ -137,7 +137,7 @@ def pack_within(pairs: Iterable[TokenizedPair], max_tokens: int) -> Iterator[lis
         length = packed_length(pair)
         if length > max_tokens:
             raise ValueError(
-                f"record {pair.id!r} packs into {length} tokens, the budget of a row is {max_tokens}; raise the "
+                f"record {pair.id!r} packs into {length} tokens, the budget of a pack is {max_tokens}; raise the "
                 "budget, or refuse or cut long documents with max_length"
             )
         if used + length > max_tokens:

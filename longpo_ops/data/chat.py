@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from .pairs import Pair, Turn
-from .records import BadRecord, DataReport, keep_good, parse_row, read_rows
+from .records import BadRecord, DataReport, keep_good, parse_record, read_records
 from .tokenized import IGNORE, TokenizedPair, TokenSequence, tokenizer_fingerprint
 
 PROBE = "a  b\n\nc <i>&amp;'d' \"e\" {{ f }}\t\u00e9"  # contents that a template must write unchanged
@@ -355,19 +355,19 @@ def tokenized_pairs(
     allow_equal: bool = False,
 ) -> Iterator[TokenizedPair]:
     """Stream tokenised pairs from files of text pairs, official unformatted records or tokenised columns, told apart by
-    row.
+    record.
 
     vocab_size: rows of the model's embedding; len(chat.tokenizer) if None. Raises BadRecord and ValueError as the
-    readers do, and for tokenised rows longer than chat.max_length.
+    readers do, and for tokenised records longer than chat.max_length.
     """
     vocab_size = len(chat.tokenizer) if vocab_size is None else vocab_size
     report = DataReport() if report is None else report
 
-    def make(row, where):
-        row = parse_row(row, where)
-        if "chosen_input_ids" not in row:
-            return chat.tokenize(Pair.from_row(row, where, allow_equal), report)
-        pair = TokenizedPair.from_row(row, where, vocab_size, chat.fingerprint, allow_equal)
+    def make(record, where):
+        record = parse_record(record, where)
+        if "chosen_input_ids" not in record:
+            return chat.tokenize(Pair.from_record(record, where, allow_equal), report)
+        pair = TokenizedPair.from_record(record, where, vocab_size, chat.fingerprint, allow_equal)
         if chat.max_length is not None and pair.length > chat.max_length:
             advice = (
                 f"{pair.length} tokens came, max_length is {chat.max_length}; raise it, tokenised data is never cut"
@@ -375,7 +375,7 @@ def tokenized_pairs(
             raise BadRecord(pair.id, "chosen_input_ids", "longer than max_length", advice)
         return pair
 
-    return keep_good(read_rows(path), make, on_bad_record, report)
+    return keep_good(read_records(path), make, on_bad_record, report)
 
 
 def _mark(number: int) -> str:

@@ -1,6 +1,6 @@
-"""Where the sequences of a packed row lie: host integers, no tensors, no imports.
+"""Where the sequences of a pack lie: host integers, no tensors, no imports.
 
-A packed row of N tokens holds pairs one after another. With one rejected answer a pair looks like this:
+A pack of N tokens holds pairs one after another. With one rejected answer a pair looks like this:
 
     rows        start ............ prefix_end-1 | tails[0] ............. | tails[1] .............
     content     p_0  p_1  ...  p_{P-1}          | c_0  c_1  ...  c_{C-1} | p_{P-1}  r_0  ... r_{R-1}
@@ -8,8 +8,8 @@ A packed row of N tokens holds pairs one after another. With one rejected answer
 
 Prefix p (P tokens) is what chosen and rejected share, c and r are what follows it in each of them. A rejected tail
 opens with a repeat of the last prefix token, at that token's own position: row prefix_end-1 predicts c_0, the repeat
-predicts r_0, and so every row has exactly one label. Hence, with keys and queries given as row numbers of the packed
-row:
+predicts r_0, and so every row has exactly one label. Hence, with keys and queries given as row numbers of the
+pack:
 
     prefix row t         attends to [start, t]
     tails[0] row t       attends to [start, t]: prefix and chosen tail are one plain causal sequence
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PairSpans:
-    """One pair inside a packed row, as half-open row ranges.
+    """One pair inside a pack, as half-open row ranges.
 
     start: first row of the prefix. prefix_end: one past its last row, at least start + 1.
     tails: (start, end) of each tail; tails[0] is the chosen one, directly after the prefix (it starts at prefix_end);
@@ -44,7 +44,7 @@ class PairSpans:
 
 @dataclass(frozen=True)
 class SharedPrefixLayout:
-    """All pairs of a packed row of `length` rows: contiguous, in order, the first one starts at row 0."""
+    """All pairs of a pack of `length` rows: contiguous, in order, the first one starts at row 0."""
 
     pairs: tuple[PairSpans, ...]
     length: int

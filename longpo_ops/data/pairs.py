@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .records import BadRecord, DataReport, keep_good, parse_row, read_rows, write_rows
+from .records import BadRecord, DataReport, keep_good, parse_record, read_records, write_records
 
 PAIR_FIELDS = {"id", "document", "turns", "provenance", "ref_chosen_logp", "ref_rejected_logps"}
 TURN_FIELDS = {"instruction", "chunk", "chosen", "rejected"}
@@ -53,35 +53,35 @@ class Pair:
     ref_rejected_logps: tuple[float, ...] | None = None
 
     @classmethod
-    def from_row(cls, row: dict, where: str = "record", allow_equal: bool = False) -> Pair:
-        """Check a row and make a Pair of it; `where` names a record that has no id.
+    def from_record(cls, record: dict, where: str = "record", allow_equal: bool = False) -> Pair:
+        """Check a record and make a Pair of it; `where` names a record that has no id.
 
         Raises BadRecord for fields missing, empty, unknown or of another type, a different number of rejected answers
         between turns, and a rejected conversation equal to the chosen one (unless allow_equal).
         """
-        row = parse_row(row, where)
-        record_id = str(row.get("id", where))
-        if not row:
+        record = parse_record(record, where)
+        record_id = str(record.get("id", where))
+        if not record:
             raise BadRecord(record_id, "record", "empty record", "expected at least a document and turns")
-        if "document" not in row and "prompt" in row:
-            row = _from_official(row, record_id)
-        _refuse_unknown(record_id, "record", row, PAIR_FIELDS, "keep further data under 'provenance'")
-        turns = _get(record_id, row, "turns", list, "turns")
+        if "document" not in record and "prompt" in record:
+            record = _from_official(record, record_id)
+        _refuse_unknown(record_id, "record", record, PAIR_FIELDS, "keep further data under 'provenance'")
+        turns = _get(record_id, record, "turns", list, "turns")
         if not turns:
             raise BadRecord(record_id, "turns", "empty field", "expected a list of at least one turn")
         turns = tuple(_turn(record_id, f"turns[{i}]", turn) for i, turn in enumerate(turns))
         pair = cls(
             id=record_id,
-            document=_text(record_id, row, "document", "document"),
+            document=_text(record_id, record, "document", "document"),
             turns=turns,
-            provenance=_provenance(record_id, row),
-            ref_chosen_logp=_logps(record_id, row, "ref_chosen_logp", None),
-            ref_rejected_logps=_logps(record_id, row, "ref_rejected_logps", len(turns[0].rejected)),
+            provenance=_provenance(record_id, record),
+            ref_chosen_logp=_logps(record_id, record, "ref_chosen_logp", None),
+            ref_rejected_logps=_logps(record_id, record, "ref_rejected_logps", len(turns[0].rejected)),
         )
         _check_answers(pair, allow_equal)
         return pair
 
-    def to_row(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """The pair as the JSON object described on top of this file; absent log-probs are None."""
         return asdict(self)
 
@@ -97,29 +97,31 @@ def read_pairs(
     on_bad_record: "raise" stops at the first bad record, "skip" leaves it out and counts its reason in `report`.
     Raises BadRecord (a ValueError), and ValueError for a path without data or without one usable record.
     """
-    return keep_good(read_rows(path), lambda row, where: Pair.from_row(row, where, allow_equal), on_bad_record, report)
+    return keep_good(
+        read_records(path), lambda record, where: Pair.from_record(record, where, allow_equal), on_bad_record, report
+    )
 
 
 def write_pairs(pairs: Iterable[Pair], path: str | os.PathLike) -> int:
     """Write pairs to a .jsonl, .jsonl.gz or .parquet file and return their number.
 
-    Parquet columns have one type for all rows, so provenance is stored there as JSON text.
+    Parquet columns have one type for all records, so provenance is stored there as JSON text.
     """
-    rows = (pair.to_row() for pair in pairs)
+    records = (pair.to_record() for pair in pairs)
     if not str(path).endswith(".parquet"):
-        return write_rows(rows, path)
+        return write_records(records, path)
     import pyarrow as pa
 
     text, number = pa.string(), pa.float64()
     turn = pa.struct({"instruction": text, "chunk": text, "chosen": text, "rejected": pa.list_(text)}.items())
     columns = {"id": text, "document": text, "turns": pa.list_(turn), "provenance": text}
     schema = pa.schema(columns | {"ref_chosen_logp": number, "ref_rejected_logps": pa.list_(number)})
-    rows = (row | {"provenance": json.dumps(row["provenance"], ensure_ascii=False)} for row in rows)
-    return write_rows(rows, path, schema)
+    records = (record | {"provenance": json.dumps(record["provenance"], ensure_ascii=False)} for record in records)
+    return write_records(records, path, schema)
 
 
-def _from_official(row: dict, record_id: str) -> dict:
-    lists = {name: _get(record_id, row, name, list, name) for name in OFFICIAL_LISTS}
+def _from_official(record: dict, record_id: str) -> dict:
+    lists = {name: _get(record_id, record, name, list, name) for name in OFFICIAL_LISTS}
     counts = {name: len(entries) for name, entries in lists.items()}
     if len(set(counts.values())) != 1:
         raise BadRecord(record_id, "questions", "lists of different lengths", f"{counts} came; expected one per turn")
@@ -128,10 +130,10 @@ def _from_official(row: dict, record_id: str) -> dict:
         {"chunk": chunk, "instruction": question, "chosen": chosen, "rejected": rejected}
         for chunk, question, chosen, rejected in zip(*lists.values(), strict=True)
     ]
-    kept = {name: row[name] for name in PAIR_FIELDS & row.keys()}
-    provenance = {name: value for name, value in row.items() if name not in known | PAIR_FIELDS}
-    provenance |= _provenance(record_id, row)
-    return kept | {"document": row["prompt"], "turns": turns, "provenance": provenance}
+    kept = {name: record[name] for name in PAIR_FIELDS & record.keys()}
+    provenance = {name: value for name, value in record.items() if name not in known | PAIR_FIELDS}
+    provenance |= _provenance(record_id, record)
+    return kept | {"document": record["prompt"], "turns": turns, "provenance": provenance}
 
 
 def _turn(record_id: str, name: str, turn: Any) -> Turn:
@@ -149,18 +151,20 @@ def _turn(record_id: str, name: str, turn: Any) -> Turn:
     return Turn(**texts, rejected=tuple(answers))
 
 
-def _get(record_id: str, row: dict, key: str, kind: type, name: str) -> Any:
-    value = row.get(key)
+def _get(record_id: str, record: dict, key: str, kind: type, name: str) -> Any:
+    value = record.get(key)
     if value is None:
-        raise BadRecord(record_id, name, "missing field", f"expected a {kind.__name__}; the fields are {sorted(row)}")
+        raise BadRecord(
+            record_id, name, "missing field", f"expected a {kind.__name__}; the fields are {sorted(record)}"
+        )
     if not isinstance(value, (list, tuple) if kind is list else kind):
         came = type(value).__name__
         raise BadRecord(record_id, name, "wrong type", f"a {came} came; expected a {kind.__name__}")
     return value
 
 
-def _text(record_id: str, row: dict, key: str, name: str) -> str:
-    text = _get(record_id, row, key, str, name)
+def _text(record_id: str, record: dict, key: str, name: str) -> str:
+    text = _get(record_id, record, key, str, name)
     if not text.strip():
         raise BadRecord(record_id, name, "empty field", "expected text; remove the record or fill the field")
     try:
@@ -171,14 +175,14 @@ def _text(record_id: str, row: dict, key: str, name: str) -> str:
     return text
 
 
-def _refuse_unknown(record_id: str, name: str, row: dict, known: set[str], advice: str) -> None:
-    unknown = sorted(str(key) for key, value in row.items() if key not in known and value is not None)
+def _refuse_unknown(record_id: str, name: str, record: dict, known: set[str], advice: str) -> None:
+    unknown = sorted(str(key) for key, value in record.items() if key not in known and value is not None)
     if unknown:
         raise BadRecord(record_id, name, "unknown field", f"{', '.join(unknown)} came; {advice}")
 
 
-def _provenance(record_id: str, row: dict) -> dict:
-    value = row.get("provenance", {})
+def _provenance(record_id: str, record: dict) -> dict:
+    value = record.get("provenance", {})
     if isinstance(value, str):
         with suppress(ValueError):
             value = json.loads(value)
@@ -187,9 +191,9 @@ def _provenance(record_id: str, row: dict) -> dict:
     return value
 
 
-def _logps(record_id: str, row: dict, key: str, count: int | None) -> Any:
-    """A finite log-prob <= 0 (count None) or a tuple of `count` of them; None if the row has none."""
-    value = row.get(key)
+def _logps(record_id: str, record: dict, key: str, count: int | None) -> Any:
+    """A finite log-prob <= 0 (count None) or a tuple of `count` of them; None if the record has none."""
+    value = record.get(key)
     if value is None:
         return None
     values = [value] if count is None else value

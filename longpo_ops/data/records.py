@@ -1,6 +1,6 @@
-"""Rows of JSON Lines and Parquet files, one at a time, and what becomes of bad ones.
+"""Records of JSON Lines and Parquet files, one at a time, and what becomes of bad ones.
 
-Files are read through `datasets` in streaming mode: memory is a few rows (Parquet) or 10 MiB of text (JSON Lines)
+Files are read through `datasets` in streaming mode: memory is a few records (Parquet) or 10 MiB of text (JSON Lines)
 whatever the size of the set. JSON Lines are parsed line by line here, so that one malformed line is one bad record and
 not an unreadable file.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-ROWS_PER_GROUP = 16  # a row can hold megabytes of text, and readers load a row group at a time
+RECORDS_PER_GROUP = 16  # a record can hold megabytes of text, and readers load a row group at a time
 
 T = TypeVar("T")
 
@@ -58,12 +58,12 @@ class DataReport:
 
 
 def keep_good(
-    rows: Iterable[tuple[str, Any]],
+    records: Iterable[tuple[str, Any]],
     make: Callable[[Any, str], T],
     on_bad_record: str = "raise",
     report: DataReport | None = None,
 ) -> Iterator[T]:
-    """Yield make(row, where) for every (where, row); a BadRecord is raised, or counted and left out.
+    """Yield make(record, where) for every (where, record); a BadRecord is raised, or counted and left out.
 
     Raises ValueError for another `on_bad_record`, and at the end if no record was kept.
     """
@@ -71,10 +71,10 @@ def keep_good(
         raise ValueError(f"on_bad_record is {on_bad_record!r}; expected 'raise' or 'skip'")
     report = DataReport() if report is None else report
     kept_before = report.kept
-    for where, row in rows:
+    for where, record in records:
         report.read += 1
         try:
-            value = make(row, where)
+            value = make(record, where)
         except BadRecord as bad:
             if on_bad_record == "raise":
                 raise
@@ -96,26 +96,28 @@ def data_files(path: str | os.PathLike) -> list[Path]:
     return found
 
 
-def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, str | dict]]:
-    """Yield ('file:number', row) for every row below `path`; a JSON line is still text (`parse_row` parses it).
+def read_records(path: str | os.PathLike) -> Iterator[tuple[str, str | dict]]:
+    """Yield ('file:number', record) for every record below `path`; a JSON line is still text (`parse_record` parses it).
 
     Raises ValueError for a path without data, and for a file that is damaged, naming it.
     """
     for file in data_files(path):
         try:
-            yield from _rows(file)
+            yield from _records(file)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno:  # the system's, say of permissions, which names the file
                 raise
             raise ValueError(f"{file} cannot be read ({error}); it is damaged or cut off, fetch it again") from error
 
 
-def _rows(file: Path) -> Iterator[tuple[str, str | dict]]:
+def _records(file: Path) -> Iterator[tuple[str, str | dict]]:
     if file.suffix == ".parquet":
         from datasets import load_dataset
 
-        rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True, batch_size=ROWS_PER_GROUP)
-        yield from ((f"{file.name}:{number}", row) for number, row in enumerate(rows, 1))
+        records = load_dataset(
+            "parquet", data_files=str(file), split="train", streaming=True, batch_size=RECORDS_PER_GROUP
+        )
+        yield from ((f"{file.name}:{number}", record) for number, record in enumerate(records, 1))
     else:
         for number, line in enumerate(_zstd_lines(file) if file.suffix == ".zst" else _lines(file), 1):
             if line.strip():
@@ -127,7 +129,7 @@ def _lines(file: Path) -> Iterator[str]:
     from datasets import load_dataset
 
     given = dict(data_files=str(file), split="train", streaming=True, encoding_errors="backslashreplace")
-    yield from (row["text"] for row in load_dataset("text", **given))
+    yield from (record["text"] for record in load_dataset("text", **given))
 
 
 def _zstd_lines(file: Path) -> Iterator[str]:
@@ -139,21 +141,21 @@ def _zstd_lines(file: Path) -> Iterator[str]:
         yield from lines
 
 
-def parse_row(row: str | dict, where: str) -> dict:
-    """A row as a dict without empty columns. BadRecord for text that is no JSON object."""
-    if isinstance(row, str):
+def parse_record(record: str | dict, where: str) -> dict:
+    """A record as a dict without empty columns. BadRecord for text that is no JSON object."""
+    if isinstance(record, str):
         try:
-            row = json.loads(row)
+            record = json.loads(record)
         except (ValueError, RecursionError) as error:
             raise BadRecord(where, "line", "no valid JSON", f"{error}; expected one object per line") from None
-    if not isinstance(row, dict):
-        came = type(row).__name__
+    if not isinstance(record, dict):
+        came = type(record).__name__
         raise BadRecord(where, "line", "no JSON object", f"a {came} came; expected one object per line")
-    return {name: value for name, value in row.items() if value is not None}
+    return {name: value for name, value in record.items() if value is not None}
 
 
-def write_rows(rows: Iterable[dict], path: str | os.PathLike, schema=None) -> int:
-    """Write rows to a .jsonl, .jsonl.gz or .parquet file and return their number.
+def write_records(records: Iterable[dict], path: str | os.PathLike, schema=None) -> int:
+    """Write records to a .jsonl, .jsonl.gz or .parquet file and return their number.
 
     The file appears under its name only when it is complete. `schema` (pyarrow.Schema) is needed for Parquet.
     """
@@ -164,29 +166,29 @@ def write_rows(rows: Iterable[dict], path: str | os.PathLike, schema=None) -> in
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        count = write(rows, partial, schema, path.suffix == ".gz")
+        count = write(records, partial, schema, path.suffix == ".gz")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return count
 
 
-def _write_json_lines(rows, partial: Path, schema, compress: bool) -> int:
+def _write_json_lines(records, partial: Path, schema, compress: bool) -> int:
     count = 0
     with gzip.open(partial, "wt", encoding="utf-8") if compress else open(partial, "w", encoding="utf-8") as out:
-        for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
             count += 1
     return count
 
 
-def _write_parquet(rows, partial: Path, schema, compress: bool) -> int:
+def _write_parquet(records, partial: Path, schema, compress: bool) -> int:
     import pyarrow
     import pyarrow.parquet
 
-    count, rows = 0, iter(rows)
+    count, records = 0, iter(records)
     with pyarrow.parquet.ParquetWriter(partial, schema) as writer:
-        while group := list(islice(rows, ROWS_PER_GROUP)):
+        while group := list(islice(records, RECORDS_PER_GROUP)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
             count += len(group)
     return count

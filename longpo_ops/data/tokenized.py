@@ -1,10 +1,10 @@
 """A pair as token ids, and the columns it is stored in.
 
 Columns, as in the official tokenised sets: `chosen_` and `rejected_` (long inputs), `ref_chosen_` and `ref_rejected_`
-(short inputs, one row per turn), each with `input_ids`, `attention_mask`, `labels` (answers, else -100) and, for the
+(short inputs, one sequence per turn), each with `input_ids`, `attention_mask`, `labels` (answers, else -100) and, for the
 long ones, `lm_labels` (what the NLL term counts, else -100). Ours besides: `id`, `tokenizer` (its fingerprint), the
 reference's log-probs `ref_chosen_logp` and `ref_rejected_logps`, and, for R > 1 rejected conversations, `rejected_` as
-R rows and `ref_rejected_` as R * turns rows, one conversation after another. Padding (attention mask 0 at an end) is
+R sequences and `ref_rejected_` as R * turns of them, one conversation after another. Padding (attention mask 0 at an end) is
 dropped on reading.
 
 Memory: 8 bytes per id and label, 24 per token of a long sequence.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .pairs import _logps
-from .records import BadRecord, DataReport, keep_good, parse_row, read_rows, write_rows
+from .records import BadRecord, DataReport, keep_good, parse_record, read_records, write_records
 
 IGNORE = -100
 
@@ -72,55 +72,55 @@ class TokenizedPair:
         )
 
     @classmethod
-    def from_row(
+    def from_record(
         cls,
-        row: dict,
+        record: dict,
         where: str = "record",
         vocab_size: int | None = None,
         fingerprint: str | None = None,
         allow_equal: bool = False,
     ) -> TokenizedPair:
-        """Check a row of tokenised columns and make a TokenizedPair of it.
+        """Check a record of tokenised columns and make a TokenizedPair of it.
 
         Raises BadRecord for columns missing or of different lengths, labels that are neither -100 nor their id, ids
         outside [0, vocab_size), a stored tokenizer fingerprint other than `fingerprint`, sequences without answer
         tokens, and a rejected sequence equal to the chosen one (unless allow_equal).
         """
-        row = parse_row(row, where)
-        record = _Columns(row, str(row.get("id", where)), vocab_size)
-        stored = row.get("tokenizer")
+        record = parse_record(record, where)
+        columns = _Columns(record, str(record.get("id", where)), vocab_size)
+        stored = record.get("tokenizer")
         if fingerprint is not None and stored is not None and stored != fingerprint:
             advice = "it was tokenised with another tokenizer; tokenise the text again with this model's"
-            raise record.bad("tokenizer", "another tokenizer", advice)
-        chosen = record.sequences("chosen_", nll=True)
+            raise columns.bad("tokenizer", "another tokenizer", advice)
+        chosen = columns.sequences("chosen_", nll=True)
         if len(chosen) != 1:
-            raise record.bad("chosen_input_ids", "wrong shape", f"{len(chosen)} rows came; expected one")
-        rejected = record.sequences("rejected_", nll="rejected_lm_labels" in row)
+            raise columns.bad("chosen_input_ids", "wrong shape", f"{len(chosen)} sequences came; expected one")
+        rejected = columns.sequences("rejected_", nll="rejected_lm_labels" in record)
         turns, turns_rejected = (), ()
-        if "ref_chosen_input_ids" in row or "ref_rejected_input_ids" in row:
-            turns = record.sequences("ref_chosen_")
-            flat = record.sequences("ref_rejected_")
+        if "ref_chosen_input_ids" in record or "ref_rejected_input_ids" in record:
+            turns = columns.sequences("ref_chosen_")
+            flat = columns.sequences("ref_rejected_")
             n = len(turns)
             if len(flat) != n * len(rejected):
-                advice = f"{len(flat)} rows came; expected {n} turns times {len(rejected)} rejected sequences"
-                raise record.bad("ref_rejected_input_ids", "wrong shape", advice)
+                advice = f"{len(flat)} sequences came; expected {n} turns times {len(rejected)} rejected sequences"
+                raise columns.bad("ref_rejected_input_ids", "wrong shape", advice)
             turns_rejected = tuple(flat[j * n : (j + 1) * n] for j in range(len(rejected)))
         for j, sequence in enumerate(rejected):
             if not allow_equal and np.array_equal(sequence.ids, chosen[0].ids):
-                raise record.bad("rejected_input_ids", "chosen equal to rejected", f"sequence {j}; remove it")
-        ref_chosen_logp = _logps(record.id, row, "ref_chosen_logp", None)
-        ref_rejected_logps = _logps(record.id, row, "ref_rejected_logps", len(rejected))
-        return cls(record.id, chosen[0], rejected, turns, turns_rejected, ref_chosen_logp, ref_rejected_logps)
+                raise columns.bad("rejected_input_ids", "chosen equal to rejected", f"sequence {j}; remove it")
+        ref_chosen_logp = _logps(columns.id, record, "ref_chosen_logp", None)
+        ref_rejected_logps = _logps(columns.id, record, "ref_rejected_logps", len(rejected))
+        return cls(columns.id, chosen[0], rejected, turns, turns_rejected, ref_chosen_logp, ref_rejected_logps)
 
-    def to_row(self, fingerprint: str | None = None) -> dict:
+    def to_record(self, fingerprint: str | None = None) -> dict:
         """The pair in the columns described on top of this file."""
         flat = tuple(sequence for turns in self.ref_rejected for sequence in turns)
-        row = {"id": self.id, "tokenizer": fingerprint}
-        row |= {name: values[0] for name, values in _columns("chosen_", (self.chosen,)).items()}
-        row |= _columns("rejected_", self.rejected)
-        row |= _columns("ref_chosen_", self.ref_chosen) | _columns("ref_rejected_", flat)
+        record = {"id": self.id, "tokenizer": fingerprint}
+        record |= {name: values[0] for name, values in _columns("chosen_", (self.chosen,)).items()}
+        record |= _columns("rejected_", self.rejected)
+        record |= _columns("ref_chosen_", self.ref_chosen) | _columns("ref_rejected_", flat)
         logps = self.ref_rejected_logps
-        return row | {
+        return record | {
             "ref_chosen_logp": self.ref_chosen_logp,
             "ref_rejected_logps": None if logps is None else list(logps),
         }
@@ -140,19 +140,19 @@ def read_tokenized(
     report: DataReport | None = None,
     allow_equal: bool = False,
 ) -> Iterator[TokenizedPair]:
-    """Stream tokenised pairs, the official sets included; errors as `TokenizedPair.from_row` and `keep_good`."""
+    """Stream tokenised pairs, the official sets included; errors as `TokenizedPair.from_record` and `keep_good`."""
 
-    def make(row, where):
-        return TokenizedPair.from_row(row, where, vocab_size, fingerprint, allow_equal)
+    def make(record, where):
+        return TokenizedPair.from_record(record, where, vocab_size, fingerprint, allow_equal)
 
-    return keep_good(read_rows(path), make, on_bad_record, report)
+    return keep_good(read_records(path), make, on_bad_record, report)
 
 
 def write_tokenized(pairs: Iterable[TokenizedPair], path: str | os.PathLike, fingerprint: str | None = None) -> int:
     """Write tokenised pairs with the fingerprint of their tokenizer; returns their number."""
-    rows = (pair.to_row(fingerprint) for pair in pairs)
+    records = (pair.to_record(fingerprint) for pair in pairs)
     if not str(path).endswith(".parquet"):
-        return write_rows(rows, path)
+        return write_records(records, path)
     import pyarrow as pa
 
     ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
@@ -162,7 +162,7 @@ def write_tokenized(pairs: Iterable[TokenizedPair], path: str | os.PathLike, fin
         names = ("input_ids", "labels") if prefix.startswith("ref_") else ("input_ids", "labels", "lm_labels")
         columns += [(prefix + name, nest(ids)) for name in names] + [(f"{prefix}attention_mask", nest(mask))]
     columns += [("ref_chosen_logp", pa.float64()), ("ref_rejected_logps", pa.list_(pa.float64()))]
-    return write_rows(rows, path, pa.schema(columns))
+    return write_records(records, path, pa.schema(columns))
 
 
 def _columns(prefix: str, sequences: tuple[TokenSequence, ...]) -> dict[str, list]:
@@ -177,9 +177,9 @@ def _columns(prefix: str, sequences: tuple[TokenSequence, ...]) -> dict[str, lis
 
 @dataclass
 class _Columns:
-    """The tokenised columns of one row, checked as they are taken out."""
+    """The tokenised columns of one record, checked as they are taken out."""
 
-    row: dict
+    record: dict
     id: str
     vocab_size: int | None
 
@@ -187,30 +187,30 @@ class _Columns:
         return BadRecord(self.id, name, reason, advice)
 
     def sequences(self, prefix: str, nll: bool = False) -> tuple[TokenSequence, ...]:
-        ids = self._rows(f"{prefix}input_ids")
-        labels = self._rows(f"{prefix}labels")
-        masks = self._rows(f"{prefix}attention_mask") if f"{prefix}attention_mask" in self.row else None
-        masks = [np.ones_like(row) for row in ids] if masks is None else masks
-        nll_labels = self._rows(f"{prefix}lm_labels") if nll else [None] * len(ids)
+        ids = self._sequences_of(f"{prefix}input_ids")
+        labels = self._sequences_of(f"{prefix}labels")
+        masks = self._sequences_of(f"{prefix}attention_mask") if f"{prefix}attention_mask" in self.record else None
+        masks = [np.ones_like(each) for each in ids] if masks is None else masks
+        nll_labels = self._sequences_of(f"{prefix}lm_labels") if nll else [None] * len(ids)
         if not len(ids) == len(labels) == len(masks) == len(nll_labels) or not ids:
-            counts = f"{len(ids)}, {len(labels)}, {len(masks)} and {len(nll_labels)} rows"
+            counts = f"{len(ids)}, {len(labels)}, {len(masks)} and {len(nll_labels)} sequences"
             raise self.bad(f"{prefix}input_ids", "ids and labels differ in length", f"{counts} came; expected equal")
-        return tuple(self._sequence(prefix, *row) for row in zip(ids, labels, masks, nll_labels, strict=True))
+        return tuple(self._sequence(prefix, *columns) for columns in zip(ids, labels, masks, nll_labels, strict=True))
 
-    def _rows(self, name: str) -> list[np.ndarray]:
-        """A column as a list of rows; a flat column is one row."""
-        value = self.row.get(name)
+    def _sequences_of(self, name: str) -> list[np.ndarray]:
+        """A column as a list of sequences; a flat column is one."""
+        value = self.record.get(name)
         if value is None:
             raise self.bad(name, "missing field", "expected a tokenised column; tokenise the text again")
         try:
             nested = len(value) > 0 and not np.isscalar(value[0])
-            rows = [np.asarray(row) for row in (value if nested else [value])]
-            good = all(row.ndim == 1 and (row.size == 0 or row.dtype.kind in "iu") for row in rows)
+            found = [np.asarray(each) for each in (value if nested else [value])]
+            good = all(each.ndim == 1 and (each.size == 0 or each.dtype.kind in "iu") for each in found)
         except (TypeError, ValueError):
             good = False
         if not good:
             raise self.bad(name, "wrong type", "expected a list of integers, or a list of such lists")
-        return [row.astype(np.int64) for row in rows]
+        return [each.astype(np.int64) for each in found]
 
     def _sequence(self, prefix: str, ids, labels, mask, nll_labels) -> TokenSequence:
         lengths = {len(a) for a in (ids, labels, mask, nll_labels) if a is not None}

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .. import terminal
 from ..evolve.commands import one_set_of_bars, show_costs, show_progress, show_scores
+from ..runs import terminal
 
 
 @one_set_of_bars

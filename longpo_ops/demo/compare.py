@@ -19,11 +19,11 @@ from pathlib import Path
 
 import yaml
 
-from .. import terminal
 from ..evaluate import Scores, evaluate
 from ..evolve import Evolution, plan
 from ..evolve.run import StepsTold
-from ..generate.store import write_atomically
+from ..runs import terminal
+from ..runs.journal import write_atomically
 from ..train.run import TrainRun, train
 from .run import TINY
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ..generate.engines import Engine, EngineStopped, Request, RequestFailed
-from ..generate.steps import side_by_side
-from ..generate.store import Shard
+from ..engines import Engine, EngineStopped, Request, RequestFailed
+from ..engines.concurrency import side_by_side
+from ..runs.journal import Shard
 
 
 class Answers:

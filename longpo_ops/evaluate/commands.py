@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .. import terminal
-from ..generate.engines import options
+from ..engines import options
+from ..runs import terminal
 
 
 def evaluate(

@@ -25,7 +25,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ..generate.engines import Request, Sampling
+from ..engines import Request, Sampling
 from .answers import Answers
 
 MAIN = ("acc", "exact_match", "f1", "em")  # which of a task's metrics is its one number, else its first

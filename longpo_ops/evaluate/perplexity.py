@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..generate.documents import Listing, find_files, read_documents
+from ..documents.listing import Listing, find_files, read_documents
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,11 @@ def _squad(content: dict) -> Pool:
 
 
 def _hotpotqa(content: list) -> Pool:
-    rows = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in content]
-    numbers = {text: i for i, text in enumerate(sorted({text for texts in rows for text in texts}))}
+    contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in record["context"]] for record in content]
+    numbers = {text: i for i, text in enumerate(sorted({text for texts in contexts for text in texts}))}
     questions = (
-        Question(row["question"], (row["answer"],), tuple(dict.fromkeys(numbers[text] for text in texts)))
-        for row, texts in zip(content, rows)
+        Question(record["question"], (record["answer"],), tuple(dict.fromkeys(numbers[text] for text in texts)))
+        for record, texts in zip(content, contexts)
     )
     return Pool(tuple(questions), tuple(numbers))
 

@@ -3,7 +3,7 @@
     TASK.jsonl       InfiniteBench: id, context, input, answer, options; TASK is one of its 12 names
     test_cases.json  LongBench-Chat: a list of idx, prompt, query, answer; few_shots.json beside it: rated answers
 
-    row --sample--> Sample (cut in the middle where it is too long, counted) --engine--> text --score / judge--> 0 to 1
+    record --sample--> Sample (cut in the middle where it is too long, counted) --engine--> text --score / judge--> 0 to 1
 
 InfiniteBench (arXiv 2402.13718): its prompts for models that complete them, the last words of which begin the answer;
 its limits; its scores. LongBench-Chat (arXiv 2401.18058): another model rates each answer from 1 to 10 against the
@@ -93,38 +93,38 @@ CHOICES = ("longbook_choice_eng", "code_debug")  # references: the option's text
 
 @dataclass(frozen=True)
 class Published:
-    """A file: its task and rows. few_shots: of LongBench-Chat, by row, (answer, rating)."""
+    """A file: its task and records. few_shots: of LongBench-Chat, by record, (answer, rating)."""
 
     name: str
-    rows: tuple[dict, ...]
+    records: tuple[dict, ...]
     few_shots: tuple[tuple[tuple[str, str], ...], ...] = ()
 
     def sample(self, number: int, length: int, counter: Counter, prefill: bool = True) -> tuple[Sample, bool]:
-        """-> a row's sample of at most `length` tokens, and whether its middle was cut out. prefill: whether the engine
+        """-> a record's sample of at most `length` tokens, and whether its middle was cut out. prefill: whether the engine
         begins the answer, which `counter` then counts with it.
 
         Raises ValueError where the answer alone would fill the length.
         """
-        row = self.rows[number]
-        prompt, begin, most = _prompt(self.name, row)
+        record = self.records[number]
+        prompt, begin, most = _prompt(self.name, record)
         room = length - most
         if room < 64:
             raise ValueError(f"{self.name} writes up to {most} tokens; expected --length of at least {most + 64}")
         fitted = cut_middle(prompt, begin, room, counter)
         return Sample(
-            f"{self.name}/{length}/{row.get('id', row.get('idx', number))}",
+            f"{self.name}/{length}/{record.get('id', record.get('idx', number))}",
             self.name,
             0,
             fitted,
             begin,
-            references(self.name, row),
+            references(self.name, record),
             most,
             JUDGED if self.name == CHAT else f"infinitebench/{self.name}",
         ), fitted != prompt
 
 
 def read_published(sources: Sequence[str]) -> list[Published]:
-    """The files, each with all its rows; of a folder those that have InfiniteBench's names, and test_cases.json.
+    """The files, each with all its records; of a folder those that have InfiniteBench's names, and test_cases.json.
 
     Raises ValueError for files in neither format, naming what is missing, and for a task that comes twice.
     """
@@ -146,39 +146,39 @@ def read_published(sources: Sequence[str]) -> list[Published]:
 def _infinite_bench(file: Path) -> Published:
     if file.stem not in PROMPTS:
         raise ValueError(f"{file}: expected one of InfiniteBench's names: {', '.join(PROMPTS)}")
-    rows = []
+    records = []
     for number, line in enumerate(_read(file).splitlines(), 1):
         if not line.strip():
             continue
-        row = _loads(line, f"{file}, line {number}")
+        record = _loads(line, f"{file}, line {number}")
         needed = {"context": str, "input": str, "answer": (str, list, int, float)}
-        _check(row, needed, f"{file}, line {number}")
+        _check(record, needed, f"{file}, line {number}")
         try:
-            _prompt(file.stem, row)
-            references(file.stem, row)
+            _prompt(file.stem, record)
+            references(file.stem, record)
         except (ValueError, IndexError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{file} has no rows")
-    return Published(file.stem, tuple(rows))
+        records.append(record)
+    if not records:
+        raise ValueError(f"{file} has no records")
+    return Published(file.stem, tuple(records))
 
 
 def _longbench_chat(file: Path) -> Published:
-    rows = _loads(_read(file), str(file))
-    if not isinstance(rows, list) or not rows:
+    records = _loads(_read(file), str(file))
+    if not isinstance(records, list) or not records:
         raise ValueError(f"{file}: expected LongBench-Chat's list of idx, prompt, query and answer, or a .jsonl file")
-    for number, row in enumerate(rows):
-        _check(row, {"prompt": str, "query": str, "answer": str}, f"{file}, entry {number}")
+    for number, record in enumerate(records):
+        _check(record, {"prompt": str, "query": str, "answer": str}, f"{file}, entry {number}")
     beside, shots = file.with_name("few_shots.json"), ()
     if beside.is_file():
         rated = _loads(_read(beside), str(beside))
         try:
-            numbers = [int(row.get("idx", i)) - 1 for i, row in enumerate(rows, 1)]
+            numbers = [int(record.get("idx", i)) - 1 for i, record in enumerate(records, 1)]
             shots = tuple(tuple((str(shot["answer"]), str(shot["score"])) for shot in rated[i]) for i in numbers)
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{beside}: expected a list of answer and score for every idx of {file.name}") from error
-    return Published(CHAT, tuple(rows), shots)
+    return Published(CHAT, tuple(records), shots)
 
 
 def _read(file: Path) -> str:
@@ -195,49 +195,49 @@ def _loads(text: str, where: str):
         raise ValueError(f"{where}: no valid JSON: {error}") from error
 
 
-def _check(row: object, needed: dict, where: str) -> None:
-    if not isinstance(row, dict):
+def _check(record: object, needed: dict, where: str) -> None:
+    if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with {', '.join(needed)}")
-    if wrong := [name for name, kind in needed.items() if not isinstance(row.get(name), kind)]:
+    if wrong := [name for name, kind in needed.items() if not isinstance(record.get(name), kind)]:
         raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; expected {', '.join(needed)}")
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def _prompt(name: str, row: dict) -> tuple[str, str, int]:
+def _prompt(name: str, record: dict) -> tuple[str, str, int]:
     """The user's message, how the answer begins, and its tokens."""
     if name == CHAT:
-        return row["prompt"], "", CHAT_TOKENS
+        return record["prompt"], "", CHAT_TOKENS
     prompt, begin, most = PROMPTS[name]
-    values = {"context": row["context"], "input": row["input"]}
+    values = {"context": record["context"], "input": record["input"]}
     if name in CHOICES:
-        values |= dict(zip(LETTERS, map(str, _options(row))))
+        values |= dict(zip(LETTERS, map(str, _options(record))))
     if name == "math_find":
-        asked = re.search(r"The (.+?) of", row["input"]) or re.search(r"The (\w+ number)", row["input"])
+        asked = re.search(r"The (.+?) of", record["input"]) or re.search(r"The (\w+ number)", record["input"])
         if asked is None:
-            raise ValueError(f"input {row['input']!r}; expected one that asks for 'The ... of' the list")
+            raise ValueError(f"input {record['input']!r}; expected one that asks for 'The ... of' the list")
         values["target"] = f"the {asked[1].lower()}"
     if name == "code_run":
-        call = re.search(r"(func_\d+)\(-?\d+\)", row["input"])
+        call = re.search(r"(func_\d+)\(-?\d+\)", record["input"])
         if call is None:
-            raise ValueError(f"input {row['input']!r}; expected a call such as func_1(2)")
+            raise ValueError(f"input {record['input']!r}; expected a call such as func_1(2)")
         values |= {"function": call[1], "call": call[0]}
     return fill(prompt, **values), fill(begin, **values), most
 
 
-def _options(row: dict) -> list:
-    if len(row.get("options") or ()) != len(LETTERS):
-        raise ValueError(f"{len(row.get('options') or ())} options; expected {len(LETTERS)}")
-    return row["options"]
+def _options(record: dict) -> list:
+    if len(record.get("options") or ()) != len(LETTERS):
+        raise ValueError(f"{len(record.get('options') or ())} options; expected {len(LETTERS)}")
+    return record["options"]
 
 
-def references(name: str, row: dict) -> tuple[str, ...]:
+def references(name: str, record: dict) -> tuple[str, ...]:
     """What answers are scored against. Raises ValueError for an answer that is none of the options."""
-    answer = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    answer = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
     answer = tuple(map(str, answer))
     if name in CHOICES and not (len(answer) == 2 and answer[1] in LETTERS):
-        options = [str(option) for option in _options(row)]
+        options = [str(option) for option in _options(record)]
         if not answer or answer[0] not in options:
             raise ValueError(f"the answer {answer!r} is none of the options {options}")
         return answer[0], LETTERS[options.index(answer[0])]
@@ -449,13 +449,13 @@ RATED = "[Assistant's answer begins]\n{answer}\n[Assistant's answer ends]\n\nRat
 
 
 def judge_prompt(published: Published, number: int, answer: str) -> str:
-    """What the judge is asked about the answer to a row of LongBench-Chat."""
+    """What the judge is asked about the answer to a record of LongBench-Chat."""
     shots = published.few_shots[number] if published.few_shots else ()
     rated = "".join(fill(RATED, answer=text, rating=rating) for text, rating in shots)
     if rated:
         rated = f"Below are several assistants' answers and their ratings:\n\n{rated}"
-    row = published.rows[number]
-    return fill(JUDGE, question=row["query"], reference=row["answer"], rated=rated, answer=answer)
+    record = published.records[number]
+    return fill(JUDGE, question=record["query"], reference=record["answer"], rated=rated, answer=answer)
 
 
 def rating(text: str) -> float | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..generate.store import write_atomically
+from ..runs.journal import write_atomically
 
 TENTHS = 10
 RESULTS, TABLES, HEAT_MAP = "results.json", "results.md", "heatmap.png"

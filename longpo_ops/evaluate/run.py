@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from ..data import tokenizer_fingerprint
-from ..generate.engines import Engine, EngineStopped, Request, Sampling
-from ..generate.engines.settings import EngineSettings
-from ..generate.report import CONTROL
-from ..generate.store import Shard, check_folder, check_settings, locked, write_atomically
+from ..engines import Engine, EngineStopped, Request, Sampling
+from ..engines.settings import EngineSettings
+from ..runs.journal import Shard, check_folder, check_settings, locked, write_atomically
+from ..runs.page import printable
 from .answers import Answers, is_out_of_memory
 from .own import load_tasks
 from .perplexity import Windows, measure, read_windows
@@ -232,7 +232,7 @@ class Plan:
         """That will be read, about; without the harness's, which are known once it has made its requests."""
         asked = sum(self.lengths) * len(self.tasks) * self.run.samples
         scored = sum(length * len(each.ids) for length, each in self.windows.items())
-        return asked + scored + self.run.longest * sum(len(each.rows) for each in self.published)
+        return asked + scored + self.run.longest * sum(len(each.records) for each in self.published)
 
 
 class _Evaluation:
@@ -242,7 +242,7 @@ class _Evaluation:
         self.plan, self.run_, self.journal, self.progress = plan, plan.run, journal, progress
         self.done, self.total, self.label = 0, plan.tokens(), "loading the model"
         self.began = time.monotonic()
-        self.rows: list[dict[str, Any]] = []  # of answers.jsonl
+        self.records: list[dict[str, Any]] = []  # of answers.jsonl
         self.found = Scores(about=_about(plan), complete=False)
 
     async def run(self) -> Scores:
@@ -357,7 +357,7 @@ class _Evaluation:
             self._tell(longest, f"{each.name}, up to {longest:,} tokens")
             return sample, text
 
-        answered = await self.answers.each(range(len(each.rows)), ask)
+        answered = await self.answers.each(range(len(each.records)), ask)
         if each.name == CHAT:
             scores = await self._judge(each, [text for _, text in answered])
         else:
@@ -387,7 +387,7 @@ class _Evaluation:
         run = self.run_
         if run.judge is None:
             return [None] * len(texts)
-        from ..generate.engines.server import ServerEngine
+        from ..engines.server import ServerEngine
 
         model, limits = run.judge_model, dict(timeout=run.timeout, patience=run.patience)
         engine = ServerEngine((run.judge,), model, run.concurrency, key_variable=run.judge_key_variable, **limits)
@@ -414,8 +414,8 @@ class _Evaluation:
             self.progress(self.done, max(1, self.total), self.label)
 
     def _keep(self, sample: Sample, text: str | None, value: float | None) -> None:
-        row = {name: getattr(sample, name) for name in ("id", "task", "length", "depth", "prefill")}
-        self.rows.append(row | {"references": list(sample.references), "answer": text, "score": value})
+        record = {name: getattr(sample, name) for name in ("id", "task", "length", "depth", "prefill")}
+        self.records.append(record | {"references": list(sample.references), "answer": text, "score": value})
 
     def _note_failures(self, what: str, cell: Cell) -> None:
         if cell.failed:
@@ -423,14 +423,14 @@ class _Evaluation:
             self._note(f"{what}: {cell.failed} of {cell.samples} requests failed and score 0, last: {last}")
 
     def _note(self, text: str) -> None:
-        text = CONTROL.sub("\ufffd", text)  # it may quote a server
+        text = printable(text)  # it may quote a server
         self.found = replace(self.found, notes=(*self.found.notes, text))
 
     def _save(self, complete: bool = False) -> None:
         self.found = replace(self.found, seconds=time.monotonic() - self.began, complete=complete)
         out = Path(self.run_.out)
-        rows = sorted(self.rows, key=lambda row: _natural(row["id"]))
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        records = sorted(self.records, key=lambda record: _natural(record["id"]))
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(out / "answers.jsonl", lines.encode("utf-8", "backslashreplace"))
         self.found.save(out)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..generate.engines import Request, Sampling, render
+from ..engines import Request, Sampling, render
 
 SPARE = 4  # tokens kept free: the text still fits where the answer's beginning is put into the user's message
 NEAR = 0.003  # of the room: a text this close to it is long enough

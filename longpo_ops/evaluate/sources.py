@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..generate.documents import Listing, find_files, read_documents
+from ..documents.listing import Listing, find_files, read_documents
 from .pools import Pool, local_pool, read_pools
 from .text import Prose
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import typer
 
-from .. import terminal
+from ..runs import terminal
 
 
 def one_set_of_bars(command: Callable) -> Callable:

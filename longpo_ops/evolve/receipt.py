@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..generate.store import changes, write_atomically
+from ..runs.journal import changes, write_atomically
 
 BEAT = 2.0  # seconds between two writes of a running stage's cost
 

@@ -8,7 +8,6 @@ Both pages are written from the same blocks. Texts are data, escaped in both; th
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import re
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import Pair, read_pairs
-from ..generate.report import STYLE, pair_html, safe, shorten
-from ..generate.store import write_atomically
+from ..runs.journal import write_atomically
+from ..runs.page import html_page, image_html, pair_html, safe, shorten
 from .results import DASH, Result, by_length, four_digits, three_places
 from .settings import Evolution, Round
 from .stages import PAIRS, TRAIN, Stage
@@ -27,6 +26,7 @@ from .stages import PAIRS, TRAIN, Stage
 SHOWN_PAIRS = 2
 CURVES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "preference_loss", "nll_loss", "loss")
 ADDED_STYLE = """
+:root { color-scheme: light dark; }
 table { font-variant-numeric: tabular-nums; margin: 1em 0; } th { font-weight: 600; } .wide { overflow-x: auto; }
 caption { text-align: left; color: #666; padding-bottom: .3em; } td.number, th.number { text-align: right; }
 img { border-radius: .3em; background: #fff; min-width: 38em; }
@@ -245,13 +245,7 @@ def _called(model: str, out: Path) -> str:
 def html(found: Iterable[Block]) -> str:
     """A page that loads nothing and runs nothing."""
     found = list(found)
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    head = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{safe(found[0].text)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}{ADDED_STYLE}</style>\n</head>\n<body>',
-    ]
-    return "\n".join([*head, *map(_html, found), "</body>\n</html>\n"])
+    return html_page(found[0].text, map(_html, found), ADDED_STYLE)
 
 
 def _html(block: Block) -> str:
@@ -261,8 +255,7 @@ def _html(block: Block) -> str:
         case Text(text, kind):
             return f'<p class="{kind}">{safe(text)}</p>'
         case Image(alt, path):
-            data = base64.b64encode(path.read_bytes()).decode()
-            return f'<div class="wide"><img alt="{safe(alt)}" src="data:image/png;base64,{data}"></div>'
+            return f'<div class="wide">{image_html(alt, path.read_bytes())}</div>'
         case Pairs(pairs):
             return f'<section class="pairs">{"".join(map(pair_html, pairs))}</section>'
         case Table(caption, header, rows):

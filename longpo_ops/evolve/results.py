@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..evaluate import Scores
-from ..generate.store import write_atomically
+from ..runs.journal import write_atomically
 from .receipt import Cost
 from .settings import BASE, HARNESS, Bound, Evolution, bound_length
 from .stages import EVALUATE, UNTRAINED, Stage

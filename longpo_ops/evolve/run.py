@@ -20,11 +20,12 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ..data import ChatFormat, read_pairs
+from ..documents import find_files
 from ..evaluate import EvaluateRun, evaluate
 from ..evaluate.run import Plan as EvaluationPlan
-from ..generate import GenerateRun, find_files, generate
+from ..generate import GenerateRun, generate
 from ..generate.report import write_summary
-from ..generate.store import locked
+from ..runs.journal import locked
 from ..train.run import TrainRun, train
 from .report import write_report
 from .results import Result, collect, judge, why_stopped

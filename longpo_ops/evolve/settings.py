@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..kinds import check_kinds
+from ..runs.validate import check_kinds
 
 LAST, BASE, GENERATOR = "last", "base", "generator"
 HARNESS = "harness:"

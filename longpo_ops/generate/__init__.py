@@ -8,8 +8,6 @@ from ..lazy import public_names
 __all__, __getattr__, __dir__ = public_names(
     __name__,
     {
-        "documents": ("Chunker", "Document", "Listing", "find_files", "read_documents"),
-        "engines": ("Completion", "Engine", "EngineStopped", "Request", "RequestFailed", "Sampling"),
         "filters": ("Filters",),
         "prompts": ("Prompts",),
         "run": ("GenerateRun", "Result", "generate", "select"),

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from .. import terminal
+from ..engines import options
 from ..pretrained import load_tokenizer
-from .engines import options
+from ..runs import terminal
 
 Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", exists=True)]
 pairs = typer.Typer(no_args_is_help=True, help="Look at, check and join preference pairs.")
@@ -81,8 +81,8 @@ def generate(
 
 def _list(run) -> None:
     """What would be asked about."""
-    from .documents import Listing, find_files
-    from .report import describe, show_rows
+    from ..documents.listing import Listing, find_files
+    from .report import describe
     from .run import select
 
     listing, lengths = Listing(), {"document": [], "chunk": []}
@@ -92,12 +92,12 @@ def _list(run) -> None:
     typer.echo(str(listing))
     for kind, values in lengths.items():
         table = describe(values) if values else {"number": 0}
-        show_rows(((f"{kind} tokens, {name}", f"{value:,}") for name, value in table.items()), terminal.console())
+        terminal.print_values((f"{kind} tokens, {name}", f"{value:,}") for name, value in table.items())
 
 
 def _generate(run) -> None:
     from ..data import read_pairs
-    from .report import rows, show_rows, write_summary
+    from .report import values_of, write_summary
     from .run import generate as run_generation
 
     out = Path(run.out)
@@ -105,7 +105,7 @@ def _generate(run) -> None:
         result = run_generation(run, progress)
     made = sum(outcome["pairs"] for outcome in result.outcomes)
     summary = write_summary(result, read_pairs(out) if made else (), out)
-    show_rows(rows(result, summary), terminal.console())
+    terminal.print_values(values_of(result, summary))
     if result.missing:
         typer.echo(
             f"{result.missing} documents begun before are no longer among the documents; put them back to go on",
@@ -141,15 +141,15 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Write an HTML page instead.")] = None,
 ) -> None:
     """Chosen beside rejected, differences marked."""
-    from .report import html_page, show_pair
-    from .store import write_atomically
+    from ..runs.journal import write_atomically
+    from .report import pairs_page, show_pair
 
     chosen = list(islice((pair for pair in _read(path) if id in (None, pair.id)), number))
     if not chosen:
         which = "no pair" if id is None else f"no pair with id {id!r}"
         raise ValueError(f"{which} in {', '.join(map(str, path))}")
     if html is not None:
-        write_atomically(html, html_page(chosen, "Preference pairs").encode())
+        write_atomically(html, pairs_page(chosen, "Preference pairs").encode())
         typer.echo(f"{len(chosen)} pairs in {html}")
         return
     for pair in chosen:
@@ -161,7 +161,7 @@ def stats(
     path: Paths, model: Annotated[str | None, typer.Option(help="Count tokens with this model's tokenizer.")] = None
 ) -> None:
     """How many pairs and turns, and how long everything is."""
-    from .report import describe, show_rows
+    from .report import describe
 
     unit, measure = "characters", len
     if model is not None:
@@ -181,7 +181,7 @@ def stats(
         table += [
             (f"{name} {unit}, {what}", f"{value:,}") for what, value in describe(values).items() if what != "number"
         ]
-    show_rows(table, terminal.console())
+    terminal.print_values(table)
 
 
 @pairs.command()
@@ -217,7 +217,7 @@ def merge(
 
     def distinct() -> Iterator:
         for pair in _read(path):
-            digest = hashlib.sha256(json.dumps(pair.to_row(), sort_keys=True).encode()).digest()
+            digest = hashlib.sha256(json.dumps(pair.to_record(), sort_keys=True).encode()).digest()
             before = seen.setdefault(pair.id, digest)
             if before is digest:
                 yield pair

@@ -1,36 +1,22 @@
-"""What a person looks at: a run's summary, pairs side by side in the terminal, and self-contained HTML pages.
+"""What a person looks at of a run of the generator: its summary, and pairs side by side on a page and in the terminal.
 
-Texts are data: escaped in HTML, never markup or control codes in a terminal. Pages load nothing and run nothing.
+The frame of a page, and how texts are made harmless, are runs/page.py's.
 """
 
 from __future__ import annotations
 
-import base64
-import difflib
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
-from html import escape
 from itertools import islice
 from pathlib import Path
 
 from ..data import Pair
-from .store import write_atomically
+from ..runs.journal import write_atomically
+from ..runs.page import differences, html_page, image_html, pair_html, printable, safe, shorten
 
 KINDS = ("document", "chunk", "chosen", "rejected")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-SHOWN = 600  # characters of a document or chunk
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6em; border-radius: .3em; }
-.question { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; }
-mark { background: #bfe8bf; } .rejected mark { background: #f6c4c0; } img { max-width: 100%; }
-"""
 
 
 def summarise(outcomes: Iterable[dict]) -> dict:
@@ -62,12 +48,12 @@ def write_summary(result, pairs: Iterable[Pair], folder: Path) -> dict:
     counted["listing"]["left_out"] = dict(result.listing.skipped)
     write_atomically(folder / "summary.json", (json.dumps(counted, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(folder / "lengths.png", figure)
-    page = html_page(islice(pairs, 3), f"Pairs in {folder.resolve().name}", rows(result, summary), figure)
+    page = pairs_page(islice(pairs, 3), f"Pairs in {folder.resolve().name}", values_of(result, summary), figure)
     write_atomically(folder / "summary.html", page.encode())
     return summary
 
 
-def rows(result, summary: dict) -> list[tuple[str, str]]:
+def values_of(result, summary: dict) -> list[tuple[str, str]]:
     """What a summary says, one line each: the listing, the pairs, what was left out, and this process's speed."""
     tally, seconds = result.tally, max(result.seconds, 1e-9)
     found = [("documents found", result.listing.found)]
@@ -108,87 +94,15 @@ def draw_lengths(lengths: dict[str, list[int]]) -> bytes:
     return out.getvalue()
 
 
-def differences(first: str, second: str) -> list[tuple[bool, str, str]]:
-    """Two texts as stretches (same?, part of the first, part of the second), word by word."""
-    words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in (first, second)]
-    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
-    return [
-        (tag == "equal", "".join(words[0][a:b]), "".join(words[1][c:d])) for tag, a, b, c, d in matcher.get_opcodes()
-    ]
-
-
-def shorten(text: str, limit: int = SHOWN) -> str:
-    """The beginning and the end of a text."""
-    return (
-        text
-        if len(text) <= limit
-        else f"{text[: limit // 2]}\n[... {len(text) - limit:,} characters ...]\n{text[-limit // 2 :]}"
-    )
-
-
-# -- HTML --------------------------------------------------------------------------------------------------------------
-
-
-def html_page(
+def pairs_page(
     pairs: Iterable[Pair], title: str, table: Iterable[tuple[str, str]] = (), figure: bytes | None = None
 ) -> str:
     """A page of pairs, chosen beside rejected, differences marked; a table and a figure above them."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    parts = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{safe(title)}</title>',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style>\n</head>\n<body>',
-        f"<h1>{safe(title)}</h1>",
-    ]
     cells = [f'<tr><td>{safe(name)}</td><td class="number">{safe(value)}</td></tr>' for name, value in table]
+    parts = [f"<h1>{safe(title)}</h1>"]
     parts += [f"<table>{''.join(cells)}</table>"] if cells else []
-    if figure is not None:
-        encoded = base64.b64encode(figure).decode()
-        parts.append(f'<p><img alt="Histograms of lengths" src="data:image/png;base64,{encoded}"></p>')
-    return "\n".join([*parts, *map(pair_html, pairs), "</body>\n</html>\n"])
-
-
-def pair_html(pair: Pair) -> str:
-    """A pair with its answers side by side, its texts folded."""
-    source = pair.provenance.get("source", "")
-    parts = [
-        f"<h2>{safe(pair.id)}</h2>",
-        f"<p>{safe(source)}</p>" if source else "",
-        _folded("document", pair.document),
-    ]
-    for number, turn in enumerate(pair.turns, 1):
-        parts += [
-            f"<h3>Turn {number}</h3>",
-            f'<p class="question">{safe(turn.instruction)}</p>',
-            _folded("chunk", turn.chunk),
-        ]
-        for rejected in turn.rejected:
-            stretches = differences(turn.chosen, rejected)
-            sides = [
-                "".join(
-                    safe(parts[side]) if parts[0] else f"<mark>{safe(parts[side])}</mark>"
-                    for parts in stretches
-                    if parts[side]
-                )
-                for side in (1, 2)
-            ]
-            parts.append(
-                f'<div class="sides"><div><h4>chosen</h4><div class="text chosen">{sides[0]}</div></div>'
-                f'<div><h4>rejected</h4><div class="text rejected">{sides[1]}</div></div></div>'
-            )
-    return "\n".join(part for part in parts if part)
-
-
-def _folded(name: str, text: str) -> str:
-    size = f"{len(text):,} characters"
-    return f'<details><summary>{name}, {size}</summary><div class="text">{safe(shorten(text))}</div></details>'
-
-
-def safe(text: object) -> str:
-    """As HTML shows it."""
-    return escape(CONTROL.sub("\ufffd", str(text)))
-
-
-# -- terminal ----------------------------------------------------------------------------------------------------------
+    parts += [f"<p>{image_html('Histograms of lengths', figure)}</p>"] if figure is not None else []
+    return html_page(title, [*parts, *map(pair_html, pairs)])
 
 
 def show_pair(pair: Pair, console) -> None:
@@ -197,36 +111,19 @@ def show_pair(pair: Pair, console) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    console.print(Text(f"{_plain(pair.id)}  {_plain(pair.provenance.get('source', ''))}", style="bold"))
+    console.print(Text(f"{printable(pair.id)}  {printable(pair.provenance.get('source', ''))}", style="bold"))
     console.print(
-        Panel(Text(_plain(shorten(pair.document))), title=Text(f"document, {len(pair.document):,} characters"))
+        Panel(Text(printable(shorten(pair.document))), title=Text(f"document, {len(pair.document):,} characters"))
     )
     for number, turn in enumerate(pair.turns, 1):
-        console.print(Text(f"turn {number}: {_plain(turn.instruction)}", style="bold"))
-        console.print(Panel(Text(_plain(shorten(turn.chunk))), title=Text(f"chunk, {len(turn.chunk):,} characters")))
+        console.print(Text(f"turn {number}: {printable(turn.instruction)}", style="bold"))
+        console.print(Panel(Text(printable(shorten(turn.chunk))), title=Text(f"chunk, {len(turn.chunk):,} characters")))
         for rejected in turn.rejected:
             sides = {"chosen": Text(), "rejected": Text()}
             for same, first, second in differences(turn.chosen, rejected):
-                sides["chosen"].append(_plain(first), style=None if same else "green")
-                sides["rejected"].append(_plain(second), style=None if same else "red")
+                sides["chosen"].append(printable(first), style=None if same else "green")
+                sides["rejected"].append(printable(second), style=None if same else "red")
             width = max(20, console.width // 2 - 1)
             console.print(
                 Columns([Panel(text, title=name, width=width) for name, text in sides.items()], padding=(0, 1))
             )
-
-
-def show_rows(table: Iterable[tuple[str, str]], console) -> None:
-    """Names and values as a table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(show_header=False, box=None)
-    grid.add_column()
-    grid.add_column(justify="right")
-    for name, value in table:
-        grid.add_row(Text(_plain(name)), Text(_plain(value)))
-    console.print(grid)
-
-
-def _plain(text: object) -> str:
-    return CONTROL.sub("\ufffd", str(text))

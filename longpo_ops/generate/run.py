@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import ChatFormat, tokenizer_fingerprint
-from .documents import Chunker, Listing, find_files, read_documents
-from .engines import Sampling
-from .engines.settings import EngineSettings
+from ..documents.chunks import Chunker
+from ..documents.listing import Listing, find_files, read_documents
+from ..documents.readers import TOO_LONG
+from ..engines import Sampling
+from ..engines.concurrency import side_by_side
+from ..engines.settings import EngineSettings
+from ..runs.journal import check_folder
 from .filters import Filters
 from .prompts import Prompts
-from .readers import TOO_LONG
-from .steps import Steps, Tally, Task, side_by_side
-from .store import Store, check_folder
+from .steps import Steps, Tally, Task
+from .store import Store
 
 TOO_SHORT = "shorter than wanted"
 

@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
-from .. import terminal
+from ..runs import terminal
 
 
 def plan(
     model: Annotated[
         str, typer.Option(help="mistral-7b, llama-3-8b, qwen2.5-7b, qwen2.5-1.5b, or any causal LM: a name or folder.")
     ],
-    length: Annotated[int, typer.Option(help="Rows of a step: prefix, chosen and rejected tails.")] = 524288,
+    length: Annotated[int, typer.Option(help="Tokens of a pack: prefix, chosen and rejected tails.")] = 524288,
     tail: Annotated[
-        list[int] | None, typer.Option(help="Rows of a rejected tail, repeatable; part of --length.")
+        list[int] | None, typer.Option(help="Tokens of a rejected tail, repeatable; part of --length.")
     ] = None,
     device_gib: Annotated[float, typer.Option(help="Memory of the device.")] = 141.0,
     host_gib: Annotated[float, typer.Option(help="Memory of the host.")] = 128.0,
     disk_gib: Annotated[float, typer.Option(help="Disk space for layer inputs.")] = 0.0,
-    accumulation: Annotated[int, typer.Option(help="Rows a step accumulates gradients over.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Packs a step accumulates gradients over.")] = 1,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 for none.")] = 0.0,
     device_reserve_gib: Annotated[float, typer.Option(help="Device memory to leave free.")] = 2.0,
     host_reserve_gib: Annotated[float, typer.Option(help="Host memory to leave free.")] = 8.0,
@@ -53,7 +53,7 @@ def plan(
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    title = f"{model}, one row of {found.work.length:,} tokens"
+    title = f"{model}, one pack of {found.work.length:,} tokens"
     if json_:
         typer.echo(json.dumps(as_json(found), indent=1))
     else:

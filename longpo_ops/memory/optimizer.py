@@ -45,7 +45,7 @@ def join(weight: Tensor, residue: Tensor) -> Tensor:
 
 
 def float32_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Lets 16-bit weights gather their gradients in float32 (4 bytes a weight): what sums over several rows need."""
+    """Lets 16-bit weights gather their gradients in float32 (4 bytes a weight): what sums over several packs need."""
     for parameter in parameters:
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.grad_dtype = torch.float32

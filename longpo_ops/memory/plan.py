@@ -53,7 +53,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """A step: rows of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config."""
+    """A step: packs of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config."""
 
     config: object
     length: int
@@ -66,10 +66,10 @@ class Work:
     def __post_init__(self):
         if not isinstance(self.length, int) or self.length < 1 or sum(self.tails) >= self.length:
             raise ValueError(
-                f"length={self.length!r}, tails={self.tails}: expected a row longer than its rejected tails"
+                f"length={self.length!r}, tails={self.tails}: expected a pack longer than its rejected tails"
             )
         if self.accumulation < 1:
-            raise ValueError(f"accumulation={self.accumulation}: expected at least one row")
+            raise ValueError(f"accumulation={self.accumulation}: expected at least one pack")
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _workspace(work: Work) -> int:
 
 
 def attention_pairs(length: int, tails: tuple[int, ...], window: int | None = None) -> float:
-    """Pairs of a query and a key it sees, in a row of one pair: prefix and chosen tail causal, rejected tails see the prefix.
+    """Pairs of a query and a key it sees, in a pack of one pair: prefix and chosen tail causal, rejected tails see the prefix.
 
     How long the chosen tail is makes no difference but in what rejected ones see: taken as long as they are on average.
     """

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from longpo_ops.kinds import check_kinds
 from longpo_ops.memory import optimizer, plan
 from longpo_ops.memory.offload import offload_activations
 from longpo_ops.memory.quantise import CODECS
 from longpo_ops.memory.tiers import available_host_bytes
 from longpo_ops.memory.tiling import tile_layers
+from longpo_ops.runs.validate import check_kinds
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Training on preference pairs: the trainer, its settings, the reference and the rows it draws."""
+"""Training on preference pairs: the trainer, its settings, the reference and the packs it draws."""
 
 from .config import LongPOConfig
 from .methods import METHODS, Method
+from .packed import PackedPairs, PairStore
 from .reference import Reference, ReferenceStore
-from .rows import PairRows, PairStore
 from .trainer import LongPOTrainer, last_checkpoint
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "LongPOConfig",
     "LongPOTrainer",
     "Method",
-    "PairRows",
+    "PackedPairs",
     "PairStore",
     "Reference",
     "ReferenceStore",

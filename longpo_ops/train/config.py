@@ -22,15 +22,15 @@ class LongPOConfig(TrainingArguments):
         memory while training; "online" keeps one beside the policy (with PEFT: the base model); "data" reads them from
         the data set's own columns, which are of the short inputs.
     reference_cache: folder of what "precompute" keeps; default output_dir/reference.
-    row_tokens: budget of a packed row; pairs that fit together share one. Default: one pair per row.
+    pack_tokens: budget of a pack; pairs that fit together share one. Default: one pair per pack.
     target_length: spread position ids over this many positions (LOGO's synthesis), 0 for none. Default: the policy's
         max_position_embeddings for logo, none for the others.
     constraint_weight: weight of the KL term of sft_constraint.
     workspace_bytes: scratch of the loss (fused_preference_loss).
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
-    fit: "auto" lets the planner choose them for the longest row and this machine; output_dir/memory.json keeps what it chose.
+    fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose.
 
-    A row is a batch: per_device_train_batch_size stays 1. Raises ValueError for values that make no sense.
+    A pack is a batch: per_device_train_batch_size stays 1. Raises ValueError for values that make no sense.
     """
 
     learning_rate: float = field(default=5e-7)
@@ -44,14 +44,14 @@ class LongPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False)  # it logs a loss that is not finite as 0
     num_train_epochs: float = field(default=1.0)
     remove_unused_columns: bool = field(default=False)
-    dataloader_pin_memory: bool = field(default=False)  # a row stays on the host until the loss has planned it
+    dataloader_pin_memory: bool = field(default=False)  # a pack stays on the host until the loss has planned it
     report_to: str | list[str] | None = field(default="none")
 
     objective: str = field(default="longpo", metadata={"help": "training method: longpo, dpo, simpo, sft_chosen, ..."})
     objective_options: dict | None = field(default=None, metadata={"help": "fields of the objective, as JSON"})
     reference: str = field(default="precompute", metadata={"help": "precompute | online | data"})
     reference_cache: str | None = field(default=None, metadata={"help": "folder of precomputed reference log-probs"})
-    row_tokens: int | None = field(default=None, metadata={"help": "token budget of a packed row"})
+    pack_tokens: int | None = field(default=None, metadata={"help": "token budget of a pack"})
     target_length: int | None = field(default=None, metadata={"help": "spread positions over this length (LOGO)"})
     constraint_weight: float = field(default=0.1, metadata={"help": "weight of the KL term of sft_constraint"})
     workspace_bytes: int | None = field(default=None, metadata={"help": "scratch bytes of the loss"})
@@ -71,10 +71,10 @@ class LongPOConfig(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) != 1:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: expected 1, as a packed row is a batch; use row_tokens to put "
-                    "several pairs in a row and gradient_accumulation_steps for larger steps"
+                    f"{name}={getattr(self, name)}: expected 1, as a pack is a batch; use pack_tokens to put "
+                    "several pairs in one and gradient_accumulation_steps for larger steps"
                 )
-        leasts = {"row_tokens": 1, "target_length": 0, "workspace_bytes": 1, "gradient_accumulation_steps": 1}
+        leasts = {"pack_tokens": 1, "target_length": 0, "workspace_bytes": 1, "gradient_accumulation_steps": 1}
         for name, least in leasts.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -91,7 +91,7 @@ class LongPOConfig(TrainingArguments):
             raise ValueError("fit='auto' chooses what memory names: expected one of the two")
         memory = Memory.from_settings(self.memory)
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True: expected False, as a row has no columns")
+            raise ValueError("remove_unused_columns=True: expected False, as a pack has no columns")
         super().__post_init__()
         if memory.step_in_backward:
             refuse_step_in_backward(self.gradient_accumulation_steps, self.max_grad_norm, self.world_size)

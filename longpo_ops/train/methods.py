@@ -30,7 +30,7 @@ class Method:
     preference_weight: float | None = None  # where it differs from the objective's own
     reference: str | None = None  # which input the reference reads: "short" | "long"
     nll: bool = False
-    sequence: str = "pair"  # what a row holds: "pair" | "chosen" | "rejected"
+    sequence: str = "pair"  # what a pack holds: "pair" | "chosen" | "rejected"
     constraint: bool = False
     spread: bool = False  # positions over the policy's whole context, unless target_length says otherwise
 

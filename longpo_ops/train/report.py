@@ -61,7 +61,7 @@ def _card(trainer, base: str, rows: list[dict]) -> str:
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "pairs": len(trainer.train_dataset.pairs),
         "steps": trainer.state.global_step,
-        "rows a step": args.gradient_accumulation_steps * args.world_size,
+        "packs a step": args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
     }
     lines = [

@@ -19,17 +19,17 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
-from ..kinds import check_kinds
 from ..pretrained import DTYPES, load_tokenizer, loading, replace_rope
+from ..runs.validate import check_kinds
 from .config import LongPOConfig
+from .packed import PairStore, select
 from .report import write_report
-from .rows import PairStore, select
 from .trainer import LongPOTrainer, last_checkpoint
 
 log = logging.getLogger("longpo_ops.train")
 
 # A checkpoint goes on under the same of these only; steps, learning rate, logging and the like may change.
-IDENTITY = ("objective", "objective_options", "constraint_weight", "row_tokens", "target_length", "seed")
+IDENTITY = ("objective", "objective_options", "constraint_weight", "pack_tokens", "target_length", "seed")
 
 
 @dataclass
@@ -186,7 +186,7 @@ def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
         "shortest sequence": min(lengths),
         "median sequence": sorted(lengths)[len(lengths) // 2],
         "longest sequence": max(lengths),
-        "tokens of packed rows": sum(packed),
+        "tokens of packs": sum(packed),
         "tokens of separate sequences": sum(separate),
     }
 

@@ -1,6 +1,6 @@
-"""A transformers.Trainer that trains on short-to-long preference pairs, one packed row of pairs at a time.
+"""A transformers.Trainer that trains on short-to-long preference pairs, one pack of pairs at a time.
 
-    row -> model body with shared-prefix attention -> hidden (N, H) -> packed loss in the model's forward -> backward
+    pack -> model body with shared-prefix attention -> hidden (N, H) -> packed loss in the model's forward -> backward
 
     L = lambda/P sum_pairs f + 1/P sum_pairs mean_t NLL     P = pairs of the step, over accumulation and ranks (Eq. 14)
 
@@ -42,8 +42,8 @@ from ..ops.logprobs import linear_cross_entropy
 from ..ops.preference import packed_preference_loss
 from ..ops.sweep import default_workspace
 from .config import LongPOConfig
+from .packed import Pack, PackedPairs, collate, select
 from .reference import DataReference, Reference, ReferenceStore, base_model, model_digest, precompute, readings
-from .rows import PairRows, Row, collate, select
 
 log = logging.getLogger("longpo_ops.train")
 
@@ -108,8 +108,8 @@ class LongPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._rows(train_dataset, args),
-            eval_dataset=None if eval_dataset is None else self._rows(eval_dataset, args),
+            train_dataset=self._packs(train_dataset, args),
+            eval_dataset=None if eval_dataset is None else self._packs(eval_dataset, args),
             data_collator=collate,
             processing_class=processing_class,
             **kwargs,
@@ -119,7 +119,7 @@ class LongPOTrainer(Trainer):
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def _fitted(self, model: nn.Module, args: LongPOConfig, pairs: Sequence[TokenizedPair]) -> Memory:
-        """What the planner chooses for the longest row on this machine, or chose when the run began."""
+        """What the planner chooses for the longest pack on this machine, or chose when the run began."""
         file = Path(args.output_dir) / "memory.json"
         if file.exists():
             return Memory.from_settings(json.loads(file.read_text(encoding="utf-8")))
@@ -128,14 +128,16 @@ class LongPOTrainer(Trainer):
         longest = max(packed_length(select(pair, self.method)) for pair in pairs)
         work = plan.Work(
             model.config,
-            max(longest, args.row_tokens or 0),
+            max(longest, args.pack_tokens or 0),
             accumulation=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,
             dtype=model.dtype,
             workspace_bytes=args.workspace_bytes or default_workspace(args.device),
         )
         planned = plan.fit(work, machine_here(args.device))
-        log.info("%d rows, %.3g GiB predicted: %s", work.length, planned.peak.total / 2**30, describe_settings(planned))
+        log.info(
+            "%d tokens, %.3g GiB predicted: %s", work.length, planned.peak.total / 2**30, describe_settings(planned)
+        )
         memory = Memory.from_plan(planned)
         if args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -165,9 +167,9 @@ class LongPOTrainer(Trainer):
             )
         return super().create_optimizer(model)
 
-    def _rows(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PairRows:
-        return PairRows(
-            pairs, self.method, row_tokens=args.row_tokens, target_length=self._target_length, seed=args.seed
+    def _packs(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PackedPairs:
+        return PackedPairs(
+            pairs, self.method, pack_tokens=args.pack_tokens, target_length=self._target_length, seed=args.seed
         )
 
     def _check(self, pair: TokenizedPair, args: LongPOConfig) -> int:
@@ -216,11 +218,11 @@ class LongPOTrainer(Trainer):
         store.reload()
         return store
 
-    def _reference_logps(self, row: Row) -> tuple[Tensor | None, Tensor | None]:
-        """(B,) and (R,) log-probs of the row's pairs, for methods that compare."""
+    def _reference_logps(self, pack: Pack) -> tuple[Tensor | None, Tensor | None]:
+        """(B,) and (R,) log-probs of the pack's pairs, for methods that compare."""
         if self.objective is None or not self.objective.needs_reference:
             return None, None
-        chosen, rejected = zip(*(self.reference.logps(pair) for pair in row.pairs), strict=True)
+        chosen, rejected = zip(*(self.reference.logps(pair) for pair in pack.pairs), strict=True)
         as_tensor = torch.tensor(chosen, dtype=torch.float64), torch.tensor(sum(rejected, ()), dtype=torch.float64)
         return tuple(t.to(self.args.device, non_blocking=True) for t in as_tensor)
 
@@ -228,34 +230,34 @@ class LongPOTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int | None:
         """Pairs of the whole step: what Eq. 14 divides by, instead of Trainer's tokens."""
-        pairs = sum(inputs["row"].batch.num_pairs for inputs in batch_samples)
+        pairs = sum(inputs["pack"].batch.num_pairs for inputs in batch_samples)
         if self.args.world_size > 1:
             pairs = int(self.accelerator.gather(torch.tensor([pairs], device=device)).sum())
         return pairs or None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """A row's share of the step's loss; its metrics are kept for the next log."""
-        row, device = inputs["row"], self.args.device
-        num_pairs = float(num_items_in_batch or row.batch.num_pairs)
+        """A pack's share of the step's loss; its metrics are kept for the next log."""
+        pack, device = inputs["pack"], self.args.device
+        num_pairs = float(num_items_in_batch or pack.batch.num_pairs)
         compute = self._preference if self.objective is not None else self._supervised
-        references = self._reference_logps(row)
+        references = self._reference_logps(pack)
         if model.training and not self._tokens:
             self._since = time.perf_counter()
         loss, metrics = model(
-            input_ids=row.batch.input_ids.to(device, non_blocking=True),
-            position_ids=row.batch.position_ids.to(device, non_blocking=True),
-            shared_prefix_layout=row.batch.layout,
+            input_ids=pack.batch.input_ids.to(device, non_blocking=True),
+            position_ids=pack.batch.position_ids.to(device, non_blocking=True),
+            shared_prefix_layout=pack.batch.layout,
             use_cache=False,
-            compute=lambda hidden, head: compute(hidden[0], head, row, references, num_pairs),
+            compute=lambda hidden, head: compute(hidden[0], head, pack, references, num_pairs),
         )
         for name, values in metrics.items():
             self._values[name if model.training else f"eval_{name}"].append(values.detach().double().reshape(-1))
-        self._tokens += row.batch.layout.length if model.training else 0
+        self._tokens += pack.batch.layout.length if model.training else 0
         loss = loss * self.args.world_size  # DDP averages over ranks; num_pairs counts the pairs of all of them
         return (loss, {}) if return_outputs else loss
 
-    def _preference(self, hidden: Tensor, head, row: Row, references, num_pairs: float):
-        batch = row.batch
+    def _preference(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float):
+        batch = pack.batch
         ref_chosen, ref_rejected = references
         out = head(
             hidden,
@@ -271,7 +273,7 @@ class LongPOTrainer(Trainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         margins = out.chosen_rewards[list(batch.rejected_pair)] - out.rejected_rewards
-        # A row's mean loss, once for each of its pairs: logs are means over pairs, whatever the rows.
+        # A pack's mean loss, once for each of its pairs: logs are means over pairs, whatever the packs.
         own = torch.full((batch.num_pairs,), num_pairs / batch.num_pairs, device=hidden.device)
         metrics = {
             "rewards/chosen": out.chosen_rewards,
@@ -284,8 +286,8 @@ class LongPOTrainer(Trainer):
         }
         return out.loss, metrics | ({"nll_loss": out.nll_loss * own} if self.method.nll else {})
 
-    def _supervised(self, hidden: Tensor, head, row: Row, references, num_pairs: float):
-        batch, scratch = row.batch, self.args.workspace_bytes
+    def _supervised(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float):
+        batch, scratch = pack.batch, self.args.workspace_bytes
         nll = head(
             hidden,
             batch.labels,
@@ -298,14 +300,14 @@ class LongPOTrainer(Trainer):
         metrics = {"nll_loss": nll * own}
         if not self.method.constraint:
             return nll / num_pairs, metrics
-        kl = self._constraint(hidden, head, row)
+        kl = self._constraint(hidden, head, pack)
         metrics["kl"] = kl * own
         return (nll + self.args.constraint_weight * kl) / num_pairs, metrics
 
-    def _constraint(self, hidden: Tensor, head, row: Row) -> Tensor:
+    def _constraint(self, hidden: Tensor, head, pack: Pack) -> Tensor:
         """sum over pairs of mean over answer rows of KL(policy on the long input || reference on the short one)."""
-        answers = (row.batch.segments >= 0).nonzero().squeeze(-1).to(hidden.device)
-        teacher = [self.reference.hidden(pair) for pair in row.pairs]
+        answers = (pack.batch.segments >= 0).nonzero().squeeze(-1).to(hidden.device)
+        teacher = [self.reference.hidden(pair) for pair in pack.pairs]
         counts = torch.tensor([len(t) for t in teacher])
         weights = (1.0 / counts).repeat_interleave(counts)
         if self._teacher_head is None:

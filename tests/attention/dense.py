@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.budget import judge
-from benchmarks.gpu_attention import dense_attention, make_layout, separate_attention, sequences, visible
+from benchmarks.gpu.attention import dense_attention, make_layout, separate_attention, sequences, visible
 from longpo_ops.data.layout import SharedPrefixLayout
 
 __all__ = [

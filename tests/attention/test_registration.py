@@ -1,4 +1,4 @@
-"""Whole models: a packed row equals its separate sequences, family by family, and the traps are refused."""
+"""Whole models: a pack equals its separate sequences, family by family, and the traps are refused."""
 
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def make_ids(layout=LAYOUT):
 
 
 def packed_hidden(model, ids, layout=LAYOUT):
-    """Per pair, per tail: the last hidden states (n, H) of its sequence, cut out of one packed row."""
+    """Per pair, per tail: the last hidden states (n, H) of its sequence, cut out of one pack."""
     inputs = dict(position_ids=positions(layout), shared_prefix_layout=layout, use_cache=False)
     hidden = model.model(ids, **inputs).last_hidden_state[0]
     return [[hidden[rows] for rows in pair] for pair in sequences(layout)]

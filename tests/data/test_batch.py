@@ -1,4 +1,4 @@
-"""Packed rows: rebuilt token by token from the separate sequences, visibility included."""
+"""Packs: rebuilt token by token from the separate sequences, visibility included."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_greedy_packing_keeps_order_and_budget(stream, extra):
 def test_a_pair_beyond_the_budget_is_named():
     pair = TokenizedPair("p", sequence([7, 8], [([1], True)]), (sequence([7, 8], [([2], True)]),))
     assert packed_length(pair) == 5
-    with pytest.raises(ValueError, match="record 'p' packs into 5 tokens, the budget of a row is 4"):
+    with pytest.raises(ValueError, match="record 'p' packs into 5 tokens, the budget of a pack is 4"):
         list(pack_within([pair], 4))
 
 

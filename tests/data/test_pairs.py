@@ -24,7 +24,7 @@ OFFICIAL = {
 
 def spoil(pair: Pair, path: str, value) -> dict:
     """The pair's row with the value at a dotted path replaced, or removed where the value is ...."""
-    row = json.loads(json.dumps(pair.to_row()))
+    row = json.loads(json.dumps(pair.to_record()))
     *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
     target = row
     for key in parents:
@@ -95,7 +95,7 @@ BAD = [
 @pytest.mark.parametrize(("path", "value", "message"), BAD)
 def test_bad_records_are_named(path, value, message, pair):
     with pytest.raises(BadRecord, match=f"^record 'boats', .*{message}"):
-        Pair.from_row(spoil(pair, path, value))
+        Pair.from_record(spoil(pair, path, value))
 
 
 @pytest.mark.parametrize(
@@ -109,22 +109,22 @@ def test_bad_records_are_named(path, value, message, pair):
 )
 def test_bad_official_records_are_named(change, message):
     with pytest.raises(BadRecord, match=f"^record 'file:9', .*{message}"):
-        Pair.from_row(OFFICIAL | change, "file:9")
+        Pair.from_record(OFFICIAL | change, "file:9")
 
 
 def test_equal_answers_are_bad_unless_allowed(pair):
     same = tuple(replace(turn, rejected=("Other.", f" {turn.chosen}\n")) for turn in pair.turns)
-    row = replace(pair, turns=same).to_row()
+    row = replace(pair, turns=same).to_record()
     with pytest.raises(BadRecord, match="chosen equal to rejected; rejected answer 1"):
-        Pair.from_row(row)
-    assert Pair.from_row(row, allow_equal=True).turns[0].rejected[1] == " There are 42 boats.\n"
+        Pair.from_record(row)
+    assert Pair.from_record(row, allow_equal=True).turns[0].rejected[1] == " There are 42 boats.\n"
     half = (same[0], pair.turns[1])  # one turn of a conversation may be equal
-    assert Pair.from_row(replace(pair, turns=(replace(half[0], rejected=(half[0].chosen,)), half[1])).to_row())
+    assert Pair.from_record(replace(pair, turns=(replace(half[0], rejected=(half[0].chosen,)), half[1])).to_record())
 
 
 def test_skipping_counts_and_raising_names_the_line(pair, tmp_path):
     file = tmp_path / "a.jsonl"
-    good = json.dumps(pair.to_row()).encode()
+    good = json.dumps(pair.to_record()).encode()
     file.write_bytes(b"\n".join([good, b"{broken", b"[1]", b"{}", b'{"id": "x", "document": "\xff"}', b"", good]))
     report = DataReport()
     kept = list(read_pairs(file, on_bad_record="skip", report=report))
@@ -138,7 +138,7 @@ def test_skipping_counts_and_raising_names_the_line(pair, tmp_path):
 
 
 def test_a_line_nested_too_deeply_is_one_bad_record(pair, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps(pair.to_row()) + "\n" + "[" * 100_000 + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps(pair.to_record()) + "\n" + "[" * 100_000 + "\n")
     report = DataReport()
     assert [found.id for found in read_pairs(tmp_path, "skip", report)] == [pair.id]
     assert report.skipped == {"no valid JSON": 1}
@@ -165,7 +165,7 @@ def test_paths_without_data_are_refused(pair, tmp_path):
 def test_a_file_that_is_cut_off_is_named(suffix, pair, tmp_path):
     file = tmp_path / f"a{suffix}"
     if suffix == ".jsonl.zst":
-        lines = "".join(json.dumps(replace(pair, id=str(i)).to_row()) + "\n" for i in range(20_000))
+        lines = "".join(json.dumps(replace(pair, id=str(i)).to_record()) + "\n" for i in range(20_000))
         file.write_bytes(pyarrow.compress(lines.encode(), codec="zstd", asbytes=True))
         assert sum(1 for _ in read_pairs(file)) == 20_000
     else:
@@ -180,7 +180,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(pair, tmp_path, monke
         raise PermissionError(13, "Permission denied", str(file))
 
     write_pairs([pair], tmp_path / "a.jsonl")
-    monkeypatch.setattr(records, "_rows", refuse)
+    monkeypatch.setattr(records, "_records", refuse)
     with pytest.raises(PermissionError, match="Permission denied"):
         list(read_pairs(tmp_path))
 
@@ -216,5 +216,5 @@ def test_reading_and_writing_do_not_hold_the_set(suffix, pair, tmp_path):
 
 def test_compressed_text_is_read_whoever_wrote_it(pair, tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as out:
-        out.write(json.dumps(pair.to_row()))
+        out.write(json.dumps(pair.to_record()))
     assert list(read_pairs(tmp_path)) == [pair]

@@ -58,7 +58,7 @@ def test_official_columns_load_as_they_are(tmp_path):
     assert pair.ref_rejected[0][1].labels.tolist() == [X, X, 3, 2]
     assert pair.ref_chosen[0].nll_labels is None
     nested = official() | {name: [value] for name, value in official().items() if not name.startswith("ref_")}
-    assert flat(TokenizedPair.from_row(nested)) == flat(pair)
+    assert flat(TokenizedPair.from_record(nested)) == flat(pair)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -103,7 +103,7 @@ BAD = [
     (change(chosen_input_ids=[-1, 5, 6, 7, 2, 8, 9, 2]), "another tokenizer"),
     (
         {k: v[:1] if k.startswith("ref_rej") else v for k, v in official().items()},
-        "ref_rejected_input_ids: wrong shape; 1 rows came; expected 2 turns times 1",
+        "ref_rejected_input_ids: wrong shape; 1 sequences came; expected 2 turns times 1",
     ),
 ]
 
@@ -111,21 +111,21 @@ BAD = [
 @pytest.mark.parametrize(("row", "message"), BAD)
 def test_bad_rows_are_named(row, message):
     with pytest.raises(BadRecord, match=f"^record 'r:1', .*{message}"):
-        TokenizedPair.from_row(row, "r:1")
+        TokenizedPair.from_record(row, "r:1")
 
 
 def test_equal_sequences_are_bad_unless_allowed():
     row = official() | {name.replace("chosen", "rejected"): v for name, v in official().items() if name[0] == "c"}
     with pytest.raises(BadRecord, match="chosen equal to rejected"):
-        TokenizedPair.from_row(row)
-    assert TokenizedPair.from_row(row, allow_equal=True).rejected[0].ids[3] == 7
+        TokenizedPair.from_record(row)
+    assert TokenizedPair.from_record(row, allow_equal=True).rejected[0].ids[3] == 7
 
 
 def test_data_of_another_tokenizer_is_refused(make_tokenizer, tmp_path):
     fingerprints = {family: tokenizer_fingerprint(make_tokenizer(family)) for family in ("llama3", "qwen2_5", "gemma")}
     assert len(set(fingerprints.values())) == 3
     assert fingerprints["llama3"] == tokenizer_fingerprint(make_tokenizer("llama3", "{{ 'another template' }}"))
-    write_tokenized([TokenizedPair.from_row(official(), "a")], tmp_path / "a.jsonl", fingerprints["llama3"])
+    write_tokenized([TokenizedPair.from_record(official(), "a")], tmp_path / "a.jsonl", fingerprints["llama3"])
     assert len(list(read_tokenized(tmp_path, 10, fingerprints["llama3"]))) == 1
     with pytest.raises(BadRecord, match="'a', tokenizer: another tokenizer"):
         list(read_tokenized(tmp_path, 10, fingerprints["gemma"]))
@@ -136,7 +136,7 @@ def test_data_of_another_tokenizer_is_refused(make_tokenizer, tmp_path):
 
 
 def test_short_pairs_hold_every_short_input_once():
-    pair = TokenizedPair.from_row(official())
+    pair = TokenizedPair.from_record(official())
     shorts = pair.short_pairs()
     assert [short.chosen.ids.tolist() for short in shorts] == [[1, 5, 6, 7, 2], [1, 8, 9, 2]]
     assert shorts[1].chosen is pair.ref_chosen[1] and shorts[1].rejected[0] is pair.ref_rejected[0][1]

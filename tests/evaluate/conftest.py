@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longpo_ops.evaluate import EvaluateRun
-from tests.generate.conftest import model, tokenizer  # noqa: F401
+from tests.engines.conftest import model, tokenizer  # noqa: F401
 
 NEEDLES = """
 name: names

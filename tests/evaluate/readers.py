@@ -7,7 +7,7 @@ from collections import Counter
 from functools import cache
 
 from longpo_ops.evaluate.samples import Sample
-from tests.generate import tiny
+from tests.engines import tiny
 
 
 @cache

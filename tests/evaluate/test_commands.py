@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.openai_server import OpenAIServer
+from benchmarks.loop.openai_server import OpenAIServer
 from longpo_ops.evaluate import TASKS, Scores, commands
 from longpo_ops.evaluate import run as evaluation
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from longpo_ops.engines.transformers import TransformersEngine
 from longpo_ops.evaluate import EvaluateRun, evaluate
-from longpo_ops.generate.engines.transformers import TransformersEngine
-from tests.generate import tiny
+from tests.engines import tiny
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 ONLY = dict(tasks=(), needles=None, lengths=())
@@ -49,7 +49,7 @@ def files(tmp_path, model) -> tuple[str, ...]:
 
     from transformers import AutoTokenizer
 
-    from longpo_ops.generate import Request, Sampling
+    from longpo_ops.engines import Request, Sampling
 
     tokens, engine = AutoTokenizer.from_pretrained(model), TransformersEngine(str(model))
     prompts = []
@@ -150,7 +150,7 @@ def test_names_that_do_not_exist_and_data_that_cannot_be_had(run, settings, monk
 
 @installed
 def test_requests_that_fail_are_counted(run, files, settings, tokenizer):
-    from benchmarks.openai_server import OpenAIServer, Reply
+    from benchmarks.loop.openai_server import OpenAIServer, Reply
 
     with OpenAIServer(lambda number, seen: Reply(400, {"error": "no"}) if number == 3 else None) as server:
         given = dict(endpoints=(server.url,), concurrency=1, harness=files[3:4], **ONLY | {"lengths": (400,)})

@@ -79,7 +79,7 @@ def test_perplexity_is_that_of_the_logits(settings, world, model, tokenizer):
 
 
 def test_windows_that_fail_are_counted_and_left_out(settings, world):
-    from benchmarks.openai_server import OpenAIServer, Reply
+    from benchmarks.loop.openai_server import OpenAIServer, Reply
 
     held = dict(tasks=(), needles=None, perplexity=(str(world / "held"),), perplexity_lengths=(32,), samples=4)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.openai_server import OpenAIServer, Reply
+from benchmarks.loop.openai_server import OpenAIServer, Reply
 from longpo_ops.evaluate import Sample, Scores, evaluate, score
 from longpo_ops.evaluate.published import (
     PROMPTS,
@@ -191,7 +191,7 @@ def test_a_long_text_loses_its_middle_and_nothing_else(infinite, tokenizer):
     ("name", "content", "message"),
     [
         ("other.jsonl", "{}", "expected one of InfiniteBench's names: passkey, "),
-        ("passkey.jsonl", "", "has no rows"),
+        ("passkey.jsonl", "", "has no records"),
         ("passkey.jsonl", '{"a": 1', "passkey.jsonl, line 1: no valid JSON"),
         ("passkey.jsonl", "[]", "line 1: expected an object with context, input, answer"),
         ("passkey.jsonl", '{"context": 1, "input": "x"}', "line 1: context, answer missing or of another type"),
@@ -241,7 +241,7 @@ def test_infinite_bench_with_a_real_model(settings, infinite):
     assert "passkey: 1 of 2 inputs lost their middle, to fit 160 tokens with the answer" in cut.notes
 
 
-def test_failed_rows_count_as_zero(settings, infinite):
+def test_failed_records_count_as_zero(settings, infinite):
     def behave(number, seen):
         if "Short." in str(seen.body["messages"]):
             return Reply(200, {"choices": [{"message": {"content": " 71432"}, "finish_reason": "stop"}]})

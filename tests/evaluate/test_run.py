@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.openai_server import OpenAIServer, Reply
+from benchmarks.loop.openai_server import OpenAIServer, Reply
+from longpo_ops.engines import EngineStopped, Request, Sampling
+from longpo_ops.engines import server as server_engine
+from longpo_ops.engines.transformers import TransformersEngine
 from longpo_ops.evaluate import EvaluateRun, Scores, Texts, evaluate, load_tasks, make_samples
 from longpo_ops.evaluate.samples import score
-from longpo_ops.generate import EngineStopped, Request, Sampling
-from longpo_ops.generate.engines import server as server_engine
-from longpo_ops.generate.engines.transformers import TransformersEngine
 
 ROOT = Path(__file__).parents[2]
 

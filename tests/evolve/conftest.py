@@ -1,4 +1,4 @@
-"""A little evolution of the tiny model of tests/generate, as settings and as a finished run."""
+"""A little evolution of the tiny model of tests/engines, as settings and as a finished run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longpo_ops.evolve import Evolution, evolve
-from tests.generate.conftest import documents, model, tokenizer  # noqa: F401  (fixtures of this folder, too)
+from tests.engines.conftest import documents, model, tokenizer  # noqa: F401  (fixtures of this folder, too)
 
 NEEDLES = """
 name: keepers

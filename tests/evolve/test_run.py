@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from longpo_ops.cli import app
 from longpo_ops.evolve import Evolution, evolve
 from longpo_ops.evolve.receipt import Receipt
-from tests.generate import tiny
+from tests.engines import tiny
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["pairs", "untrained", "train", "evaluate"]

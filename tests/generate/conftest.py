@@ -1,47 +1,18 @@
-"""One tiny trained model for all test processes, and folders of documents it can read."""
+"""Runs of the generator over the little documents of tests/engines."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 
 import pytest
 
+from longpo_ops.data import Pair, Turn
 from longpo_ops.generate import GenerateRun
-from tests.generate import tiny
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    """A model folder, the same for all processes of pytest-xdist; whoever comes first trains it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "tiny-model"
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "tokenizer_config.json").exists():
-            tiny.save(folder, steps=160)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    """The model's tokenizer, for tests without a model; `name_or_path` is its folder."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.make_tokenizer().save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def documents(tmp_path_factory) -> Path:
-    """Four documents of about 450 tokens."""
-    return tiny.write_documents(tmp_path_factory.mktemp("documents"), 4)
+from tests.engines.conftest import documents, model, tokenizer  # noqa: F401
 
 
 @pytest.fixture
-def settings(tokenizer, documents, tmp_path):
+def settings(tokenizer, documents, tmp_path):  # noqa: F811
     """settings(**changes): a run over the little documents."""
 
     def make(**changes) -> GenerateRun:
@@ -57,3 +28,11 @@ def settings(tokenizer, documents, tmp_path):
         return GenerateRun(**given)
 
     return make
+
+
+@pytest.fixture
+def pair() -> Pair:
+    turn = Turn(
+        "Why does the bell ring?", "The bell rings at noon.", "It rings at noon.", ("It rings at dusk, they say.",)
+    )
+    return Pair("one", "The bell rings at noon. The wind turns.", (turn,), {"source": "a.md"})

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import typer
-from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks.openai_server import OpenAIServer
-from longpo_ops.data import Pair, Turn, read_pairs, write_pairs
-from longpo_ops.generate import commands, report
+from benchmarks.loop.openai_server import OpenAIServer
+from longpo_ops.data import read_pairs, write_pairs
+from longpo_ops.generate import commands
 
 APP = typer.Typer()
 APP.command()(commands.generate)
 APP.add_typer(commands.pairs, name="pairs")
-
-EVIL = '<script>alert("x")</script> & [bold red]b[/] \x1b[31mred\x07 <img src=x onerror=y>'
-
-
-@pytest.fixture
-def pair() -> Pair:
-    turn = Turn(
-        "Why does the bell ring?", "The bell rings at noon.", "It rings at noon.", ("It rings at dusk, they say.",)
-    )
-    return Pair("one", "The bell rings at noon. The wind turns.", (turn,), {"source": "a.md"})
 
 
 def call(*words):
@@ -103,49 +90,6 @@ def test_a_server_that_is_down_is_an_error_that_says_what_to_do(tokenizer, docum
     assert isinstance(done.exception, OSError) and "no server answers" in str(done.exception)
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.attributes, self.text = [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_a_page_escapes_everything_and_loads_nothing(pair):
-    turn = Turn(EVIL, EVIL, EVIL + " same", (EVIL + " other",))
-    evil = replace(pair, id=EVIL, document=EVIL, turns=(turn,), provenance={"source": EVIL})
-    page = Page(report.html_page([evil], EVIL, [(EVIL, EVIL)], b"png"))
-    assert "script" not in page.tags and page.tags.count("img") == 1
-    assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert [value for name, value in page.attributes if name in ("src", "href")] == ["data:image/png;base64,cG5n"]
-    assert page.text.count('<script>alert("x")</script>') == 11 and "\x1b" not in page.text
-
-
-def test_differences_are_marked(pair):
-    page = report.html_page([pair], "t")
-    assert "<mark>noon</mark>" in page and "<mark>dusk, they say</mark>" in page
-    assert report.differences("a b c", "a x c") == [(True, "a ", "a "), (False, "b", "x"), (True, " c", " c")]
-
-
-def test_a_terminal_gets_no_control_codes_and_no_markup(pair):
-    out = io.StringIO()
-    turn = Turn(EVIL, EVIL, EVIL, (EVIL + " more",))
-    report.show_pair(replace(pair, turns=(turn,), provenance={"source": EVIL}), Console(file=out, width=200))
-    assert "\x1b" not in out.getvalue() and "\x07" not in out.getvalue()
-    assert "[bold red]b[/]" in out.getvalue() and "chosen" in out.getvalue() and "rejected" in out.getvalue()
-
-
 def test_show(pair, tmp_path):
     write_pairs([pair, replace(pair, id="two")], tmp_path / "a.jsonl")
     done = call("pairs", "show", tmp_path, "--id", "two")
@@ -168,7 +112,7 @@ def test_validate(pair, tokenizer, tmp_path):
     write_pairs([pair], tmp_path / "good.jsonl")
     done = call("pairs", "validate", tmp_path / "good.jsonl", "--model", tokenizer.name_or_path)
     assert done.exit_code == 0 and "1 of 1 records kept" in done.output
-    (tmp_path / "bad.jsonl").write_text("{}\n{broken\n" + json.dumps(pair.to_row()) + "\n")
+    (tmp_path / "bad.jsonl").write_text("{}\n{broken\n" + json.dumps(pair.to_record()) + "\n")
     done = call("pairs", "validate", tmp_path)
     assert done.exit_code == 1 and "2 of 4 records kept" in done.output and "1 skipped: no valid JSON" in done.output
     done = call("pairs", "validate", tmp_path / "good.jsonl", "--model", tokenizer.name_or_path, "--max-length", 9)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from longpo_ops.generate import commands
 
-PACKAGE = Path(commands.__file__).parent
-DOC = (PACKAGE.parents[1] / "docs/generate.md").read_text()
+PACKAGE = Path(commands.__file__).parents[1]
+DOC = (PACKAGE.parent / "docs/generate.md").read_text()
 
 REASONS = {
-    "readers.py": r'(?:Unreadable\(f?"|TOO_LONG, BINARY, EMPTY = Unreadable\(")([a-zA-Z0-9\- ]+)',
-    "documents.py": r'skipped\["([a-z ]+)"\]',
-    "run.py": r'(?:TOO_SHORT = "|else )"?([a-z ]{8,})"',
-    "steps.py": r'(?:counts\["|self\.fail\(failure, ")([a-z\- ]+)"',
-    "filters.py": r'return "([a-z\- ]+)"',
+    "documents/readers.py": r'(?:Unreadable\(f?"|TOO_LONG, BINARY, EMPTY = Unreadable\(")([a-zA-Z0-9\- ]+)',
+    "documents/listing.py": r'skipped\["([a-z ]+)"\]',
+    "generate/run.py": r'(?:TOO_SHORT = "|else )"?([a-z ]{8,})"',
+    "generate/steps.py": r'(?:counts\["|self\.fail\(failure, ")([a-z\- ]+)"',
+    "generate/filters.py": r'return "([a-z\- ]+)"',
     "engines/server.py": r'RequestFailed\("([a-z ]+)"',
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from longpo_ops.generate import Completion, Filters, Prompts
+from longpo_ops.engines import Completion
+from longpo_ops.generate import Filters, Prompts
 from longpo_ops.generate.filters import overlap, repeated_share, split_words
 from longpo_ops.generate.prompts import parse_questions
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.openai_server import OpenAIServer, Reply, sentence
+from benchmarks.loop.openai_server import OpenAIServer, Reply, sentence
 from longpo_ops.data import ChatFormat, read_pairs
-from longpo_ops.generate import EngineStopped, GenerateRun, generate
-from longpo_ops.generate.engines import server as engine_module
-from tests.generate import tiny
+from longpo_ops.engines import EngineStopped
+from longpo_ops.engines import server as engine_module
+from longpo_ops.generate import GenerateRun, generate
+from tests.engines import tiny
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = 4 * 4 * 3  # documents, chunks, and the pool, chosen and rejected answer of each
@@ -105,7 +106,7 @@ def test_pairs_follow_the_method_and_tokenise(settings, tokenizer, tmp_path, doc
 
 
 def tiny_questions():
-    from benchmarks.openai_server import QUESTIONS
+    from benchmarks.loop.openai_server import QUESTIONS
 
     return QUESTIONS
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_correctness
 from benchmarks.budget import judge
-from benchmarks.gpu_setting import REHEARSAL
+from benchmarks.gpu import correctness
+from benchmarks.gpu.setting import REHEARSAL
 from longpo_ops.ops.build import source_folder
 from longpo_ops.ops.cuda_tiles import CudaTiles, bind, find_nvcc, load_cuda
 from longpo_ops.ops.tiles import LogitMap, TorchTiles
@@ -120,7 +120,7 @@ def test_wide_kernels_read_and_write_16_bytes(nvcc, tmp_path):
         assert kernel_name(name) != "logps_gradient" or re.search(r"st\.shared\.v4\.[fb]32", body), name
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a launch succeeds here: benchmarks/gpu_check.py judges it")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a launch succeeds here: benchmarks/gpu/check.py judges it")
 def test_library_loads_without_a_gpu_and_a_launch_says_what_is_wrong(nvcc):
     class OnCpuTensors(CudaTiles):
         _stream = EmulatedTiles._stream
@@ -345,7 +345,7 @@ def test_a_bias_of_minus_infinity_takes_a_token_out(tiles):
 def test_what_the_gpu_check_asks_for(tiles, monkeypatch):
     """Its cases for this back-end, here on the emulation: a GPU then starts with a script that fits the kernels."""
     monkeypatch.setattr("longpo_ops.ops.cuda_tiles._divergence_tiles", TorchTiles)
-    rows = list(gpu_correctness.tile_rows(tiles.run_as(), REHEARSAL))
+    rows = list(correctness.tile_rows(tiles.run_as(), REHEARSAL))
     assert {row["backend"] for row in rows} == {"cuda"}
     assert [row for row in rows if row["status"] != "passed"] == []
 

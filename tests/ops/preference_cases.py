@@ -16,7 +16,7 @@ from longpo_ops import (
     fused_preference_loss,
     packed_preference_loss,
 )
-from longpo_ops.ops import reference
+from longpo_ops.ops import truth
 
 from .budget import check_mean_budget
 
@@ -70,7 +70,7 @@ class Case:
         """-> loss, sums of chosen and rejected, gradients, by plain PyTorch at that dtype."""
         chosen, rejected, weight, bias = leaves = self.leaves(dtype)
         place = lambda x: None if x is None else x.to(weight.device)  # noqa: E731
-        loss, *sums = reference.preference_loss(
+        loss, *sums = truth.preference_loss(
             chosen, rejected, weight, place(self.chosen), place(self.rejected), objective=self.objective, bias=bias,
             nll_labels=place(self.nll), rejected_pair=place(self.pair),
             **{name: place(x) for name, x in self.refs.items()}, **self.options,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpo_ops import linear_kl
-from longpo_ops.ops import reference
+from longpo_ops.ops import truth
 from longpo_ops.ops.products import Products
 from longpo_ops.ops.sweep import workspace_of
 
@@ -75,10 +75,10 @@ class Case:
         other = {name: o.pop("teacher_" + name) for name in ("scale", "softcap") if "teacher_" + name in o}
 
         def log_softmax(hidden, weight, bias, map):
-            z = reference.logits(hidden, weight, bias, **map)
+            z = truth.logits(hidden, weight, bias, **map)
             return (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
 
-        values = reference.divergence(log_softmax(*leaves[:3], o), log_softmax(*leaves[3:], o | other), kind, beta)
+        values = truth.divergence(log_softmax(*leaves[:3], o), log_softmax(*leaves[3:], o | other), kind, beta)
         mask = torch.ones(len(values), device=values.device) if self.mask is None else self.mask
         weights = torch.ones_like(values) if self.weights is None else self.weights.to(values)
         values = torch.where(mask.bool(), values * weights, 0)
@@ -131,8 +131,8 @@ def test_float64_equals_full_logits(kind, option, workspace):
     rows = options.pop("rows", None)
     case = Case(torch.float64, **kind, **options)
     ours = case.ours(backend="torch", workspace_bytes=workspace(case.tensors[1], rows, 2))
-    for a, truth in zip(ours, case.full_logits()):
-        torch.testing.assert_close(a, truth, rtol=1e-11, atol=1e-13)
+    for a, expected in zip(ours, case.full_logits()):
+        torch.testing.assert_close(a, expected, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -214,10 +214,10 @@ def test_row_weights_of_any_dtype_are_summed_in_float64():
     """A sum of 70,000 ones passes float16's largest number."""
     N = 70_000
     hidden, teacher, weight = torch.randn(N, 2), torch.randn(N, 2), torch.randn(3, 2)
-    truth = linear_kl(hidden, weight, teacher, weight)
+    expected = linear_kl(hidden, weight, teacher, weight)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         weights = torch.ones(N, dtype=dtype)
-        torch.testing.assert_close(linear_kl(hidden, weight, teacher, weight, row_weights=weights), truth)
+        torch.testing.assert_close(linear_kl(hidden, weight, teacher, weight, row_weights=weights), expected)
 
 
 def test_float16_sums_that_float16_cannot_hold_on_the_way():
@@ -246,8 +246,8 @@ def test_extreme_logits_and_closed_tokens(kind, backend, device):
                 (h.double() @ w.double().T + b.double()).log_softmax(-1)
                 for h, w, b in (case.tensors[:3], case.tensors[3:])
             )
-            truth = torch.where(p.exp() == 0, 0, p.exp() * (p - q)).sum(-1).mean()
-        assert abs(value - truth) < ulp(3000.0, torch.float32)  # logits of 3,000 are known no better
+            expected = torch.where(p.exp() == 0, 0, p.exp() * (p - q)).sum(-1).mean()
+        assert abs(value - expected) < ulp(3000.0, torch.float32)  # logits of 3,000 are known no better
 
 
 def test_gradient_goes_where_it_is_asked_for(monkeypatch):
@@ -257,14 +257,14 @@ def test_gradient_goes_where_it_is_asked_for(monkeypatch):
         monkeypatch.setattr(Products, name, lambda *a, plain=plain, name=name: calls.append(name) or plain(*a))
     for reduction in ("mean", "none"):
         case = Case(torch.float64, kind="forward", H2=16)
-        truth = case.ours(reduction=reduction)[1:]
+        expected = case.ours(reduction=reduction)[1:]
         for wanted in range(4):
             calls.clear()
             leaves = [t.detach().clone() for t in case.tensors if t is not None]
             leaves[wanted].requires_grad_()
             out = linear_kl(*leaves, kind="forward", reduction=reduction)
             out.backward(case.upstream.to(out) if reduction == "none" else case.upstream[0].to(out))
-            torch.testing.assert_close(leaves[wanted].grad, truth[wanted])
+            torch.testing.assert_close(leaves[wanted].grad, expected[wanted])
             assert calls == [("hidden_gradient", "add_weight_gradient_")[wanted % 2]]
 
 
@@ -303,16 +303,16 @@ def test_properties(data):
 
 def test_strides_repeatability_and_new_memory(backend, device):
     case = Case(torch.bfloat16, device, bias=True, kind="jsd")
-    truth = case.ours(backend=backend)
-    assert same(case.ours(backend=backend), truth)
+    expected = case.ours(backend=backend)
+    assert same(case.ours(backend=backend), expected)
     torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
     try:
-        assert same(case.ours(backend=backend), truth)
+        assert same(case.ours(backend=backend), expected)
     finally:
         torch.use_deterministic_algorithms(False)
     case.tensors[0] = case.tensors[0].t().contiguous().t()
     case.tensors[4] = torch.stack([case.tensors[4]] * 2, -1)[..., 1]
-    for a, b in zip(case.ours(backend=backend), truth):
+    for a, b in zip(case.ours(backend=backend), expected):
         torch.testing.assert_close(a, b)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpo_ops import linear_cross_entropy, linear_logprobs
-from longpo_ops.ops import reference
+from longpo_ops.ops import truth
 from longpo_ops.ops.products import Products
 from longpo_ops.ops.sweep import workspace_of
 
@@ -61,9 +61,9 @@ class Case:
         options = dict(self.map, bias=bias, **more)
         labels = self.labels if ours else place(self.labels)
         if self.loss is None:
-            out = (linear_logprobs if ours else reference.logprobs)(hidden, weight, labels, **options)
+            out = (linear_logprobs if ours else truth.logprobs)(hidden, weight, labels, **options)
         else:
-            call = linear_cross_entropy if ours else reference.cross_entropy
+            call = linear_cross_entropy if ours else truth.cross_entropy
             row_weights = place(self.weights) if "weighted" in self.loss else None
             out = call(hidden, weight, labels, row_weights=row_weights, reduction=self.loss["reduction"], **options)
         upstream = place(self.upstream).to(out)
@@ -111,9 +111,9 @@ def test_float64_equals_full_logits(loss, option, workspace):
     rows = options.pop("rows", None)
     case = Case(torch.float64, loss=loss, **options)
     ours = case.run(True, backend="torch", workspace_bytes=workspace(case.tensors[1], rows))
-    for a, truth in zip(ours, case.run(False)):
+    for a, expected in zip(ours, case.run(False)):
         assert a.dtype == torch.float64
-        torch.testing.assert_close(a, truth, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(a, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_log_probs_of_16_bit_inputs_are_float32_and_within_2e_3():
@@ -123,7 +123,7 @@ def test_log_probs_of_16_bit_inputs_are_float32_and_within_2e_3():
         h, w = hidden.to(dtype), weight.to(dtype)
         got = linear_logprobs(h, w, labels)
         assert got.dtype == torch.float32
-        assert (got.double() - reference.logprobs(h.double(), w.double(), labels)).abs().max() < 2e-3
+        assert (got.double() - truth.logprobs(h.double(), w.double(), labels)).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("rows", [1, None])
@@ -155,8 +155,8 @@ def test_one_hot_upstream_gradients_are_exact(rows, workspace):
     for row in range(5):
         case.upstream = torch.eye(5)[row]
         ours = case.run(True, backend="torch", workspace_bytes=workspace(case.tensors[1], rows))
-        for a, truth in zip(ours, case.run(False)):
-            torch.testing.assert_close(a, truth, rtol=1e-12, atol=1e-14)
+        for a, expected in zip(ours, case.run(False)):
+            torch.testing.assert_close(a, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_equals_torch_cross_entropy():
@@ -233,8 +233,8 @@ def test_minus_infinity_in_the_bias(backend, device):
     case.labels[(case.labels >= 0) & (case.labels < 5)] = 5
     case.labels[1] = 2  # a closed label: log-prob -inf, and a gradient that is none of its logits' doing
     value, *grads = case.run(True, backend=backend)
-    truth, *true_grads = case.run(False, torch.float64)
-    assert value[1] == -math.inf == truth[1]
+    expected, *true_grads = case.run(False, torch.float64)
+    assert value[1] == -math.inf == expected[1]
     for a, b in zip(grads, true_grads):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
@@ -261,14 +261,14 @@ def test_float16_sums_that_float16_cannot_hold_on_the_way(loss):
 @pytest.mark.parametrize("loss", ["logprobs", "weighted mean"])
 def test_strides_and_devices_of_labels_do_not_matter(loss, backend, device):
     case = Case(torch.float32, device, loss=loss, bias=True)
-    truth = case.run(True, backend=backend)
+    expected = case.run(True, backend=backend)
     hidden, weight, bias = case.tensors
     case.tensors = [hidden.t().contiguous().t(), torch.stack([weight, weight], -1)[..., 0], bias]
-    for a, b in zip(case.run(True, backend=backend), truth):
+    for a, b in zip(case.run(True, backend=backend), expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     case.tensors = [hidden, weight, bias]
     case.labels = torch.stack([case.labels, case.labels], 1)[:, 1].to(device)
-    assert same(case.run(True, backend=backend), truth)
+    assert same(case.run(True, backend=backend), expected)
 
 
 def test_repeatable_and_indifferent_to_what_new_memory_holds(backend, device):
@@ -375,7 +375,7 @@ def test_rows_beyond_one_window():
     hidden, weight = torch.randn(N, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     labels = torch.where(torch.rand(N) < 0.9, -100, torch.randint(4, (N,)))
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    ours, truth = linear_logprobs(*leaves, labels), reference.logprobs(*leaves, labels)
-    torch.testing.assert_close(ours, truth)
-    for a, b in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (ours, truth))):
+    ours, expected = linear_logprobs(*leaves, labels), truth.logprobs(*leaves, labels)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (ours, expected))):
         torch.testing.assert_close(a, b)

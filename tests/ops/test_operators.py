@@ -13,7 +13,7 @@ from longpo_ops import (
     linear_logprobs,
     packed_preference_loss,
 )
-from longpo_ops.ops import divergence, operators, reference
+from longpo_ops.ops import divergence, operators, truth
 from longpo_ops.ops.products import Products
 
 from .budget import check_budget
@@ -176,10 +176,10 @@ def test_autocast(function, dtypes):
     assert value.dtype == torch.float32
     grads = torch.autograd.grad(value, inputs)
     assert [g.dtype for g in grads] == [x.dtype for x in inputs]
-    truth = value_and_gradients(function, [x.detach().double().requires_grad_() for x in inputs])
+    expected = value_and_gradients(function, [x.detach().double().requires_grad_() for x in inputs])
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
     plain = value_and_gradients(function, rounded)  # what rounding the operands to bfloat16 alone costs
-    for name, a, p, t in zip(("value", "hidden", "weight", "bias"), (value, *grads), plain, truth):
+    for name, a, p, t in zip(("value", "hidden", "weight", "bias"), (value, *grads), plain, expected):
         size = t.abs().max().item()
         assert (a.double() - t).abs().max() <= 2 * (p - t).abs().max() + 2**-8 * size, name
 
@@ -238,8 +238,8 @@ def test_products_are_in_float32_for_16_bit_inputs_on_the_cpu():
         weight, h = torch.randn(3000, 64).to(dtype), torch.randn(5, 64).to(dtype)
         products = Products(weight, dtype)
         z = products.logits_(h.float(), torch.empty(5, 3000))
-        truth = h.double() @ weight.double().T
-        check_budget("logits", z, (h.float() @ weight.float().T), truth)
+        expected = h.double() @ weight.double().T
+        check_budget("logits", z, (h.float() @ weight.float().T), expected)
         dz = torch.randn(5, 3000)
         check_budget("hidden", products.hidden_gradient(dz), dz @ weight.float(), dz.double() @ weight.double())
         dw = torch.ones(3000, 64)
@@ -251,9 +251,9 @@ def test_products_are_in_float32_for_16_bit_inputs_on_the_cpu():
 def test_few_rows_are_multiplied_as_well_as_many(n):
     """A product of one row adds V numbers one after another on a CPU; ours must not lose digits to that."""
     weight, dz = torch.randn(20_000, 32), torch.randn(64, 20_000)
-    truth = dz.double() @ weight.double()
+    expected = dz.double() @ weight.double()
     parts = torch.cat([Products(weight, torch.float32).hidden_gradient(d) for d in dz.split(n)])
-    check_budget("hidden", parts, dz @ weight, truth)
+    check_budget("hidden", parts, dz @ weight, expected)
     h, wide = torch.randn(64, 4096), torch.randn(300, 4096)
     products = Products(wide, torch.float32)
     logits = torch.cat([products.logits_(x, torch.empty(len(x), 300)) for x in h.split(n)])
@@ -264,10 +264,10 @@ def test_the_reference_is_plain_pytorch():
     hidden, weight, bias = leaves()
     z = torch.nn.functional.linear(hidden, weight, bias)
     capped = 5 * torch.tanh(2 * z / 5) / 3
-    torch.testing.assert_close(reference.logits(hidden, weight, bias, softcap=5, scale=2, temperature=3), capped)
+    torch.testing.assert_close(truth.logits(hidden, weight, bias, softcap=5, scale=2, temperature=3), capped)
     nll = torch.nn.functional.cross_entropy(z, LABELS, reduction="none")
-    torch.testing.assert_close(reference.logprobs(hidden, weight, LABELS, bias=bias), -nll)
-    torch.testing.assert_close(reference.cross_entropy(hidden, weight, LABELS, bias=bias, reduction="sum"), nll.sum())
+    torch.testing.assert_close(truth.logprobs(hidden, weight, LABELS, bias=bias), -nll)
+    torch.testing.assert_close(truth.cross_entropy(hidden, weight, LABELS, bias=bias, reduction="sum"), nll.sum())
 
 
 class Calls(TorchDispatchMode):

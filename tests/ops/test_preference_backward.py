@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longpo_ops import LongPO, SimPO, packed_preference_loss
-from longpo_ops.ops import reference
+from longpo_ops.ops import truth
 from longpo_ops.ops.products import Products
 
 from .budget import check_budget
@@ -75,7 +75,7 @@ def test_upstream_gradient_within_budget(dtype, reuse):
 
     def full(dtype):
         again = case.leaves(dtype)
-        loss, *_ = reference.preference_loss(
+        loss, *_ = truth.preference_loss(
             *again[:3],
             case.chosen,
             case.rejected,
@@ -86,8 +86,8 @@ def test_upstream_gradient_within_budget(dtype, reuse):
         )
         return torch.autograd.grad(loss * 0.3, again)
 
-    for name, leaf, plain, truth in zip(NAMES[3:], leaves, full(dtype), full(torch.float64)):
-        check_budget(name, leaf.grad, plain, truth)
+    for name, leaf, plain, expected in zip(NAMES[3:], leaves, full(dtype), full(torch.float64)):
+        check_budget(name, leaf.grad, plain, expected)
 
 
 def test_float16_with_a_loss_scale_and_tiny_weights():
@@ -108,13 +108,13 @@ def test_float16_with_a_loss_scale_and_tiny_weights():
 
     def full(dtype):
         leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
-        logp = reference.logprobs(*leaves, labels).double()
+        logp = truth.logprobs(*leaves, labels).double()
         x = 2.0 * (logp[:4].mean() - logp[4:8].mean()) - 1.0
         loss = -1e-6 * torch.nn.functional.logsigmoid(x) - (weights * logp).sum()
         return torch.autograd.grad(loss * 65536, leaves)
 
-    for name, a, plain, truth in zip(("hidden", "weight"), ours(), full(torch.float16), full(torch.float64)):
-        check_budget(name, a, plain, truth)
+    for name, a, plain, expected in zip(("hidden", "weight"), ours(), full(torch.float16), full(torch.float64)):
+        check_budget(name, a, plain, expected)
 
 
 def test_retain_graph_gives_the_same_twice_and_no_third():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longpo_ops import DPO, LongPO, SimPO, fused_preference_loss, packed_preference_loss
-from longpo_ops.ops import reference
+from longpo_ops.ops import truth
 
 from .budget import check_budget
 from .preference_cases import NAMES, OBJECTIVES, Case, check_case, same
@@ -136,7 +136,7 @@ def test_bitwise_repeatable(backend, device, workspace):
 def test_strides_do_not_matter(rows, backend, device, workspace):
     case = Case(LongPO(), torch.float32, device, bias=True)
     more = dict(backend=backend, workspace_bytes=workspace(case.tensors[2], rows))
-    truth = case.ours(**more)
+    expected = case.ours(**more)
     chosen, rejected, weight, bias = case.leaves()
     views = [
         chosen.transpose(0, 1).contiguous().transpose(0, 1),  # batch second in memory
@@ -153,7 +153,7 @@ def test_strides_do_not_matter(rows, backend, device, workspace):
         NAMES, (out.loss, out.chosen_logps, out.rejected_logps, *grads), plain, case.full_logits(torch.float64)
     ):
         check_budget(name, a, p, t)
-    torch.testing.assert_close(out.loss, truth[0])
+    torch.testing.assert_close(out.loss, expected[0])
 
 
 def test_expanded_hidden_states():
@@ -176,7 +176,7 @@ def test_labels_beyond_one_window_of_rows():
     answers[:, 10:-10] = -100
     labels = answers, torch.randint(V, (1, 4))
     out = fused_preference_loss(hidden, rejected, weight, *labels, objective="simpo", nll_labels=tokens)
-    truth, *_ = reference.preference_loss(hidden, rejected, weight, *labels, objective=SimPO(), nll_labels=tokens)
-    torch.testing.assert_close(out.loss, truth)
-    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (out.loss, truth))):
+    expected, *_ = truth.preference_loss(hidden, rejected, weight, *labels, objective=SimPO(), nll_labels=tokens)
+    torch.testing.assert_close(out.loss, expected)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (out.loss, expected))):
         torch.testing.assert_close(a, b)

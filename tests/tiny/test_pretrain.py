@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longpo_ops.data import ChatFormat, Pair, Turn, join_context
 from longpo_ops.demo.run import TINY
-from longpo_ops.generate import Prompts, Request, Sampling
-from longpo_ops.generate.engines.transformers import TransformersEngine
+from longpo_ops.engines import Request, Sampling
+from longpo_ops.engines.transformers import TransformersEngine
+from longpo_ops.generate import Prompts
 from longpo_ops.generate.prompts import parse_questions
 from longpo_ops.tiny import pretrain, text
 

@@ -30,7 +30,7 @@ ONE_STEP = {
 
 
 def close(ours, truth):
-    """float64 against float64: a row's NLL weights are float32, each off by up to 2^-24; nothing else is."""
+    """float64 against float64: a pack's NLL weights are float32, each off by up to 2^-24; nothing else is."""
     error, largest = (float((x.detach().double()).abs().max()) for x in (ours - truth, truth))
     assert error <= 2.0**-23 * largest + 1e-15, f"{error:.3e} off, the largest is {largest:.3e}"
 
@@ -51,17 +51,17 @@ def test_a_rows_loss_and_gradients_are_those_of_separate_sequences(tmp_path, nam
     truth_model = plain(policy)
     positions = None
     needed = reference if METHODS[name].reference else None
-    trainer = make_trainer(tmp_path, name, pairs, policy, needed, row_tokens=400)
+    trainer = make_trainer(tmp_path, name, pairs, policy, needed, pack_tokens=400)
     assert len(trainer.train_dataset) == 1
-    row = trainer.train_dataset[0]
-    if name == "logo":  # its own positions: of the longest sequence of each pair, read off the packed row
-        assert int(row.batch.position_ids.max()) == 255
-        positions = {pair.id: _positions(row.batch, b) for b, pair in enumerate(pairs)}
+    pack = trainer.train_dataset[0]
+    if name == "logo":  # its own positions: of the longest sequence of each pair, read off the pack
+        assert int(pack.batch.position_ids.max()) == 255
+        positions = {pair.id: _positions(pack.batch, b) for b, pair in enumerate(pairs)}
     policy.train()
     with TrueFloat64():
         truth = naive_loss(name, truth_model, plain(reference), pairs, positions)
         truth.backward()
-        loss = trainer.compute_loss(policy, {"row": row})
+        loss = trainer.compute_loss(policy, {"pack": pack})
         loss.backward()
     close(loss, truth)
     ours, theirs = gradients(policy), gradients(truth_model)
@@ -88,7 +88,7 @@ def test_options_of_an_objective_reach_the_loss(tmp_path):
     with TrueFloat64():
         (s_w, n_w), (s_l, n_l) = (answer_logp(truth_model, s) for s in (PAIRS[0].chosen, PAIRS[0].rejected[0]))
         truth = -torch.nn.functional.logsigmoid(1.5 * (s_w / n_w - s_l / n_l) - 0.25)
-        close(trainer.compute_loss(policy, {"row": trainer.train_dataset[0]}), truth)
+        close(trainer.compute_loss(policy, {"pack": trainer.train_dataset[0]}), truth)
 
 
 def step(folder, name, **settings):
@@ -102,14 +102,14 @@ def step(folder, name, **settings):
     return dict(policy.named_parameters()), trainer.state.log_history[0], trainer.train_dataset.groups
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "kto_pair"])  # whose KL is a mean over a row
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "kto_pair"])  # whose KL is a mean over a pack
 def test_accumulated_rows_of_different_sizes_are_one_large_batch(tmp_path, name):
-    whole, log, rows = step(tmp_path / "whole", name, gradient_accumulation_steps=1, row_tokens=1000, target_length=0)
-    assert [len(row) for row in rows] == [5]
-    parts, log_parts, rows = step(
-        tmp_path / "parts", name, gradient_accumulation_steps=4, row_tokens=130, target_length=0
+    whole, log, packs = step(tmp_path / "whole", name, gradient_accumulation_steps=1, pack_tokens=1000, target_length=0)
+    assert [len(pack) for pack in packs] == [5]
+    parts, log_parts, packs = step(
+        tmp_path / "parts", name, gradient_accumulation_steps=4, pack_tokens=130, target_length=0
     )
-    assert len({len(row) for row in rows}) > 1 and len(rows) <= 4
+    assert len({len(pack) for pack in packs}) > 1 and len(packs) <= 4
     for parameter in whole:
         close(parts[parameter], whole[parameter])
     assert {"loss"} < {k for k in log if k not in ("tokens_per_second", "peak_memory_gib", "epoch")}
@@ -121,7 +121,7 @@ WORKER = """
 import sys
 import torch
 from tests.train.test_trainer import step
-parameters, log, rows = step(sys.argv[1], sys.argv[2], gradient_accumulation_steps=1, row_tokens=int(sys.argv[3]),
+parameters, log, rows = step(sys.argv[1], sys.argv[2], gradient_accumulation_steps=1, pack_tokens=int(sys.argv[3]),
                              reference="precompute", target_length=0)
 if torch.distributed.get_rank() == 0:
     torch.save({"parameters": {k: v.detach() for k, v in parameters.items()}, "log": log}, sys.argv[1] + "/result.pt")
@@ -132,7 +132,7 @@ torch.distributed.destroy_process_group()  # left to the interpreter's exit, glo
 
 @pytest.mark.parametrize("name", ["longpo"])
 def test_two_processes_are_one(tmp_path, name):
-    whole, log, _ = step(tmp_path / "whole", name, gradient_accumulation_steps=1, row_tokens=1000)
+    whole, log, _ = step(tmp_path / "whole", name, gradient_accumulation_steps=1, pack_tokens=1000)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     rows = 220
@@ -187,7 +187,7 @@ def test_the_papers_metrics_are_logged_and_reach_callbacks(tmp_path):
     s_w, _ = answer_logp(copy, PAIRS[0].chosen)
     r_w, _ = reference_logps(other, PAIRS[0], "short")
     s_w = s_w.detach()
-    for row in evaluations:  # of the evaluation pair alone, although training rows came between two logs
+    for row in evaluations:  # of the evaluation pair alone, although training packs came between two logs
         assert row["eval_rewards/chosen"] == pytest.approx(0.1 * float(s_w - r_w), rel=1e-6)
         assert row["eval_logps/chosen"] == pytest.approx(float(s_w), rel=1e-6)
         assert row["eval_loss"] == pytest.approx(float(naive_loss("longpo", copy, other, PAIRS[:1]).detach()), rel=1e-5)
@@ -234,7 +234,7 @@ def test_two_hundred_pairs_are_learnt(tmp_path):
         plain(make_model(0, torch.float32, hidden_size=64, intermediate_size=128)),
         objective_options={"preference_weight": 1.0},
         reference="precompute",
-        row_tokens=800,
+        pack_tokens=800,
         gradient_checkpointing=False,
         gradient_accumulation_steps=1,
         num_train_epochs=25,
@@ -258,10 +258,10 @@ BAD_SETTINGS = [
     ({"reference": "none"}, "expected one of precompute, online, data"),
     ({"reference": "data", "objective": "dpo"}, "log-probs of the long inputs"),
     ({"reference": "data", "objective": "sft_constraint"}, "hidden states"),
-    ({"per_device_train_batch_size": 4}, "use row_tokens"),
-    ({"row_tokens": 0}, "row_tokens=0: expected a whole number"),
+    ({"per_device_train_batch_size": 4}, "use pack_tokens"),
+    ({"pack_tokens": 0}, "pack_tokens=0: expected a whole number"),
     ({"constraint_weight": 0.0}, "expected > 0"),
-    ({"remove_unused_columns": True}, "a row has no columns"),
+    ({"remove_unused_columns": True}, "a pack has no columns"),
 ]
 
 
@@ -278,7 +278,7 @@ BAD_PAIRS = [
     ("simpo", {"rejected": ()}, {}, "'pair-1': no rejected answer"),
     ("sft_constraint", {"ref_chosen": PAIRS[1].ref_chosen}, {}, "'pair-1': .* answer tokens in the long input"),
     ("logo", {}, {"target_length": 30}, "'pair-1'.*target_length is 30"),
-    ("longpo", {}, {"row_tokens": 30}, "'pair-1' packs into"),
+    ("longpo", {}, {"pack_tokens": 30}, "'pair-1' packs into"),
 ]
 
 

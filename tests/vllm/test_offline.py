@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from longpo_ops.data import ChatFormat, read_pairs
-from longpo_ops.generate import Request, RequestFailed, Sampling, generate
-from longpo_ops.generate.engines.transformers import TransformersEngine
-from longpo_ops.generate.engines.vllm import VLLMEngine
-from tests.generate import tiny
+from longpo_ops.engines import Request, RequestFailed, Sampling
+from longpo_ops.engines.transformers import TransformersEngine
+from longpo_ops.engines.vllm import VLLMEngine
+from longpo_ops.generate import generate
+from tests.engines import tiny
 
 OPTIONS = {"enforce_eager": True}
 

@@ -1,0 +1,130 @@
+"""Shared-prefix attention on this device: every kernel that takes the calls, outputs and gradients against float64.
+
+truth is a masked softmax over all scores in float64, plain PyTorch's own attention at the inputs' dtype over every sequence
+by itself. Memory: a few (B, H, T, T) score matrices in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from longpo_ops.attention import kernels
+from longpo_ops.attention.shared_prefix import plan_calls, run_plan
+from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
+
+from ..budget import judge, worst
+from .setting import Setting, attempt
+
+LAYOUTS = {  # per pair its rows: prefix, chosen tail, rejected tails
+    "one pair": ((1000, 200, 300),),
+    "several rejected": ((515, 100, 1, 60, 33),),
+    "several pairs": ((300, 50, 70), (1, 40, 2, 10), (260, 90), (1, 1, 3)),
+}
+HEADS = {"8 of 2, size 128": (8, 2, 128), "4 of 4, size 64": (4, 4, 64)}  # query heads, key heads, head size
+SCALE = 0.07  # off the default, so that a kernel that ignores it is seen
+WINDOW = 150
+
+
+def make_layout(*pairs: tuple[int, ...]) -> SharedPrefixLayout:
+    """Each pair is (prefix rows, chosen rows, rejected rows ...), a rejected tail's repeated token included."""
+    spans, row = [], 0
+    for prefix, *tails in pairs:
+        start, row = row, row + prefix
+        ends = []
+        for length in tails:
+            ends.append((row, row + length))
+            row += length
+        spans.append(PairSpans(start, start + prefix, tuple(ends)))
+    return SharedPrefixLayout(tuple(spans), row)
+
+
+def sequences(layout: SharedPrefixLayout) -> list[list[list[int]]]:
+    """Per pair, per tail: the rows that make up its separate sequence, in order."""
+    result = []
+    for pair in layout.pairs:
+        prefix = list(range(pair.start, pair.prefix_end))
+        heads = [prefix] + [prefix[:-1]] * (len(pair.tails) - 1)
+        result.append([head + list(range(*tail)) for head, tail in zip(heads, pair.tails, strict=True)])
+    return result
+
+
+def visible(layout: SharedPrefixLayout, window: int | None = None) -> Tensor:
+    """(T, T) bool: row i sees column j, if j comes at most window - 1 places before i in a sequence both belong to."""
+    mask = torch.zeros(layout.length, layout.length, dtype=torch.bool)
+    for rows in (rows for pair in sequences(layout) for rows in pair):
+        for place, row in enumerate(rows):
+            first = 0 if window is None else max(0, place - window + 1)
+            mask[row, rows[first : place + 1]] = True
+    return mask
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """(B, T, H, D): masked softmax over all scores at once, the softmax in at least float32, as transformers' eager."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    s = q @ k.mT * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    p = s.masked_fill(~mask, float("-inf")).softmax(-1, dtype=dtype).to(q.dtype)
+    return (p @ v).transpose(1, 2)
+
+
+def separate_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float, window: int | None):
+    """(B, T, H, D): every sequence by itself through PyTorch's own attention, as a trainer without sharing would."""
+    out = [None] * layout.length
+    for rows in (rows for pair in sequences(layout) for rows in pair):
+        mask = None if window is None else visible(make_layout((len(rows) - 1, 1)), window).to(q.device)
+        part = torch.nn.functional.scaled_dot_product_attention(
+            *(x[:, :, rows] for x in (q, k, v)), mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        for place, row in enumerate(rows):
+            out[row] = part[:, :, place] if out[row] is None else out[row]
+    return torch.stack(out, 1)
+
+
+def rows(setting: Setting) -> Iterator[dict]:
+    """A row per kernel, layout, heads, dtype and window."""
+    shrink = 1 if setting.on_gpu else 20
+    found = (*kernels.stock_kernels(setting.device), kernels.BLOCKWISE)
+    for kernel in found:
+        for name, pairs in LAYOUTS.items():
+            layout = make_layout(*(tuple(-(-length // shrink) for length in pair) for pair in pairs))
+            for shape, heads in HEADS.items():
+                for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                    for window in (None, WINDOW // shrink):
+                        about = f"{name}, {shape}, {str(dtype)[6:]}" + (f", window {window}" if window else "")
+                        row = {"what": "shared-prefix attention", "backend": kernel.name, "case": about}
+                        yield attempt(row, _case, kernel, layout, heads, dtype, window, setting.device)
+
+
+def _case(
+    kernel: kernels.Kernel, layout: SharedPrefixLayout, heads: tuple[int, int, int], dtype, window, device
+) -> dict:
+    generator, (query, key, size) = torch.Generator().manual_seed(layout.length), heads
+    shapes = [(2, layout.length, n, size) for n in (query, key, key, query)]
+    *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    inputs = [x.transpose(1, 2) for x in inputs]
+    plan = plan_calls(*inputs, layout, SCALE, window, None)
+    for call in (call for calls in plan for call in calls):
+        q, k, v = inputs[0][:, :, call.rows], inputs[1][:, :, call.keys], inputs[2][:, :, call.keys]
+        if (refusal := kernel.refusal(q, k, v, call.case)) is not None:
+            return {"status": f"skipped: {kernel.name} {refusal}"}
+    plan = tuple(tuple(call._replace(kernel=kernel) for call in calls) for calls in plan)
+    mask = visible(layout, window).to(device)
+
+    ours = _run(lambda *tensors: run_plan(*tensors, plan), inputs, upstream)
+    plain = _run(lambda *tensors: separate_attention(*tensors, layout, SCALE, window), inputs, upstream)
+    wide = [x.double() for x in inputs]
+    truth = _run(lambda *tensors: dense_attention(*tensors, mask, SCALE, None), wide, upstream.double())
+    names = ("out", "dq", "dk", "dv")
+    return worst({name: judge(*results) for name, *results in zip(names, ours, plain, truth, strict=True)})
+
+
+def _run(function, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]

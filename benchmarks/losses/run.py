@@ -1,0 +1,176 @@
+"""All cases, all candidates, one fresh process each: a Markdown table on the screen and in results/, and dated JSON.
+
+    python -m benchmarks.losses.run                      the cases that finish in five minutes on two cores
+    python -m benchmarks.losses.run --all                the long ones too
+    python -m benchmarks.losses.run ce-2k kl --rounds 3  some cases; rounds alternate between candidates, for a noisy machine
+    python -m benchmarks.losses.run --out FOLDER         where results go (benchmarks/results)
+
+`results/README.md` shows the latest table of each class of host between markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ..stamp import RESULTS, host_class, stamp
+from .cases import CASES, Case, make
+from .measurement import MEASURED, Order, measure, sizes
+from .peers import candidates, ours
+from .truth import truth
+
+LIMIT = {False: 6.0, True: 60.0}  # seconds of timed runs of one measurement, by whether long cases are run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
+    parser.add_argument("--all", action="store_true", help="the long cases too")
+    parser.add_argument("--rounds", type=int, default=1, help="visits of each candidate, in alternation")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each visit")
+    parser.add_argument("--threads", type=int, help="only this many threads")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.cases if name not in CASES]
+    if unknown:
+        parser.error(f"unknown case {', '.join(unknown)}: expected some of {', '.join(CASES)}")
+    names = options.cases or [
+        name for name, case in CASES.items() if not name.startswith("tiny") and (options.all or not case.long)
+    ]
+    start, rows = time.monotonic(), []
+    long = options.all or bool(options.cases)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(folder, "inductor")))  # compile once, not per process
+        for name in names:
+            case = CASES[name]
+            truths = write_truths(case, Path(folder))
+            for threads in [options.threads] if options.threads else case.threads if long else case.threads[-1:]:
+                rows += measure_case(case, threads, options, LIMIT[long], truths)
+                report = stamp(took_s=round(time.monotonic() - start), load=os.getloadavg(), rows=rows)
+                path = write(report, options.out)  # each time: what was measured outlives an interruption
+    print(table(rows))
+    print(f"\n{report['took_s']} s; {path.name}")
+    return int(any(ours(row["candidate"]) and row["status"].startswith("wrong") for row in rows))
+
+
+def write_truths(case: Case, folder: Path) -> dict[str, str]:
+    """Files with the truth of every size the case may be measured at."""
+    paths = {}
+    for sized in sizes(case):
+        paths[str(sized.rows)] = str(folder / f"{case.name}-{sized.rows}.pt")
+        torch.save(tuple(truth(sized, make(sized))), paths[str(sized.rows)])
+    return paths
+
+
+def measure_case(case: Case, threads: int, options, limit: float, truths: dict[str, str]) -> list[dict]:
+    """One row per candidate; the rounds' runs are put together."""
+    rows, yardstick = {}, None
+    for _ in range(options.rounds):
+        for name in candidates(case):
+            order = Order(case.name, name, threads, options.repeats, limit, truths, yardstick)
+            result = measure(order)
+            yardstick = yardstick or result.get("errors")  # the first is plain PyTorch
+            rows[name] = together(rows.get(name), result)
+            told = f"{rows[name]['median_s']:.2f} s" if "median_s" in rows[name] else result["status"]
+            print(f"{case.name}, {threads} threads, {name}: {told}", file=sys.stderr, flush=True)
+    shape = {"case": case.name, "op": case.op, "N": case.rows, "H": case.width, "V": case.vocab, "dtype": case.dtype}
+    return [shape | {"threads": threads, "candidate": name} | row for name, row in rows.items()]
+
+
+def together(before: dict | None, now: dict) -> dict:
+    if before is None or "seconds" not in before or "seconds" not in now:
+        return now
+    seconds = before["seconds"] + now["seconds"]
+    extra = max(before["extra_bytes"], now["extra_bytes"])
+    return now | {"seconds": seconds, "median_s": statistics.median(seconds), "extra_bytes": extra}
+
+
+# -- what is shown ---------------------------------------------------------------------------------------------------
+
+
+COLUMNS = ("case", "N, H, V, dtype", "threads", "candidate", "seconds", "best peer / this", "extra MiB", "errors")
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: per measurement its time, that of the best peer over it, its memory and its errors."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        shape = f"{row['N']}, {row['H']}, {row['V']}, {row['dtype']}"
+        lead = f"| {row['case']} | {shape} | {row['threads']} | {row['candidate']} |"
+        if row["status"] != MEASURED:
+            lines.append(f"{lead} {row['status'].replace('|', '/')} | | | |")
+            continue
+        peers = [r["median_s"] for r in rows if _rivals(r, row)]
+        ratio = f"{min(peers) / row['median_s']:.2f}" if peers else ""
+        smaller = f" at N={row['rows']}" if row["rows"] != row["N"] else ""
+        gradients = max(error for name, error in row["errors"].items() if name != "loss")
+        lines.append(
+            f"{lead} {row['median_s']:.3g}{smaller} | {ratio} | {row['extra_bytes'] / 2**20:.0f} "
+            f"| {row['errors']['loss']:.0e}, {gradients:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def _rivals(other: dict, row: dict) -> bool:
+    """Whether `other` is a peer that was measured at the same size."""
+    same = all(other.get(key) == row.get(key) for key in ("case", "threads", "rows"))
+    return same and other["status"] == MEASURED and not ours(other["candidate"])
+
+
+def write(report: dict, folder: Path) -> Path:
+    """The JSON, and the table in the folder's README.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = host_class()
+    path = folder / f"{report['date'][:10]}-cpu-{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    readme = folder / "README.md"
+    text = readme.read_text() if readme.exists() else INTRODUCTION
+    readme.write_text(with_section(text, name, section(report, path)))
+    return path
+
+
+INTRODUCTION = """# Results
+
+Written by `make bench` (`python -m benchmarks.losses.run`): the latest table of each class of host, beside the dated JSON it
+comes from.
+
+* seconds: forward and backward, median of the runs of a fresh process; nothing is timed before its results are checked.
+* best peer / this: how many times faster than the best that is not ours.
+* extra MiB: peak memory beyond inputs and delivered gradients. The float32 gradient of a 16-bit head, 4 V H bytes, is
+  part of it.
+* errors: of the loss, and the largest of the gradients, against float64, over the truth's largest value; gradients on a
+  sample of rows.
+"""
+
+
+def section(report: dict, path: Path) -> str:
+    machine, versions = report["hardware"], report["versions"]
+    commit = (report["commit"] or "unknown")[:12] + (" with changes" if report["changed_files"] else "")
+    features = ", ".join(machine["features"])
+    return (
+        f"## {machine['processor']}, {machine['cores']} cores ({features})\n\n"
+        f"[{path.name}]({path.name}): `{report['command']}`, torch {versions['torch']}, commit {commit}, "
+        f"{report['took_s']} s.\n\n{table(report['rows'])}"
+    )
+
+
+def with_section(text: str, name: str, body: str) -> str:
+    """`text` with `body` between the markers of `name`, which are added at the end where they are missing."""
+    first, last = f"<!-- {name} -->", f"<!-- end {name} -->"
+    block = f"{first}\n{body}\n{last}"
+    if first in text:
+        return re.sub(f"{re.escape(first)}.*?{re.escape(last)}", lambda _: block, text, flags=re.DOTALL)
+    return f"{text.rstrip()}\n\n{block}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""A pair as one sequence against a pair as two: seconds and peak memory of one training step, in the same run.
+
+    python -m benchmarks.training.shared_prefix                      the tiny model and one of realistic width
+    python -m benchmarks.training.shared_prefix --cases tiny --rounds 5
+
+Both steps read the same pair with the same model (random weights, float32 on CPU): forward, LongPO loss with NLL,
+backward. "two" is chosen and rejected sequence one after the other through the model's own sdpa attention, their
+answers' log-probs and the NLL from the same fused loss, so that what differs is the shared prefix alone. Every
+measurement is a process of its own; rounds alternate, and numbers are medians over them. Peak memory is resident bytes
+at the step's peak (on a GPU allocated bytes) beyond those before its forward: all but weights and inputs. Loss and
+gradients of the two are compared each time, or nothing is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..measure import Peak, fresh
+from ..stamp import RESULTS, host_class, stamp
+
+TARGETS = {"faster": 1.7, "memory": 0.6}  # at least, at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """prefix, tail: tokens that chosen and rejected share, and of each answer. The rest is a Llama's shape."""
+
+    prefix: int
+    tail: int
+    width: int
+    layers: int
+    heads: int
+    vocab: int
+    steps: int  # timed ones in each process, after one that warms up
+
+
+CASES = {
+    "tiny": Case(prefix=2048, tail=64, width=128, layers=4, heads=4, vocab=1024, steps=5),
+    "wide": Case(prefix=2048, tail=64, width=1024, layers=4, heads=16, vocab=32000, steps=1),
+}
+
+
+def make_model(case: Case):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=case.vocab,
+        hidden_size=case.width,
+        intermediate_size=3 * case.width,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.heads // 2,
+        max_position_embeddings=2 * case.prefix,
+    )
+    return LlamaForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_pair(case: Case):
+    from longpo_ops.data import TokenizedPair, TokenSequence
+
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(case.vocab, size=case.prefix)
+    sequences = []
+    for _ in range(2):
+        ids = np.concatenate([prompt, rng.integers(case.vocab, size=case.tail)])
+        labels = np.where(np.arange(len(ids)) < case.prefix, -100, ids)
+        sequences.append(TokenSequence(ids, labels, ids))
+    return TokenizedPair("pair", sequences[0], (sequences[1],))
+
+
+def shared_step(model, case: Case):
+    """-> a function that computes the loss of the pack."""
+    from longpo_ops import attach, packed_preference_loss
+    from longpo_ops.attention import use_shared_prefix
+    from longpo_ops.data import pack
+
+    use_shared_prefix(model)
+    attach(model)
+    batch, references = pack([make_pair(case)]), torch.zeros(1, device=model.device)
+    ids, positions = batch.input_ids.to(model.device), batch.position_ids.to(model.device)
+
+    def compute(hidden, head):
+        return head(
+            hidden[0],
+            (batch.labels, batch.segments),
+            loss=packed_preference_loss,
+            num_chosen=1,
+            rejected_pair=torch.tensor(batch.rejected_pair),
+            nll_weights=batch.nll_weights,
+            ref_chosen_logps=references,
+            ref_rejected_logps=references,
+        )
+
+    return lambda: (
+        model(ids, position_ids=positions, shared_prefix_layout=batch.layout, use_cache=False, compute=compute).loss
+    )
+
+
+def two_step(model, case: Case):
+    """-> a function that computes the loss of two separate sequences."""
+    from longpo_ops import attach
+
+    attach(model)
+    pair, references = make_pair(case), torch.zeros(1, device=model.device)
+    sequences = (pair.chosen, pair.rejected[0])
+    ids = [torch.from_numpy(sequence.ids)[None].to(model.device) for sequence in sequences]
+    labels = tuple(torch.from_numpy(sequence.labels)[None] for sequence in sequences)
+    nll = torch.from_numpy(pair.chosen.nll_labels)[None]
+
+    def step():
+        chosen = model(ids[0], use_cache=False).last_hidden_state
+
+        def compute(rejected, head):
+            return head(
+                (chosen, rejected), labels, ref_chosen_logps=references, ref_rejected_logps=references, nll_labels=nll
+            )
+
+        return model(ids[1], use_cache=False, compute=compute).loss
+
+    return step
+
+
+def perform(name: str, side: str, gradients: str) -> dict:
+    """One measurement, in this process. Writes loss and gradients to a file."""
+    case = CASES[name]
+    model = make_model(case)
+    step = {"shared": shared_step, "two": two_step}[side](model, case)
+    seconds, memory = [], []
+    for i in range(1 + case.steps):
+        model.zero_grad(set_to_none=True)
+        with Peak() as peak:
+            _start_gpu_peak()
+            start = time.perf_counter()
+            loss = step()
+            loss.backward()
+            value = float(loss)  # waits for a GPU
+            seconds.append(time.perf_counter() - start)
+        memory.append(_gpu_peak() if torch.cuda.is_available() else peak.bytes)
+        del loss
+        if i == 0:
+            saved = {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
+            torch.save((value, saved), gradients)
+            del saved
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"seconds": statistics.median(seconds[1:]), "peak_bytes": max(memory[1:]), "weight_bytes": weights}
+
+
+def _start_gpu_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        _start_gpu_peak.before = torch.cuda.memory_allocated()
+
+
+def _gpu_peak() -> int:
+    return torch.cuda.max_memory_allocated() - _start_gpu_peak.before
+
+
+def measure(name: str, rounds: int, folder: Path) -> dict:
+    """Both sides of a case, in alternation, each in a fresh process."""
+    files = {side: folder / f"{name}-{side}.pt" for side in ("two", "shared")}
+    runs: dict[str, list[dict]] = {side: [] for side in files}
+    for _ in range(rounds):
+        for side, file in files.items():
+            try:
+                runs[side].append(fresh("benchmarks.training.shared_prefix", "--perform", name, side, str(file)))
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}, {side}: {error}") from None
+    error = compare(files["two"], files["shared"])
+    row = {"case": name, "shape": vars(CASES[name]), "weight_bytes": runs["two"][0]["weight_bytes"], "error": error}
+    for side, results in runs.items():
+        row[side] = {key: statistics.median(r[key] for r in results) for key in ("seconds", "peak_bytes")}
+        row[f"{side}_rounds"] = results
+    row["faster"] = row["two"]["seconds"] / row["shared"]["seconds"]
+    row["memory"] = row["shared"]["peak_bytes"] / row["two"]["peak_bytes"]
+    return row
+
+
+def compare(two: Path, shared: Path) -> float:
+    """Largest difference of a gradient over its parameter's largest. RuntimeError if that is more than rounding."""
+    (loss_a, a), (loss_b, b) = torch.load(two), torch.load(shared)
+    error = max(float((a[n] - b[n]).abs().max() / a[n].abs().max()) for n in a)
+    if a.keys() != b.keys() or not abs(loss_a - loss_b) <= 1e-5 * abs(loss_a) or not error <= 1e-3:
+        raise RuntimeError(f"the two steps differ: losses {loss_a} and {loss_b}, gradients by {error:.1e}")
+    return error
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| case | prefix + tails | model | two sequences | shared prefix | faster | memory of two | shared | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shape, two, one = row["shape"], row["two"], row["shared"]
+        lines.append(
+            f"| {row['case']} | {shape['prefix']} + 2 x {shape['tail']} | {shape['layers']} x {shape['width']}, "
+            f"V {shape['vocab']} | {two['seconds']:.3f} s | {one['seconds']:.3f} s | {row['faster']:.2f}x | "
+            f"{two['peak_bytes'] / 2**20:.0f} MiB | {one['peak_bytes'] / 2**20:.0f} MiB | {row['memory']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--perform", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.perform:
+        print(json.dumps(perform(*options.perform)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [measure(name, options.rounds, Path(folder)) for name in options.cases]
+    result = stamp(rows=rows, rounds=options.rounds, targets=TARGETS)
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"shared-prefix-{result['date'][:10]}-{host_class()}"
+    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text(table(rows) + "\n")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

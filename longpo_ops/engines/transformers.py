@@ -1,0 +1,131 @@
+"""A transformers model in this process: one request at a time, so that a text never depends on what runs beside it.
+
+Greedy texts and seeded draws are repeatable on CPU to the last bit. Memory: the model, and the key-value cache of one
+request; scores need no logits (linear_logprobs).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..pretrained import load_tokenizer, loading, replace_rope
+from . import Completion, Engine, EngineStopped, Request, render
+
+
+class TransformersEngine(Engine):
+    """model: a name or a folder. dtype: "auto" is the model's own. rope: entries of its config's rope_parameters to
+    replace. length: tokens it has to read; a model for fewer is refused. template_kwargs: variables of the chat
+    template.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        length: int | None = None,
+        rope: dict | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        template_kwargs: dict | None = None,
+    ):
+        self.name, self.length, self.rope, self.dtype = model, length, dict(rope or {}), dtype
+        self.trust_remote_code, self.template_kwargs = trust_remote_code, dict(template_kwargs or {})
+        self._lock, self._stopped = asyncio.Lock(), False
+
+    async def start(self) -> None:
+        """Raises ValueError for a model that cannot be loaded or reads too few tokens."""
+        await asyncio.to_thread(self._load)
+
+    async def close(self) -> None:
+        self._stopped = True  # ends a text under way at its next token
+
+    async def generate(self, request: Request) -> Completion:
+        async with self._lock:
+            return await asyncio.to_thread(self._generate, request)
+
+    async def score(self, token_ids: Sequence[int]) -> np.ndarray:
+        async with self._lock:
+            return await asyncio.to_thread(self._score, token_ids)
+
+    def _load(self) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with loading(self.name):
+            config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+        if self.rope:
+            replace_rope(config, self.rope, self.length)
+        positions = getattr(config, "max_position_embeddings", None)
+        if self.length and positions and positions < self.length:
+            raise ValueError(
+                f"{self.name} reads {positions} tokens, {self.length} are wanted; give RoPE settings for longer texts, "
+                "such as --rope '{\"rope_theta\": 1e7}'"
+            )
+        self.tokenizer = load_tokenizer(self.name, self.trust_remote_code)
+        with loading(self.name):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.name,
+                config=config,
+                dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+            ).eval()
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _generate(self, request: Request) -> Completion:
+        import torch
+
+        prompt, sampling = render(self.tokenizer, request, self.template_kwargs), request.sampling
+        ids = torch.tensor([prompt], device=self.model.device)
+        drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0 if sampling.seed is None else sampling.seed)
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=sampling.max_tokens,
+                stopping_criteria=[
+                    lambda ids, scores, **_: torch.full(ids.shape[:1], self._stopped, device=ids.device)
+                ],
+                pad_token_id=self._ends()[0] if self._ends() else 0,
+                return_dict_in_generate=True,
+                output_logits=request.logprobs,
+                **drawn,
+            )
+        if self._stopped:
+            raise EngineStopped("the engine was closed")
+        tokens = out.sequences[0, len(prompt) :].tolist()
+        finish = "stop" if tokens and tokens[-1] in self._ends() else "length"
+        logprobs = None
+        if request.logprobs:
+            steps = zip(out.logits, tokens, strict=True)
+            logprobs = tuple(float(row[0].float().log_softmax(-1)[token]) for row, token in steps)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Completion(text, finish, len(prompt), len(tokens), token_ids=tuple(tokens), logprobs=logprobs)
+
+    def _score(self, token_ids: Sequence[int]) -> np.ndarray:
+        import torch
+
+        from ..ops.head import attach, detach
+        from ..ops.logprobs import linear_logprobs
+
+        ids = torch.as_tensor(np.asarray(token_ids, dtype=np.int64), device=self.model.device)[None]
+
+        def compute(hidden, head):
+            return head(hidden[0, :-1], ids[0, 1:], loss=linear_logprobs)
+
+        attach(self.model)
+        try:
+            with torch.no_grad():
+                return self.model(ids, use_cache=False, compute=compute).double().cpu().numpy()
+        finally:
+            detach(self.model)
+
+    def _ends(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]

@@ -1,0 +1,152 @@
+"""benchmarks/losses/run.py: tiny cases from the command line to the table, their truth, and wrong candidates, never timed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.losses import run as runner
+from benchmarks.losses.cases import CASES, make
+from benchmarks.losses.measurement import MEASURED, Order, perform, verdict
+from benchmarks.losses.peers import NAIVE, OURS, candidates, ours
+from benchmarks.losses.truth import truth
+from benchmarks.measure import Peak
+from benchmarks.stamp import ROOT
+from longpo_ops.ops import truth as full
+
+MIB = 1 << 20
+TINY = ("tiny", "tiny-preference", "tiny-kl")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple[dict, str, str]:
+    """JSON, README and output of a run of one case in its own processes."""
+    out = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "benchmarks.losses.run", "tiny-preference", "--repeats", "2", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = out.glob("*.json")
+    content = json.loads(path.read_text())
+    assert path.name.startswith(f"{content['date'][:10]}-cpu-")
+    return content, (out / "README.md").read_text(), done.stdout
+
+
+def order(case: str, folder: Path, yardstick: dict | None = None) -> Order:
+    return Order(case, NAIVE, 1, 1, 60.0, runner.write_truths(CASES[case], folder), yardstick)
+
+
+def test_a_case_runs_from_the_command_line(report):
+    content, readme, printed = report
+    rows = {row["candidate"]: row for row in content["rows"]}
+    assert set(rows) == set(candidates(CASES["tiny-preference"]))
+    for name in (NAIVE, f"{OURS} (torch)"):
+        assert rows[name]["status"] == MEASURED
+        assert len(rows[name]["seconds"]) == 2 and min(rows[name]["seconds"]) > 0
+    table = runner.table(content["rows"])
+    assert table in printed and table in readme
+
+
+def test_a_report_says_where_and_with_what(report):
+    content, readme, _ = report
+    assert content["hardware"]["cores"] and content["hardware"]["processor"]
+    assert content["versions"]["torch"] == torch.__version__ and content["versions"]["python"]
+    assert content["command"].startswith("python -m benchmarks.losses.run tiny-preference")
+    assert content["date"].endswith("+00:00") and "commit" in content and "load" in content
+    assert content["versions"]["torch"] in readme and str(ROOT) not in readme
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_truth_is_the_naive_form_in_float64(name):
+    """The sampled truth against autograd through full logits of the same inputs in float64."""
+    case = CASES[name]
+    inputs = make(case)
+    expected = truth(case, inputs)
+    for key, tensor in inputs.tensors.items():
+        if tensor.is_floating_point():
+            inputs.tensors[key] = tensor.detach().double().requires_grad_(key in inputs.leaves)
+    loss = _float64_loss(case, inputs)
+    loss.backward()
+    errors = expected.errors(loss.item(), inputs.gradients())
+    assert max(errors.values()) < 1e-12, errors
+
+
+def _float64_loss(case, inputs):
+    from longpo_ops.ops import objectives
+
+    if case.op == "cross_entropy":
+        return full.cross_entropy(inputs["hidden"], inputs["weight"], inputs["labels"])
+    if case.op == "kl":
+        log_p = full.logits(inputs["hidden"], inputs["weight"]).log_softmax(-1)
+        log_q = full.logits(inputs["teacher_hidden"], inputs["teacher_weight"]).log_softmax(-1)
+        return full.divergence(log_p, log_q, "reverse").mean()
+    names = ("chosen_hidden", "rejected_hidden", "weight", "chosen_labels", "rejected_labels")
+    return full.preference_loss(
+        *(inputs[name] for name in names),
+        objective=objectives.LongPO(beta=0.1, preference_weight=0.01),
+        ref_chosen_logps=inputs["ref_chosen_logps"],
+        ref_rejected_logps=inputs["ref_rejected_logps"],
+        nll_labels=inputs["nll_labels"],
+    )[0]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_wrong_candidate_is_reported_and_not_timed(name, tmp_path):
+    right = candidates(CASES[name])[NAIVE]
+    made = order(name, tmp_path)
+    yardstick = perform(made)["errors"]
+    made = order(name, tmp_path, yardstick)
+    assert perform(made)["status"] == MEASURED
+
+    def wrong_loss(case, x):
+        return right(case, x) + 1e-2
+
+    def wrong_gradient(case, x):
+        return right(case, x) + 1e-3 * (x["weight"] - x["weight"].detach()).sum()
+
+    for wrong in (wrong_loss, wrong_gradient):
+        result = perform(made, lambda case, wrong=wrong: {NAIVE: wrong})
+        assert result["status"].startswith("wrong: "), wrong.__name__
+        assert "seconds" not in result
+
+
+def test_nan_is_wrong_and_a_missing_peer_is_named(tmp_path):
+    assert verdict({"loss": float("nan")}, {"loss": 1.0}, CASES["tiny"]).startswith("wrong")
+
+    def absent(case, x):
+        raise ImportError("no such package")
+
+    result = perform(order("tiny", tmp_path), lambda case: {NAIVE: absent})
+    assert result["status"] == "not installed: no such package"
+
+
+def test_a_wrong_result_is_shown_without_a_time():
+    common = {"case": "c", "threads": 1, "rows": 8, "N": 8, "H": 2, "V": 3, "dtype": "float32"}
+    measured = {"status": MEASURED, "median_s": 2.0, "extra_bytes": 0, "errors": {"loss": 0.0, "weight": 0.0}}
+    rows = [
+        common | measured | {"candidate": NAIVE},
+        common | {"candidate": "fast", "status": "wrong: loss is off"},
+        common | measured | {"candidate": f"{OURS} (torch)", "median_s": 1.0},
+    ]
+    lines = runner.table(rows).splitlines()
+    assert "wrong: loss is off" in lines[3]
+    assert "| 2.00 |" in lines[4] and ours(rows[2]["candidate"])  # 2.0 s of the best peer over 1.0 s
+
+
+def test_the_readme_keeps_what_is_outside_the_markers():
+    once = runner.with_section("# Title\n", "a-host", "old")
+    both = runner.with_section(once, "b-host", "other")
+    again = runner.with_section(both, "a-host", r"new \1")
+    assert again.startswith("# Title\n") and r"new \1" in again and "other" in again and "old" not in again
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_peak_sees_memory_that_is_gone_again(exact, monkeypatch):
+    if not exact:
+        monkeypatch.setattr("benchmarks.measure._reset_mark", lambda: False)
+    with Peak() as peak:
+        for _ in range(3):
+            torch.ones(32 * MIB // 4).sum()
+    assert 31 * MIB <= peak.bytes < 96 * MIB

@@ -1,0 +1,136 @@
+"""benchmarks/training/step.py and plot.py in rehearsal: every variant runs, the layouts are what they say, the figure draws."""
+
+import gc
+import json
+import weakref
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from benchmarks import plot
+from benchmarks.gpu.setting import REHEARSAL
+from benchmarks.training import step
+from benchmarks.training.step import TINY, VARIANTS, pair_rows, perform, useful_operations
+from longpo_ops.memory.optimizer import AdamW
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step otherwise, for longer than this takes
+        yield
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("step")
+    with torch.compiler.set_stance("force_eager"):
+        assert step.main(["--rehearse", "--out", str(out)]) == 0
+    (file,) = out.glob("step_*.json")
+    return json.loads(file.read_text())
+
+
+def test_every_variant_is_measured_and_stamped(report):
+    assert [row["variant"] for row in report["rows"]] == list(VARIANTS)
+    assert {row["status"] for row in report["rows"]} == {"measured"}
+    assert report["rehearsal"] is True and report["state"] == "finished"
+    assert report["versions"]["torch"] and report["hardware"] and report["date"]
+    for row in report["rows"]:
+        assert row["seconds"] > 0 and row["peak_host_bytes"] > 0
+        assert row["tokens_per_s"] == pytest.approx(TINY.length / row["seconds"])
+        assert row["tflops"] == pytest.approx(useful_operations(TINY) / row["seconds"] / 1e12)
+    offloaded = next(row for row in report["rows"] if row["variant"] == "all features")
+    assert offloaded["settings"]["on_host"] == TINY.config().num_hidden_layers
+
+
+def test_shared_and_separate_rows_hold_the_same_sequences():
+    shape = replace(TINY, length=40, tail=6)
+    losses = []
+    from transformers import AutoModelForCausalLM
+
+    from longpo_ops.attention import use_shared_prefix
+    from longpo_ops.ops.head import attach
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.float64)
+    use_shared_prefix(model)
+    attach(model)
+    for shared in (True, False):
+        ids, positions, layout, labels, sequences = pair_rows(shape, shared)
+        assert len(ids) == len(positions) == len(labels) == layout.length
+
+        def logps(hidden, head, sequences=sequences, labels=labels):
+            from longpo_ops import linear_logprobs
+
+            values = head(hidden[0], labels, loss=linear_logprobs)
+            return torch.stack([values[sequences == k].sum() for k in (0, 1)])
+
+        call = dict(position_ids=positions[None], shared_prefix_layout=layout, use_cache=False)
+        losses.append(model(input_ids=ids[None], compute=logps, **call))
+        assert [int((sequences == k).sum()) for k in (0, 1)] == [6, 5]
+    assert torch.allclose(losses[0], losses[1], rtol=1e-9)
+
+
+def test_backward_of_some_layers_stops_there():
+    told = []
+    row = perform(replace(TINY, backward_layers=1, steps=1), "all features", told.append)
+    assert row["status"] == "measured" and "tflops" not in row
+    assert "backward of layer 2 done" in told and "backward of layer 1 done" not in told
+
+
+def test_first_layers_only():
+    assert replace(TINY, layers=2).config().num_hidden_layers == 2
+    assert perform(replace(TINY, layers=2, steps=1), "float32 states")["status"] == "measured"
+
+
+def test_what_breaks_is_reported(monkeypatch):
+    monkeypatch.setattr(AdamW, "step", lambda self: 1 / 0)
+    assert perform(TINY, "float32 states")["status"].startswith("failed: ZeroDivisionError")
+
+
+def test_useful_operations_are_those_of_the_formula():
+    config, n = TINY.config(), TINY.length
+    layer = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 160
+    from longpo_ops.memory.plan import attention_pairs
+
+    attention = 4 * 4 * 16 * attention_pairs(n, (TINY.tail,))
+    expected = 3 * (6 * n * layer + 3.5 * attention) + 6 * n * config.vocab_size * 64
+    assert useful_operations(TINY) == pytest.approx(expected)
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert step.main([]) == 1
+    assert "--rehearse" in capsys.readouterr().out
+
+
+def test_plot_draws_measured_steps_and_no_rehearsals(report, tmp_path, capsys):
+    file = tmp_path / "step_2000-01-01_x_tiny_256.json"
+    file.write_text(json.dumps(report))
+    assert plot.main(["--results", str(tmp_path)]) == 1
+    assert "no measured step" in capsys.readouterr().out
+    for length in (256, 512):
+        told = report | {"rehearsal": False, "shape": asdict(replace(TINY, length=length))}
+        (tmp_path / f"step_2000-01-01_x_tiny_{length}.json").write_text(json.dumps(told))
+    assert plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "figure.png")]) == 0
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert [p["length"] for p in plot.read(tmp_path)["tiny: all features"]] == [256, 512]
+
+
+def test_a_variant_is_gone_before_the_next_one_is_measured(monkeypatch):
+    models = []
+
+    def perform(shape, name):
+        assert all(model() is None for model in models)
+        model = torch.nn.Module()
+        model.forward = model.train  # as tiling and attach() do, by which a model refers to itself
+        models.append(weakref.ref(model))
+        return {"status": "measured"}
+
+    monkeypatch.setattr(step, "perform", perform)
+    gc.disable()
+    try:
+        assert len(list(step.rows(REHEARSAL))) == len(models) == len(VARIANTS)
+    finally:
+        gc.enable()

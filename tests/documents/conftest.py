@@ -1,0 +1,3 @@
+"""The tokenizer of tests/engines."""
+
+from tests.engines.conftest import tokenizer  # noqa: F401

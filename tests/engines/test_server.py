@@ -1,0 +1,260 @@
+"""The server engine against a real HTTP server in this process: what passes, what does not, and who is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.loop.openai_server import OpenAIServer, Reply
+from longpo_ops.engines import Completion, EngineStopped, Request, RequestFailed, Sampling
+from longpo_ops.engines import server as engine_module
+from longpo_ops.engines.server import ServerEngine
+
+ASK = Request("Where is the harbour?", Sampling(16, 0.7, 0.9, seed=3), group="g")
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(engine_module, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(engine_module, "LONGEST_PAUSE", 0.1)
+
+
+def ask(engine: ServerEngine, *requests: Request) -> list[Completion]:
+    """Start an engine, send requests side by side, close it."""
+
+    async def work():
+        try:
+            await engine.start()
+            return await engine.batch(requests)
+        finally:
+            await engine.close()
+
+    return asyncio.run(work())
+
+
+def first(count: int, reply: Reply):
+    """A behaviour: the first `count` requests get this reply."""
+    return lambda number, seen: reply if number <= count else None
+
+
+def test_a_request_says_what_it_wants_and_gets_it():
+    with OpenAIServer() as server:
+        (answer,) = ask(ServerEngine([server.url + "/"], template_kwargs={"a": 1}, extra={"top_k": 5}), ASK)
+        assert answer.text.startswith("The ") and answer.finish == "stop" and answer.prompt_tokens > 0
+        assert server.seen[0].body == {
+            "model": "little", "messages": [{"role": "user", "content": "Where is the harbour?"}], "max_tokens": 16,
+            "temperature": 0.7, "top_p": 0.9, "seed": 3, "top_k": 5, "chat_template_kwargs": {"a": 1},
+        }  # fmt: skip
+        assert "authorization" not in server.seen[0].headers
+
+
+def test_a_begun_answer_is_the_last_message_and_said_to_go_on():
+    with OpenAIServer() as server:
+        ask(ServerEngine([server.url]), replace(ASK, prefill="At the"), ASK)
+        bodies = {len(seen.body["messages"]): seen.body for seen in server.seen}
+        assert bodies[2]["messages"] == [*bodies[1]["messages"], {"role": "assistant", "content": "At the"}]
+        assert bodies[2]["continue_final_message"] is True and bodies[2]["add_generation_prompt"] is False
+        assert not {"continue_final_message", "add_generation_prompt"} & bodies[1].keys()
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_cannot_go_on_with_an_answer_is_told_of(status):
+    def behave(number, seen):
+        return Reply(status, {"error": "unknown field"}) if "continue_final_message" in seen.body else None
+
+    with OpenAIServer(behave) as server:
+        with pytest.raises(EngineStopped, match=r"unknown field.*where a server cannot go on, do not prefill"):
+            ask(ServerEngine([server.url]), replace(ASK, prefill="At the"))
+        assert ask(ServerEngine([server.url]), ASK)[0].text
+
+
+def test_token_ids_go_to_the_completions_endpoint():
+    choice = {"text": " it is", "finish_reason": "length", "logprobs": {"token_logprobs": [-0.5, -0.25]}}
+    with OpenAIServer(first(1, Reply(200, {"choices": [choice]}))) as server:
+        (answer,) = ask(ServerEngine([server.url]), Request("", Sampling(2), logprobs=True, prompt_ids=(5, 6)))
+        assert answer == Completion(" it is", "length", 0, 0, logprobs=(-0.5, -0.25))
+        seen = server.seen[0]
+        assert seen.path.endswith("/v1/completions") and seen.body == {
+            "model": "little", "prompt": [5, 6], "max_tokens": 2, "temperature": 0.0, "top_p": 1.0, "logprobs": 1,
+        }  # fmt: skip
+
+
+def test_scores_are_those_of_all_tokens_but_the_first():
+    async def work(engine):
+        await engine.start()
+        try:
+            return await engine.score([4, 5, 6, 7])
+        finally:
+            await engine.close()
+
+    with OpenAIServer() as server:
+        scores = asyncio.run(work(ServerEngine([server.url])))
+        assert np.array_equal(scores, [-0.5 - 5 / 8, -0.5 - 6 / 8, -0.5]) and scores.dtype == np.float64
+
+
+def test_the_key_goes_into_one_header_and_nowhere_else(monkeypatch, caplog):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    caplog.set_level(logging.DEBUG)
+    echo = Reply(500, {"error": "bad key sk-secret"})
+    with OpenAIServer(first(1, echo)) as server:
+        ask(ServerEngine([server.url], key_variable="MY_KEY"), ASK)
+        assert server.seen[0].headers["authorization"] == "Bearer sk-secret"
+    with (
+        OpenAIServer(first(99, Reply(401, {"error": "bad key sk-secret"}))) as server,
+        pytest.raises(EngineStopped) as stop,
+    ):
+        ask(ServerEngine([server.url], key_variable="MY_KEY"), ASK)
+    assert "the API key was refused" in str(stop.value) and "***" in str(stop.value)
+    assert "sk-secret" not in caplog.text + str(stop.value)
+
+
+@pytest.mark.parametrize("url", ["http://key@host/v1", "http://host/v1?key=k", "ftp://host", "host:80"])
+def test_urls_that_hold_a_key_or_are_none_are_refused(url):
+    with pytest.raises(ValueError, match="endpoint") as error:
+        ServerEngine([url])
+    assert "key@" not in str(error.value) and "key=k" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(429, {}, {"Retry-After": "0.05"}),
+        Reply(429, {}),
+        Reply(500, b"oops"),
+        Reply(503, {}, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+        Reply(None),
+        Reply(200, b"no json"),
+        Reply(200, {"choices": []}),
+        Reply(200, [1]),
+        Reply(200, {"choices": [{"message": None}]}),
+    ],
+    ids=lambda reply: f"{reply.status}-{reply.body}",
+)
+def test_what_passes_is_tried_again(reply):
+    with OpenAIServer(first(2, reply)) as server:
+        (answer,) = ask(ServerEngine([server.url]), ASK)
+        assert answer.text.startswith("The ") and len(server.seen) == 3 and server.answered == 1
+
+
+def test_a_timeout_is_tried_again():
+    with OpenAIServer(first(1, Reply(wait=30.0))) as server:
+        (answer,) = ask(ServerEngine([server.url], timeout=0.5), ASK)
+        assert answer.text and len(server.seen) == 2
+
+
+def test_an_answer_without_content_is_an_empty_text():
+    nothing = {"choices": [{"message": {"role": "assistant", "content": None}, "finish_reason": "stop"}]}
+    with OpenAIServer(first(1, Reply(200, nothing))) as server:
+        (answer,) = ask(ServerEngine([server.url]), ASK)
+        assert answer == Completion("", "stop", 0, 0)
+
+
+def test_log_probs_come_where_asked_for():
+    content = [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -0.25}]
+    choice = {"message": {"content": "a b"}, "finish_reason": "length", "logprobs": {"content": content}}
+    usage = {"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
+    with OpenAIServer(first(1, Reply(200, {"choices": [choice | {"token_ids": [1, 2]}], "usage": usage}))) as server:
+        (answer,) = ask(ServerEngine([server.url]), Request("x", Sampling(2), logprobs=True))
+        assert server.seen[0].body["logprobs"] is True
+        assert answer == Completion("a b", "length", 5, 2, 4, (1, 2), (-0.5, -0.25))
+
+
+def test_a_request_that_always_fails_is_given_up_while_others_go_on():
+    def behave(number, seen):
+        return Reply(500, b"poison") if "poison" in seen.body["messages"][0]["content"] else None
+
+    async def work(engine):
+        await engine.start()
+        bad = asyncio.create_task(engine.generate(Request("poison", Sampling(1))))
+        while not bad.done():
+            await engine.generate(ASK)
+        await engine.close()
+        return await bad
+
+    with OpenAIServer(behave, latency=0.01) as server, pytest.raises(RequestFailed, match="500: poison"):
+        asyncio.run(work(ServerEngine([server.url], attempts=3)))
+
+
+def test_a_refusal_skips_one_request_but_the_first_refusal_stops_the_run():
+    def behave(number, seen):
+        return Reply(400, {"error": "too long"}) if seen.body["messages"][0]["content"] == "long" else None
+
+    async def work(engine, *contents):
+        try:
+            await engine.start()
+            for content in contents:
+                await engine.generate(Request(content, Sampling(1)))
+        finally:
+            await engine.close()
+
+    with OpenAIServer(behave) as server:
+        with pytest.raises(RequestFailed, match=r"the engine refused: 400: .*too long"):
+            asyncio.run(work(ServerEngine([server.url]), "short", "long"))
+        with pytest.raises(EngineStopped, match="refuses the first request"):
+            asyncio.run(work(ServerEngine([server.url]), "long"))
+
+
+def test_a_server_that_is_down_from_the_start_stops_at_once():
+    with OpenAIServer() as server:
+        pass
+    with pytest.raises(EngineStopped, match=rf"no server answers at http://127.0.0.1:{server.port}/v1 .*vllm serve"):
+        ask(ServerEngine([server.url]), ASK)
+
+
+def test_a_server_that_dies_for_good_stops_the_run_after_some_patience():
+    server = OpenAIServer(lambda number, seen: Reply(None))
+    with server, pytest.raises(EngineStopped, match="no server has answered for"):
+        ask(ServerEngine([server.url], patience=0.5), ASK)
+
+
+def test_a_server_that_comes_back_goes_on():
+    server = OpenAIServer(lambda number, seen: threading.Thread(target=server.stop).start() or Reply(wait=9))
+    with server:
+        back = threading.Timer(1.0, lambda: (setattr(server, "behave", None), server.start()))
+        back.start()
+        (answer,) = ask(ServerEngine([server.url], patience=20), ASK)
+        back.join()
+        assert answer.text and len(server.seen) == 2
+
+
+def test_requests_are_spread_groups_stay_and_a_dead_endpoint_is_left_alone():
+    requests = [Request(f"{g} {i}", Sampling(8), group=f"document {g}") for i in range(4) for g in range(6)]
+    with OpenAIServer(latency=0.05) as one, OpenAIServer(latency=0.05) as two:
+        ask(ServerEngine([one.url, two.url]), *requests)
+        groups = [{seen.body["messages"][0]["content"].split()[0] for seen in server.seen} for server in (one, two)]
+        assert not groups[0] & groups[1] and len(groups[0]) == len(groups[1]) == 3
+        two.stop()
+        engine = ServerEngine([one.url, two.url])
+        assert len(ask(engine, *requests)) == 24 and len(one.seen) == 12 + 24
+    with OpenAIServer() as one, OpenAIServer(lambda number, seen: Reply(None)) as two:
+        answers = ask(ServerEngine([one.url, two.url]), *requests)
+        assert len({answer.text for answer in answers}) == 24 and one.answered == 24 and len(two.seen) <= 24
+
+
+def test_documents_are_spread_by_what_there_is_to_read():
+    short, long = Sampling(8), "many words " * 50
+    requests = [Request(f"first {long}", short, group="first"), *(Request(f"chunk {i}", short) for i in range(3))]
+    requests.append(Request(f"second {long}", short, group="second"))
+    with OpenAIServer(latency=0.2) as one, OpenAIServer(latency=0.2) as two:
+        ask(ServerEngine([one.url, two.url]), *requests)
+        assert [len(server.seen) for server in (one, two)] == [1, 4]  # by number, both documents would be at one
+
+
+def test_the_model_must_be_clear():
+    with OpenAIServer() as server:
+        server_models = {"data": [{"id": "a"}, {"id": "b"}]}
+        server._reply = _models(server_models)
+        with pytest.raises(ValueError, match=r"the servers offer \['a', 'b'\]; name the model"):
+            ask(ServerEngine([server.url]), ASK)
+
+
+def _models(body):
+    async def reply(request):
+        return Reply(body=body)
+
+    return reply

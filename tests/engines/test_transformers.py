@@ -1,0 +1,100 @@
+"""The transformers engine with a real model: repeatable texts, exact scores, and from documents to a training step."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longpo_ops.engines import EngineStopped, Request, Sampling
+from longpo_ops.engines.transformers import TransformersEngine
+from tests.engines import tiny
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    torch.set_num_threads(1)
+    engine = TransformersEngine(str(model), length=1024)
+    asyncio.run(engine.start())
+    return engine
+
+
+def ask(engine, *requests) -> list:
+    return asyncio.run(engine.batch(requests))
+
+
+def question(number: int, **sampling) -> Request:
+    text = tiny.document(number) + "\n\n" + tiny.QUESTIONS[number % 4]
+    return Request(text, Sampling(**{"max_tokens": 24} | sampling), logprobs=True)
+
+
+def test_texts_are_repeatable_whatever_runs_beside(engine):
+    alone = ask(engine, question(0)) + ask(engine, question(1, temperature=1.5, seed=3))
+    torch.manual_seed(99)
+    others = [question(2), question(0), question(1, temperature=1.5, seed=4), question(1, temperature=1.5, seed=3)]
+    beside = ask(engine, *others)
+    assert [beside[1], beside[3]] == alone
+    assert beside[2].text != beside[3].text
+    assert ask(engine, question(0, max_tokens=2))[0].finish == "length" and alone[0].finish == "stop"
+
+
+def test_log_probs_of_a_text_are_its_scores(engine):
+    (answer,) = ask(engine, question(0))
+    request = question(0)
+    prompt = engine.tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
+    assert answer.prompt_tokens == len(prompt)
+    ids = [*prompt, *answer.token_ids]
+    scores = asyncio.run(engine.score(ids))
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([ids])).logits[0, :-1].double()
+    truth = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    assert scores.shape == (len(ids) - 1,) and abs(scores - truth).max() < 1e-5
+    assert abs(scores[-answer.tokens :] - answer.logprobs).max() < 1e-4
+    assert ask(engine, question(0))[0] == answer  # scoring leaves the model as it was
+
+
+def test_a_begun_answer_and_token_ids_go_on_as_the_whole_answer_did(engine):
+    (whole,) = ask(engine, question(0))
+    begun = engine.tokenizer.decode(whole.token_ids[:2])
+    (rest,) = ask(engine, replace(question(0), prefill=begun))
+    assert rest.text == whole.text.removeprefix(begun) and rest.prompt_tokens == whole.prompt_tokens + 2
+    prompt = engine.tokenizer.apply_chat_template(question(0).messages, add_generation_prompt=True, return_dict=False)
+    (raw,) = ask(engine, replace(question(0), prompt_ids=(*prompt, *whole.token_ids[:2])))
+    assert raw == rest
+    (turned,) = ask(engine, replace(question(0), prefill="Eve"))
+    assert not whole.text.startswith("Eve") and turned.text == " writes the log of the harbour."
+    with pytest.raises(ValueError, match="prefill beside prompt_ids"):
+        replace(question(0), prefill="x", prompt_ids=(1,))
+
+
+def test_rope_reaches_the_model_and_a_short_context_is_refused(model, engine):
+    with pytest.raises(ValueError, match="reads 1024 tokens, 4096 are wanted; give RoPE settings"):
+        asyncio.run(TransformersEngine(str(model), length=4096).start())
+    wide = TransformersEngine(str(model), length=4096, rope={"rope_theta": 5e4})
+    asyncio.run(wide.start())
+    assert wide.model.config.max_position_embeddings == 4096
+    ids = engine.tokenizer("The wind turned, and Ann went home. " * 8)["input_ids"]
+    assert abs(asyncio.run(wide.score(ids)) - asyncio.run(engine.score(ids))).max() > 1e-3
+
+
+def test_rope_entries_that_make_no_whole_are_refused(model):
+    engine = TransformersEngine(str(model), length=4096, rope={"rope_type": "yarn"})
+    with pytest.raises(ValueError, match=r"rope: Missing required keys .*factor"):
+        asyncio.run(engine.start())
+
+
+def test_closing_ends_a_text_under_way(model):
+    engine = TransformersEngine(str(model), length=1024)
+
+    async def work():
+        await engine.start()
+        engine.model.generation_config.eos_token_id = None  # it would not end by itself
+        task = asyncio.create_task(engine.generate(Request("Tell me.", Sampling(100_000, 5.0, seed=1))))
+        await asyncio.sleep(0.3)
+        await engine.close()
+        await task
+
+    with pytest.raises(EngineStopped, match="closed"):
+        asyncio.run(work())
