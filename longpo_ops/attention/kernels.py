@@ -22,6 +22,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}  # scores per block of the blockwise kernel: cache there, launch cost here
@@ -99,7 +100,12 @@ def _blocks(case: Case, heads: int, device: torch.device) -> Iterator[tuple[slic
 
 def _fold(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """(B, H, n, D) to (B, Hk, H/Hk * n, D): the query heads of one key head become rows, so keys are never repeated."""
-    return x.to(dtype).reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+    return rearrange(x.to(dtype), "b (hk g) n d -> b hk (g n) d", hk=kv_heads)
+
+
+def _unfold(x: Tensor, rows: int) -> Tensor:
+    """Back to (B, H, n, D)."""
+    return rearrange(x, "b hk (g n) d -> b (hk g) n d", n=rows)
 
 
 def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, case: Case) -> tuple[Tensor, Tensor | None]:
@@ -126,8 +132,8 @@ def _blockwise_forward(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Ten
         p = s.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
         o = (p @ v[:, :, j].to(dtype)).div_(total.clamp_min(torch.finfo(dtype).tiny))
-        out[:, :, i] = o.reshape(batch, heads, -1, v.shape[-1])
-        lse[:, :, i] = (top + total.log()).reshape(batch, heads, -1)
+        n = i.stop - i.start
+        out[:, :, i], lse[:, :, i] = _unfold(o, n), _unfold(top + total.log(), n).squeeze(-1)
     return out, lse
 
 
@@ -147,7 +153,7 @@ def _blockwise_backward(
         if slope is not None:
             ds.mul_(slope)
         dk[:, :, j] += ds.mT @ qi
-        dq[:, :, i] = (ds @ kj).reshape(dq[:, :, i].shape)
+        dq[:, :, i] = _unfold(ds @ kj, i.stop - i.start)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
