@@ -5,10 +5,9 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A suite that a shell started in the background ignores SIGINT, and so would the runs that tests stop with it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 from hypothesis import settings
 
+# A suite that a shell started in the background ignores SIGINT, and so would the runs that tests stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

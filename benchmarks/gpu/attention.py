@@ -1,7 +1,7 @@
 """Shared-prefix attention on this device: every kernel that takes the calls, outputs and gradients against float64.
 
 truth is a masked softmax over all scores in float64, plain PyTorch's own attention at the inputs' dtype over every sequence
-by itself. Memory: a few (B, H, T, T) score matrices in float64.
+by itself. An entry of the batch is a draw. Memory: a few (B, H, T, T) score matrices in float64.
 """
 
 from __future__ import annotations
@@ -98,14 +98,14 @@ def rows(setting: Setting) -> Iterator[dict]:
                     for window in (None, WINDOW // shrink):
                         about = f"{name}, {shape}, {str(dtype)[6:]}" + (f", window {window}" if window else "")
                         row = {"what": "shared-prefix attention", "backend": kernel.name, "case": about}
-                        yield attempt(row, _case, kernel, layout, heads, dtype, window, setting.device)
+                        yield attempt(row, _case, kernel, layout, heads, dtype, window, setting)
 
 
 def _case(
-    kernel: kernels.Kernel, layout: SharedPrefixLayout, heads: tuple[int, int, int], dtype, window, device
+    kernel: kernels.Kernel, layout: SharedPrefixLayout, heads: tuple[int, int, int], dtype, window, setting: Setting
 ) -> dict:
     generator, (query, key, size) = torch.Generator().manual_seed(layout.length), heads
-    shapes = [(2, layout.length, n, size) for n in (query, key, key, query)]
+    device, shapes = setting.device, [(setting.draws, layout.length, n, size) for n in (query, key, key, query)]
     *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     inputs = [x.transpose(1, 2) for x in inputs]
     plan = plan_calls(*inputs, layout, SCALE, window, None)
@@ -121,7 +121,7 @@ def _case(
     wide = [x.double() for x in inputs]
     truth = _run(lambda *tensors: dense_attention(*tensors, mask, SCALE, None), wide, upstream.double())
     names = ("out", "dq", "dk", "dv")
-    return worst({name: judge(*results) for name, *results in zip(names, ours, plain, truth, strict=True)})
+    return worst({name: judge(*results, draws=True) for name, *results in zip(names, ours, plain, truth, strict=True)})
 
 
 def _run(function, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:

@@ -12,6 +12,8 @@ import torch
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.tiles import Tiles
 
+from ..budget import DRAWS
+
 BACKENDS = ("torch", "triton", "cuda")
 ON_GPU_ONLY = ("triton", "cuda")
 NO_GPU = "skipped: no GPU"
@@ -29,6 +31,7 @@ class Setting:
     workspaces: tuple[int, ...]  # bytes
     dtype: torch.dtype
     seconds: float  # spent on each measurement, warm-up aside
+    draws: int  # of every case that is judged as a whole
 
     @property
     def on_gpu(self) -> bool:
@@ -58,6 +61,7 @@ FULL = Setting(
     workspaces=tuple(MIB << k for k in range(8, 13)),
     dtype=torch.bfloat16,
     seconds=2.0,
+    draws=DRAWS,
 )
 REHEARSAL = Setting(
     device=torch.device("cpu"),
@@ -70,6 +74,7 @@ REHEARSAL = Setting(
     workspaces=(8 * MIB, 16 * MIB),
     dtype=torch.float32,
     seconds=0.0,
+    draws=2,
 )
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ..data import ChatFormat, read_pairs
+from ..data import ChatFormat
 from ..documents import find_files
 from ..evaluate import EvaluateRun, evaluate
 from ..evaluate.run import Plan as EvaluationPlan
-from ..generate import GenerateRun, generate
-from ..generate.report import write_summary
+from ..generate import GenerateRun, generate_and_summarise
 from ..runs.journal import locked
 from ..train.run import TrainRun, train
 from .report import write_report
@@ -104,16 +103,14 @@ def _work(stage: Stage, progress: Progress) -> None:
 
 
 def _generate(run: GenerateRun, tell) -> None:
-    result = generate(
+    result, summary = generate_and_summarise(
         run, lambda fraction, documents, made, _: tell(fraction, f"{documents:,} documents, {made:,} pairs")
     )
     if result.missing:
         raise ValueError(
             f"{result.missing} documents that were begun are no longer there; put them back, or remove {run.out} to begin again"
         )
-    made = sum(outcome["pairs"] for outcome in result.outcomes)
-    summary = write_summary(result, read_pairs(run.out) if made else (), Path(run.out))
-    if not made:
+    if not result.made:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in summary["left_out"].items())
         raise ValueError(
             f"no pair is left of {summary['documents']} documents, so there is nothing to train on. Turns left out: "

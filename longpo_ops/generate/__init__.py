@@ -10,6 +10,6 @@ __all__, __getattr__, __dir__ = public_names(
     {
         "filters": ("Filters",),
         "prompts": ("Prompts",),
-        "run": ("GenerateRun", "Result", "generate", "select"),
+        "run": ("GenerateRun", "Result", "generate", "generate_and_summarise", "select"),
     },
 )

@@ -96,26 +96,23 @@ def _list(run) -> None:
 
 
 def _generate(run) -> None:
-    from ..data import read_pairs
-    from .report import values_of, write_summary
-    from .run import generate as run_generation
+    from .report import values_of
+    from .run import generate_and_summarise
 
     out = Path(run.out)
     with terminal.resumable(f"what was generated is in {out}"), _progress() as progress:
-        result = run_generation(run, progress)
-    made = sum(outcome["pairs"] for outcome in result.outcomes)
-    summary = write_summary(result, read_pairs(out) if made else (), out)
+        result, summary = generate_and_summarise(run, progress)
     terminal.print_values(values_of(result, summary))
     if result.missing:
         typer.echo(
             f"{result.missing} documents begun before are no longer among the documents; put them back to go on",
             err=True,
         )
-    if not made:
+    if not result.made:
         raise ValueError(
             f"no pair came of {summary['documents']} documents; see what was left out, and {out}/summary.html"
         )
-    typer.echo(f"{made:,} pairs in {out}; see {out}/summary.html")
+    typer.echo(f"{result.made:,} pairs in {out}; see {out}/summary.html")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import ChatFormat, tokenizer_fingerprint
+from ..data import ChatFormat, read_pairs, tokenizer_fingerprint
 from ..documents.chunks import Chunker
 from ..documents.listing import Listing, find_files, read_documents
 from ..documents.readers import TOO_LONG
@@ -25,6 +25,7 @@ from ..engines.settings import EngineSettings
 from ..runs.journal import check_folder
 from .filters import Filters
 from .prompts import Prompts
+from .report import write_summary
 from .steps import Steps, Tally, Task
 from .store import Store
 
@@ -117,6 +118,11 @@ class Result:
     seconds: float
     missing: int  # documents begun once that are no longer among the documents
 
+    @property
+    def made(self) -> int:
+        """Pairs."""
+        return sum(outcome["pairs"] for outcome in self.outcomes)
+
 
 def select(
     run: GenerateRun, files: list[tuple[Path, str]], tokenizer, listing: Listing, done=lambda document: False
@@ -167,6 +173,12 @@ def generate(run: GenerateRun, progress=None) -> Result:
         return asyncio.run(_generate(run, files, store, chat, prompts, progress))
     finally:
         store.close()
+
+
+def generate_and_summarise(run: GenerateRun, progress=None) -> tuple[Result, dict]:
+    """`generate`, then summary.json, lengths.png and summary.html beside the pairs (report.py); returns the summary too."""
+    result = generate(run, progress)
+    return result, write_summary(result, read_pairs(run.out) if result.made else (), Path(run.out))
 
 
 async def _generate(run: GenerateRun, files, store: Store, chat: ChatFormat, prompts: Prompts, progress) -> Result:

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from benchmarks.budget import DRAWS
 from longpo_ops.attention import kernels, shared_prefix
 from longpo_ops.attention.kernels import choose, make_case
 from longpo_ops.attention.shared_prefix import plan_calls, plan_segments, shared_prefix_attention
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
+from tests.budget import check_budget
 
-from .dense import check_budget, dense_attention, make_layout, separate_attention, visible
+from .dense import dense_attention, make_layout, separate_attention, visible
 
 LAYOUTS = {
     "one token each": make_layout((1, 1, 1)),
@@ -19,7 +21,7 @@ LAYOUTS = {
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def make_inputs(layout, dtype, device="cpu", heads=4, kv_heads=2, size=16, batch=8):
+def make_inputs(layout, dtype, device="cpu", heads=4, kv_heads=2, size=16, batch=DRAWS):
     generator = torch.Generator().manual_seed(layout.length)
     shapes = [(batch, layout.length, n, size) for n in (heads, kv_heads, kv_heads, heads)]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
@@ -35,7 +37,9 @@ def run(function, q, k, v, dout):
 def compare(layout, dtype, device="cpu", window=None, softcap=None, least_keys=1):
     """Output and gradients of ours and of plain PyTorch in the same dtype, both against a dense softmax in float64.
 
-    No gradient enters at rows that see fewer than least_keys keys.
+    No gradient enters at rows that see fewer than least_keys keys. For a row with one key that of its query is exactly 0,
+    where the formula of all fused kernels, PyTorch's included, takes the difference of two equal sums: what is left of
+    them is the sums' own rounding, which has nothing to do with plain's (and differs between processors).
     """
     tensors = make_inputs(layout, dtype, device)
     mask = visible(layout, window).to(device)
@@ -55,7 +59,7 @@ def compare(layout, dtype, device="cpu", window=None, softcap=None, least_keys=1
         if dtype == torch.float64:
             torch.testing.assert_close(a, c, rtol=0, atol=1e-13)  # about 50 terms below 10: 50 * 10 * eps
         else:
-            check_budget(name, a, b, c)
+            check_budget(name, a, b, c, draws=True)  # an entry of the batch is a draw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -72,13 +76,12 @@ def test_window_follows_positions(layout, window, softcap, monkeypatch):
     monkeypatch.setitem(kernels.SCORES, "cpu", 1)  # blocks of 16 rows: several per call
     compare(layout, torch.float64, window=window, softcap=softcap)
     if softcap is None:
-        compare(layout, torch.float32, window=window)
+        compare(layout, torch.float32, window=window, least_keys=2)
 
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_softcap(window):
-    # PyTorch's own attention has no soft-cap, so plain is a softmax written out. For a row with one key its gradient is
-    # exactly 0, where the formula of all fused kernels, PyTorch's included, takes the difference of two equal sums.
+    # PyTorch's own attention has no soft-cap, so plain is a softmax written out.
     for layout in (make_layout((40, 9, 13)), make_layout((21, 6, 9, 4), (12, 6))):
         compare(layout, torch.float32, window=window, softcap=1.5, least_keys=4)
 

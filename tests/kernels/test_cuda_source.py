@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.budget import judge
 from benchmarks.gpu import correctness
 from benchmarks.gpu.setting import REHEARSAL
 from longpo_ops.ops.build import source_folder
 from longpo_ops.ops.cuda_tiles import CudaTiles, bind, find_nvcc, load_cuda
 from longpo_ops.ops.tiles import LogitMap, TorchTiles
+from tests.budget import check_budget
 
 HERE = Path(__file__).parent
 FOLDER = source_folder("cuda")
@@ -201,10 +201,6 @@ def make(n: int, vocab: int, pitch: int = 0, offset: int = 0, seed: int = 0, spr
     return z, labels, torch.randn(n, generator=generator)
 
 
-def within_budget(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
-    assert judge(ours, plain, truth)["status"] == "passed"
-
-
 def check_all(tiles: CudaTiles, z, labels, g, map: LogitMap, dtype: torch.dtype) -> None:
     """logps, gradient_ and logps_gradient_ of one tile against float64, and each other."""
     plain, exact = TorchTiles(), LogitMap(None if map.bias is None else map.bias.double(), map.scale, map.softcap)
@@ -214,17 +210,17 @@ def check_all(tiles: CudaTiles, z, labels, g, map: LogitMap, dtype: torch.dtype)
     before = z.clone()
     logps, stats = tiles.logps(z, labels, map)
     assert torch.equal(z.view(torch.int32), before.view(torch.int32))
-    within_budget(logps, plain_logps, truth_logps)
+    check_budget("logps", logps, plain_logps, truth_logps, draws=True)
 
     apart = z.new_full((z.shape[0], z.stride(0)), float("nan"))[:, : z.shape[1]].copy_(z)
     dz = tiles.gradient_(apart, labels, stats, g, map, dtype)
     assert dz.dtype == dtype and dz.data_ptr() == apart.data_ptr()
-    within_budget(dz, plain_dz, truth_dz)
+    check_budget("dz", dz, plain_dz, truth_dz, draws=True)
 
     same_logps, same_dz = tiles.logps_gradient_(z, labels, g, map, dtype)
     assert same_dz.data_ptr() == z.data_ptr()
     assert torch.equal(same_logps, logps) or logps.isnan().any()
-    within_budget(same_dz, plain_dz, truth_dz)
+    check_budget("dz", same_dz, plain_dz, truth_dz, draws=True)
 
 
 SHAPES = [  # n, V, pitch, offset in floats: what makes rows aligned, and not

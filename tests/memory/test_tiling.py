@@ -9,8 +9,9 @@ from transformers.models import gemma, gpt2
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, tile_layers
 from longpo_ops.memory.tiling import RowWise
-from tests.attention.dense import TrueFloat64, check_budget, positions
+from tests.attention.dense import TrueFloat64, positions
 from tests.attention.test_registration import FAMILIES, LAYOUT, SIZES, make_ids
+from tests.budget import check_budget
 
 FAMILIES = FAMILIES | {"gemma": lambda: gemma.GemmaConfig(**SIZES)}
 SHARED = [name for name in FAMILIES if name != "gemma"]  # which shared-prefix attention is not checked for

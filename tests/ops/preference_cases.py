@@ -17,8 +17,7 @@ from longpo_ops import (
     packed_preference_loss,
 )
 from longpo_ops.ops import truth
-
-from .budget import check_mean_budget
+from tests.budget import check_budget
 
 OBJECTIVES = {
     "longpo": LongPO(),
@@ -98,13 +97,18 @@ NAMES = ("loss", "chosen_logps", "rejected_logps", "chosen_hidden", "rejected_hi
 
 def check_case(case, draws=1, **more):
     """The budget of one case, or of the mean of several draws of its numbers."""
+    check_draws(case, draws, NAMES, lambda: case.ours(**more), case.full_logits)
+
+
+def check_draws(case, draws, names, ours, plain):
+    """The budget of what ours() and plain(dtype) make of a case, by name, over draws of its numbers."""
     runs = []
     for draw in range(draws):
         if draw:
             case.redraw()
-        runs.append((case.ours(**more), case.full_logits(), case.full_logits(torch.float64)))
-    for name, *results in zip(NAMES, *(zip(*part) for part in zip(*runs))):
-        check_mean_budget(name, *results)
+        runs.append((ours(), plain(case.tensors[0].dtype), plain(torch.float64)))
+    for name, *results in zip(names, *(zip(*part) for part in zip(*runs))):
+        check_budget(name, *results)
 
 
 def same(a, b):

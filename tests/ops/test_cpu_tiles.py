@@ -1,7 +1,7 @@
 """The C++ back-end against float64, and the building of it.
 
 Judged by error budget: a row's greatest error against the float64 PyTorch form is at most twice that of the float32
-PyTorch form, plus one ulp of the row's greatest truth, on average over rows.
+PyTorch form, plus one ulp of the row's greatest truth, on average over rows (benchmarks/budget.py).
 """
 
 import ctypes
@@ -15,8 +15,10 @@ import torch
 
 from longpo_ops.ops import build
 from longpo_ops.ops.tiles import Divergence, LogitMap, TorchTiles
+from tests.budget import check_budget
 
 TORCH = TorchTiles()
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(1, 1), (50, 7), (50, 16), (33, 1023), (16, 1024), (17, 1061), (20, 5003), (40, 513)]
 OPTIONS = ["plain", "scale", "bias", "softcap", "all"]
@@ -62,21 +64,6 @@ def case(n, vocab, **kw):
     return tile(n, vocab, **kw), torch.randint(0, vocab, (n,)), torch.randn(n)
 
 
-def check_budget(ours, plain, truth, dtype=torch.float32):
-    """Each row is one draw of the greatest error, and which of two equally good ways draws the greater one is chance: the
-    budget is held on average over rows. (The public functions are held by averages over draws, see budget.py.)"""
-    ours, plain, truth = ours.double(), plain.double(), truth.double()
-    for special in (torch.isnan, torch.isinf):
-        assert torch.equal(special(ours), special(truth)) and torch.equal(special(plain), special(truth))
-    ours, plain, truth = (torch.where(truth.isfinite(), x, 0.0) for x in (ours, plain, truth))
-    greatest = (lambda x: x.abs().amax(-1)) if truth.dim() == 2 and truth.numel() else torch.abs
-    if truth.numel():
-        top = greatest(truth) if truth.dim() == 2 else truth.abs().amax()
-        one_ulp = torch.finfo(dtype).eps * 2.0 ** top.clamp_min(1e-300).log2().floor()
-        error, allowed = greatest(ours - truth).mean(), 2 * greatest(plain - truth).mean() + one_ulp.mean()
-        assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
-
-
 def rows(tiles, z, labels, g, map, dtype):
     """All three row functions on copies of z: logps, stats, gradient by stats, logps and gradient in one visit."""
     keep = z.clone()
@@ -91,7 +78,7 @@ def check_rows(cpu, z, labels, g, map, dtype=torch.float32):
     plain = rows(TORCH, z, labels, g, map, dtype)
     truth = rows(TORCH, z.double(), labels, g.double(), map, torch.float64)
     for name, o, p, t in zip(("logps", "stats", "gradient", "logps", "gradient"), ours, plain, truth, strict=True):
-        check_budget(o, p, t, dtype if name == "gradient" else torch.float32)
+        check_budget(name, o, p, t, draws=True)  # a row is a draw
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -196,12 +183,12 @@ def check_divergence(cpu, z, t, kappa, kind, maps, dtype=torch.float32, needs=(T
     ours = divergence(cpu, z, t, kappa, kind, maps, dtype, needs)
     plain = divergence(TORCH, z, t, kappa, kind, maps, dtype, needs)
     truth = divergence(TORCH, z.double(), t.double(), kappa.double(), kind, maps, torch.float64, needs)
-    check_budget(ours[0], plain[0], truth[0])
-    for o, p, tr, need in zip(ours[1:], plain[1:], truth[1:], needs, strict=True):
+    check_budget("values", ours[0], plain[0], truth[0], draws=True)
+    for name, o, p, tr, need in zip(("dz", "dz_teacher"), ours[1:], plain[1:], truth[1:], needs, strict=True):
         assert (o is not None) == need
         if need:
             assert o.dtype == dtype
-            check_budget(o, p, tr, dtype)
+            check_budget(name, o, p, tr, draws=True)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.budget import DRAWS
 from longpo_ops import linear_cross_entropy, linear_logprobs
 from longpo_ops.ops import truth
 from longpo_ops.ops.products import Products
 from longpo_ops.ops.sweep import workspace_of
-
-from .budget import DRAWS, check_mean_budget
+from tests.budget import check_budget
 
 OPTIONS = {
     "default": {},
@@ -77,7 +77,7 @@ class Case:
                 self.redraw()
             runs.append((self.run(True, **more), self.run(False), self.run(False, torch.float64)))
         for name, *results in zip(("value", "hidden", "weight", "bias"), *(zip(*part) for part in zip(*runs))):
-            check_mean_budget(name, *results)
+            check_budget(name, *results)
 
 
 def same(a, b):

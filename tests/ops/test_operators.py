@@ -15,8 +15,7 @@ from longpo_ops import (
 )
 from longpo_ops.ops import divergence, operators, truth
 from longpo_ops.ops.products import Products
-
-from .budget import check_budget
+from tests.budget import check_budget
 
 N, V, H = 12, 11, 8
 LABELS = torch.tensor([1, 2, -100, 10, 0, 5, 5, -100, 3, 7, 8, 9])
@@ -239,12 +238,13 @@ def test_products_are_in_float32_for_16_bit_inputs_on_the_cpu():
         products = Products(weight, dtype)
         z = products.logits_(h.float(), torch.empty(5, 3000))
         expected = h.double() @ weight.double().T
-        check_budget("logits", z, (h.float() @ weight.float().T), expected)
+        check_budget("logits", z, h.float() @ weight.float().T, expected, draws=True)  # a row is a draw
         dz = torch.randn(5, 3000)
-        check_budget("hidden", products.hidden_gradient(dz), dz @ weight.float(), dz.double() @ weight.double())
+        hidden = dz @ weight.float(), dz.double() @ weight.double()
+        check_budget("hidden", products.hidden_gradient(dz), *hidden, draws=True)
         dw = torch.ones(3000, 64)
         products.add_weight_gradient_(dw, dz, h.float())
-        check_budget("weight", dw, 1 + dz.T @ h.float(), 1 + dz.double().T @ h.double())
+        check_budget("weight", dw, 1 + dz.T @ h.float(), 1 + dz.double().T @ h.double(), draws=True)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
@@ -253,11 +253,11 @@ def test_few_rows_are_multiplied_as_well_as_many(n):
     weight, dz = torch.randn(20_000, 32), torch.randn(64, 20_000)
     expected = dz.double() @ weight.double()
     parts = torch.cat([Products(weight, torch.float32).hidden_gradient(d) for d in dz.split(n)])
-    check_budget("hidden", parts, dz @ weight, expected)
+    check_budget("hidden", parts, dz @ weight, expected, draws=True)
     h, wide = torch.randn(64, 4096), torch.randn(300, 4096)
     products = Products(wide, torch.float32)
     logits = torch.cat([products.logits_(x, torch.empty(len(x), 300)) for x in h.split(n)])
-    check_budget("logits", logits, h @ wide.T, h.double() @ wide.double().T)
+    check_budget("logits", logits, h @ wide.T, h.double() @ wide.double().T, draws=True)
 
 
 def test_the_reference_is_plain_pytorch():

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.budget import DRAWS
 from longpo_ops import DPO, LOGO, LongPO, packed_preference_loss
 from longpo_ops.ops.sweep import workspace_of
 
-from .budget import DRAWS
 from .preference_cases import DTYPES, NAMES, OBJECTIVES, Case, check_case, pack, same
 
 # keywords of Case, of the loss, and `rows` of logits at a time

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from benchmarks.budget import DRAWS
 from longpo_ops import DPO, LongPO, SimPO, fused_preference_loss, packed_preference_loss
 from longpo_ops.ops import truth
 
-from .budget import check_budget
-from .preference_cases import NAMES, OBJECTIVES, Case, check_case, same
+from .preference_cases import NAMES, OBJECTIVES, Case, check_case, check_draws, same
 
 
 def test_an_empty_batch_costs_nothing_and_gives_zero():
@@ -136,24 +136,22 @@ def test_bitwise_repeatable(backend, device, workspace):
 def test_strides_do_not_matter(rows, backend, device, workspace):
     case = Case(LongPO(), torch.float32, device, bias=True)
     more = dict(backend=backend, workspace_bytes=workspace(case.tensors[2], rows))
-    expected = case.ours(**more)
-    chosen, rejected, weight, bias = case.leaves()
-    views = [
-        chosen.transpose(0, 1).contiguous().transpose(0, 1),  # batch second in memory
-        torch.stack([rejected, rejected], -1)[..., 1],  # every other number
-        weight.t().contiguous().t(),
-        torch.stack([bias, bias], -1)[:, 0],
-    ]
-    assert not any(v.is_contiguous() for v in views)
-    out = case.loss(views, **more)
-    out.loss.backward()
-    grads = chosen.grad, rejected.grad, weight.grad, bias.grad
-    plain = case.full_logits()
-    for name, a, p, t in zip(
-        NAMES, (out.loss, out.chosen_logps, out.rejected_logps, *grads), plain, case.full_logits(torch.float64)
-    ):
-        check_budget(name, a, p, t)
-    torch.testing.assert_close(out.loss, expected[0])
+
+    def strided():
+        chosen, rejected, weight, bias = leaves = case.leaves()
+        views = [
+            chosen.transpose(0, 1).contiguous().transpose(0, 1),  # batch second in memory
+            torch.stack([rejected, rejected], -1)[..., 1],  # every other number
+            weight.t().contiguous().t(),
+            torch.stack([bias, bias], -1)[:, 0],
+        ]
+        assert not any(v.is_contiguous() for v in views)
+        out = case.loss(views, **more)
+        out.loss.backward()
+        return out.loss, out.chosen_logps, out.rejected_logps, *(leaf.grad for leaf in leaves)
+
+    torch.testing.assert_close(strided()[0], case.ours(**more)[0])
+    check_draws(case, DRAWS, NAMES, strided, case.full_logits)
 
 
 def test_expanded_hidden_states():

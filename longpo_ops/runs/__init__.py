@@ -1,0 +1,1 @@
+"""What every long run and every command stands on: the journal, checked settings, pages for people, the terminal."""

@@ -1,0 +1,153 @@
+"""What every long run stands on: nothing finished is lost or written twice, whenever the process is killed.
+
+    OUT/run.json               the settings that decide what is made; a run with others may not go on here
+    OUT/work/NAME.journal      documents, then a line per finished request of theirs
+    OUT/work/lock              held by the process that runs here
+
+A line counts once it is whole: killed while one was being written, that request is asked again. Files that others read
+appear under their names only when they are complete. What lies in the folder beside these is the run's own (the generator's
+in generate/store.py). Not covered: several processes in one folder, which the lock refuses, and folders on systems
+without flock. Memory: the results in the journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data import Pair
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a document: a pair or None, counts of what was left out, lengths in tokens by kind."""
+
+    pair: Pair | None
+    counts: dict[str, int]
+    lengths: dict[str, list[int]]
+
+
+class Shard:
+    """Documents that are committed together, and the results of their requests so far."""
+
+    def __init__(self, journal: Path, number: int):
+        self.number, self.path = number, journal
+        self.members: dict[str, Outcome | None] = {}
+        self._results: dict[tuple[str, str], Any] = {}
+        lines, self._end = _whole_lines(journal)
+        for line in lines:
+            self._take(line)
+        self._file = os.open(journal, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self._file, self._end)
+
+    def add(self, document: str) -> None:
+        """Make a document a member."""
+        if document not in self.members:
+            self._write({"document": document})
+
+    def result(self, document: str, step: str) -> Any:
+        """What a step of a document gave, or None."""
+        return self._results.get((document, step))
+
+    def record(self, document: str, step: str, value: Any) -> None:
+        """Keep what a step gave. Raises OSError (a full disk) with the journal as it was before."""
+        self._write({"document": document, "step": step, "value": value})
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _take(self, line: dict) -> None:
+        self.members.setdefault(line["document"], None)
+        if "step" in line:
+            self._results[line["document"], line["step"]] = line["value"]
+
+    def _write(self, line: dict) -> None:
+        data = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._file, data[written:], self._end + written)
+        except OSError as error:
+            os.ftruncate(self._file, self._end)
+            what = f"{error.strerror}; what was generated is kept, mend it and run the same command again"
+            raise OSError(error.errno, what, str(self.path)) from None
+        self._end += len(data)
+        self._take(line)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file appears under its name only when it is complete."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _whole_lines(path: Path) -> tuple[list[dict], int]:
+    """The lines of a journal up to the first damaged one, and the bytes they take."""
+    lines, end = [], 0
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    value = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    value = None
+                if not isinstance(value, dict) or "document" not in value:
+                    break
+                lines.append(value)
+                end += len(line)
+    return lines, end
+
+
+def locked(path: Path) -> int:
+    """A lock that ends with the process, however that ends."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"another run is at work in {path.parents[1]}; wait for it, or use another folder") from None
+    return lock
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a folder, or raise ValueError where it holds something that others have made."""
+    made = [file for file in (path.parent / "work").iterdir() if file.stat().st_size]
+    made += [file for file in path.parent.iterdir() if file.name not in (path.name, "work")]
+    if not path.exists() or not made:
+        write_atomically(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+        return
+    changed = changes(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))
+    if changed:
+        raise ValueError(f"{path.parent} was begun with other settings ({changed}); use those, or another folder")
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two settings, in words; empty where nothing does."""
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+
+
+def check_folder(out: Path) -> None:
+    """Raises ValueError for a file, and for a folder that holds anything but a run."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; expected a folder, or a name that is free")
+    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").exists():
+        raise ValueError(f"{out} is neither empty nor the folder of a run; use another")
