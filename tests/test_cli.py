@@ -1,10 +1,7 @@
 """The command line: exit codes, settings from file and options, dry run, one line for a failure."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +13,8 @@ from typer.testing import CliRunner
 from longpo_ops import cli
 from longpo_ops.cli import app
 
-from .train.tiny import ROOT, write_home
+from .processes import CLI, Started, longpo
+from .train.tiny import write_home
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +23,6 @@ def home(tmp_path_factory) -> Path:
     settings = {"model": str(home / "model"), "data": str(home / "pairs.jsonl"), "use_cpu": True, "max_steps": 2}
     (home / "run.yaml").write_text(yaml.safe_dump(settings) + "learning_rate: 1e-4\nobjective_options: {beta: 5e-1}\n")
     return home
-
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def longpo(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "longpo_ops.cli", *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def in_process(*arguments):
@@ -52,13 +42,12 @@ def test_a_run_from_a_file_with_overrides_exits_with_0(home, tmp_path):
 
 def test_ctrl_c_exits_with_130_and_the_run_goes_on(home, tmp_path):
     arguments = ("train", "--config", home / "run.yaml", "--output-dir", tmp_path, "--set", "save_steps=1")
-    endless = [sys.executable, "-m", "longpo_ops.cli", *map(str, arguments), "--max-steps", "100000"]
-    process = subprocess.Popen(endless, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = Started(CLI, *arguments, "--max-steps", 100_000)
     while not list(tmp_path.glob("checkpoint-*")):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate()
     assert process.returncode == 130 and "run the same command again to go on" in error and "Traceback" not in error
     steps = max(int(folder.name.partition("-")[2]) for folder in tmp_path.glob("checkpoint-*"))
     done = longpo(*arguments, "--max-steps", steps + 1, "--set", "logging_steps=1")

@@ -18,6 +18,7 @@ import pytest
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 import longpo_ops
+from tests.compiler import cached_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (".gitignore", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
@@ -68,6 +69,14 @@ def checkout(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
     (tree / "kernels/probe.py").write_text("")
     return tree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(tmp_path_factory):
+    """The wheel and the editable install compile the same sources."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(cached_compiler(tmp_path_factory)))
+        yield
 
 
 @pytest.fixture(scope="module")

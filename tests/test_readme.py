@@ -2,13 +2,13 @@
 as ```python runnable. The others (a signature, something that needs a GPU or a model) must at least compile.
 """
 
-import os
 import re
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from .processes import run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,15 +32,10 @@ def test_the_readme_shows_how_to_use_it():
 
 @pytest.mark.parametrize("runnable, code", SNIPPETS)
 def test_snippet_runs_as_printed(runnable, code, tmp_path):
-    compile(code, "snippet", "exec")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SyntaxWarning)
+        compile(code, "snippet", "exec")
     if not runnable:
         return
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run(
-        [sys.executable, "-W", "error::SyntaxWarning", "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
+    done = run(f"import os\nos.chdir({str(tmp_path)!r})\n{code}")
     assert done.returncode == 0, done.stderr

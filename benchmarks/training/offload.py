@@ -244,7 +244,7 @@ def settings_for(shape: Shape) -> list[str]:
 
 
 def rows(setting) -> Iterator[dict]:
-    """gpu_check's piece: every setting, then whether gradients, time and copies are as they must be."""
+    """gpu_check's piece: every setting, in this process in a rehearsal; then whether gradients, time and copies are right."""
     if setting.on_gpu:
         shape = Shape(65536, layers=4, width=4096, window=0, rows=8192, device="cuda", dtype="bfloat16")
     else:
@@ -252,7 +252,10 @@ def rows(setting) -> Iterator[dict]:
     results, end = {}, time.monotonic() + PATIENCE
     for name in settings_for(shape):
         row = {"what": "offload", "case": name, "status": "passed"}
-        row = attempt(row, measure, shape, name, max(1.0, end - time.monotonic()))
+        if setting.on_gpu:
+            row = attempt(row, measure, shape, name, max(1.0, end - time.monotonic()))
+        else:
+            row = attempt(row, perform, shape, name)
         if row["status"] == "passed":
             results[name] = row
         yield row

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +18,8 @@ from longpo_ops.engines import server as server_engine
 from longpo_ops.engines.transformers import TransformersEngine
 from longpo_ops.evaluate import EvaluateRun, Scores, Texts, evaluate, load_tasks, make_samples
 from longpo_ops.evaluate.samples import score
+from tests.processes import killed_once
+from tests.processes import run as run_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,23 +46,16 @@ def asked(run: EvaluateRun) -> int:
     return journal.read_bytes().count(b'"step"') if journal.exists() else 0
 
 
-def begin(run: EvaluateRun) -> subprocess.Popen:
-    """The run in a process of its own."""
+def run_killed(run: EvaluateRun, answers: int) -> int:
+    """The run in a process of its own, killed once so many answers are kept; its exit code."""
     script = (
         "import json, sys\n"
         "from longpo_ops.evaluate import EvaluateRun, evaluate\n"
         "given = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sys.argv[1]).items()}\n"
         "evaluate(EvaluateRun(**given))\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", script, json.dumps(vars(run))], cwd=ROOT, env=environment)
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.005)
+    kill = killed_once(Path(run.out) / "work/00000.journal", '"step"', answers)
+    return run_process(kill + script, json.dumps(vars(run))).returncode
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
@@ -112,10 +103,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(settings, world, tmp_pa
     given = dict(perplexity=(str(world / "held"),), perplexity_lengths=(64,), samples=12)
     whole = evaluate(settings(out=str(tmp_path / "whole"), **given))
     run = settings(**given)
-    process = begin(run)
-    wait_for(lambda: asked(run) >= 12 + 4)  # the windows are the shortest
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert run_killed(run, 12 + 4) == -signal.SIGKILL  # the windows are the shortest
     kept, total = asked(run), 2 * 12 + 12
     assert 12 + 4 <= kept < total
     calls, generate = [], TransformersEngine._generate

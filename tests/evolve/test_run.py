@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 import fcntl
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from longpo_ops.evaluate import Scores
 from longpo_ops.evolve import Evolution, evolve
 from longpo_ops.evolve.receipt import Receipt
 from tests.engines import tiny
+from tests.processes import run as run_process
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["pairs", "untrained", "train", "evaluate"]
@@ -48,10 +46,7 @@ def run(settings: dict, progress=None):
 
 def kill_at(settings: dict, stage: str, fraction: float) -> None:
     """Run in a process of its own, which is killed once a stage has come so far."""
-    command = [sys.executable, "-c", KILLED, json.dumps([settings, stage, fraction])]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+    done = run_process(KILLED, json.dumps([settings, stage, fraction]))
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
@@ -141,6 +136,39 @@ def test_the_markdown_report_says_the_same_and_its_pictures_are_there(finished):
         assert f"| {row['label']} | {values} |" in text
 
 
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def longpo(*arguments):
+    return CliRunner(env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).invoke(app, ["evolve", *map(str, arguments)])
+
+
+@pytest.fixture
+def config(finished, tmp_path) -> Path:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(finished[0]))
+    return tmp_path / "run.yaml"
+
+
+def test_a_finished_run_prints_its_tables(config, finished):
+    done = longpo("--config", config)
+    assert done.exit_code == 0, done.output
+    for row in finished[1].rows:
+        values = [f"{value:.3f}" for value in row["accuracy"].values()]
+        assert re.search(r"\W+".join(map(re.escape, [row["label"], *values])), done.output)
+    assert "report.html" in done.output and f"promoted: {finished[1].promoted}" in done.output
+    assert "two/evaluate" in done.output and "peak memory, MiB" in done.output
+
+
+def test_a_dry_run_prints_the_stages_and_makes_nothing(config, finished, tmp_path):
+    done = longpo("--config", config, "--dry-run")
+    assert done.exit_code == 0, done.output
+    stages = [f"{cost['stage']} (done)" for cost in finished[1].stages]
+    assert re.findall(r"^\S+ \(.+\)$", done.output, re.MULTILINE) == stages
+    done = longpo("--config", config, "--out", tmp_path / "new", "--dry-run")
+    assert done.exit_code == 0 and "one/train (to do)" in done.output and not (tmp_path / "new").exists()
+    assert re.search(r"rope_theta +20000.0", done.output) and f"{tmp_path}/new/one/train" in done.output
+
+
 # -- stopped and started -----------------------------------------------------------------------------------------------
 
 
@@ -176,7 +204,7 @@ def test_a_bound_that_does_not_hold_stops_the_loop_and_says_why(finished, tmp_pa
     for report in ("report.html", "report.md"):
         assert "not promoted: perplexity at 128" in (tmp_path / "out" / report).read_text()
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    again = CliRunner().invoke(app, ["evolve", "--config", str(tmp_path / "run.yaml")])
+    again = longpo("--config", tmp_path / "run.yaml")
     assert again.exit_code == 1 and str(again.exception).startswith(result.stopped)
 
 

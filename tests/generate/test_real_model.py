@@ -9,17 +9,17 @@ import pytest
 
 from longpo_ops.data import ChatFormat, read_pairs
 from longpo_ops.generate import generate
-from tests.generate.test_run import begin, files, wait_for
+from tests.generate.test_run import begin, files
+from tests.processes import killed_once
 
 
 def test_a_killed_run_goes_on_to_the_same_texts(model, settings, tmp_path):
     run = dict(model=str(model), max_documents=2, reference_logps=True)
     generate(settings(**run, out=str(tmp_path / "whole")))
     journal = tmp_path / "pairs/work/00000.journal"
-    process = begin(settings(**run))
-    wait_for(lambda: journal.exists() and journal.read_bytes().count(b'"step"') >= 5)
-    process.send_signal(signal.SIGKILL)
+    process = begin(settings(**run), killed_once(journal, '"step"', 5))
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     kept = journal.read_bytes()
     assert 5 <= kept.count(b'"step"') < 2 * 4 * 5
     result = generate(settings(**run))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,6 +18,7 @@ from longpo_ops.engines import EngineStopped
 from longpo_ops.engines import server as engine_module
 from longpo_ops.generate import GenerateRun, generate
 from tests.engines import tiny
+from tests.processes import Started
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = 4 * 4 * 3  # documents, chunks, and the pool, chosen and rejected answer of each
@@ -51,9 +49,9 @@ def prompt(seen) -> str:
     return seen.body["messages"][0]["content"]
 
 
-def begin(run: GenerateRun, **kwargs) -> subprocess.Popen:
-    """The run in a process of its own."""
-    script = (
+def begin(run: GenerateRun, before: str = "", **kwargs) -> Started:
+    """The run in a process of its own, behind other code."""
+    script = before + (
         "import json, sys\n"
         "from longpo_ops.generate import GenerateRun, generate\n"
         "settings = json.loads(sys.argv[1])\n"
@@ -66,10 +64,7 @@ def begin(run: GenerateRun, **kwargs) -> subprocess.Popen:
         "except (OSError, ValueError) as error:\n"
         "    sys.exit(f'{type(error).__name__}: {error}')\n"
     )
-    command = [sys.executable, "-c", script, json.dumps(vars(run) | kwargs)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return Started(script, json.dumps(vars(run) | kwargs))
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:
@@ -209,12 +204,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(settings, whole, tmp_path):
     run = settings(endpoints=("http://127.0.0.1:1",), concurrency=2)
     seen = []
     for kills in (7, 20, None):
-        with OpenAIServer(latency=0.02 if kills else 0.0) as server:
+        behave = lambda number, seen, last=kills: Reply(wait=300.0) if last and number > last else None  # noqa: E731
+        with OpenAIServer(behave) as server:
             process = begin(replace(run, endpoints=(server.url,)))
             if kills is not None:
-                wait_for(lambda server=server, kills=kills: server.answered >= kills)
+                wait_for(lambda server=server, last=kills: server.answered >= last)
                 process.send_signal(signal.SIGKILL)
-            _, error = process.communicate(timeout=120)
+            _, error = process.communicate()
             assert process.returncode == (0 if kills is None else -signal.SIGKILL), error
             seen += [prompt(request) for request in server.seen]
     assert files(tmp_path / "pairs") == files(whole)
@@ -246,7 +242,7 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(full, settings, whol
     limit = 6_000 if full == "journal" else (whole / "pairs-00000.jsonl").stat().st_size - 1  # no file grows beyond
     with OpenAIServer() as server:
         process = begin(settings(endpoints=(server.url,)), file_limit=limit)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate()
         assert process.returncode == 1 and "OSError" in error and "File too large" in error
         kept = (tmp_path / "pairs/work/00000.journal").read_bytes()
         assert kept.endswith(b"}\n") and not (tmp_path / "pairs/pairs-00000.jsonl").exists()
@@ -261,14 +257,14 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(full, settings, whol
 def test_ctrl_c_stops_at_once_and_the_run_goes_on_later(settings, whole, tmp_path):
     run = settings(endpoints=("http://127.0.0.1:1",))
     script = "import typer; from longpo_ops.generate import commands; typer.run(commands.generate)"
-    command = [sys.executable, "-c", script, "--model", run.model, "--documents", run.documents[0], "--out", run.out]
+    command = ["--model", run.model, "--documents", run.documents[0], "--out", run.out]
     for name in ("length", "min_document", "min_chunk", "max_chunk", "question_tokens", "answer_tokens", "concurrency"):
         command += ["--" + name.replace("_", "-"), str(getattr(run, name))]
     with OpenAIServer(lambda number, seen: Reply(wait=300.0) if number > 12 else None) as server:
-        process = subprocess.Popen([*command, "--endpoint", server.url], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = Started(script, *command, "--endpoint", server.url)
         wait_for(lambda: len(server.seen) == 12 + run.concurrency)  # nothing else is under way: twelve answers are kept
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate()
         assert process.returncode == 130 and "run the same command again to go on" in " ".join(error.split())
     with OpenAIServer() as server:
         generate(settings(endpoints=(server.url,)))

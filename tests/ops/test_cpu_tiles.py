@@ -16,6 +16,7 @@ import torch
 from longpo_ops.ops import build
 from longpo_ops.ops.tiles import Divergence, LogitMap, TorchTiles
 from tests.budget import check_budget
+from tests.compiler import cached_compiler
 
 TORCH = TorchTiles()
 
@@ -398,8 +399,8 @@ if sys.platform == "linux":
 """
 
 
-def test_the_back_end_itself_is_built_cached_and_shares_the_openmp_of_torch(cpu, tmp_path):
-    for compiler in (os.environ.get("CXX", "g++"), "no-such-compiler"):  # the second finds the first one's
+def test_the_back_end_itself_is_built_cached_and_shares_the_openmp_of_torch(cpu, tmp_path, tmp_path_factory):
+    for compiler in (str(cached_compiler(tmp_path_factory)), "no-such-compiler"):  # the second finds the first one's
         process = python(LOAD, LONGPO_OPS_CACHE=str(tmp_path), CXX=compiler)
         assert process.communicate(timeout=300)[0] == "-1.3863\n"
     (library,) = tmp_path.glob("*.so")

@@ -1,10 +1,7 @@
 """The reference says the same on the fly, precomputed and on separate inputs; its cache is never trusted blindly."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from longpo_ops.train import ReferenceStore
 from longpo_ops.train.reference import model_digest, precompute
+from tests.processes import run
 
 from ..attention.dense import TrueFloat64
 from .test_trainer import close
@@ -155,7 +153,6 @@ def test_damaged_hidden_states_are_found_and_computed_again(tmp_path, damage):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[2])
 from longpo_ops.train import reference as module
 from tests.train.test_reference import PAIRS, make_model, start
 
@@ -173,11 +170,7 @@ start(sys.argv[1], make_model(1))
 
 
 def test_a_killed_precomputation_goes_on(tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
-    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "run"), str(ROOT)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = run(KILLED, tmp_path / "run")
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     calls, store = start(tmp_path / "run", make_model(1))
     assert calls == 3  # the two pairs before the kill were kept, the third had three turns

@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,9 @@ from transformers import AutoConfig, AutoTokenizer
 from longpo_ops.train import METHODS, last_checkpoint
 from longpo_ops.train.run import TrainRun, prepare, train
 
-from .tiny import ROOT, text_pairs, write_home, write_lines
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+from ..processes import CLI, killed_once, longpo
+from ..processes import run as run_process
+from .tiny import text_pairs, write_home, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -126,32 +123,23 @@ def losses(output: Path) -> list[tuple]:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_the_same_losses(home, tmp_path):
-    (tmp_path / "torn.py").write_text(TORN)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    cli = [sys.executable, "-m", "longpo_ops.cli"]
-    done = subprocess.run([*cli, *command(home, whole)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = longpo(*command(home, whole))
     assert done.returncode == 0, done.stderr[-3000:]
 
     # in the middle of writing a checkpoint
-    torn = [sys.executable, str(tmp_path / "torn.py"), *command(home, broken)]
-    done = subprocess.run(torn, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = run_process(TORN, *command(home, broken))
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert (broken / ".partial" / "checkpoint-4" / "optimizer.pt").exists()
     assert last_checkpoint(broken) == str(broken / "checkpoint-3")
 
     # at whatever moment the sixth checkpoint is seen
-    with subprocess.Popen(
-        [*cli, *command(home, broken)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and not (broken / "checkpoint-6").exists():
-            time.sleep(0.002)
-        process.kill()
-        told = process.stderr.read()
-    assert process.returncode == -signal.SIGKILL and f"going on from {broken / 'checkpoint-3'}" in told, told[-3000:]
+    done = run_process(killed_once(broken / "checkpoint-6/trainer_state.json") + CLI, *command(home, broken))
+    assert done.returncode == -signal.SIGKILL and f"going on from {broken / 'checkpoint-3'}" in done.stderr
     at = int(last_checkpoint(broken).rpartition("-")[2])
     assert 6 <= at < 10
 
-    done = subprocess.run([*cli, *command(home, broken)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = longpo(*command(home, broken))
     assert done.returncode == 0 and f"checkpoint-{at}" in done.stderr, done.stderr[-3000:]
     assert losses(broken) == losses(whole) and len(losses(whole)) == 10
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

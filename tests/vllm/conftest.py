@@ -8,6 +8,7 @@ import os
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.generate.conftest import documents, model, settings, tokenizer  # noqa: F401
+from tests.engines.conftest import documents, model, tokenizer  # noqa: F401
+from tests.generate.conftest import settings  # noqa: F401
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]

@@ -1,4 +1,4 @@
-"""The offload benchmark at a size for tests: what it requires of the peak at 32K tokens holds at 6K as well."""
+"""The offload benchmark at a size for tests: what it requires of the peak at 32K tokens holds at 4K as well."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from benchmarks.gpu.setting import REHEARSAL
 from benchmarks.training import offload
 from benchmarks.training.offload import Shape, copy_rates, measure, verdict
 
-SHAPE = Shape(tokens=6144, width=256, window=64, rows=256, steps=1, page_bytes=1 << 18)
+SHAPE = Shape(tokens=4096, layers=6, width=128, window=64, rows=128, steps=1, page_bytes=1 << 18)
 
 
 def test_peak_is_at_most_half_of_plain_checkpointing():
@@ -48,14 +48,14 @@ def test_copy_rates_go_both_ways():
 
 
 def test_a_setting_that_breaks_does_not_hide_the_others(monkeypatch):
-    def broken(shape, name, seconds):
+    def broken(shape, name):
         if name == "offload to disk":
-            raise RuntimeError(f"{name}: no result within {seconds:.0f} s")
+            raise RuntimeError("no space")
         return {"seconds": 1.0}
 
-    monkeypatch.setattr(offload, "measure", broken)
+    monkeypatch.setattr(offload, "perform", broken)
     statuses = {row["case"]: row["status"] for row in offload.rows(REHEARSAL)}
-    assert statuses.pop("offload to disk") == "failed: RuntimeError: offload to disk: no result within 500 s"
+    assert statuses.pop("offload to disk") == "failed: RuntimeError: no space"
     assert set(statuses.values()) == {"passed"} and "verdict" not in statuses
 
 

@@ -15,17 +15,10 @@ from benchmarks.training.step import TINY, VARIANTS, pair_rows, perform, useful_
 from longpo_ops.memory.optimizer import AdamW
 
 
-@pytest.fixture(autouse=True)
-def eager():
-    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step otherwise, for longer than this takes
-        yield
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("step")
-    with torch.compiler.set_stance("force_eager"):
-        assert step.main(["--rehearse", "--out", str(out)]) == 0
+    assert step.main(["--rehearse", "--out", str(out)]) == 0
     (file,) = out.glob("step_*.json")
     return json.loads(file.read_text())
 
