@@ -1,6 +1,8 @@
 """Draws memory and time against length from the dated JSON of training/step.py: one line per model and variant.
 
 python -m benchmarks.plot [--results FOLDER] [--out FILE.png]
+
+Tests: tests/benchmarks/training/test_step.py.
 """
 
 from __future__ import annotations

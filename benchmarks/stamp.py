@@ -1,4 +1,7 @@
-"""Where, with what, when and how a result was measured: what every JSON under results/ begins with."""
+"""Where, with what, when and how a result was measured: what every JSON under results/ begins with.
+
+Tests: tests/benchmarks/losses/test_run.py.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ z, z' (n, V) float32, any pitches; kappa (n,) float32. One program per row, in b
 both rows, then the value, then the gradients. Where no gradient needs Q or P (student of forward, teacher of reverse),
 value and gradients share a pass. Bytes: 8 V n a pass, read from HBM the first time and from L2 where the rows are kept
 there, and B V n for every gradient of B bytes. Scratch: 4 n bytes. Writing in place: see row_epilogue.py.
+
+Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
 """
 
 import torch

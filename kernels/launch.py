@@ -1,4 +1,7 @@
-"""What a launch needs around the kernel: argument checks, the device, and the configurations, one per architecture."""
+"""What a launch needs around the kernel: argument checks, the device, and the configurations, one per architecture.
+
+Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
+"""
 
 import contextlib
 from typing import NamedTuple

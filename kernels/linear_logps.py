@@ -13,7 +13,9 @@ bitwise repeatable.
 Order of programs: `group` row tiles run side by side over the same vocabulary tiles, all starting at the same time and
 taking equally long. So a tile of W comes from HBM once per group and is read by the others from L2, and the group's
 hidden states (16 tiles of 128 rows, H = 4096: 16 MiB) stay in L2. S is chosen so that the last wave of programs is
-nearly full.
+nearly full. No gradients: those need the tile (row_epilogue.py). No float64.
+
+Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
 """
 
 import functools

@@ -7,6 +7,8 @@ so inner = scale, or scale / softcap where there is a soft-cap: `map_arguments` 
 arguments. A row's stats are peak = max_j l_j and log_sum = log sum_j exp(l_j - peak), found online: each lane keeps its
 own maximum and sum, one exponential per logit, and lanes meet only once, at the row's end. NaN and +inf end in log_sum
 = NaN. Everything is float32; a row is visited by one program, columns are int32 and row offsets int64.
+
+Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
 """
 
 import triton

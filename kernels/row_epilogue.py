@@ -19,6 +19,8 @@ blocks 0..k. The barrier orders memory accesses among the program's threads, loa
 issued before it, so that the wait for memory and the barrier overlap; loading early is always safe. Rows never overlap,
 so programs do not meet. The launch asks for num_stages=1: Triton's pipeliner must not move loads across stores in a
 loop.
+
+Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
 """
 
 import torch

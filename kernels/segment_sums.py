@@ -6,6 +6,8 @@ values (n,) float32, segments (n,) int64 with -1 for rows that belong nowhere, o
 walks over all rows; every lane adds up its own rows and the lanes meet in a fixed tree, so the result is bitwise
 repeatable and needs neither atomics nor scratch. Reads 12 K n bytes, all but the first 12 n of them from L2; K is the
 number of sequences in a batch.
+
+Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
 """
 
 import torch

@@ -1,4 +1,9 @@
-"""The Triton back-end: the Tiles interface (longpo_ops/ops/tiles.py) over the launchers of this folder."""
+"""The Triton back-end: the Tiles interface (longpo_ops/ops/tiles.py) over the launchers of this folder.
+
+Products of hidden states and head are not among them: longpo_ops/ops/products.py.
+
+Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
+"""
 
 from longpo_ops.kernels import divergence, linear_logps, row_epilogue, segment_sums
 

@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C.
+
+What a command does is its own module's; options of several commands are engines/options.py's.
+"""
 
 from __future__ import annotations
 

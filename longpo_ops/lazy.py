@@ -1,4 +1,7 @@
-"""Packages whose public names are loaded with their modules at first use: importing one costs nothing."""
+"""Packages whose public names are loaded with their modules at first use: importing one costs nothing.
+
+Tests: tests/test_packaging.py.
+"""
 
 import importlib
 import sys

@@ -2,6 +2,8 @@
 
 truth is a masked softmax over all scores in float64, plain PyTorch's own attention at the inputs' dtype over every sequence
 by itself. An entry of the batch is a draw. Memory: a few (B, H, T, T) score matrices in float64.
+
+Tests: tests/benchmarks/gpu/test_check.py.
 """
 
 from __future__ import annotations

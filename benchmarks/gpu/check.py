@@ -16,7 +16,7 @@ date. A piece that crashes or hangs leaves what it had; the next one still runs.
     offload       activation offload and tiling: gradients against plain checkpointing, slowdown, rate of copies
 
 --rehearse runs all of it on the CPU with tiny shapes: a check of this script, not of any speed. Its default folder is
-build/rehearsal.
+build/rehearsal. Not covered: several GPUs.
 """
 
 from __future__ import annotations

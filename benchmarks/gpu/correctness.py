@@ -2,7 +2,10 @@
 
 The truth of a tile is the PyTorch form on a float64 tile; of a public function, ops/truth.py on float64 tensors. Inputs
 are exact in both: drawn in the dtype under test and upcast. Tiles are small beside those of training, but for their
-width: each vocabulary that matters is among them.
+width: each vocabulary that matters is among them. Not covered: speed (speed.py), attention (attention.py) and whole
+models.
+
+Tests: tests/benchmarks/gpu/test_check.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What `make gpu-check` runs on: the GPU at full size, or the CPU with tiny shapes to rehearse the script itself."""
+"""What `make gpu-check` runs on: the GPU at full size, or the CPU with tiny shapes to rehearse the script itself.
+
+Tests: tests/benchmarks/gpu/test_check.py.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,10 @@ N rows that carry weight; log-probs alone 2NHV. Ceilings are measured in the pro
 
     matmul   6nHV / the time of plain 16-bit torch.mm at the three products' shapes, the best of two chunk sizes n
     copy     bytes read and written / time of Tensor.copy_ of the logits tile
+
+Whether results are right is correctness.py's matter.
+
+Tests: tests/benchmarks/gpu/test_check.py.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ one that lies at hand.
     tiny          the 640 tokens of the tests
 
     python -m benchmarks.loop.evaluate [--length 131072] [--vocabulary 32000] [--model FOLDER] [--out benchmarks/results]
+
+Not covered: the engine's answers and their scores.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@
 The server is a process of its own on 127.0.0.1. The number of requests and the time are bounded by the options.
 
     python -m benchmarks.loop.generate [--documents 192] [--tokens 8192] [--latency 1.0] [--listed 10000]
+
+Not covered: the engine itself, and what the pairs are worth. Not covered: the engine itself, and what the pairs are
+worth.
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ CONCURRENCY = 64
 WORDS = ("harbour", "wind", "boat", "log", "bell", "pier", "lamp", "net", "tide", "captain", "rope", "sail", "storm")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--documents", type=int, default=192)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--latency", type=float, default=1.0)
     parser.add_argument("--listed", type=int, default=10_000)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         from tests.engines.tiny import make_tokenizer
 

@@ -4,6 +4,8 @@ For tests and benchmarks of what stands around an engine: the model here takes n
 listens on 127.0.0.1 alone. `behave` decides request by request what goes wrong.
 
     python -m benchmarks.loop.openai_server PORT LATENCY
+
+Tests: tests/engines/test_server.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ preference      one pair of (1, T, H) sequences, answers at their ends; with nll
 kl              hidden and teacher_hidden (N, H), weight and teacher_weight (V, H): mean KL(student || teacher)
 
 Weights are N(0, 1/H) and hidden states N(0, 1), so logits have the spread of a model's; memory is that of the inputs.
+
+Tests: tests/benchmarks/losses/test_run.py.
 """
 
 from __future__ import annotations

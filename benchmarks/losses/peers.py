@@ -1,7 +1,9 @@
 """Who is compared: for each op, functions of a case and its inputs that return the loss.
 
 Ours is called through its public functions, once per back-end that this machine can run. A peer that is not installed
-raises ImportError, which the table reports.
+raises ImportError, which the table reports. Peers on a GPU are in gpu/speed.py.
+
+Tests: tests/benchmarks/losses/test_run.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     python -m benchmarks.losses.run ce-2k kl --rounds 3  some cases; rounds alternate between candidates, for a noisy machine
     python -m benchmarks.losses.run --out FOLDER         where results go (benchmarks/results)
 
-`results/README.md` shows the latest table of each class of host between markers.
+`results/README.md` shows the latest table of each class of host between markers. Of CPUs: `make gpu-check` measures
+GPUs.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ With g_t = dL / d logp_t and the logsumexp of every row known, any piece of the 
 so d hidden[rows] = dz[rows, :] W and d weight[columns] = dz[:, columns]^T hidden cost little beside the 2 N H V
 operations of the logsumexps, where a whole float64 pass would cost 6 N H V. Memory: BLOCK rows of logits, the hidden
 states and the weight, in float64.
+
+Tests: tests/benchmarks/losses/test_run.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ backward. "two" is chosen and rejected sequence one after the other through the 
 answers' log-probs and the NLL from the same fused loss, so that what differs is the shared prefix alone. Every
 measurement is a process of its own; rounds alternate, and numbers are medians over them. Peak memory is resident bytes
 at the step's peak (on a GPU allocated bytes) beyond those before its forward: all but weights and inputs. Loss and
-gradients of the two are compared each time, or nothing is reported.
+gradients of the two are compared each time, or nothing is reported. Not covered: offload and tiles (offload.py), whole
+steps with an optimizer (step.py). Not covered: offload and tiles (offload.py), whole steps with an optimizer (step.py).
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def perform(name: str, side: str, gradients: str) -> dict:
             start = time.perf_counter()
             loss = step()
             loss.backward()
-            value = float(loss)  # waits for a GPU
+            value = float(loss.detach())  # waits for a GPU
             seconds.append(time.perf_counter() - start)
         memory.append(_gpu_peak() if torch.cuda.is_available() else peak.bytes)
         del loss

@@ -13,7 +13,7 @@ not achievements.
 --layers keeps the first layers only; --backward-layers stops after that many layers' backward (a proof of the peak).
 --detach returns at once: a step of ten minutes tells its layers as they pass in step_*.progress. Each row holds the
 planner's prediction beside the measurement, where the planner models the variant. Results: dated JSON in
-benchmarks/results.
+benchmarks/results. Not covered: reading data and the reference's pass, which a run pays once.
 """
 
 from __future__ import annotations

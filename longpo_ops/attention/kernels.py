@@ -11,7 +11,8 @@ set's share of the gradients: what lets shared_prefix.py split a softmax over tw
 Shapes, for every kernel: q, out, dout (B, H, Sq, D); k (B, Hk, Sk, D); v (B, Hk, Sk, Dv); lse (B, H, Sq), natural
 logarithm, float32 (float64 for float64 inputs); H a multiple of Hk, query head h reads key head h // (H / Hk).
 Memory beyond the results: the stock kernels' own (grouped heads cost flash's backward dk and dv once per query head);
-the blockwise kernel holds a few blocks of SCORES numbers.
+the blockwise kernel holds a few blocks of SCORES numbers. Not covered: dropout, and masks other than causal ones with a
+window.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 The layout travels to every layer as a keyword argument. No mask is ever built: transformers would take position ids
 that restart for packed sequences and hide the prefix from the rejected tail; an all-ones mask would show it the chosen
-tail. Without a layout attention is plain causal. What cannot be computed rightly is refused with a ValueError.
+tail. Without a layout attention is plain causal. What cannot be computed rightly is refused with a ValueError. Not
+covered, and refused by name: key-value caches, padding, dropout, layers that see more than the past.
 """
 
 from __future__ import annotations

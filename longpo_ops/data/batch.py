@@ -14,7 +14,8 @@ label, the token that follows its own in its own sequence, and nothing needs a s
                     the mean over pairs is the loss's)
 
 Sequences are numbered as packed_preference_loss wants them: the chosen one of pair b is b, rejected ones follow from B on,
-pair by pair. Pairs follow each other, positions start from 0 in each; nothing is padded. Memory: 36 bytes per row.
+pair by pair. Pairs follow each other, positions start from 0 in each; nothing is padded. Memory: 36 bytes per row. Not
+covered: batches of several packs.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ Template text around an answer may differ between long and short inputs (Qwen3 w
 last answer only). If that changes the answer's tokens, every sequence of the pair is tokenised in pieces instead,
 answers with their ends of turn on their own: the answer tokens of long and short inputs are always identical.
 
-Cost: each long sequence is rendered and tokenised once, so a pair reads its document 1 + R times.
+Cost: each long sequence is rendered and tokenised once, so a pair reads its document 1 + R times. Not covered: tool
+calls, pictures, and roles beside system, user and assistant.
 """
 
 from __future__ import annotations

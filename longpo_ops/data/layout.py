@@ -17,6 +17,8 @@ pack:
 
 A rejected tail therefore leaves out row prefix_end-1, whose token and position its own first row repeats, and never
 sees the chosen tail, another rejected tail or another pair.
+
+Tests: tests/data/test_batch.py.
 """
 
 from dataclasses import dataclass

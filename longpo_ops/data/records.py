@@ -2,7 +2,10 @@
 
 Files are read through `datasets` in streaming mode: memory is a few records (Parquet) or 10 MiB of text (JSON Lines)
 whatever the size of the set. JSON Lines are parsed line by line here, so that one malformed line is one bad record and
-not an unreadable file.
+not an unreadable file. Not covered: JSON arrays, CSV, and files that are not local. Documents are read by
+documents/readers.py.
+
+Tests: tests/data/test_pairs.py.
 """
 
 from __future__ import annotations

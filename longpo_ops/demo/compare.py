@@ -7,6 +7,8 @@
     OUT/compare/results.json, OUT/compare.png
 
 What is finished is not done again.
+
+Tests: tests/demo/test_commands.py.
 """
 
 from __future__ import annotations

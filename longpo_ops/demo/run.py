@@ -3,6 +3,8 @@
 OUT/documents-1k, documents-2k    prose with facts planted in it (tiny/text.py)
 OUT/held-out                      prose that the tiny model never read
 OUT/base, 1k, 2k, report.html     what `evolve` makes of them
+
+Tests: tests/demo/test_commands.py.
 """
 
 from __future__ import annotations

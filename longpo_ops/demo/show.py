@@ -1,4 +1,7 @@
-"""What the demo prints of its documents and pairs."""
+"""What the demo prints of its documents and pairs.
+
+Tests: tests/demo/test_commands.py.
+"""
 
 from __future__ import annotations
 

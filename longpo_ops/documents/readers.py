@@ -2,7 +2,8 @@
 
 Any other suffix is read as plain text; what is not text is told by its bytes. Whatever fails gives an `Unreadable` in
 the text's place, never an exception. Memory: one text, or a group of Parquet records; compressed files are read no
-further than the limit, so a small file cannot unpack into a huge one.
+further than the limit, so a small file cannot unpack into a huge one. Not covered: office files, pictures of text,
+encodings other than UTF-8 and UTF-16.
 """
 
 from __future__ import annotations

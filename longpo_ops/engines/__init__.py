@@ -9,6 +9,8 @@ messages are rendered with the model's own template, by the server or, for the o
     server        any OpenAI-compatible server, one or many endpoints
     vllm          vLLM in this process
     transformers  for small models and machines without a server
+
+Not covered: conversations of several messages, pictures, tools.
 """
 
 from __future__ import annotations

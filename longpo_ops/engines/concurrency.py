@@ -1,6 +1,8 @@
 """Many requests at once: side by side until one fails for good, and no more than an engine is worth.
 
 Retries and pauses between them are the engines' own; which documents go first is the caller's, by its numbers.
+
+Tests: tests/generate/test_run.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The options of the command line that say which engine answers: the same for every command that asks a model."""
+"""The options of the command line that say which engine answers: the same for every command that asks a model.
+
+Tests: tests/generate/test_commands.py.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ that:
     the run stops          if for `patience` seconds nothing at all has succeeded
 
 What cannot pass (401, 403, 404, or a refusal before anything was ever answered) stops the run at once. The API key
-comes from the environment, goes into one header and into nothing else.
+comes from the environment, goes into one header and into nothing else. Not covered: starting and stopping servers;
+streamed answers.
 """
 
 from __future__ import annotations

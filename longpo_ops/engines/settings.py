@@ -1,4 +1,7 @@
-"""Which engine answers, and with which settings: what every run that asks a model has in common."""
+"""Which engine answers, and with which settings: what every run that asks a model has in common.
+
+Tests: tests/test_pretrained.py, tests/evaluate/test_run.py.
+"""
 
 from __future__ import annotations
 

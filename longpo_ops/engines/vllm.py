@@ -3,6 +3,8 @@
 Prefix caching is on: the questions of one document share its prefill. With data parallelism all requests of a group
 go to the same rank, as each rank has a cache of its own. (vLLM's synchronous `LLM` knows no data parallelism in one
 process, and gives a batch back only when all of it is done.)
+
+Tests: tests/vllm/test_offline.py, tests/vllm/test_served.py.
 """
 
 from __future__ import annotations

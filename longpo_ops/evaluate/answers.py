@@ -4,7 +4,10 @@
     (name, token ids) --Answers.score-----> sum and least of the log-probs of ids[first:], or None
 
 A run that is killed loses the requests under way and no others; one with more lengths, tasks or samples goes on from
-there. What failed is not in the journal: the next run asks again. Memory: the answers.
+there. What failed is not in the journal: the next run asks again. Memory: the answers. Retries and pauses are the
+engine's.
+
+Tests: tests/evaluate/test_run.py.
 """
 
 from __future__ import annotations

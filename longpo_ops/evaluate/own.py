@@ -6,6 +6,8 @@ question: "What is the code of {key}?"  several asked keys become "a, b, and c"
 keys: [Alice, Bob, Cleo]                or words, uuids, {digits: 7}
 value: {digits: 4}                      or a list, words, uuids
 every: 110                              or needles_per_sample: 4
+
+Tests: tests/evaluate/test_needles.py.
 """
 
 from __future__ import annotations

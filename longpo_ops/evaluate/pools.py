@@ -5,6 +5,8 @@
 
 where the word is in one paragraph only, and no other sentence reads like this one beside its word. Memory: the documents,
 and one file while it is read.
+
+Tests: tests/evaluate/test_tasks.py.
 """
 
 from __future__ import annotations

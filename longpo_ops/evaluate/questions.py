@@ -6,6 +6,8 @@ As in RULER: qa_1 asks SQuAD's questions (one paragraph is needed, the article's
 paragraphs belong to a question), in the file's order. Without a file both ask cloze questions about local text, qa_2 for
 the words of two sentences from two paragraphs at once. A pool with fewer documents than fit goes round again, except the
 needed ones.
+
+Tests: tests/evaluate/test_tasks.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 RULER's prose is a set of essays that it downloads. Here it is Python's own documentation (`pydoc_data.topics`, 110
 thousand tokens or so), or the files a user names.
+
+Tests: tests/evaluate/test_tasks.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 Text shorter than a sample goes on from its beginning; a sample starts at a drawn sentence, so that short ones do not all
 read the same. Memory: about 200 bytes per word of text.
+
+Tests: tests/evaluate/test_needles.py.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     VAR A = 12345 .. VAR B = VAR A .. VAR C = VAR B .. VAR D = VAR C .. VAR E = VAR D   ->   A B C D E
 
 As in RULER: one chain of four hops, names of five capital letters, and before it a solved example with names of three.
+
+Tests: tests/evaluate/test_tasks.py.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 RULER takes its words from a package of some thousand nouns and adjectives. These are fewer, so a key is drawn from
 200 thousand pairs and not from 10 million, and a list with more words than there are here is made of compounds of two
 nouns throughout: every word of a list is of the same kind, so only its frequency tells a common one.
+
+Tests: tests/evaluate/test_needles.py.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
     fwe  of N words, floor(N k^-2 / zeta(2)) are the one of rank k; rank 1 is "...", asked: ranks 2 to 4
 
 As in RULER, with its solved example before cwe's list. The words of cwe come from `vocabulary`.
+
+Tests: tests/evaluate/test_tasks.py.
 """
 
 from __future__ import annotations

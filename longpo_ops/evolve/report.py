@@ -4,6 +4,8 @@ round what was generated and how it trained; what it cost.
     Result, stages' folders --blocks--> [Heading | Text | Table | Image | Pairs] --> report.html, report.md, accuracy.png
 
 Both pages are written from the same blocks. Texts are data, escaped in both; the HTML page holds its images and loads nothing.
+
+Tests: tests/evolve/test_run.py.
 """
 
 from __future__ import annotations

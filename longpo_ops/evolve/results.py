@@ -1,6 +1,8 @@
 """What the finished stages of an evolution have given: the table, what was retained, what it cost.
 
 Scores of a stage --> a row; Scores of the base and of a round, a Bound --> whether the round is promoted
+
+Tests: tests/evolve/test_run.py.
 """
 
 from __future__ import annotations

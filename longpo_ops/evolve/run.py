@@ -7,7 +7,8 @@
     OUT/results.json, report.html, .md     after every stage
 
 A stage whose receipt says that it is done is skipped; one that was stopped goes on by its own means: the generator's
-journal, the trainer's checkpoints, the evaluator's journal. Memory: that of the stage under way.
+journal, the trainer's checkpoints, the evaluator's journal. Memory: that of the stage under way. Not covered: several
+processes, which are refused; docs/evolve.md tells how such a round is trained by hand.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 A stage is settings of a public piece (GenerateRun, TrainRun, EvaluateRun) and what they follow from: which model, by
 which identity. A trained model's identity is a digest of its training's settings, those of its pairs and of the models
 before it, so that a stage tells when anything before it has changed. Nothing is loaded but configs.
+
+Tests: tests/evolve/test_run.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 repeated share of a text with words w_1 .. w_n:   1 - |{4-grams}| / (n - 3)
 overlap of two texts:                             2 |A & B| / (|A| + |B|), A and B their bags of word pairs
+
+Whether an answer is true or well said is not looked at.
+
+Tests: tests/generate/test_prompts.py.
 """
 
 from __future__ import annotations

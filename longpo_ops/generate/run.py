@@ -2,7 +2,8 @@
 
     files -> Listing, Task (a thread ahead) -> Steps (documents side by side) -> Store -> summary
 
-Only documents under way are in memory: two texts more than the engine's concurrency at most.
+Only documents under way are in memory: two texts more than the engine's concurrency at most. Not covered: several
+processes in one folder, which its lock refuses.
 """
 
 from __future__ import annotations

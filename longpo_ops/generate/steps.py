@@ -8,6 +8,8 @@
 Requests of a document run side by side, but the first that reads the whole document runs ahead of the others: they
 find its prefill in the engine's prefix cache. Every finished request is in the journal before anything is made of it.
 What is drawn depends on the seed, the document's text and the number of the chunk, on nothing else.
+
+Tests: tests/generate/test_run.py.
 """
 
 from __future__ import annotations

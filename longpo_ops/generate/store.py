@@ -10,6 +10,8 @@ A shard is `size` documents that follow each other in the listing. A finished sh
 atomic: pairs, receipt, removal of the journal. Killed before the receipt, the shard is made again from its journal,
 to the same bytes, without asking the engine; killed while a line was being written, that request is asked again.
 Memory: ids of finished documents, journals of unfinished shards.
+
+Tests: tests/generate/test_run.py.
 """
 
 from __future__ import annotations

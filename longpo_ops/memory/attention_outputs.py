@@ -5,7 +5,10 @@
 
 Works below autograd, on the operators themselves, so it serves any attention whose kernel is one operator: PyTorch's
 own, flash-attn's, and the parts that shared-prefix attention merges. Memory: as much as the outputs, wherever `keep`
-puts them. A layer's i-th kernel call of the forward is its i-th of every recomputation.
+puts them. A layer's i-th kernel call of the forward is its i-th of every recomputation. Not covered: attention written
+out in several operators, which has no output to keep.
+
+Tests: tests/memory/test_offload.py.
 """
 
 from __future__ import annotations

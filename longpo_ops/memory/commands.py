@@ -1,4 +1,7 @@
-"""`longpo plan`: will a step fit, with which settings, and how long will it take."""
+"""`longpo plan`: will a step fit, with which settings, and how long will it take.
+
+Tests: tests/memory/test_plan.py.
+"""
 
 from __future__ import annotations
 

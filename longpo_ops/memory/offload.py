@@ -11,7 +11,8 @@ L layers, inputs x (B, T, H) of b bytes each. Device: the last floor(device_byte
 arrives at any time, with store="int8" a second in its encoded form. Host: ceil(stored bytes / page) pages per input.
 Disk: the rest, spread evenly over the layers. Non-reentrant checkpointing saves exactly one tensor per layer outside
 its own hooks, so saved_tensors_hooks around it see the layer's input and nothing else. With store="exact" the bytes, and
-with them all that is recomputed, are bitwise those of plain checkpointing.
+with them all that is recomputed, are bitwise those of plain checkpointing. Not covered: reentrant checkpointing; weights,
+gradients and optimizer states (optimizer.py).
 """
 
 from __future__ import annotations

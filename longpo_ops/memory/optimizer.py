@@ -6,7 +6,8 @@ A step runs over pieces of at most PIECE numbers: a piece's master is joined in 
 (torch's fused AdamW, or torchao's with 8-bit states) and split again. The inner optimizers never see the 16-bit weights.
 
 Bytes per weight: 2 residue or 4 float32 master (none for float32 weights), 8 float32 states or 2.03 8-bit ones.
-Scratch: about five float32 pieces. Residue and full master give bitwise the same weights.
+Scratch: about five float32 pieces. Residue and full master give bitwise the same weights. Not covered: algorithms other
+than AdamW.
 """
 
 from __future__ import annotations

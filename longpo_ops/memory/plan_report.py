@@ -1,4 +1,7 @@
-"""A plan for the eye: its numbers as a table, and device memory over the step as a picture."""
+"""A plan for the eye: its numbers as a table, and device memory over the step as a picture.
+
+Tests: tests/memory/test_plan.py.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@
 plus the rounding of x' to the tensor's dtype. A block that holds a NaN or an infinity comes back as NaN throughout.
 Shapes: x of n numbers; bytes (nbytes,) uint8: the codes, padded to whole blocks, then one float32 scale per block:
 1.03 n bytes, against 2 n in bfloat16. Memory: float32 temporaries of CHUNK numbers.
+
+Tests: tests/memory/test_tiers.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 Memory on the device: the tensor until it is settled, in its encoded form too where that is another, and the arriving
 copy from fetch() to load(); away from it whole pages, given back when the last reference to it goes.
+
+Tests: tests/memory/test_offload.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ of kv heads already, in shared-prefix attention.
 Under checkpointing the last part would run three times: forward, recomputation, tile by tile in the backward. It does
 not, because x and a are saved by an identity BEFORE it, and it saves nothing itself: checkpointing stops recomputing
 once it has all that was saved. The backward of that identity then does the work: what arrives there is the gradient of
-y, passed on as it is. The projections to q, k and v do run three times: 3 % more products for an 8B Llama.
+y, passed on as it is. The projections to q, k and v do run three times: 3 % more products for an 8B Llama. Not covered,
+and refused: families of models that are not in FAMILIES.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 A Ledger sees every operation: storages that appear and go give the bytes alive, matrix products their floating-point
 operations. Whatever the model's own code, or tile_layers, does is counted as it is. A stand-in takes the place of attention: it
 allocates what shared-prefix attention does (Attention), as the scratch of its kernels cannot be seen from here.
+
+Tests: tests/memory/test_plan.py.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ The name holds all that a stale library could get wrong: for csrc/cpu the torch 
 hash of every source and flag. The last 32 bytes of a file are the SHA-256 of those before it, so a damaged file is
 found before it is mapped into the process, and compiled again. A file lock and an atomic rename keep two processes
 apart. The module imports nothing of the package and does nothing on import: setup.py loads it by its path.
+
+Tests: tests/ops/test_cpu_tiles.py.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ The library has a plain C interface (pointers, sizes, a stream): no torch header
 compiles it at first use for sm_80 and its relatives, sm_90a and sm_100a, with PTX for what comes later. Divergences
 are left to the Triton form, which visits both tiles in one kernel, or to the PyTorch form where there is no triton.
 Scratch: V numbers for a bias that is not float32, n for segment sums; one launch per call.
+
+Tests: tests/kernels/test_cuda_source.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     head(hidden, labels, loss=linear_logprobs)                  one tensor of rows
     head((chosen, rejected), (chosen_labels, rejected_labels))  fused_preference_loss, the default
 
-The weight is read inside the module's own forward, so hooks of FSDP2 and ZeRO-3 gather it and those of DDP see its gradient.
+The weight is read inside the module's own forward, so hooks of FSDP2 and ZeRO-3 gather it and those of DDP see its
+gradient. Not covered: outputs that are no single linear layer.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ The slopes are what the sweep needs: they become the token weights of the answer
 loss because the sweep runs inside a registered operator, where autograd records nothing; tests hold them to autograd.
 All numbers are float64 and there are K = B + R of them.
 
-A new objective is a frozen dataclass of floats with `terms`, and an entry in OBJECTIVES.
+A new objective is a frozen dataclass of floats with `terms`, and an entry in OBJECTIVES. Not covered: losses on single
+tokens, which linear_logprobs is for.
 """
 
 from __future__ import annotations

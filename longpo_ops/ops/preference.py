@@ -4,7 +4,8 @@
 
 S_k is the sum of log-probs over the answer tokens of sequence k, over all turns (Eq. 13), summed in float64; f_b is the
 objective's loss of pair b (objectives.py); the second term is the NLL over the T_b labelled tokens of the whole chosen
-sequence. docs/mathematics.md derives the sweep and its cost: 6 N H V operations, rows without weight never read.
+sequence. docs/mathematics.md derives the sweep and its cost: 6 N H V operations, rows without weight never read. Not
+covered: full-vocabulary KL (divergence.py).
 """
 
 from __future__ import annotations

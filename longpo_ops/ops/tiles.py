@@ -22,6 +22,10 @@ Contract, the same for every back-end (torch | cpu | triton | cuda):
   Functions ending in _ overwrite z. With `dtype` float16 or bfloat16 the result is written into the first half of each
   float32 row and returned as a view (n, V) whose row pitch is twice z's, so that no second tile exists.
 Scratch: O(n) numbers, or one block of rows of about 1 MiB for the PyTorch form.
+
+Products and chunks are not a tile's matter: products.py, sweep.py.
+
+Tests: tests/ops/test_cpu_tiles.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The plain PyTorch truth of every op: full logits, autograd, any dtype. Tests and benchmarks call it in float64.
 
 Memory is what the library avoids: logits (N, V), their log-softmax and their gradient.
+
+Tests: tests/ops/test_operators.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the commands share at a terminal: wrong usage, a run that is stopped, bars and tables. rich is loaded when needed."""
+"""What the commands share at a terminal: wrong usage, a run that is stopped, bars and tables. rich is loaded when needed.
+
+Tests: tests/test_cli.py, tests/generate/test_commands.py.
+"""
 
 from __future__ import annotations
 

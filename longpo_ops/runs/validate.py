@@ -1,4 +1,7 @@
-"""Whether plain values, as a YAML file or a command line gives them, are of the kinds that a class's fields take."""
+"""Whether plain values, as a YAML file or a command line gives them, are of the kinds that a class's fields take.
+
+Ranges, and which values go together, are for the class itself to check.
+"""
 
 from __future__ import annotations
 

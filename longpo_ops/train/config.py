@@ -1,4 +1,7 @@
-"""The settings that are ours, beside those of transformers.TrainingArguments."""
+"""The settings that are ours, beside those of transformers.TrainingArguments.
+
+Tests: tests/train/test_trainer.py.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@
 
 logo also spreads position ids over the policy's context.
 Source: arXiv 2502.13922, Eq. 12-14 and its baselines; the official code for the forms beside the sigmoid.
+
+Tests: tests/train/test_trainer.py.
 """
 
 from __future__ import annotations

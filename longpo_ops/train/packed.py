@@ -1,4 +1,7 @@
-"""Tokenised pairs as the packs a trainer draws: the sequences of a pair a method reads, packed within a token budget."""
+"""Tokenised pairs as the packs a trainer draws: the sequences of a pair a method reads, packed within a token budget.
+
+Tests: tests/train/test_trainer.py.
+"""
 
 from __future__ import annotations
 

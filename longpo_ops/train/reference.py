@@ -10,7 +10,8 @@ once.
 
 On disk: one folder per key, the digest of model parameters, config and reading. In it `logps-<rank>.jsonl`, a line per
 pair with its content digest, values and a checksum, appended as they are computed, so a killed run goes on; what is
-damaged or of other content is computed again. Hidden states are one safetensors file per pair, written atomically.
+damaged or of other content is computed again. Hidden states are one safetensors file per pair, written atomically. Not
+covered: a reference that changes while the policy trains.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a finished run leaves beside its checkpoint: a figure of its curves and a model card."""
+"""What a finished run leaves beside its checkpoint: a figure of its curves and a model card.
+
+Tests: tests/train/test_run.py.
+"""
 
 from __future__ import annotations
 

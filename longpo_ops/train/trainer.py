@@ -5,7 +5,8 @@
     L = lambda/P sum_pairs f + 1/P sum_pairs mean_t NLL     P = pairs of the step, over accumulation and ranks (Eq. 14)
 
 What is ours: the loss (every method of methods.py), where the reference comes from, the normalisation by pairs, the
-metrics, and checkpoints that appear under their name only when they are whole. The rest is transformers' Trainer.
+metrics, and checkpoints that appear under their name only when they are whole. The rest is transformers' Trainer. Not
+covered: several packs in one forward, and one pack on several devices.
 """
 
 from __future__ import annotations

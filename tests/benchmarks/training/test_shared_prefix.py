@@ -1,0 +1,23 @@
+"""benchmarks/training/shared_prefix.py at a tiny size: both steps run, agree, and a difference between them is seen."""
+
+import pytest
+import torch
+
+from benchmarks.training import shared_prefix
+from benchmarks.training.shared_prefix import Case, compare, perform
+
+
+def test_both_steps_are_measured_and_have_the_same_gradients(tmp_path, monkeypatch):
+    case = Case(prefix=24, tail=6, width=16, layers=1, heads=2, vocab=50, steps=1)
+    monkeypatch.setitem(shared_prefix.CASES, "tiny", case)
+    files = {side: tmp_path / f"{side}.pt" for side in ("two", "shared")}
+    for side, file in files.items():
+        result = perform("tiny", side, str(file))
+        assert result["seconds"] > 0 and result["weight_bytes"] > 0
+    assert compare(files["two"], files["shared"]) < 1e-4
+    loss, gradients = torch.load(files["two"])
+    name = next(iter(gradients))
+    gradients[name] *= 1.01
+    torch.save((loss, gradients), tmp_path / "wrong.pt")
+    with pytest.raises(RuntimeError, match="the two steps differ"):
+        compare(files["two"], tmp_path / "wrong.pt")
