@@ -35,7 +35,10 @@ def prebuild(destination: Path) -> None:
 
 
 class BuildPy(build_py):
-    """Also puts the compiled CPU back-end into the package."""
+    """Also puts the compiled CPU back-end into the package, and leaves out how the tiny model was made."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "pretrain"]
 
     def run(self) -> None:
         super().run()
@@ -63,9 +66,19 @@ setup(
     # and a wheel, and no top-level package `kernels`, which would shadow Hugging Face's.
     packages=find_namespace_packages(include=["longpo_ops*"], exclude=["*__pycache__*", "longpo_ops._native*"]),
     package_data={
-        "": ["*.cpp", "*.cu", "*.h", "*.json"],
-        "longpo_ops.generate": ["prompts/*.txt"],
-        "longpo_ops.tiny": ["*.yaml", "model/*", "prompts/*"],
+        "longpo_ops.csrc.cpu": ["*.cpp", "*.h"],
+        "longpo_ops.csrc.cuda": ["*.cu", "*.h"],
+        "longpo_ops.generate.prompts": ["*.txt"],
+        "longpo_ops.memory.models": ["*.json"],
+        "longpo_ops.tiny": ["*.yaml"],
+        "longpo_ops.tiny.model": [
+            "config.json",
+            "generation_config.json",
+            "tokenizer*.json",
+            "*.jinja",
+            "*.safetensors",
+        ],
+        "longpo_ops.tiny.prompts": ["*.txt"],
     },
     install_requires=[
         "einops",

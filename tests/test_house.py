@@ -49,14 +49,14 @@ def imports(path: Path, root: Path = ROOT) -> Iterator[str]:
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """-> room and file of every module of the package, through the links to kernels and tiny."""
+    """-> room and file of every module of the package, through the links to kernels and tiny; no scripts."""
     for folder in (
         PACKAGE,
         *(path for path in PACKAGE.rglob("*") if path.is_dir() and "__pycache__" not in path.parts),
     ):
         for path in sorted(folder.glob("*.py")):
             room = path.relative_to(PACKAGE).parts[0]
-            if room != "__init__.py":
+            if room != "__init__.py" and path.name != "pretrain.py":
                 yield room.removesuffix(".py"), path
 
 

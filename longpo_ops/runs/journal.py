@@ -8,6 +8,8 @@ A line counts once it is whole: killed while one was being written, that request
 appear under their names only when they are complete. What lies in the folder beside these is the run's own (the generator's
 in generate/store.py). Not covered: several processes in one folder, which the lock refuses, and folders on systems
 without flock. Memory: the results in the journal.
+
+Tests: tests/generate/test_run.py, tests/evaluate/test_run.py.
 """
 
 from __future__ import annotations

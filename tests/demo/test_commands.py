@@ -27,11 +27,11 @@ def small(monkeypatch, tmp_path):
         each["train"] |= {"gradient_accumulation_steps": 2, "save_steps": 2}
     (here / "evolve.yaml").write_text(yaml.safe_dump(settings))
     (here / "compare.yaml").write_text(
-        yaml.safe_dump({"steps": 4, "every": 2, "methods": {"dpo": 1e-4, "sft_chosen": 1e-3}})
+        yaml.safe_dump({"steps": 4, "every": 4, "methods": {"dpo": 1e-4, "sft_chosen": 1e-3}})
     )
     for module in (run, compare):
         monkeypatch.setattr(module, "TINY", here)
-    monkeypatch.setattr(text, "DOCUMENTS", {"documents-1k": (10, (1750, 2150)), "documents-2k": (2, (3600, 4400))})
+    monkeypatch.setattr(text, "DOCUMENTS", {"documents-1k": (6, (1750, 2150)), "documents-2k": (2, (3600, 4400))})
     return tmp_path / "out"
 
 
@@ -42,7 +42,7 @@ def demo(*arguments):
 def test_the_demo_shows_documents_a_pair_and_the_table_and_compares_methods(small):
     done = demo("--out", small, "--compare")
     assert done.exit_code == 0, done.output
-    shown = ("10 documents for 1,024 tokens", "chosen: The code", "rejected:", "theta 4000, untrained", "1k: after")
+    shown = ("6 documents for 1,024 tokens", "chosen: The code", "rejected:", "theta 4000, untrained", "1k: after")
     for wanted in (*shown, "perplexity by tokens", "1k/train", "sft_chosen", "in all"):
         assert wanted in done.output, wanted
     results = json.loads((small / "results.json").read_text())

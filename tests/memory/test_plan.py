@@ -261,7 +261,7 @@ def test_longest_length_fits_and_the_next_does_not():
 def test_bad_lengths_are_refused():
     with pytest.raises(ValueError, match="longer than its rejected tails"):
         Work(small(), 100, tails=(60, 40))
-    with pytest.raises(ValueError, match="accumulation=0: expected at least one row"):
+    with pytest.raises(ValueError, match="accumulation=0: expected at least one pack"):
         Work(small(), 100, accumulation=0)
 
 

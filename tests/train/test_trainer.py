@@ -237,7 +237,7 @@ def test_two_hundred_pairs_are_learnt(tmp_path):
         pack_tokens=800,
         gradient_checkpointing=False,
         gradient_accumulation_steps=1,
-        num_train_epochs=25,
+        num_train_epochs=12,
         learning_rate=3e-3,
         warmup_steps=10,
         logging_steps=8,
