@@ -1,11 +1,19 @@
 """What every test process shares: no network, quiet tokenisers, Ctrl-C, the same property-test examples in every run."""
 
+import getpass
 import os
 import signal
+import tempfile
+
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-from hypothesis import settings
+# inductor finds what it compiled again without looking at the instruction set it was written for: code with AVX-512's
+# strides, compiled for AVX2, leaves half of a vector out. So each set has its cache (docs/log.md, 2026-11-27).
+SET = os.environ.get("ATEN_CPU_CAPABILITY", "own")
+CACHE = os.path.join(tempfile.gettempdir(), f"longpo_ops-tests-inductor-{getpass.getuser()}-{SET}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHE)
 
 # A suite that a shell started in the background ignores SIGINT, and so would the runs that tests stop with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -129,3 +129,21 @@ def test_no_file_has_more_than_500_lines():
     files = [path for folder in folders for kind in ("py", "cpp", "cu", "h") for path in folder.rglob(f"*.{kind}")]
     assert len(files) > 200
     assert {path.relative_to(ROOT).as_posix() for path in files if len(path.read_text().splitlines()) > 500} == set()
+
+
+def test_the_readmes_tree_is_the_tree():
+    """Every path it names exists, and every room of the package and of the benchmarks is in it."""
+    text = (ROOT / "README.md").read_text().partition("## Where things are")[2].split("```")[1]
+    named, parent = set(), ""
+    for line in text.splitlines()[1:]:
+        names = re.split(r" {2,}", line.strip())[0] if not line.startswith(" " * 10) else ""
+        for name in filter(None, names.split(", ")):
+            parent = parent if line.startswith("  ") else name
+            named.add((parent if line.startswith("  ") else "") + name)
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert missing == []
+    rooms = {room for room in ROOMS if room not in ("kernels", "ops", "tiny")}
+    for room in rooms:
+        assert {f"longpo_ops/{room}/", f"longpo_ops/{room}.py"} & named, f"README.md's tree has no {room}"
+    for folder in (path for path in (ROOT / "benchmarks").iterdir() if path.is_dir() and path.name != "__pycache__"):
+        assert f"benchmarks/{folder.name}/" in named

@@ -323,8 +323,8 @@ def test_files_of_text_and_of_tokens_give_the_same_pairs(make_tokenizer, pair, t
 
 def test_skipping_counts_reasons(make_tokenizer, pair, tmp_path):
     chat, report = ChatFormat(make_tokenizer("llama3"), max_length=120), DataReport()
-    rows = [pair.to_record(), pair.to_record() | {"id": "long", "document": "boats " * 200}, {"id": "empty"}]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    records = [pair.to_record(), pair.to_record() | {"id": "long", "document": "boats " * 200}, {"id": "empty"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     kept = list(tokenized_pairs(tmp_path, chat, on_bad_record="skip", report=report))
     assert [each.id for each in kept] == ["boats"]
     assert report.skipped == {"longer than max_length": 1, "missing field": 1}

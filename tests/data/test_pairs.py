@@ -23,17 +23,17 @@ OFFICIAL = {
 
 
 def spoil(pair: Pair, path: str, value) -> dict:
-    """The pair's row with the value at a dotted path replaced, or removed where the value is ...."""
-    row = json.loads(json.dumps(pair.to_record()))
+    """The pair's record with the value at a dotted path replaced, or removed where the value is ...."""
+    record = json.loads(json.dumps(pair.to_record()))
     *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-    target = row
+    target = record
     for key in parents:
         target = target[key]
     if value is ...:
         del target[last]
     else:
         target[last] = value
-    return row
+    return record
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
@@ -114,10 +114,10 @@ def test_bad_official_records_are_named(change, message):
 
 def test_equal_answers_are_bad_unless_allowed(pair):
     same = tuple(replace(turn, rejected=("Other.", f" {turn.chosen}\n")) for turn in pair.turns)
-    row = replace(pair, turns=same).to_record()
+    record = replace(pair, turns=same).to_record()
     with pytest.raises(BadRecord, match="chosen equal to rejected; rejected answer 1"):
-        Pair.from_record(row)
-    assert Pair.from_record(row, allow_equal=True).turns[0].rejected[1] == " There are 42 boats.\n"
+        Pair.from_record(record)
+    assert Pair.from_record(record, allow_equal=True).turns[0].rejected[1] == " There are 42 boats.\n"
     half = (same[0], pair.turns[1])  # one turn of a conversation may be equal
     assert Pair.from_record(replace(pair, turns=(replace(half[0], rejected=(half[0].chosen,)), half[1])).to_record())
 

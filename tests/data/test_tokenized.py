@@ -108,17 +108,17 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("row", "message"), BAD)
-def test_bad_rows_are_named(row, message):
+@pytest.mark.parametrize(("record", "message"), BAD)
+def test_bad_records_are_named(record, message):
     with pytest.raises(BadRecord, match=f"^record 'r:1', .*{message}"):
-        TokenizedPair.from_record(row, "r:1")
+        TokenizedPair.from_record(record, "r:1")
 
 
 def test_equal_sequences_are_bad_unless_allowed():
-    row = official() | {name.replace("chosen", "rejected"): v for name, v in official().items() if name[0] == "c"}
+    record = official() | {name.replace("chosen", "rejected"): v for name, v in official().items() if name[0] == "c"}
     with pytest.raises(BadRecord, match="chosen equal to rejected"):
-        TokenizedPair.from_record(row)
-    assert TokenizedPair.from_record(row, allow_equal=True).rejected[0].ids[3] == 7
+        TokenizedPair.from_record(record)
+    assert TokenizedPair.from_record(record, allow_equal=True).rejected[0].ids[3] == 7
 
 
 def test_data_of_another_tokenizer_is_refused(make_tokenizer, tmp_path):

@@ -81,7 +81,7 @@ def test_a_file_is_one_document(name, data, expected, tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_records_are_documents(suffix, tmp_path):
     texts = [f"text {i}\u2028\nwith lines" for i in range(40)]
-    path = tmp_path / f"rows{suffix}"
+    path = tmp_path / f"records{suffix}"
     lines = "".join(json.dumps({"id": i, "body": text}) + "\n" for i, text in enumerate(texts)).encode()
     pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstd}
     if suffix == ".parquet":
@@ -90,7 +90,7 @@ def test_records_are_documents(suffix, tmp_path):
         path.write_bytes(pack[suffix](lines))
     found, listing = read(path, column="body")
     assert [document.text for document in found] == texts and listing.found == 40
-    assert found[6].source == f"rows{suffix}:7"
+    assert found[6].source == f"records{suffix}:7"
     assert 0 <= found[0].position <= found[-1].position <= 1
 
 
@@ -129,8 +129,8 @@ def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(name, data, reason,
 
 
 def test_good_records_beside_bad_ones_are_kept(tmp_path):
-    rows = [b'{"text": "one"}', b"{", b"", b'{"text": "' + b"x" * 9000 + b'"}', b'{"text": "two"}']
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    records = [b'{"text": "one"}', b"{", b"", b'{"text": "' + b"x" * 9000 + b'"}', b'{"text": "two"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(records))
     parquet(tmp_path / "b.parquet", text=["three", None, "one"])
     found, listing = read(tmp_path, max_tokens=10)
     assert [(d.text, d.source) for d in found] == [("one", "a.jsonl:1"), ("two", "a.jsonl:5"), ("three", "b.parquet:1")]

@@ -38,14 +38,14 @@ ROWS = {
 }
 
 
-def write(folder: Path, name: str, rows: list[dict]) -> Path:
+def write(folder: Path, name: str, records: list[dict]) -> Path:
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
+    file.write_text("".join(json.dumps(record) + "\n" for record in records) + "\n", encoding="utf-8")
     return file
 
 
-def row(name: str, **changes) -> dict:
+def record(name: str, **changes) -> dict:
     asked, answer, options = ROWS[name]
     return {"id": 0, "context": BOOK, "input": asked, "answer": answer, "options": options} | changes
 
@@ -54,14 +54,14 @@ def row(name: str, **changes) -> dict:
 def infinite(tmp_path) -> Path:
     """A folder with a file of each task."""
     for name in ROWS:
-        write(tmp_path / "infinite", name, [row(name), row(name, id=1, context="Short.")])
+        write(tmp_path / "infinite", name, [record(name), record(name, id=1, context="Short.")])
     return tmp_path / "infinite"
 
 
 @pytest.fixture
 def chat(tmp_path) -> Path:
     """LongBench-Chat's file of three."""
-    rows = [
+    records = [
         {
             "idx": i,
             "prompt": f"{BOOK}\nWhat of {name}?",
@@ -71,7 +71,7 @@ def chat(tmp_path) -> Path:
         for i, name in enumerate(OPTIONS[:3], 1)
     ]
     (tmp_path / "chat").mkdir()
-    (tmp_path / "chat/test_cases.json").write_text(json.dumps(rows))
+    (tmp_path / "chat/test_cases.json").write_text(json.dumps(records))
     return tmp_path / "chat/test_cases.json"
 
 
@@ -173,7 +173,7 @@ def test_every_task_has_a_prompt_with_all_it_needs(infinite, tokenizer):
 def test_a_long_text_loses_its_middle_and_nothing_else(infinite, tokenizer):
     each = read_published([str(infinite / "longbook_qa_eng.jsonl")])[0]
     counter, words = Counter(tokenizer), " ".join(f"word{i}" for i in range(300))
-    each = Published(each.name, (row("longbook_qa_eng", context=words),))
+    each = Published(each.name, (record("longbook_qa_eng", context=words),))
     whole, _ = each.sample(0, 40_000, counter)
     sample, cut = each.sample(0, 500, counter)
     assert cut and 440 < counter.count(sample.prompt, sample.prefill) <= 500 - sample.max_tokens
@@ -247,8 +247,8 @@ def test_failed_records_count_as_zero(settings, infinite):
             return Reply(200, {"choices": [{"message": {"content": " 71432"}, "finish_reason": "stop"}]})
         return Reply(400, {"error": "too long"}) if number > 1 else None
 
-    rows = [row("passkey", context="Short."), row("passkey"), row("passkey", id=2, context="Short. Too.")]
-    file = write(infinite, "passkey", rows)
+    records = [record("passkey", context="Short."), record("passkey"), record("passkey", id=2, context="Short. Too.")]
+    file = write(infinite, "passkey", records)
     with OpenAIServer(behave) as server:
         scores = evaluate(settings(endpoints=(server.url,), concurrency=1, published=(str(file),), **ONLY))
     assert scores.published["passkey"] == pytest.approx(2 / 3) and scores.counts["passkey"]["failed"] == 1
@@ -264,9 +264,9 @@ def test_chats_stay_unjudged_without_a_judge(settings, chat):
     assert "3 of 3 answers are unjudged and not in the score; they are in answers.jsonl: name a judge" in str(
         scores.notes
     )
-    rows = [json.loads(line) for line in (Path(run.out) / "answers.jsonl").read_text().splitlines()]
-    assert [r["id"] for r in rows] == [f"longbench_chat/2000/{i}" for i in (1, 2, 3)]
-    assert all(r["answer"].startswith("The ") and r["score"] is None for r in rows)
+    records = [json.loads(line) for line in (Path(run.out) / "answers.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in records] == [f"longbench_chat/2000/{i}" for i in (1, 2, 3)]
+    assert all(r["answer"].startswith("The ") and r["score"] is None for r in records)
 
 
 def test_a_judge_rates_chats(settings, chat, monkeypatch):

@@ -249,5 +249,5 @@ def write_home(folder: Path, dtype=torch.float32) -> Path:
     return folder
 
 
-def write_lines(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_lines(path: Path, records) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
