@@ -43,7 +43,7 @@ test-library: $(STAMP)
 	$(PYTEST) tests --ignore=tests/kernels
 
 test-interpreter: $(STAMP)
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
+	TRITON_INTERPRET=1 $(PYTEST) --dist load tests/kernels/test_interpreter.py
 
 test-compile: $(STAMP)
 	$(PYTEST) tests/kernels/test_compile.py tests/kernels/test_cuda_source.py

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -46,6 +47,14 @@ class Started:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+    def first_line(self, timeout: float = 300.0) -> str:
+        """What it wrote first on standard output, once it has."""
+        end = time.monotonic() + timeout
+        while "\n" not in self._written()[0]:
+            assert self.poll() is None and time.monotonic() < end, self._written()
+            time.sleep(0.01)
+        return self._written()[0].splitlines()[0]
 
     def communicate(self, timeout: float = 300.0) -> tuple[str, str]:
         """Wait for the end -> what it wrote on standard output and standard error."""

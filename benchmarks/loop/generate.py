@@ -100,10 +100,11 @@ def listing(folder: Path, count: int) -> dict:
     """Documents listed and parted, nothing asked, in a process of its own, whose memory is measured."""
     documents = write(folder / "many", count, 400)
     script = (
-        "import resource, sys, time\n"
+        "import sys, time\n"
         "from transformers import AutoTokenizer\n"
         "from longpo_ops.documents import Listing, find_files\n"
         "from longpo_ops.generate import GenerateRun, select\n"
+        "from longpo_ops.runs.usage import peak_bytes\n"
         "bounds = dict(min_document=100, answer_tokens=64, question_tokens=64, max_chunk=128)\n"
         "run = GenerateRun(sys.argv[1], (sys.argv[2],), 4096, 'o', **bounds)\n"
         "tokenizer, found, began = AutoTokenizer.from_pretrained(run.model), Listing(), time.monotonic()\n"
@@ -111,8 +112,7 @@ def listing(folder: Path, count: int) -> dict:
         "chunks = tokens = 0\n"
         "for task in tasks:\n"
         "    chunks, tokens = chunks + len(task.chunks), tokens + task.tokens\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "print(found.selected, chunks, tokens, time.monotonic() - began, peak)\n"
+        "print(found.selected, chunks, tokens, time.monotonic() - began, peak_bytes())\n"
     )
     command = [sys.executable, "-c", script, str(folder / "model"), str(documents)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
-import resource
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +24,7 @@ from typing import Any
 import torch
 
 from ..runs.journal import changes, write_atomically
+from ..runs.usage import peak_bytes
 
 BEAT = 2.0  # seconds between two writes of a running stage's cost
 
@@ -136,9 +134,4 @@ def _reset_peaks() -> bool:
 def _peaks() -> tuple[int, int]:
     """Bytes, of this process and of its CUDA device."""
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-    try:
-        kib = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return int(kib[1]) * 1024, device
-    except (OSError, TypeError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024), device
+    return peak_bytes(), device

@@ -39,7 +39,7 @@ def draw_curves(history: list[dict], path: Path) -> None:
             axis.legend(fontsize=7)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.1, top=0.93, wspace=0.25, hspace=0.45)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
 import time
 import zipfile
@@ -42,6 +41,7 @@ from ..ops.head import attach
 from ..ops.logprobs import linear_cross_entropy
 from ..ops.preference import packed_preference_loss
 from ..ops.sweep import default_workspace
+from ..runs.usage import peak_bytes
 from .config import LongPOConfig
 from .packed import Pack, PackedPairs, collate, select
 from .reference import DataReference, Reference, ReferenceStore, base_model, model_digest, precompute, readings
@@ -458,4 +458,4 @@ def _peak_memory(device: torch.device) -> int:
     """Bytes: of the device on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()

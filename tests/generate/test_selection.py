@@ -58,15 +58,16 @@ def test_default_bounds_leave_room_for_questions_and_answers():
 
 
 SCRIPT = """
-import resource, sys
+import sys
 from transformers import AutoTokenizer
 from longpo_ops.documents import Listing, find_files
 from longpo_ops.generate import GenerateRun, select
+from longpo_ops.runs.usage import peak_bytes
 bounds = dict(min_document=32, max_chunk=48, answer_tokens=16, question_tokens=16)
 run, listing = GenerateRun(sys.argv[1], (sys.argv[2],), 1024, "o", **bounds), Listing()
 tasks = select(run, find_files(run.documents), AutoTokenizer.from_pretrained(run.model), listing)
 chunks = sum(len(task.chunks) for task in tasks)
-print(listing.selected, chunks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(listing.selected, chunks, peak_bytes())
 """
 
 

@@ -3,10 +3,7 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +11,9 @@ import torch
 from longpo_ops.memory import offload_activations
 from longpo_ops.memory.tiers import available_host_bytes
 
+from ..processes import Started, run
 from .models import INPUT_BYTES, LAYERS, PAGE, PAGES, make_ids, make_model, plain_step, same, step
 
-ROOT = Path(__file__).parents[2]
 INPUT = PAGES * PAGE
 
 
@@ -98,7 +95,7 @@ assert same(step(model), expected)
 print('fine')
 """
     code = code.replace("host_bytes=4 << 30", "host_bytes=5 << 30").replace("from 4 GiB", "from 5 GiB")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run(code)
     assert done.stdout.strip() == "fine", done.stderr[-2000:]
 
 
@@ -155,13 +152,13 @@ loss = loss_of(model)
 print(handle.disk_bytes, flush=True)
 time.sleep(600)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = Started(code)
     try:
-        assert int(process.stdout.readline()) == LAYERS * INPUT
+        assert int(process.first_line()) == LAYERS * INPUT
         names = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{process.pid}/fd")]
         assert any(name.startswith(str(tmp_path)) and name.endswith("(deleted)") for name in names)
         assert os.listdir(tmp_path) == []
     finally:
         process.send_signal(how)
-        process.wait()
+        process.communicate()
     assert os.listdir(tmp_path) == []

@@ -33,8 +33,10 @@ def run(*args, **kwargs):
     return train(TrainRun.from_settings(settings(*args, **kwargs)))
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("name", METHODS)
+ADAPTED = ("longpo", "dpo", "simpo", "sft_chosen", "sft_constraint")  # each reading of the reference, and none
+
+
+@pytest.mark.parametrize(("name", "lora_rank"), [*((name, 0) for name in METHODS), *((name, 4) for name in ADAPTED)])
 def test_every_method_from_text_to_a_saved_model(home, tmp_path, name, lora_rank):
     data = str(home / ("kto_pairs.jsonl" if name == "kto_pair" else "pairs.jsonl"))
     trainer = run(
