@@ -58,9 +58,13 @@ class Case:
             self.refs = dict(ref_chosen_logps=-10 + torch.randn(b), ref_rejected_logps=-10 + torch.randn(r))
 
     def redraw(self):
-        self.tensors = [
-            None if t is None else (torch.randn(t.shape) * t.float().std().cpu()).to(t) for t in self.tensors
-        ]
+        """New numbers of the same spread; -inf stays."""
+
+        def again(t):
+            new = torch.randn(t.shape) * t[t.isfinite()].float().std().cpu()
+            return torch.where(t.isfinite(), new.to(t), t)
+
+        self.tensors = [None if t is None else again(t) for t in self.tensors]
 
     def leaves(self, dtype=None):
         return [None if t is None else t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in self.tensors]
