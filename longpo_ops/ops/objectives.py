@@ -16,7 +16,7 @@ tokens, which linear_logprobs is for.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class Objective:
         raise TypeError(f"{type(self).__name__} defines no terms(): use one of {', '.join(OBJECTIVES)}")
 
     def parameters(self) -> list[float]:
-        return [float(v) for v in astuple(self)]
+        return [float(getattr(self, field.name)) for field in fields(self)]
 
 
 def _pairwise(p: PairLogps, scores: tuple[Tensor, Tensor], loss: Tensor, slope: Tensor) -> Terms:
@@ -262,7 +262,7 @@ def resolve_objective(objective: Objective | str) -> Objective:
     """An objective, or the name of one for its defaults. Raises ValueError for an unknown name or type."""
     if isinstance(objective, str) and objective in OBJECTIVES:
         return OBJECTIVES[objective]()
-    if isinstance(objective, Objective) and type(objective) in OBJECTIVES.values():
+    if isinstance(objective, Objective) and OBJECTIVES.get(objective.name) is type(objective):
         return objective
     raise ValueError(f"objective={objective!r}: expected one of {', '.join(OBJECTIVES)}, or an object of those classes")
 
