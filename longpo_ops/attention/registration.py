@@ -6,16 +6,19 @@
 The layout travels to every layer as a keyword argument. No mask is ever built: transformers would take position ids
 that restart for packed sequences and hide the prefix from the rejected tail; an all-ones mask would show it the chosen
 tail. Without a layout attention is plain causal. What cannot be computed rightly is refused with a ValueError. Not
-covered, and refused by name: key-value caches, padding, dropout, layers that see more than the past.
+covered, and refused by name: key-value caches, padding, dropout, layers that see more than the past, RoPE that gives the
+sequences of a pack other frequencies than they have alone (rope.py).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from longpo_ops.attention.rope import renew, rotary_modules
 from longpo_ops.attention.shared_prefix import plan_calls, shared_prefix_attention
 
 if TYPE_CHECKING:
@@ -66,6 +69,8 @@ def use_shared_prefix(model: PreTrainedModel) -> SharedPrefixHandle:
     if model.config._attn_implementation != name:
         raise ValueError(f"{type(model).__name__} does not take the attention implementation {name!r}")
     hooks = [m.register_forward_pre_hook(_refuse_cache, with_kwargs=True) for m in _attention_modules(model)]
+    for parent, rotary in rotary_modules(model):
+        hooks.append(parent.register_forward_pre_hook(partial(renew, rotary), with_kwargs=True))
     return SharedPrefixHandle(model, before, hooks)
 
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ..attention import use_shared_prefix
+from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
 from ..memory import plan
 from ..memory.optimizer import float32_gradients
@@ -102,6 +102,7 @@ class LongPOTrainer(Trainer):
         )
         args.gradient_checkpointing &= not self.memory.offload  # which does it itself
         use_shared_prefix(base_model(model))
+        self._check_rope(model, [self._packs(pairs, args) for pairs in datasets])
         attach(model)
         if self.memory.states is None:
             _keep_float32_master(model, args)
@@ -185,6 +186,12 @@ class LongPOTrainer(Trainer):
         if self.method.reference is not None:
             DataReference().logps(pair) if args.reference == "data" else readings(pair, self.method.reference)
         return selected.length
+
+    def _check_rope(self, model: nn.Module, packs: Sequence[PackedPairs]) -> None:
+        """Raises ValueError for a pack of sequences that alone would get other RoPE frequencies, before any is trained on."""
+        if rope_depends_on_length(model):
+            for pack in (pack for each in packs for pack in each):
+                check_rope(model, pack.batch.position_ids, pack.batch.layout)
 
     # -- reference ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,89 @@
+"""RoPE whose frequencies follow from the longest position of a call, and which packs it allows.
+
+    angle(t) = position(t) * frequency(longest position in the call)
+
+`dynamic` raises its frequencies' base beyond the model's context, `longrope` has two sets of them, for calls within the
+original context and for longer ones. A pack is one call, so a short sequence would get the frequencies of its longest
+neighbour: other numbers than alone. Such a pack is refused unless all its sequences would get the same ones. transformers'
+`dynamic` also keeps the frequencies of the longest call so far; for a pack they are made anew, so the order of packs is
+nothing to the numbers. Which types these are is asked of the module itself. Not covered: calls without a layout, which are
+transformers' own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from longpo_ops.data.layout import SharedPrefixLayout
+
+VERY_LONG = 1 << 30  # positions: beyond any context
+
+
+def rotary_modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(parent, name) of every module of transformers that makes rotary angles."""
+    found = ((parent, name, m) for parent in model.modules() for name, m in parent.named_children())
+    return [(parent, name) for parent, name, m in found if hasattr(m, "rope_type") and hasattr(m, "config")]
+
+
+def check_rope(model: nn.Module, position_ids: Tensor, layout: SharedPrefixLayout) -> None:
+    """Raises ValueError where sequences of a pack would alone get other frequencies than their neighbours do.
+
+    position_ids: (1, N), one position per row of the layout.
+    """
+    for parent, name in rotary_modules(model):
+        _check(getattr(parent, name), position_ids, layout)
+
+
+def rope_depends_on_length(model: nn.Module) -> bool:
+    """Whether packs of this model have to be looked at by check_rope."""
+    return any(_depends_on_length(getattr(parent, name)) for parent, name in rotary_modules(model))
+
+
+def renew(name: str, parent: nn.Module, args: tuple, kwargs: dict) -> None:
+    """A forward pre-hook of a rotary module's parent: checks the pack, and forgets the calls before it."""
+    layout, position_ids = kwargs.get("shared_prefix_layout"), kwargs.get("position_ids")
+    rotary = getattr(parent, name)
+    if layout is None or position_ids is None or position_ids.is_meta or not _depends_on_length(rotary):
+        return
+    _check(rotary, position_ids, layout)
+    setattr(parent, name, _anew(rotary).to(position_ids.device))
+
+
+def _depends_on_length(rotary: nn.Module) -> bool:
+    """Whether a call of one position and a very long one get different frequencies."""
+    return not torch.equal(_frequencies(rotary, 0), _frequencies(rotary, VERY_LONG))
+
+
+def _check(rotary: nn.Module, position_ids: Tensor, layout: SharedPrefixLayout) -> None:
+    ends = [end - 1 for pair in layout.pairs for _, end in pair.tails]
+    if len(ends) < 2 or position_ids.shape[-1] != layout.length or not _depends_on_length(rotary):
+        return  # the attention itself refuses a layout of another length
+    lasts = sorted(set(position_ids[0, ends].tolist()))
+    alone = [_frequencies(rotary, last) for last in lasts]
+    other = next((last for last, given in zip(lasts, alone, strict=True) if not torch.equal(given, alone[-1])), None)
+    if other is not None:
+        kinds = (
+            rotary.rope_type if isinstance(rotary.rope_type, str) else ", ".join(sorted(set(rotary.rope_type.values())))
+        )
+        raise ValueError(
+            f"RoPE of type {kinds} depends on the length of a sequence: alone, one of {other + 1} positions and one of "
+            f"{lasts[-1] + 1} get different frequencies, in one pack they get the same. Give them to the model as "
+            "separate sequences, or the model a RoPE that is the same at any length (default, linear, yarn, llama3)"
+        )
+
+
+def _anew(rotary: nn.Module) -> nn.Module:
+    return type(rotary)(config=rotary.config)
+
+
+def _frequencies(rotary: nn.Module, last: int) -> Tensor:
+    """(kinds of layers, 2, D): cosine and sine at position 1, which tell frequencies apart, in a call up to `last`."""
+    fresh, positions = _anew(rotary), torch.tensor([[1, last]])
+    kinds = [(kind,) for kind in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [()]
+    with torch.no_grad():
+        angles = (fresh(torch.zeros(1), positions, *kind) for kind in kinds)
+        return torch.stack([torch.stack([part[0, 0] for part in pair]) for pair in angles])
