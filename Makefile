@@ -1,4 +1,4 @@
-# make demo | venv | test | test-vllm | quick | bench | gpu-check | lint
+# make demo | venv | test | test-torch | test-vllm | quick | bench | gpu-check | lint
 #
 #   PYTHON       the interpreter .venv is made from; a fitting torch it already has is used      (python3)
 #   TORCH_INDEX  one more wheel index to look in, say the one that holds torch's CPU wheels      (none)
@@ -8,11 +8,13 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 VLLM    ?= .venv-vllm
+OLDEST  ?= .venv-torch-oldest
 WORKERS ?= 2
 
 BIN    := $(abspath $(VENV))/bin
 STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+FUNCTIONS := $(addprefix tests/ops/test_,operators.py preference.py preference_backward.py logprobs.py divergence.py)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Where a GPU machine is offline, its own python has all that `make gpu-check` needs.
 ANY_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
@@ -20,7 +22,7 @@ HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, to
 
 export PATH := $(BIN):$(PATH):/usr/local/cuda/bin
 
-.PHONY: demo venv test test-library test-interpreter test-compile test-vllm quick bench gpu-check lint clean
+.PHONY: demo venv test test-library test-interpreter test-compile test-torch test-vllm quick bench gpu-check lint clean
 
 venv: $(STAMP)
 
@@ -47,6 +49,18 @@ test-interpreter: $(STAMP)
 
 test-compile: $(STAMP)
 	$(PYTEST) tests/kernels/test_compile.py tests/kernels/test_cuda_source.py
+
+# The functions with the oldest torch that we take, which GPU machines often have: an environment of its own (4.6 GB, as that
+# release brings CUDA along). Only if that cannot be made is this no test.
+test-torch:
+	if $(MAKE) --no-print-directory $(OLDEST)/.ready; \
+	then OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(FUNCTIONS); \
+	else echo "test-torch: not run, as its environment cannot be installed; the lines above say why"; fi
+
+$(OLDEST)/.ready: requirements/torch-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(subst $(BIN),$(abspath $(OLDEST))/bin,$(PIP)) -r requirements/torch-oldest.txt
+	touch $@
 
 # vLLM's CPU build pins a torch of its own: an environment of its own (3.5 GB). Only if that cannot be made is this no test.
 test-vllm:
