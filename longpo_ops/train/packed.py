@@ -23,6 +23,7 @@ class Pack:
 
     batch: PairBatch
     pairs: tuple[TokenizedPair, ...]
+    index: int  # in its PackedPairs
 
 
 class PairStore(Sequence[TokenizedPair]):
@@ -112,7 +113,7 @@ class PackedPairs(Dataset):
 
     def __getitem__(self, index: int) -> Pack:
         pairs = tuple(self.pairs[i] for i in self.groups[index])
-        return Pack(pack([select(pair, self.method) for pair in pairs], self.target_length, self.seed), pairs)
+        return Pack(pack([select(pair, self.method) for pair in pairs], self.target_length, self.seed), pairs, index)
 
 
 def collate(packs: list[Pack]) -> dict[str, Pack]:

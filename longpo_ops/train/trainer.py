@@ -19,11 +19,11 @@ import os
 import shutil
 import time
 import zipfile
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -43,6 +43,7 @@ from ..ops.preference import packed_preference_loss
 from ..ops.sweep import default_workspace
 from ..runs.usage import peak_bytes
 from .config import LongPOConfig
+from .metrics import Totals, total
 from .packed import Pack, PackedPairs, collate, select
 from .reference import DataReference, Reference, ReferenceStore, base_model, model_digest, precompute, readings
 
@@ -82,7 +83,8 @@ class LongPOTrainer(Trainer):
     ):
         self.method = args.method
         self.objective = self.method.make_objective(args.objective_options or {})
-        self._values: dict[str, list[Tensor]] = defaultdict(list)  # of each metric since the last log
+        self._logged, self._trained = Totals(), Totals()  # of the steps since the last log, and since train() began
+        self._evaluated: dict[int, dict[str, Tensor]] = {}  # of each pack of the evaluation at hand
         self._tokens, self._since = 0, 0.0  # trained on since the last log, and when the first of them came
         self._teacher_head: Tensor | None = None
         self._target_length = args.target_length
@@ -148,6 +150,7 @@ class LongPOTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Trainer's, with the layers tiled and offloaded as `memory` says."""
+        self._logged, self._trained, self._tokens = Totals(), Totals(), 0
         with self.memory.attached(self.model):
             return super().train(*args, **kwargs)
 
@@ -244,13 +247,24 @@ class LongPOTrainer(Trainer):
         return pairs or None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """A pack's share of the step's loss; its metrics are kept for the next log."""
-        pack, device = inputs["pack"], self.args.device
-        num_pairs = float(num_items_in_batch or pack.batch.num_pairs)
+        """A pack's share of the loss of a step of num_items_in_batch pairs (default: its own); its metrics are kept for the
+        next log."""
+        pack = inputs["pack"]
+        if not self._tokens:
+            self._since = time.perf_counter()
+        loss, metrics = self._loss(model, pack, float(num_items_in_batch or pack.batch.num_pairs))
+        self._logged.add(metrics)
+        self._trained.add({"loss": metrics["loss"]})
+        self._tokens += pack.batch.layout.length
+        if num_items_in_batch is not None:
+            loss = loss * self.args.world_size  # DDP averages over ranks; the step's pairs are those of all of them
+        return (loss, {}) if return_outputs else loss
+
+    def _loss(self, model, pack: Pack, num_pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """A pack's share of the mean over num_pairs pairs, and its metrics: (2,) each, as Totals takes them."""
+        device = self.args.device
         compute = self._preference if self.objective is not None else self._supervised
         references = self._reference_logps(pack)
-        if model.training and not self._tokens:
-            self._since = time.perf_counter()
         loss, metrics = model(
             input_ids=pack.batch.input_ids.to(device, non_blocking=True),
             position_ids=pack.batch.position_ids.to(device, non_blocking=True),
@@ -258,11 +272,7 @@ class LongPOTrainer(Trainer):
             use_cache=False,
             compute=lambda hidden, head: compute(hidden[0], head, pack, references, num_pairs),
         )
-        for name, values in metrics.items():
-            self._values[name if model.training else f"eval_{name}"].append(values.detach().double().reshape(-1))
-        self._tokens += pack.batch.layout.length if model.training else 0
-        loss = loss * self.args.world_size  # DDP averages over ranks; num_pairs counts the pairs of all of them
-        return (loss, {}) if return_outputs else loss
+        return loss, metrics | {"loss": total(loss * num_pairs, pack.batch.num_pairs)}
 
     def _preference(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float):
         batch = pack.batch
@@ -281,18 +291,17 @@ class LongPOTrainer(Trainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         margins = out.chosen_rewards[list(batch.rejected_pair)] - out.rejected_rewards
-        # A pack's mean loss, once for each of its pairs: logs are means over pairs, whatever the packs.
-        own = torch.full((batch.num_pairs,), num_pairs / batch.num_pairs, device=hidden.device)
-        metrics = {
+        sequences = {
             "rewards/chosen": out.chosen_rewards,
             "rewards/rejected": out.rejected_rewards,
             "rewards/margins": margins,
             "rewards/accuracies": margins > 0,
             "logps/chosen": out.chosen_logps,
             "logps/rejected": out.rejected_logps,
-            "preference_loss": out.preference_loss * own,
         }
-        return out.loss, metrics | ({"nll_loss": out.nll_loss * own} if self.method.nll else {})
+        pairs = {"preference_loss": out.preference_loss} | ({"nll_loss": out.nll_loss} if self.method.nll else {})
+        metrics = {name: total(values, values.numel()) for name, values in sequences.items()}
+        return out.loss, metrics | {name: total(share * num_pairs, batch.num_pairs) for name, share in pairs.items()}
 
     def _supervised(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float):
         batch, scratch = pack.batch, self.args.workspace_bytes
@@ -304,12 +313,11 @@ class LongPOTrainer(Trainer):
             reduction="sum",
             workspace_bytes=scratch,
         )
-        own = torch.full((batch.num_pairs,), 1 / batch.num_pairs, device=nll.device)
-        metrics = {"nll_loss": nll * own}
+        metrics = {"nll_loss": total(nll, batch.num_pairs)}
         if not self.method.constraint:
             return nll / num_pairs, metrics
         kl = self._constraint(hidden, head, pack)
-        metrics["kl"] = kl * own
+        metrics["kl"] = total(kl, batch.num_pairs)
         return (nll + self.args.constraint_weight * kl) / num_pairs, metrics
 
     def _constraint(self, hidden: Tensor, head, pack: Pack) -> Tensor:
@@ -337,28 +345,43 @@ class LongPOTrainer(Trainer):
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluation: the loss alone; metrics gather in log as they do in training."""
+        """Evaluation of a pack; evaluation_loop makes means over pairs of what is kept here."""
+        pack = inputs["pack"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            _, metrics = self._loss(model, pack, float(pack.batch.num_pairs))
+        self._evaluated[pack.index] = {name: share.cpu() for name, share in metrics.items()}
+        return None, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Trainer's, with the loss and the metrics of training as means over pairs, each pair counted once: a pack that fills
+        up the last round of several processes is another one's, too."""
+        began, self._evaluated = time.perf_counter(), {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        packs: dict[int, dict[str, Tensor]] = {}
+        for of_process in gather_object([self._evaluated]):
+            packs |= of_process
+        means = Totals()
+        for index in sorted(packs):
+            means.add(packs[index])
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.means().items()})
+        self._evaluated = {}
+        self._since += time.perf_counter() - began
+        return output
 
     # -- logs and checkpoints ----------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's numbers with the paper's, tokens per second and peak memory since the last log. Raises ValueError for a
-        loss that is not finite: its step has spoilt the weights, so no checkpoint may follow."""
-        evaluation = any(name.startswith("eval_") for name in logs)
-        names = [name for name in self._values if name.startswith("eval_") == evaluation]
-        for name in names:
-            values = torch.cat(self._values.pop(name))
-            total, count = self.accelerator.reduce(torch.stack([values.sum(), torch.ones_like(values).sum()]))
-            logs[name] = float(total / count)
-        if evaluation:
-            self._since += logs.get("eval_runtime", 0.0)
-        elif names:
+        """Trainer's numbers with the paper's, tokens per second and peak memory since the last log. `loss` and `train_loss` are
+        means over pairs, too, not over steps. Raises ValueError for a loss that is not finite: its step has spoilt the
+        weights, so no checkpoint may follow."""
+        if self._logged and logs.keys() & {"loss", "train_loss"}:
+            logs |= self._logged.means(self.accelerator.reduce)
             tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=self.args.device))
             logs["tokens_per_second"] = float(tokens) / (time.perf_counter() - self._since)
             logs["peak_memory_gib"] = _peak_memory(self.args.device) / 2**30
-            self._tokens = 0
+            self._logged, self._tokens = Totals(), 0
+        if "train_loss" in logs and self._trained:
+            logs["train_loss"] = self._trained.means(self.accelerator.reduce)["loss"]
         super().log(logs, start_time)
         self._check_finite(logs.get("loss", logs.get("train_loss", 0.0)))
 

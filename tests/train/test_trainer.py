@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from longpo_ops.train import METHODS, LongPOConfig
+from longpo_ops.train.packed import PackedPairs
 
 from ..attention.dense import TrueFloat64
 from .tiny import answer_logp, gradients, make_model, make_pair, make_trainer, naive_loss, plain, reference_logps
@@ -91,15 +92,21 @@ def test_options_of_an_objective_reach_the_loss(tmp_path):
         close(trainer.compute_loss(policy, {"pack": trainer.train_dataset[0]}), truth)
 
 
-def step(folder, name, **settings):
-    """Parameters after one step of plain gradient descent over five pairs, and what was logged."""
-    pairs = for_method(name, [*PAIRS, make_pair(4, answer=9), make_pair(5, turns=1)])
+def five_pairs(name):
+    return for_method(name, [*PAIRS, make_pair(4, answer=9), make_pair(5, turns=1)])
+
+
+def step(folder, name, evaluate_packs_of=0, **settings):
+    """Parameters after one step of plain gradient descent over five pairs, what was logged and evaluated, and the packs."""
+    pairs, policy = five_pairs(name), make_model()
     needed = make_model(1) if METHODS[name].reference else None
-    policy = make_model()
     trainer = make_trainer(folder, name, pairs, policy, needed, **ONE_STEP | settings)
+    log = {}
     with TrueFloat64():
         trainer.train()
-    return dict(policy.named_parameters()), trainer.state.log_history[0], trainer.train_dataset.groups
+        if evaluate_packs_of:
+            log = trainer.evaluate(PackedPairs(pairs, trainer.method, pack_tokens=evaluate_packs_of))
+    return dict(policy.named_parameters()), trainer.state.log_history[0] | log, trainer.train_dataset.groups
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "kto_pair"])  # whose KL is a mean over a pack
@@ -117,12 +124,13 @@ def test_accumulated_rows_of_different_sizes_are_one_large_batch(tmp_path, name)
         assert log_parts[metric] == pytest.approx(log[metric], rel=1e-6), metric
 
 
+TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
 WORKER = """
 import sys
 import torch
 from tests.train.test_trainer import step
 parameters, log, rows = step(sys.argv[1], sys.argv[2], gradient_accumulation_steps=1, pack_tokens=int(sys.argv[3]),
-                             reference="precompute", target_length=0)
+                             reference="precompute", target_length=0, evaluate_packs_of=130)
 if torch.distributed.get_rank() == 0:
     torch.save({"parameters": {k: v.detach() for k, v in parameters.items()}, "log": log}, sys.argv[1] + "/result.pt")
 torch.distributed.barrier()
@@ -132,7 +140,14 @@ torch.distributed.destroy_process_group()  # left to the interpreter's exit, glo
 
 @pytest.mark.parametrize("name", ["longpo"])
 def test_two_processes_are_one(tmp_path, name):
-    whole, log, _ = step(tmp_path / "whole", name, gradient_accumulation_steps=1, pack_tokens=1000)
+    """Evaluation has three packs, of two, one and two pairs: one is given to both processes, and counts once."""
+    assert [len(pack) for pack in PackedPairs(five_pairs(name), METHODS[name], pack_tokens=130).groups] == [2, 1, 2]
+    whole, log, _ = step(tmp_path / "whole", name, 130, gradient_accumulation_steps=1, pack_tokens=1000)
+    trained, reference = make_model(), plain(make_model(1))
+    trained.load_state_dict(whole)
+    with TrueFloat64():
+        truth = float(naive_loss(name, plain(trained), reference, five_pairs(name)).detach())
+    assert log["eval_loss"] == pytest.approx(truth, rel=1e-6)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     rows = 220
@@ -148,8 +163,9 @@ def test_two_processes_are_one(tmp_path, name):
     result = torch.load(tmp_path / "two" / "result.pt")
     for parameter in whole:
         close(result["parameters"][parameter], whole[parameter].detach())
-    for metric in ("loss", "nll_loss", "preference_loss", "rewards/margins", "logps/chosen"):
-        assert result["log"][metric] == pytest.approx(log[metric], rel=1e-6), metric
+    compared = [n for n in log if n.startswith(("eval_", "rewards/", "logps/")) or n.endswith("loss")]
+    for metric in set(compared) - TIMES:
+        assert result["log"][metric] == pytest.approx(log[metric], rel=1e-6, abs=1e-6), metric
     assert len(list((tmp_path / "two" / "reference").glob("*/logps-*.jsonl"))) == 2  # each computed its share
 
 
@@ -191,6 +207,11 @@ def test_the_papers_metrics_are_logged_and_reach_callbacks(tmp_path):
         assert row["eval_rewards/chosen"] == pytest.approx(0.1 * float(s_w - r_w), rel=1e-6)
         assert row["eval_logps/chosen"] == pytest.approx(float(s_w), rel=1e-6)
         assert row["eval_loss"] == pytest.approx(float(naive_loss("longpo", copy, other, PAIRS[:1]).detach()), rel=1e-5)
+    # two steps, of two pairs and of one: means over pairs, not over steps
+    everything = float(naive_loss("longpo", copy, other, PAIRS).detach())
+    assert logs[0]["loss"] == pytest.approx(everything, rel=1e-5)
+    assert next(s for s in seen if "train_loss" in s)["train_loss"] == pytest.approx(everything, rel=1e-5)
+    assert logs[0]["loss"] == pytest.approx(0.01 * logs[0]["preference_loss"] + logs[0]["nll_loss"], rel=1e-6)
     assert logs[0]["tokens_per_second"] > 0 and logs[0]["peak_memory_gib"] > 0
 
 
