@@ -311,7 +311,7 @@ def tile_layers(model: nn.Module, rows: int = ROWS) -> TilingHandle:
 
     Raises ValueError for a family that has not been checked, a model that is tiled already, and rows below 1.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = _causal(model)
     config = getattr(causal, "config", None)
     kind = getattr(config, "model_type", type(causal).__name__)
     if kind not in FAMILIES:
@@ -320,12 +320,26 @@ def tile_layers(model: nn.Module, rows: int = ROWS) -> TilingHandle:
         )
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows is {rows!r}, expected a whole number of rows per tile, at least 1")
-    layers = [m for m in causal.modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")]
+    if is_tiled(model):
+        raise ValueError("model: its layers are tiled already: remove() the handle first")
+    layers = _layers(causal)
     body = getattr(causal, causal.base_model_prefix, causal)
     before = {module: module.__dict__.get("forward") for module in (*layers, body.norm)}
-    if any(isinstance(f, partial) and f.func in (_layer_forward, _norm_forward) for f in before.values()):
-        raise ValueError("model: its layers are tiled already: remove() the handle first")
     for layer in layers:
         layer.forward = partial(_layer_forward, layer, layer.forward, FAMILIES[kind], rows)
     body.norm.forward = partial(_norm_forward, body.norm, body.norm.forward, rows)
     return TilingHandle(before)
+
+
+def is_tiled(model: nn.Module) -> bool:
+    """Whether tile_layers is in force."""
+    forwards = [layer.__dict__.get("forward") for layer in _layers(_causal(model))]
+    return any(isinstance(forward, partial) and forward.func is _layer_forward for forward in forwards)
+
+
+def _causal(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _layers(causal: nn.Module) -> list[nn.Module]:
+    return [m for m in causal.modules() if hasattr(m, "self_attn") and hasattr(m, "mlp")]

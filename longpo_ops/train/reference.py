@@ -8,10 +8,11 @@ A short pair is packed like a long one, chunk and question read once for chosen 
 full-vocabulary constraint the reference's hidden states at the chosen answer rows (A, H) are kept instead, and its head
 once.
 
-On disk: one folder per key, the digest of model parameters, config and reading. In it `logps-<rank>.jsonl`, a line per
-pair with its content digest, values and a checksum, appended as they are computed, so a killed run goes on; what is
-damaged or of other content is computed again. Hidden states are one safetensors file per pair, written atomically. Not
-covered: a reference that changes while the policy trains.
+It computes as the policy does (arithmetic.py). On disk: one folder per key, the digest of model parameters, config,
+arithmetic and reading. In it `logps-<rank>.jsonl`, a line per pair with its content digest, values and a checksum,
+appended as they are computed, so a killed run goes on; what is damaged or of other content is computed again. Hidden
+states are one safetensors file per pair, written atomically. Not covered: a reference that changes while the policy
+trains.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 
 from ..data import PairBatch, TokenizedPair, pack
 from ..ops.logprobs import linear_logprobs
+from .arithmetic import Arithmetic, base_model
 
 
 def readings(pair: TokenizedPair, reading: str) -> tuple[TokenizedPair, ...]:
@@ -54,12 +56,13 @@ def pair_digest(pair: TokenizedPair, reading: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def model_digest(model: nn.Module, config=None) -> str:
-    """Of a model's config and parameters; of a PEFT model's base, when the reference's `config` is given. Reads every
-    parameter once (about a second per GB)."""
+def model_digest(model: nn.Module, config=None, arithmetic: Arithmetic | None = None) -> str:
+    """Of a model's config, parameters and arithmetic; of a PEFT model's base, when the reference's `config` is given. Reads
+    every parameter once (about a second per GB)."""
     described = (config or model.config).to_dict()
     described = {k: v for k, v in described.items() if not k.startswith("_") and k != "transformers_version"}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    digest.update(str(arithmetic or Arithmetic()).encode())
     for name, tensor in sorted(model.named_parameters()):
         if config is None or not tensor.requires_grad:
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -76,10 +79,23 @@ class Reference:
 
     model: a causal LM with shared-prefix attention (use_shared_prefix), its forward attached (ops/head.py).
     A PEFT policy serves as its own reference: adapters off, and RoPE as `config`, the reference's own, has it.
+    arithmetic: the policy's.
     """
 
-    def __init__(self, model: nn.Module, reading: str, workspace_bytes: int | None = None, config=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        reading: str,
+        workspace_bytes: int | None = None,
+        config=None,
+        arithmetic: Arithmetic | None = None,
+    ):
         self.model, self.reading, self.workspace_bytes, self.config = model, reading, workspace_bytes, config
+        self.arithmetic = arithmetic or Arithmetic()
+
+    def digest(self) -> str:
+        """The key of what it says."""
+        return model_digest(self.model, self.config, self.arithmetic)
 
     def logps(self, pair: TokenizedPair) -> tuple[float, tuple[float, ...]]:
         """-> summed answer log-probs of the chosen and of each rejected conversation."""
@@ -111,7 +127,8 @@ class Reference:
         device, training = next(self.model.parameters()).device, self.model.training
         self.model.eval()
         try:
-            with contextlib.nullcontext() if self.config is None else without_adapters(self.model, self.config):
+            plain = contextlib.nullcontext() if self.config is None else without_adapters(self.model, self.config)
+            with plain, self.arithmetic.of(self.model):
                 return self.model(
                     input_ids=batch.input_ids.to(device),
                     position_ids=batch.position_ids.to(device),
@@ -141,17 +158,12 @@ def without_adapters(model: nn.Module, config) -> Iterator[None]:
     """A PEFT model as its base model, with RoPE as `config` has it."""
     body = base_model(model).base_model
     rotary = body.rotary_emb
-    body.rotary_emb = type(rotary)(config=config).to(next(model.parameters()).device)
+    body.rotary_emb = type(rotary)(config=config).to(next(rotary.buffers()))  # its device and dtype, too
     try:
         with model.disable_adapter():
             yield
     finally:
         body.rotary_emb = rotary
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The causal LM inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class ReferenceStore:

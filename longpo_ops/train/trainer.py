@@ -20,6 +20,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -42,15 +43,15 @@ from ..ops.logprobs import linear_cross_entropy
 from ..ops.preference import packed_preference_loss
 from ..ops.sweep import default_workspace
 from ..runs.usage import peak_bytes
+from .arithmetic import Arithmetic, base_model, keep_float32_master, widen
 from .config import LongPOConfig
 from .metrics import Totals, total
 from .packed import Pack, PackedPairs, collate, select
-from .reference import DataReference, Reference, ReferenceStore, base_model, model_digest, precompute, readings
+from .reference import DataReference, Reference, ReferenceStore, precompute, readings
 
 log = logging.getLogger("longpo_ops.train")
 
 PARTIAL = ".partial"
-SMALL_STEP = 1e-5  # below this, rounding to bfloat16 keeps 99 % of the weights where they are
 
 
 class LongPOTrainer(Trainer):
@@ -62,8 +63,8 @@ class LongPOTrainer(Trainer):
         reference="data", and for a PEFT policy, whose base is the reference under reference_config (default: its own).
     processing_class: the tokenizer, saved beside the model.
 
-    16-bit weights that train at a rate below SMALL_STEP become float32 ones that compute in bfloat16 (autocast): such
-    steps are lost in rounding otherwise. Checkpoints then hold float32 weights.
+    16-bit weights that train at a rate below SMALL_STEP (arithmetic.py) become float32 ones that compute in bfloat16
+    (autocast): such steps are lost in rounding otherwise. Checkpoints then hold float32 weights.
 
     Raises ValueError, before training, for a missing reference and for a record that lacks what the method reads; while
     training, at the first log or checkpoint after a loss that is not finite.
@@ -107,7 +108,7 @@ class LongPOTrainer(Trainer):
         self._check_rope(model, [self._packs(pairs, args) for pairs in datasets])
         attach(model)
         if self.memory.states is None:
-            _keep_float32_master(model, args)
+            keep_float32_master(model, args)
         self.reference = self._make_reference(model, args, datasets, reference_model, reference_config)
         super().__init__(
             model=model,
@@ -153,6 +154,11 @@ class LongPOTrainer(Trainer):
         self._logged, self._trained, self._tokens = Totals(), Totals(), 0
         with self.memory.attached(self.model):
             return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """Trainer's, computing as train() does."""
+        with nullcontext() if self.is_in_train else self.memory.attached(self.model):
+            return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, or the AdamW of `memory`."""
@@ -204,25 +210,27 @@ class LongPOTrainer(Trainer):
             return None
         if args.reference == "data":
             return DataReference()
+        policy, config = base_model(model), None
         if reference_model is not None:
             if reference_model is model:
                 raise ValueError("reference_model is the policy itself; expected another model, which stays frozen")
             reference_model.requires_grad_(False)
             use_shared_prefix(reference_model)
-            reference = Reference(attach(reference_model), self.method.reference, args.workspace_bytes)
+            widen(attach(reference_model), model)
         elif hasattr(model, "disable_adapter"):
-            config = reference_config or base_model(model).config
-            reference = Reference(model, self.method.reference, args.workspace_bytes, config)
+            reference_model, config = model, reference_config or policy.config
         else:
             raise ValueError(
                 f"objective {self.method.name!r} compares with a reference; expected reference_model, a PEFT policy, "
                 "or reference='data' with log-probs in the data set"
             )
+        alike = base_model(reference_model).config.model_type == policy.config.model_type
+        arithmetic = Arithmetic.of_run(args.mixed_precision, self.memory.tile_rows if alike else None)
+        reference = Reference(reference_model, self.method.reference, args.workspace_bytes, config, arithmetic)
         if args.reference == "online":
             return reference
         folder = args.reference_cache or os.path.join(args.output_dir, "reference")
-        key = model_digest(reference.model, reference.config)
-        store = ReferenceStore(folder, key, self.method.reference, args.process_index)
+        store = ReferenceStore(folder, reference.digest(), self.method.reference, args.process_index)
         for pairs in datasets:
             precompute(store, pairs, reference, self.method.constraint, args.process_index, args.world_size)
         args.distributed_state.wait_for_everyone()
@@ -442,16 +450,6 @@ class LongPOTrainer(Trainer):
                 f"{checkpoint}: its optimizer state has no {error}, so it is another optimizer's; go on with the settings it "
                 "began with (fit, memory: states and master, optim), or give another output_dir"
             ) from error
-
-
-def _keep_float32_master(model: nn.Module, args: LongPOConfig) -> None:
-    """Turns trained 16-bit weights into float32 ones under autocast where steps are too small for them."""
-    small = [p for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4]
-    if small and args.learning_rate < SMALL_STEP:
-        for parameter in small:
-            parameter.data = parameter.data.float()
-        if args.mixed_precision == "no":
-            args.bf16, args.mixed_precision = True, "bf16"
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:

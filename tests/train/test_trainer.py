@@ -283,6 +283,7 @@ BAD_SETTINGS = [
     ({"pack_tokens": 0}, "pack_tokens=0: expected a whole number"),
     ({"constraint_weight": 0.0}, "expected > 0"),
     ({"remove_unused_columns": True}, "a pack has no columns"),
+    ({"bf16_full_eval": True}, "evaluation computes as training"),
 ]
 
 
