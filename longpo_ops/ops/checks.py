@@ -1,35 +1,38 @@
-"""What every op checks before it allocates anything: each failure names the argument, what came and what was expected."""
+"""What every op checks before it allocates anything: each failure names the argument, what came and what was expected.
+
+Kinds of single arguments are longpo_ops/kinds.py's; here is what arguments of an op are to each other.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
+from ..kinds import check_choice, check_number, check_tensor, check_whole, refusal
+from .dispatch import NAMES
 from .sweep import default_workspace, workspace_of
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+FLOAT32 = torch.finfo(torch.float32)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "hidden", head: str = "weight") -> None:
-    """Raises ValueError where hidden (..., H), weight (V, H) and bias (V,) do not fit together."""
-    arguments = {name: hidden, head: weight} | ({} if bias is None else {"bias": bias})
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "hidden", head: str = "") -> None:
+    """Raises ValueError where hidden (..., H), weight (V, H) and bias (V,) do not fit together. head: what the names of
+    weight and bias begin with."""
+    matrix, vector = f"{head}weight", f"{head}bias"
+    arguments = {name: hidden, matrix: weight} | ({} if bias is None else {vector: bias})
     for argument, tensor in arguments.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{argument}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{argument}.dtype={tensor.dtype}: expected float16, bfloat16, float32 or float64")
-        if tensor.device != hidden.device:
+        if isinstance(tensor, Tensor) and isinstance(hidden, Tensor) and tensor.device != hidden.device:
             raise ValueError(f"{argument} is on {tensor.device}, {name} on {hidden.device}: expected one device")
+        check_tensor(argument, tensor)
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"{head}.shape={tuple(weight.shape)}: expected (V, H), neither of them 0")
+        raise ValueError(f"{matrix}.shape={tuple(weight.shape)}: expected (V, H), neither of them 0")
     if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{name}.shape={tuple(hidden.shape)} and {head}.shape={tuple(weight.shape)}: expected the same H in both"
+            f"{name}.shape={tuple(hidden.shape)} and {matrix}.shape={tuple(weight.shape)}: expected the same H in both"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias.shape={tuple(bias.shape)}: expected ({weight.shape[0]},), one entry per row of {head}")
+    if bias is not None:
+        check_tensor(vector, bias, shape=weight.shape[:1], note=f", one entry per row of {matrix}")
 
 
 def check_rows(hidden: Tensor, name: str = "hidden") -> None:
@@ -38,52 +41,62 @@ def check_rows(hidden: Tensor, name: str = "hidden") -> None:
         raise ValueError(f"{name}.shape={tuple(hidden.shape)}: expected (N, H); use {name}.flatten(0, -2)")
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels") -> None:
+def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels", of: str = "hidden") -> None:
     """Raises ValueError unless labels is an int64 tensor of that shape; its device is free."""
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise ValueError(f"{name}: expected an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
-    if tuple(labels.shape) != tuple(shape):
-        raise ValueError(f"{name}.shape={tuple(labels.shape)}: expected {tuple(shape)}, one label per hidden state")
+    check_tensor(name, labels, (torch.int64,), shape, f", one label per row of {of}")
 
 
-def check_numbers(numbers: Tensor | None, shape: tuple[int, ...], name: str) -> None:
+def check_numbers(numbers: Tensor | None, shape: tuple[int, ...], name: str, note: str = "") -> None:
     """Raises ValueError unless numbers is a floating-point tensor of that shape, or None."""
-    if numbers is None:
-        return
-    if not isinstance(numbers, Tensor) or not numbers.dtype.is_floating_point:
-        raise ValueError(f"{name}: expected a floating-point tensor, got {getattr(numbers, 'dtype', type(numbers))}")
-    if tuple(numbers.shape) != tuple(shape):
-        raise ValueError(f"{name}.shape={tuple(numbers.shape)}: expected {tuple(shape)}")
+    if numbers is not None:
+        check_tensor(name, numbers, shape=shape, note=note)
 
 
 def check_reduction(reduction: str, row_weights: Tensor | None, rows: int) -> None:
     """Raises ValueError for an unknown reduction, and for row weights that do not fit the rows or want a gradient that
     only "none" gives."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+    check_choice("reduction", reduction, REDUCTIONS)
     check_numbers(row_weights, (rows,), "row_weights")
     if row_weights is not None and row_weights.requires_grad and torch.is_grad_enabled() and reduction != "none":
         raise ValueError(f"row_weights requires a gradient with reduction={reduction!r}: expected reduction='none'")
 
 
-def compute_dtype(hidden: Tensor, weight: Tensor, head: str = "weight") -> torch.dtype:
+def check_ignore_index(ignore_index: int) -> int:
+    """-> ignore_index. Raises ValueError for what no label can be."""
+    return check_whole("ignore_index", ignore_index)
+
+
+def check_backend(backend: str | None) -> str:
+    """-> the name of a back-end, "" for the best. Raises ValueError for an unknown one; whether it runs here is known later."""
+    return "" if backend is None else check_choice("backend", backend, NAMES)
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor, name: str = "hidden", head: str = "weight") -> torch.dtype:
     """What an op counts in: autocast's dtype where that is on, else the one dtype of both. Raises ValueError if they differ."""
     if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(hidden.device.type)
     if hidden.dtype != weight.dtype:
         raise ValueError(
-            f"hidden is {hidden.dtype}, {head} is {weight.dtype}: expected one dtype; convert one, or use autocast"
+            f"{name} is {hidden.dtype}, {head} is {weight.dtype}: expected one dtype; convert one, or use autocast"
         )
     return hidden.dtype
 
 
-def logit_map(scale: float, softcap: float | None, temperature: float = 1.0) -> tuple[float, float]:
-    """-> (scale, softcap or 0) with the temperature folded in. Raises ValueError for values that make no map."""
-    given = {"scale": scale, "temperature": temperature} | ({} if softcap is None else {"softcap": softcap})
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r}: expected a finite number > 0")
-    return scale / temperature, (softcap or 0.0) / temperature
+def logit_map(scale: float, softcap: float | None, temperature: float = 1.0, of: str = "") -> tuple[float, float]:
+    """-> (scale, softcap or 0) with the temperature folded in. of: what the names of scale and softcap begin with.
+
+    Raises ValueError for values that make no map, and for quotients that float32 does not hold."""
+    temperature = check_number("temperature", temperature, above=0)
+    folded = []
+    for name, value in ((f"{of}scale", scale), (f"{of}softcap", softcap)):
+        if value is None and name.endswith("softcap"):
+            folded.append(0.0)
+            continue
+        quotient = check_number(name, value, above=0) / temperature
+        if not FLOAT32.tiny <= quotient <= FLOAT32.max:
+            raise refusal(name, value, f"a number that float32 holds when divided by temperature={temperature}")
+        folded.append(quotient)
+    return folded[0], folded[1]
 
 
 def check_workspace(workspace_bytes: int | None, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:
@@ -94,9 +107,7 @@ def check_workspace(workspace_bytes: int | None, weight: Tensor, dtype: torch.dt
     least = workspace_of(1, weight, dtype, tiles)
     if workspace_bytes is None:
         return max(default_workspace(weight.device), least)
-    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes < least:
-        raise ValueError(
-            f"workspace_bytes={workspace_bytes!r}: expected at least {least} bytes, which hold one row of "
-            f"V={weight.shape[0]} logits at H={weight.shape[1]}, or None"
-        )
-    return workspace_bytes
+    expected = (
+        f"at least {least} bytes, which hold one row of V={weight.shape[0]} logits at H={weight.shape[1]}, or None"
+    )
+    return check_whole("workspace_bytes", workspace_bytes, least, expected)

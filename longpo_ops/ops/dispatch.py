@@ -17,6 +17,7 @@ import warnings
 
 import torch
 
+from ..kinds import FLOATS, check_choice, refusal
 from .tiles import Tiles, TorchTiles
 
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
@@ -90,9 +91,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = 
 
 def _forced(name: str | None = None) -> str | None:
     forced = name or os.environ.get("LONGPO_OPS_BACKEND") or None
-    if forced is not None and forced not in NAMES:
-        raise ValueError(f"backend={forced!r}: expected one of {', '.join(NAMES)}")
-    return forced
+    return None if forced is None else check_choice("backend", forced, NAMES)
 
 
 @functools.cache
@@ -120,9 +119,11 @@ def explain_backend(device: torch.device | str | None = None, dtype: torch.dtype
     """A few lines: which back-end runs inputs of `dtype` on `device` (default: CUDA if there is one), and why the others
     do not. Loads (and if need be compiles) what it asks about. Raises ValueError for what is no device."""
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"device={device!r}: expected a torch device such as 'cpu' or 'cuda'") from None
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise refusal("device", device, "a torch device such as 'cpu' or 'cuda'") from None
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
+        raise refusal("dtype", dtype, "torch.float16, bfloat16, float32 or float64")
     absent = device.type == "cuda" and not torch.cuda.is_available()
     forced = _forced()
     order = ORDER.get(device.type, ("torch",))

@@ -16,7 +16,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_reduction, check_rows, check_workspace, compute_dtype, logit_map
+from ..kinds import check_choice, check_number, check_tensor
+from .checks import (
+    check_backend,
+    check_head,
+    check_reduction,
+    check_rows,
+    check_workspace,
+    compute_dtype,
+    logit_map,
+)
 from .dispatch import choose_backend
 from .operators import deliver, scale_, scaled
 from .products import Products, result_dtype
@@ -60,13 +69,12 @@ def linear_kl(
 
     Raises ValueError naming the argument, what came and what was expected.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+    kind, beta, backend = check_choice("kind", kind, KINDS), check_number("beta", beta), check_backend(backend)
     if kind == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta={beta}: expected 0 < beta < 1; use kind='reverse' or 'forward' for the ends")
     check_head(hidden, weight, bias)
     check_rows(hidden)
-    check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_hidden", "teacher_weight")
+    check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_hidden", "teacher_")
     check_rows(teacher_hidden, "teacher_hidden")
     n = hidden.shape[0]
     if teacher_hidden.shape[0] != n:
@@ -78,23 +86,20 @@ def linear_kl(
             f"teacher_hidden is on {teacher_hidden.device}, hidden on {hidden.device}: expected one device"
         )
     check_reduction(reduction, row_weights, n)
-    kind_of_mask = getattr(mask, "dtype", type(mask).__name__), tuple(getattr(mask, "shape", ()))
-    if mask is not None and kind_of_mask != (torch.bool, (n,)):
-        raise ValueError(f"mask: {kind_of_mask[0]} {kind_of_mask[1]}: expected bool ({n},)")
+    if mask is not None:
+        check_tensor("mask", mask, (torch.bool,), (n,))
     dtype = compute_dtype(hidden, weight)
-    if compute_dtype(teacher_hidden, teacher_weight, "teacher_weight") != dtype:
+    if compute_dtype(teacher_hidden, teacher_weight, "teacher_hidden", "teacher_weight") != dtype:
         raise ValueError(f"teacher tensors are {teacher_hidden.dtype}, student tensors {dtype}: expected one dtype")
 
     student_map = logit_map(scale, softcap, temperature)
-    teacher_map = logit_map(
-        scale if teacher_scale is None else teacher_scale,
-        softcap if teacher_softcap is None else teacher_softcap,
-        temperature,
-    )
+    teacher_scale = scale if teacher_scale is None else teacher_scale
+    teacher_softcap = softcap if teacher_softcap is None else teacher_softcap
+    teacher_map = logit_map(teacher_scale, teacher_softcap, temperature, "teacher_")
     wider = weight if weight.shape[1] >= teacher_weight.shape[1] else teacher_weight
     scratch = check_workspace(workspace_bytes, wider, dtype, tiles=2)
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    options = (kind, float(beta), *student_map, *teacher_map, scratch, dtype, backend or "")
+    options = (kind, beta, *student_map, *teacher_map, scratch, dtype, backend)
     if reduction == "none":
         values = _values_op(*heads, mask, *options)
         return values if row_weights is None else values * row_weights.to(values.device)

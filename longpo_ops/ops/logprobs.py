@@ -13,7 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_labels, check_reduction, check_rows, check_workspace, compute_dtype, logit_map
+from .checks import (
+    check_backend,
+    check_head,
+    check_ignore_index,
+    check_labels,
+    check_reduction,
+    check_rows,
+    check_workspace,
+    compute_dtype,
+    logit_map,
+)
 from .operators import Batch, logps_op, sweep_op
 
 
@@ -41,10 +51,11 @@ def linear_logprobs(
     check_head(hidden, weight, bias)
     check_rows(hidden)
     check_labels(labels, (hidden.shape[0],))
+    ignore_index, backend = check_ignore_index(ignore_index), check_backend(backend)
     dtype = compute_dtype(hidden, weight)
     scratch = check_workspace(workspace_bytes, weight, dtype)
     map = logit_map(scale, softcap, temperature)
-    return logps_op(hidden, weight, bias, labels, ignore_index, *map, scratch, dtype, backend or "")
+    return logps_op(hidden, weight, bias, labels, ignore_index, *map, scratch, dtype, backend)
 
 
 def linear_cross_entropy(
@@ -73,6 +84,7 @@ def linear_cross_entropy(
     check_rows(hidden)
     check_labels(labels, (hidden.shape[0],))
     check_reduction(reduction, row_weights, hidden.shape[0])
+    ignore_index = check_ignore_index(ignore_index)
     if reduction == "none":
         logps = linear_logprobs(
             hidden, weight, labels, bias=bias, softcap=softcap, scale=scale, temperature=temperature,
@@ -80,8 +92,10 @@ def linear_cross_entropy(
         )  # fmt: skip
         return -logps if row_weights is None else -logps * row_weights
 
+    backend = check_backend(backend)
     dtype = compute_dtype(hidden, weight)
     scratch = check_workspace(workspace_bytes, weight, dtype)
+    map = logit_map(scale, softcap, temperature)
     weights = torch.ones(1, 1, dtype=torch.float64) if row_weights is None else row_weights.detach()[None]
     total = torch.ones((), dtype=torch.float64)
     if reduction == "mean":
@@ -97,5 +111,4 @@ def linear_cross_entropy(
         ref_rejected=None, pair=none, count=0, objective="", parameters=[], preference_weight=0.0, num_pairs=1.0,
         shift=False, ignore_index=ignore_index,
     )  # fmt: skip
-    map = logit_map(scale, softcap, temperature)
-    return sweep_op([hidden[None]], weight, bias, *batch, *map, scratch, dtype, need, backend or "")[0]
+    return sweep_op([hidden[None]], weight, bias, *batch, *map, scratch, dtype, need, backend)[0]

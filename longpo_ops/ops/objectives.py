@@ -15,13 +15,14 @@ tokens, which linear_logprobs is for.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..kinds import check_flag, check_number
 
 
 class PairLogps(NamedTuple):
@@ -70,9 +71,9 @@ class Objective:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{type(self).__name__}({field.name}={value!r}): expected a finite number")
+            check = check_flag if isinstance(field.default, bool) else check_number
+            value = check(f"{type(self).__name__}: {field.name}", getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         if getattr(self, "beta", 1.0) <= 0:
             raise ValueError(f"{type(self).__name__}(beta={self.beta}): expected beta > 0")
         for name in ("preference_weight", "nll_weight", "lam"):
@@ -270,4 +271,4 @@ def resolve_objective(objective: Objective | str) -> Objective:
 def rebuild_objective(name: str, parameters: list[float]) -> Objective:
     """The inverse of (name, parameters()): how an objective passes through a registered operator."""
     cls = OBJECTIVES[name]
-    return cls(**{field.name: value for field, value in zip(fields(cls), parameters, strict=True)})
+    return cls(**{field.name: type(field.default)(value) for field, value in zip(fields(cls), parameters, strict=True)})

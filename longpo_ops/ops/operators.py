@@ -135,6 +135,7 @@ def run_sweep(
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         pair, nll_weights = batch.pair.cpu(), [weights.cpu() for weights in batch.nll_weights]
         _check_pair(pair, count)
+        references = _references(batch, device)
         labels = (batch.answers, batch.segments, batch.nll, nll_weights)
         stretches = _stretches(hiddens, grads, *labels, batch.shift, batch.ignore_index)
         _check_labels(stretches, weight.shape[0])
@@ -143,8 +144,6 @@ def run_sweep(
         pairs = None
         if count:
             objective = rebuild_objective(batch.objective, batch.parameters)
-            given = (batch.ref_chosen, batch.ref_rejected)
-            references = (None if r is None else r.to(device, torch.float64, non_blocking=True) for r in given)
             weight_of_pair = batch.preference_weight / batch.num_pairs
             pairs = Pairs(objective, *references, pair, count, weight_of_pair)
         result = sweep(stretches, head, pairs, batch.nll_total)
@@ -161,6 +160,19 @@ def _check_pair(pair: Tensor, count: int) -> None:
         raise ValueError(
             f"rejected_pair={pair.tolist()}: expected at least one rejected sequence for each of {count} pairs"
         )
+
+
+def _references(batch: Batch, device: torch.device) -> list[Tensor | None]:
+    """Reference log-probs on the device, float64; a number that is not finite is NaN there, and so is its pair's loss.
+    Raises ValueError for such a number in a tensor on the host."""
+    moved = []
+    for name, given in (("ref_chosen_logps", batch.ref_chosen), ("ref_rejected_logps", batch.ref_rejected)):
+        if given is not None and given.device.type == "cpu" and not bool(given.isfinite().all()):
+            at = int((~given.isfinite()).nonzero()[0])
+            raise ValueError(f"{name}: {float(given[at])} at {at}: expected finite log-probs, sums over answer tokens")
+        given = None if given is None else given.to(device, torch.float64, non_blocking=True)
+        moved.append(None if given is None else torch.where(given.isfinite(), given, torch.nan))
+    return moved
 
 
 def _check_segments(stretches: list[Stretch], sequences: int) -> None:

@@ -10,13 +10,23 @@ covered: full-vocabulary KL (divergence.py).
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_labels, check_numbers, check_rows, check_workspace, compute_dtype, logit_map
+from ..kinds import check_flag, check_number, check_tensor, check_whole
+from .checks import (
+    check_backend,
+    check_head,
+    check_ignore_index,
+    check_labels,
+    check_numbers,
+    check_rows,
+    check_workspace,
+    compute_dtype,
+    logit_map,
+)
 from .objectives import Objective, resolve_objective
 from .operators import Batch, keeps_graph, numbers_of, run_sweep, scaled, sweep_op
 from .products import result_dtype
@@ -91,10 +101,11 @@ def fused_preference_loss(
             f"rejected_hidden is {rejected_hidden.dtype}, chosen_hidden {chosen_hidden.dtype}: expected one"
         )
     (b, tc, _), (r, tr, _) = chosen_hidden.shape, rejected_hidden.shape
-    check_labels(chosen_labels, (b, tc), "chosen_labels")
-    check_labels(rejected_labels, (r, tr), "rejected_labels")
+    check_labels(chosen_labels, (b, tc), "chosen_labels", "chosen_hidden")
+    check_labels(rejected_labels, (r, tr), "rejected_labels", "rejected_hidden")
     if nll_labels is not None:
-        check_labels(nll_labels, (b, tc), "nll_labels")
+        check_labels(nll_labels, (b, tc), "nll_labels", "chosen_hidden")
+    shift, ignore_index = check_flag("shift", shift), check_ignore_index(ignore_index)
     pairs = _check_pairs(objective, b, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
 
     none = torch.empty(0, dtype=torch.int64)
@@ -152,13 +163,17 @@ def packed_preference_loss(
     check_head(hidden, weight, bias)
     check_rows(hidden)
     n = hidden.shape[0]
-    if isinstance(num_chosen, bool) or not isinstance(num_chosen, int) or num_chosen < 0:
-        raise ValueError(f"num_chosen={num_chosen!r}: expected the number of chosen sequences, an int >= 0")
+    num_chosen = check_whole("num_chosen", num_chosen, 0, "the number of chosen sequences, an int >= 0")
     check_labels(labels, (n,))
     check_labels(sequences, (n,), "sequences")
     check_numbers(nll_weights, (n,), "nll_weights")
-    if not isinstance(rejected_pair, Tensor) or rejected_pair.dim() != 1:
-        raise ValueError(f"rejected_pair={rejected_pair!r}: expected an int64 tensor (R,)")
+    if nll_weights is not None and nll_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("nll_weights requires a gradient, and none would reach it: expected nll_weights.detach()")
+    check_tensor("rejected_pair", rejected_pair, (torch.int64,))
+    if rejected_pair.dim() != 1:
+        raise ValueError(
+            f"rejected_pair.shape={tuple(rejected_pair.shape)}: expected (R,), the pair of each rejected one"
+        )
     r = rejected_pair.shape[0]
     pairs = _check_pairs(objective, num_chosen, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
     return _run(
@@ -171,7 +186,7 @@ def packed_preference_loss(
         nll_weights=[torch.zeros(1, 1) if nll_weights is None else nll_weights.detach()[None]],
         pairs=pairs,
         shift=False,
-        ignore_index=ignore_index,
+        ignore_index=check_ignore_index(ignore_index),
         map=logit_map(scale, softcap),
         workspace_bytes=workspace_bytes,
         reuse_hidden=reuse_hidden,
@@ -197,23 +212,21 @@ def _check_pairs(objective, b: int, r: int, pair, ref_chosen, ref_rejected, num_
                 f"{r} rejected sequences for {b} chosen ones: expected as many, or rejected_pair=(R,) indices"
             )
         pair = torch.arange(b)
-    check_labels(pair, (r,), "rejected_pair")
+    check_labels(pair, (r,), "rejected_pair", "rejected sequence")
     if objective.one_rejected and r != b:
         raise ValueError(f"objective {objective.name}: takes one rejected sequence per pair, got {r} for {b} pairs")
-    for name, reference, length in (("ref_chosen_logps", ref_chosen, b), ("ref_rejected_logps", ref_rejected, r)):
+    for kind, reference, length in (("chosen", ref_chosen, b), ("rejected", ref_rejected, r)):
+        name = f"ref_{kind}_logps"
         if objective.needs_reference and reference is None:
             raise ValueError(
                 f"{name} is missing: objective {objective.name!r} compares with a reference; expected ({length},)"
             )
         if not objective.needs_reference and reference is not None:
             raise ValueError(f"{name} was given: objective {objective.name!r} is reference-free; expected None")
-        check_numbers(reference, (length,), name)
-    if num_pairs is None:
-        num_pairs = max(b, 1)
-    if isinstance(num_pairs, bool) or not isinstance(num_pairs, int | float) or not 0 < num_pairs < math.inf:
-        raise ValueError(f"num_pairs={num_pairs!r}: expected a finite number > 0")
+        check_numbers(reference, (length,), name, f", one per {kind} sequence")
+    num_pairs = float(max(b, 1)) if num_pairs is None else check_number("num_pairs", num_pairs, above=0)
     references = (None if x is None else x.detach() for x in (ref_chosen, ref_rejected))
-    return _Pairs(objective, b, pair, *references, float(num_pairs))
+    return _Pairs(objective, b, pair, *references, num_pairs)
 
 
 def _token_means(nll_labels: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
@@ -228,7 +241,8 @@ def _run(
     *, hiddens, weight, bias, answers, segments, nll, nll_weights, pairs, shift, ignore_index, map, workspace_bytes,
     reuse_hidden, backend,
 ) -> PreferenceOutput:  # fmt: skip
-    dtype = compute_dtype(hiddens[0], weight)
+    dtype = compute_dtype(hiddens[0], weight, "hidden" if len(hiddens) == 1 else "chosen_hidden")
+    backend, reuse_hidden = check_backend(backend), check_flag("reuse_hidden", reuse_hidden)
     grad = torch.is_grad_enabled()
     need = [grad and any(t is not None and t.requires_grad for t in group) for group in (hiddens, [weight], [bias])]
     options = Options(*map, check_workspace(workspace_bytes, weight, dtype), dtype, *need)
@@ -239,10 +253,10 @@ def _run(
         objective.name, objective.parameters(), objective.preference_weight, pairs.num_pairs, shift, ignore_index,
     )  # fmt: skip
     if reuse_hidden and need[0]:
-        numbers = _reuse(hiddens, weight, bias, batch, options, backend or "")
+        numbers = _reuse(hiddens, weight, bias, batch, options, backend)
     else:
         scratch = options.workspace_bytes
-        numbers = sweep_op(hiddens, weight, bias, *batch, *map, scratch, dtype, need, backend or "")
+        numbers = sweep_op(hiddens, weight, bias, *batch, *map, scratch, dtype, need, backend)
     loss, preference, nll_loss, sums, chosen_rewards, rejected_rewards = numbers[:6]
     detached = (preference, nll_loss, sums[: pairs.count], sums[pairs.count :], chosen_rewards, rejected_rewards)
     return PreferenceOutput(loss, *(x.detach() for x in detached))
