@@ -5,6 +5,7 @@
     check_flag     True or False, Python's or numpy's      -> bool
     check_choice   one of some names                       -> the name
     check_object   an object of some class                 -> the object
+    check_each     several of them, one by one             -> the objects
     check_tensor   a dense tensor with its numbers at hand -> the tensor
 
 What is of the kind comes back as a plain Python value. What is not is a ValueError that names the argument, what came and
@@ -17,7 +18,8 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from types import UnionType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +32,7 @@ INT64 = range(-(1 << 63), 1 << 63)
 SHOWN = 100  # characters of a value in a message
 
 T = TypeVar("T")
+Kind = type | UnionType | tuple[type, ...]  # what isinstance takes
 
 
 def shown(value: Any) -> str:
@@ -49,6 +52,7 @@ def refusal(name: str, value: Any, expected: str) -> ValueError:
 
 def check_number(name: str, value: Any, above: float = -math.inf) -> float:
     """-> value as a float. Raises ValueError unless it is a finite number greater than `above`."""
+    value = value.item() if isinstance(value, np.generic) else value
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not -LARGEST <= value <= LARGEST or value <= above:
         raise refusal(name, value, "a finite number" + ("" if above == -math.inf else f" > {above:g}"))
@@ -79,11 +83,19 @@ def check_choice(name: str, value: Any, known: Sequence[str]) -> str:
     return value
 
 
-def check_object(name: str, value: T, kind: type | tuple[type, ...], what: str) -> T:
+def check_object(name: str, value: T, kind: Kind, what: str) -> T:
     """-> value. Raises ValueError, telling `what` was expected, unless it is an object of that class."""
     if not isinstance(value, kind):
         raise ValueError(f"{name}: expected {what}, got {_came(value)}")
     return value
+
+
+def check_each(name: str, values: Iterable[T], kind: Kind, what: str, holder: Kind = Iterable) -> Iterator[T]:
+    """Yields the values. Raises ValueError for one that is no object of that class, and where they come in no `holder`."""
+    if isinstance(values, Tensor | str) or not isinstance(values, holder):
+        raise ValueError(f"{name}: expected several, each {what}, got {_came(values)}")
+    for number, value in enumerate(values):
+        yield check_object(f"{name}[{number}]", value, kind, what)
 
 
 def check_tensor(

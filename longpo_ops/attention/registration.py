@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from longpo_ops.attention.rope import renew, rotary_modules
 from longpo_ops.attention.shared_prefix import plan_calls, shared_prefix_attention
+from longpo_ops.data.layout import SharedPrefixLayout
+from longpo_ops.kinds import check_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from longpo_ops.data.layout import SharedPrefixLayout
 
 NAME = "longpo_shared_prefix"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # held equal to separate sequences by tests
@@ -63,7 +63,7 @@ def use_shared_prefix(model: PreTrainedModel) -> SharedPrefixHandle:
 
     Raises ValueError for a model family that has not been checked, and for a model that cannot switch its attention.
     """
-    _check_family(model.config)
+    _check_model(model)
     name, before = register(), model.config._attn_implementation
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
@@ -81,7 +81,8 @@ def explain_attention(model: PreTrainedModel, layout: SharedPrefixLayout) -> str
     """
     from collections import Counter
 
-    _check_family(model.config)
+    _check_model(model)
+    check_object("layout", layout, SharedPrefixLayout, "a SharedPrefixLayout, as a PairBatch has")
     kinds = Counter((_window(m), getattr(m, "attn_logit_softcapping", None)) for m in _attention_modules(model))
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -107,10 +108,16 @@ def _window(module: nn.Module) -> int | None:
     return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
 
 
+def _check_model(model: PreTrainedModel) -> None:
+    check_object("model", model, nn.Module, "a transformers model")
+    _check_family(getattr(model, "config", None))
+
+
 def _check_family(config) -> None:
-    if config.model_type not in FAMILIES:
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
         raise ValueError(
-            f"shared-prefix attention is checked for {', '.join(FAMILIES)}, got a model of type {config.model_type!r}: "
+            f"shared-prefix attention is checked for {', '.join(FAMILIES)}, got a model of type {kind!r}: "
             f"keep its own attention and give it separate sequences"
         )
 

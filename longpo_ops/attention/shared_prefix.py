@@ -15,16 +15,15 @@ key heads such that a call's queries stay within GROUP numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longpo_ops.attention.kernels import Case, Kernel, accumulator, choose, make_case
-
-if TYPE_CHECKING:
-    from longpo_ops.data.layout import SharedPrefixLayout
+from longpo_ops.data.layout import SharedPrefixLayout
+from longpo_ops.kinds import check_number, check_object, check_tensor, check_whole
 
 # Far below the 2^31 numbers that kernels index, and it bounds the scratch of a call at 512K tokens to one key head's.
 GROUP = 1 << 28
@@ -185,10 +184,14 @@ def shared_prefix_attention(
 
     Raises ValueError for shapes, dtypes or a layout that do not fit, naming them.
     """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    _check(q, k, v, layout, window)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, layout)
+    scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
+    softcap = None if softcap is None else check_number("softcap", softcap, above=0)
+    window = None if window is None else check_whole("window", window, 1, "at least 1 (a row sees itself), or None")
     return run_plan(q, k, v, plan_calls(q, k, v, layout, scale, window, softcap))
 
 
@@ -197,10 +200,13 @@ def run_plan(q: Tensor, k: Tensor, v: Tensor, plan: tuple[tuple[Call, ...], ...]
     return _SharedPrefixAttention.apply(q, k, v, plan)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout | None, window: int | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        came = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k and v must share one floating dtype and one device, got {came}")
+    if layout is not None:
+        check_object("shared_prefix_layout", layout, SharedPrefixLayout, "a SharedPrefixLayout, as a PairBatch has")
     if q.ndim != 4 or k.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"expected q (B, H, Tq, D), k (B, Hk, Tk, D) and v (B, Hk, Tk, Dv), got {shapes}")
     if q.shape[1] % k.shape[1]:
@@ -212,5 +218,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout | None, w
             f"shared_prefix_layout describes {layout.length} rows, got {shapes}; where keys outnumber queries a cache "
             f"is in use: pass use_cache=False with a layout"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (a row sees itself) or None, got {window}")

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kinds import check_each, check_object, check_whole
 from .layout import PairSpans, SharedPrefixLayout
 from .tokenized import IGNORE, TokenizedPair, TokenSequence
 
@@ -80,7 +81,7 @@ class PairBatch:
 
 def packed_length(pair: TokenizedPair) -> int:
     """Rows that a pair takes in a pack."""
-    prefix = _prefix_length(pair)
+    prefix = _prefix_length(check_object("pair", pair, TokenizedPair, "a TokenizedPair"))
     return len(pair.chosen) + sum(1 + len(sequence) - prefix for sequence in pair.rejected)
 
 
@@ -91,8 +92,11 @@ def pack(pairs: Sequence[TokenizedPair], target_length: int | None = None, seed:
     `seed` and record id. Raises ValueError for no pairs, and for a pair whose sequences share no prefix before their
     answers.
     """
+    pairs = list(check_each("pairs", pairs, TokenizedPair, "a TokenizedPair"))
     if not pairs:
         raise ValueError("no pairs came; expected at least one to pack")
+    target_length = None if target_length is None else check_whole("target_length", target_length, 1)
+    seed = check_whole("seed", seed, 0)
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "positions", "labels", "segments", "weights")}
     spans, rejected_pair, row = [], [], 0
     for b, pair in enumerate(pairs):
@@ -133,8 +137,9 @@ def pack_within(pairs: Iterable[TokenizedPair], max_tokens: int) -> Iterator[lis
 
     Raises ValueError, naming the record, for a pair that does not fit alone.
     """
+    max_tokens = check_whole("max_tokens", max_tokens, 1)
     group, used = [], 0
-    for pair in pairs:
+    for pair in check_each("pairs", pairs, TokenizedPair, "a TokenizedPair"):
         length = packed_length(pair)
         if length > max_tokens:
             raise ValueError(
@@ -161,13 +166,16 @@ def spread_positions(
     first) stay contiguous. With one stretch there is no gap: positions 0, 1, 2, ...
     Raises ValueError if length + tail exceed target_length, or length < 1.
     """
+    sizes = {"length": (length, 1), "tail": (tail, 0), "target_length": (target_length, 1), "chunks": (chunks, 1)}
+    length, tail, target_length, chunks = (check_whole(name, *given) for name, given in sizes.items())
+    check_object("rng", rng, np.random.Generator, "a numpy.random.Generator")
     room = target_length - length - tail
-    if room < 0 or length < 1:
+    if room < 0:
         raise ValueError(
             f"a sequence of {length} + {tail} tokens came for target_length {target_length}; expected a prefix of at "
             "least one token and a target no shorter than the sequence"
         )
-    chunks = max(1, min(chunks, length))
+    chunks = min(chunks, length)
     # Shift of each stretch: 0, then sorted draws, then all the room, so that the answers sit at the far end.
     shifts = np.sort(rng.integers(0, room + 1, size=max(0, chunks - 2)))
     shifts = np.concatenate([[0], shifts, [room]])[:chunks]
@@ -233,6 +241,12 @@ def _answer_spans(segments: np.ndarray, count: int) -> tuple[tuple[tuple[int, in
 def _ref_logps(pairs: Sequence[TokenizedPair]) -> Tensor | None:
     if any(pair.ref_chosen_logp is None for pair in pairs):
         return None
+    for pair in pairs:
+        came, wanted = len(pair.ref_rejected_logps or ()), len(pair.rejected)
+        if wanted and came != wanted:
+            raise ValueError(
+                f"record {pair.id!r}: ref_rejected_logps has {came} log-probs, expected {wanted}, one each"
+            )
     chosen = [pair.ref_chosen_logp for pair in pairs]
-    rejected = [value for pair in pairs for value in pair.ref_rejected_logps or ()]
+    rejected = [value for pair in pairs if pair.rejected for value in pair.ref_rejected_logps or ()]
     return torch.tensor(chosen + rejected, dtype=torch.float64)

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from ..kinds import check_flag, check_object, check_whole
 from .pairs import Pair, Turn
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records
 from .tokenized import IGNORE, TokenizedPair, TokenSequence, tokenizer_fingerprint
@@ -114,8 +115,12 @@ class ChatFormat:
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model's "
                 "tokenizer, or set tokenizer.chat_template"
             )
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length is {max_length}; expected a positive number of tokens, or None")
+        check_object("system", system, str | None, "text or None")
+        check_object("join", join, Callable, "a function of a context and an instruction")
+        check_object("template_kwargs", template_kwargs, dict | None, "a dict or None")
+        cut_document = check_flag("cut_document", cut_document)
+        if max_length is not None:
+            max_length = check_whole("max_length", max_length, 1, "a positive number of tokens, or None")
         if cut_document and max_length is None:
             raise ValueError("cut_document needs max_length: to how many tokens should documents be cut?")
         self.tokenizer, self.system, self.join = tokenizer, system, join
@@ -137,6 +142,8 @@ class ChatFormat:
         Raises BadRecord for an answer that tokenises to nothing or holds a special token, contents the template does
         not write as they are, and sequences longer than max_length.
         """
+        check_object("pair", pair, Pair, "a Pair")
+        check_object("report", report, DataReport | None, "a DataReport or None")
         report = DataReport() if report is None else report
         pair, trimmed = _trim(pair) if self._trims else (pair, 0)
         encoded, split = self._encode_pair(pair)
@@ -361,7 +368,8 @@ def tokenized_pairs(
     vocab_size: rows of the model's embedding; len(chat.tokenizer) if None. Raises BadRecord and ValueError as the
     readers do, and for tokenised records longer than chat.max_length.
     """
-    vocab_size = len(chat.tokenizer) if vocab_size is None else vocab_size
+    check_object("chat", chat, ChatFormat, "a ChatFormat")
+    vocab_size = len(chat.tokenizer) if vocab_size is None else check_whole("vocab_size", vocab_size, 1)
     report = DataReport() if report is None else report
 
     def make(record, where):
@@ -389,7 +397,7 @@ def _conversations(pair: Pair, join: Callable[[str, str], str]) -> dict[tuple, T
     for j in range(1 + len(pair.turns[0].rejected)):
         answers = [turn.chosen if j == 0 else turn.rejected[j - 1] for turn in pair.turns]
         users = [turn.instruction for turn in pair.turns]
-        users[0] = join(pair.document, users[0])
+        users[0] = check_object("join(...)", join(pair.document, users[0]), str, "text")
         conversations["long", j] = list(zip(users, answers, strict=True))
         for i, turn in enumerate(pair.turns):
             conversations["short", j, i] = [(join(turn.chunk, turn.instruction), answers[i])]

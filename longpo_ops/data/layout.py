@@ -1,4 +1,4 @@
-"""Where the sequences of a pack lie: host integers, no tensors, no imports.
+"""Where the sequences of a pack lie: host integers, no tensors.
 
 A pack of N tokens holds pairs one after another. With one rejected answer a pair looks like this:
 
@@ -23,6 +23,8 @@ Tests: tests/data/test_batch.py.
 
 from dataclasses import dataclass
 
+from ..kinds import check_each, check_whole, refusal
+
 
 @dataclass(frozen=True)
 class PairSpans:
@@ -38,6 +40,15 @@ class PairSpans:
     prefix_end: int
     tails: tuple[tuple[int, int], ...]
 
+    def __post_init__(self):
+        check_whole("PairSpans: start", self.start)
+        check_whole("PairSpans: prefix_end", self.prefix_end)
+        for tail in check_each("PairSpans: tails", self.tails, tuple, "(start, end)", (tuple, list)):
+            if len(tail) != 2:
+                raise refusal("PairSpans: tails", self.tails, "(start, end) each")
+            for row in tail:
+                check_whole("PairSpans: tails", row)
+
     @property
     def end(self) -> int:
         """One past the pair's last row."""
@@ -50,3 +61,7 @@ class SharedPrefixLayout:
 
     pairs: tuple[PairSpans, ...]
     length: int
+
+    def __post_init__(self):
+        tuple(check_each("SharedPrefixLayout: pairs", self.pairs, PairSpans, "a PairSpans", (tuple, list)))
+        check_whole("SharedPrefixLayout: length", self.length)

@@ -17,13 +17,13 @@ become provenance.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..kinds import LARGEST, check_each, check_flag, check_number, check_object
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records, write_records
 
 PAIR_FIELDS = {"id", "document", "turns", "provenance", "ref_chosen_logp", "ref_rejected_logps"}
@@ -40,6 +40,11 @@ class Turn:
     chosen: str
     rejected: tuple[str, ...]
 
+    def __post_init__(self):
+        for name in ("instruction", "chunk", "chosen"):
+            check_object(f"Turn: {name}", getattr(self, name), str, "text")
+        tuple(check_each("Turn: rejected", self.rejected, str, "text", (tuple, list)))
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -52,6 +57,14 @@ class Pair:
     ref_chosen_logp: float | None = None
     ref_rejected_logps: tuple[float, ...] | None = None
 
+    def __post_init__(self):
+        for name in ("id", "document"):
+            check_object(f"Pair: {name}", getattr(self, name), str, "text")
+        if not tuple(check_each("Pair: turns", self.turns, Turn, "a Turn", (tuple, list))):
+            raise ValueError("Pair: turns is empty, expected at least one Turn")
+        check_object("Pair: provenance", self.provenance, dict, "a dict")
+        check_logps(self)
+
     @classmethod
     def from_record(cls, record: dict, where: str = "record", allow_equal: bool = False) -> Pair:
         """Check a record and make a Pair of it; `where` names a record that has no id.
@@ -59,6 +72,7 @@ class Pair:
         Raises BadRecord for fields missing, empty, unknown or of another type, a different number of rejected answers
         between turns, and a rejected conversation equal to the chosen one (unless allow_equal).
         """
+        allow_equal = check_flag("allow_equal", allow_equal)
         record = parse_record(record, where)
         record_id = str(record.get("id", where))
         if not record:
@@ -107,7 +121,7 @@ def write_pairs(pairs: Iterable[Pair], path: str | os.PathLike) -> int:
 
     Parquet columns have one type for all records, so provenance is stored there as JSON text.
     """
-    records = (pair.to_record() for pair in pairs)
+    records = (pair.to_record() for pair in check_each("pairs", pairs, Pair, "a Pair"))
     if not str(path).endswith(".parquet"):
         return write_records(records, path)
     import pyarrow as pa
@@ -199,9 +213,21 @@ def _logps(record_id: str, record: dict, key: str, count: int | None) -> Any:
     values = [value] if count is None else value
     wanted = "a number" if count is None else f"a list of {count}, one per rejected answer,"
     good = isinstance(values, (list, tuple)) and len(values) == (count or 1)
-    if not good or not all(type(v) in (int, float) and math.isfinite(v) and v <= 0 for v in values):
+    if not good or not all(type(v) in (int, float) and -LARGEST <= v <= 0 for v in values):
         raise BadRecord(record_id, key, "bad log-probs", f"{value!r} came; expected {wanted} finite and at most 0")
     return float(value) if count is None else tuple(float(v) for v in values)
+
+
+def check_logps(pair) -> None:
+    """Raises ValueError unless the reference's log-probs of a Pair or TokenizedPair are finite numbers, or None; makes plain
+    floats of them."""
+    name, chosen, rejected = type(pair).__name__, pair.ref_chosen_logp, pair.ref_rejected_logps
+    if chosen is not None:
+        object.__setattr__(pair, "ref_chosen_logp", check_number(f"{name}: ref_chosen_logp", chosen))
+    if rejected is not None:
+        given = check_object(f"{name}: ref_rejected_logps", rejected, (tuple, list), "a tuple of numbers")
+        plain = tuple(check_number(f"{name}: ref_rejected_logps", value) for value in given)
+        object.__setattr__(pair, "ref_rejected_logps", plain)
 
 
 def _check_answers(pair: Pair, allow_equal: bool) -> None:

@@ -22,6 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..kinds import check_choice, check_object
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 RECORDS_PER_GROUP = 16  # a record can hold megabytes of text, and readers load a row group at a time
 
@@ -70,8 +72,8 @@ def keep_good(
 
     Raises ValueError for another `on_bad_record`, and at the end if no record was kept.
     """
-    if on_bad_record not in ("raise", "skip"):
-        raise ValueError(f"on_bad_record is {on_bad_record!r}; expected 'raise' or 'skip'")
+    check_choice("on_bad_record", on_bad_record, ("raise", "skip"))
+    check_object("report", report, DataReport | None, "a DataReport or None")
     report = DataReport() if report is None else report
     kept_before = report.kept
     for where, record in records:
@@ -91,7 +93,7 @@ def keep_good(
 
 def data_files(path: str | os.PathLike) -> list[Path]:
     """The data files at `path`: the file itself, or those below a folder, sorted. ValueError if there is none."""
-    path = Path(path)
+    path = Path(check_object("path", path, str | os.PathLike, "a path"))
     found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
     if not found or not all(_is_data(p) for p in found):
         came = "does not exist" if not path.exists() else "holds no data file" if path.is_dir() else "is another kind"
@@ -162,7 +164,7 @@ def write_records(records: Iterable[dict], path: str | os.PathLike, schema=None)
 
     The file appears under its name only when it is complete. `schema` (pyarrow.Schema) is needed for Parquet.
     """
-    path = Path(path)
+    path = Path(check_object("path", path, str | os.PathLike, "a path"))
     write = _write_parquet if path.suffix == ".parquet" else _write_json_lines
     if not _is_data(path) or path.suffix == ".zst":
         raise ValueError(f"cannot write {path}; expected a name ending in .jsonl, .jsonl.gz or .parquet")

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .pairs import _logps
+from ..kinds import check_each, check_flag, check_object, check_whole, shown
+from .pairs import _logps, check_logps
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records, write_records
 
 IGNORE = -100
@@ -33,6 +34,15 @@ class TokenSequence:
     ids: np.ndarray  # (T,) int64
     labels: np.ndarray  # (T,) int64: answer tokens
     nll_labels: np.ndarray | None = None  # (T,) int64: tokens of the NLL term; None counts nothing
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value is None and name == "nll_labels":
+                continue
+            good = isinstance(value, np.ndarray) and value.dtype == np.int64 and value.ndim == 1
+            if not good or len(value) != len(self.ids):
+                came = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else shown(value)
+                raise ValueError(f"TokenSequence: {name} is {came}, expected an int64 array (T,), the same T in all")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,6 +64,20 @@ class TokenizedPair:
     ref_rejected: tuple[tuple[TokenSequence, ...], ...] = ()  # (R, turns)
     ref_chosen_logp: float | None = None  # reference log-probs summed over the turns, where the data holds them
     ref_rejected_logps: tuple[float, ...] | None = None  # (R,)
+
+    def __post_init__(self):
+        check_object("TokenizedPair: id", self.id, str, "text")
+        sequence = TokenSequence, "a TokenSequence", (tuple, list)
+        check_object("TokenizedPair: chosen", self.chosen, *sequence[:2])
+        for name, given in (("rejected", self.rejected), ("ref_chosen", self.ref_chosen)):
+            tuple(check_each(f"TokenizedPair: {name}", given, *sequence))
+        for turns in check_each(
+            "TokenizedPair: ref_rejected", self.ref_rejected, (tuple, list), "a tuple", (tuple, list)
+        ):
+            if len(tuple(check_each("TokenizedPair: ref_rejected", turns, *sequence))) != len(self.ref_chosen):
+                came = f"{len(turns)} short inputs, {len(self.ref_chosen)} in ref_chosen"
+                raise ValueError(f"TokenizedPair: ref_rejected has {came}, expected one per turn in both")
+        check_logps(self)
 
     @property
     def length(self) -> int:
@@ -86,6 +110,9 @@ class TokenizedPair:
         outside [0, vocab_size), a stored tokenizer fingerprint other than `fingerprint`, sequences without answer
         tokens, and a rejected sequence equal to the chosen one (unless allow_equal).
         """
+        allow_equal = check_flag("allow_equal", allow_equal)
+        vocab_size = None if vocab_size is None else check_whole("vocab_size", vocab_size, 1)
+        check_object("fingerprint", fingerprint, str | None, "text or None")
         record = parse_record(record, where)
         columns = _Columns(record, str(record.get("id", where)), vocab_size)
         stored = record.get("tokenizer")
@@ -128,6 +155,8 @@ class TokenizedPair:
 
 def tokenizer_fingerprint(tokenizer) -> str:
     """A digest of a tokenizer's vocabulary and added tokens: equal where ids mean the same."""
+    if isinstance(tokenizer, type) or not hasattr(tokenizer, "get_vocab"):
+        raise ValueError(f"tokenizer: expected a transformers tokenizer, got {shown(tokenizer)}")
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
@@ -150,6 +179,8 @@ def read_tokenized(
 
 def write_tokenized(pairs: Iterable[TokenizedPair], path: str | os.PathLike, fingerprint: str | None = None) -> int:
     """Write tokenised pairs with the fingerprint of their tokenizer; returns their number."""
+    check_object("fingerprint", fingerprint, str | None, "text or None")
+    pairs = check_each("pairs", pairs, TokenizedPair, "a TokenizedPair")
     records = (pair.to_record(fingerprint) for pair in pairs)
     if not str(path).endswith(".parquet"):
         return write_records(records, path)
@@ -206,7 +237,7 @@ class _Columns:
             nested = len(value) > 0 and not np.isscalar(value[0])
             found = [np.asarray(each) for each in (value if nested else [value])]
             good = all(each.ndim == 1 and (each.size == 0 or each.dtype.kind in "iu") for each in found)
-        except (TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             good = False
         if not good:
             raise self.bad(name, "wrong type", "expected a list of integers, or a list of such lists")

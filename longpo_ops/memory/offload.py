@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from longpo_ops.kinds import check_choice, check_flag, check_object, check_whole
 from longpo_ops.memory.attention_outputs import recall_contexts
 from longpo_ops.memory.quantise import CODECS, Exact
 from longpo_ops.memory.stored import Move, Mover, Stored
@@ -70,6 +71,12 @@ def place(
     input_bytes: of one layer's input; stored_bytes: of the same away from the device (default: as many); the budgets are
     what is left of them. Raises ValueError where they do not hold all, naming what is short and settings that would do.
     """
+    sizes = {"layers": (layers, 0), "input_bytes": (input_bytes, 1), "page_bytes": (page_bytes, 1)}
+    budgets = {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}
+    sizes |= {name: (value, 0) for name, value in budgets.items()}
+    sizes |= {} if stored_bytes is None else {"stored_bytes": (stored_bytes, 1)}
+    for name, (value, least) in sizes.items():
+        check_whole(name, value, least)
     stored = input_bytes if stored_bytes is None else stored_bytes
     paged = -(-stored // page_bytes) * page_bytes
     device = min(layers, device_bytes // input_bytes)
@@ -289,8 +296,10 @@ def offload_activations(
     Raises ValueError for a model without checkpointable layers or on several devices, budgets that the host does not
     have, a folder that takes no file, and an unknown store.
     """
-    layers = _layers(model)
+    layers = _layers(check_object("model", model, nn.Module, "a transformers model"))
     _check(store, device_bytes, host_bytes, page_bytes)
+    save_attention = check_flag("save_attention", save_attention)
+    check_object("spill_dir", spill_dir, str | PathLike | None, "a path or None")
     devices = {p.device for layer in layers for p in layer.parameters()}
     if len(devices) > 1:
         raise ValueError(f"model: its layers are on {sorted(map(str, devices))}, offloading wants them on one device")
@@ -333,12 +342,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _check(store: str, device_bytes: int, host_bytes: int | None, page_bytes: int) -> None:
-    if store not in CODECS:
-        raise ValueError(f"store is {store!r}, expected one of {', '.join(map(repr, CODECS))}")
-    for name, value, least in (
-        ("device_bytes", device_bytes, 0),
-        ("host_bytes", host_bytes or 0, 0),
-        ("page_bytes", page_bytes, 4096),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected a whole number of bytes, at least {least}")
+    check_choice("store", store, tuple(CODECS))
+    check_whole("device_bytes", device_bytes, 0)
+    check_whole("page_bytes", page_bytes, 4096)
+    if host_bytes is not None:
+        check_whole("host_bytes", host_bytes, 0)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from longpo_ops.kinds import check_choice, check_each, check_flag, check_number, refusal
+
 PIECE = 1 << 24  # numbers: 64 MiB of float32, and few enough shapes for what torchao compiles per shape
 STATES = ("float32", "8bit")
 MASTERS = ("residue", "float32")
@@ -47,7 +49,7 @@ def join(weight: Tensor, residue: Tensor) -> Tensor:
 
 def float32_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Lets 16-bit weights gather their gradients in float32 (4 bytes a weight): what sums over several packs need."""
-    for parameter in parameters:
+    for parameter in check_each("parameters", parameters, Tensor, "a parameter"):
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.grad_dtype = torch.float32
 
@@ -94,9 +96,11 @@ class AdamW(Optimizer):
         host: bool = False,
         step_in_backward: bool = False,
     ):
-        for name, value, known in (("states", states, STATES), ("master", master, MASTERS)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        check_choice("states", states, STATES)
+        check_choice("master", master, MASTERS)
+        host, step_in_backward = check_flag("host", host), check_flag("step_in_backward", step_in_backward)
+        _check_rates(lr, betas, eps, weight_decay)
+        params = list(check_each("params", params, Tensor | dict | tuple, "a parameter or a group of them"))
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.settings = {"states": states, "master": master}
         self._weights = {}
@@ -157,6 +161,19 @@ class AdamW(Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for i, weight in enumerate(self._weights.values()):
             weight.load_state_dict(state_dict["state"][i])
+
+
+def _check_rates(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raises ValueError for numbers of groups that AdamW does not step by. A learning rate may be a tensor, as torch's may."""
+    numbers = {"eps": eps, "weight_decay": weight_decay} | ({} if isinstance(lr, Tensor) else {"lr": lr})
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise refusal("lr", lr, "one number")
+    for name, value in numbers.items():
+        if check_number(name, value) < 0:
+            raise refusal(name, value, "a finite number >= 0")
+    pair = betas if isinstance(betas, tuple | list) and len(betas) == 2 else (None, None)
+    if not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in pair):
+        raise refusal("betas", betas, "two numbers, each 0 <= beta < 1")
 
 
 class _Weight:

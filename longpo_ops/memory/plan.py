@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 
+from longpo_ops.kinds import FLOATS, check_each, check_number, check_object, check_whole, refusal
 from longpo_ops.memory import optimizer
 from longpo_ops.memory.offload import Placement
 from longpo_ops.memory.quantise import CODECS
@@ -50,6 +51,14 @@ class Machine:
     device_reserve: int = DEVICE_RESERVE
     host_reserve: int = HOST_RESERVE
 
+    def __post_init__(self):
+        for field in fields(self):
+            name, value = f"Machine: {field.name}", getattr(self, field.name)
+            if field.type == "int":
+                check_whole(name, value, 0)
+            else:
+                check_number(name, value, above=0)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -64,12 +73,20 @@ class Work:
     workspace_bytes: int = 2 << 30
 
     def __post_init__(self):
-        if not isinstance(self.length, int) or self.length < 1 or sum(self.tails) >= self.length:
+        if not hasattr(self.config, "to_json_string") or isinstance(self.config, type):
+            raise refusal("config", self.config, "a transformers config")
+        for name in ("length", "accumulation", "workspace_bytes"):
+            check_whole(name, getattr(self, name), 1)
+        for tail in check_each("tails", self.tails, int, "a number of rows", (tuple, list)):
+            check_whole("tails", tail, 1)
+        if self.max_grad_norm is not None and check_number("max_grad_norm", self.max_grad_norm) < 0:
+            raise refusal("max_grad_norm", self.max_grad_norm, "a number >= 0")
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in FLOATS:
+            raise refusal("dtype", self.dtype, "a floating-point torch dtype")
+        if sum(self.tails) >= self.length:
             raise ValueError(
                 f"length={self.length!r}, tails={self.tails}: expected a pack longer than its rejected tails"
             )
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation={self.accumulation}: expected at least one pack")
 
 
 @dataclass(frozen=True)
@@ -189,6 +206,8 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
 
     Raises ValueError for settings that exclude each other, and for a model that cannot be traced.
     """
+    _check(work, machine)
+    check_object("settings", settings, Settings, "a Settings")
     if settings.step_in_backward:
         optimizer.refuse_step_in_backward(work.accumulation, work.max_grad_norm)
     t, w = traced(work, settings), weights_of(work.config)
@@ -215,6 +234,11 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
         {"layer inputs": inputs.disk * stored} if inputs.disk else {},
         _seconds(work, settings, machine, t, w, inputs),
     )
+
+
+def _check(work: Work, machine: Machine) -> None:
+    check_object("work", work, Work, "a Work")
+    check_object("machine", machine, Machine, "a Machine")
 
 
 def _paged(nbytes: int) -> int:
@@ -335,6 +359,7 @@ def fit(work: Work, machine: Machine) -> Plan:
 
     Raises ValueError where nothing fits, naming the shortfall of the closest settings.
     """
+    _check(work, machine)
     closest = None
     for candidates in _candidates(work):
         plans = [placed(work, settings, machine) for settings in candidates]
@@ -428,6 +453,8 @@ def explain_shortfall(plan: Plan) -> str:
 
 def longest(work: Work, machine: Machine, unit: int = 8192) -> Plan:
     """The plan of the longest length that fits, in multiples of `unit`. Raises ValueError where not even one fits."""
+    _check(work, machine)
+    unit = check_whole("unit", unit, 1)
     best, low, high = fit(replace(work, length=unit), machine), 1, 2
 
     def attempt(units: int) -> Plan | None:

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from longpo_ops.kinds import check_whole
+
 ROWS = 8192  # large enough for full matrix-product rates; an 8B model's MLP then takes about 1 GiB of temporaries
 
 
@@ -318,8 +320,7 @@ def tile_layers(model: nn.Module, rows: int = ROWS) -> TilingHandle:
         raise ValueError(
             f"model: tiling is checked for {', '.join(FAMILIES)}, got a model of type {kind!r}: leave its layers untiled"
         )
-    if not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"rows is {rows!r}, expected a whole number of rows per tile, at least 1")
+    rows = check_whole("rows", rows, 1, "a whole number of rows per tile, at least 1")
     if is_tiled(model):
         raise ValueError("model: its layers are tiled already: remove() the handle first")
     layers = _layers(causal)

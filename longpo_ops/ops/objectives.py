@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kinds import check_flag, check_number
+from ..kinds import check_flag, check_number, refusal
 
 
 class PairLogps(NamedTuple):
@@ -265,7 +265,7 @@ def resolve_objective(objective: Objective | str) -> Objective:
         return OBJECTIVES[objective]()
     if isinstance(objective, Objective) and OBJECTIVES.get(objective.name) is type(objective):
         return objective
-    raise ValueError(f"objective={objective!r}: expected one of {', '.join(OBJECTIVES)}, or an object of those classes")
+    raise refusal("objective", objective, f"one of {', '.join(OBJECTIVES)}, or an object of those classes")
 
 
 def rebuild_objective(name: str, parameters: list[float]) -> Objective:
