@@ -14,16 +14,17 @@ PACKAGE = ROOT / "longpo_ops"
 
 # Each room, and what it may import of the others: only what stands above it here.
 ROOMS = {
+    "kinds": (),
     "lazy": (),
     "pretrained": (),
     "kernels": (),
-    "ops": ("kernels",),
-    "data": (),
-    "attention": ("data",),
+    "ops": ("kernels", "kinds"),
+    "data": ("kinds",),
+    "attention": ("data", "kinds"),
     "runs": ("data",),
     "documents": ("lazy",),
     "engines": ("ops", "pretrained"),
-    "memory": ("attention", "lazy", "ops", "runs"),
+    "memory": ("attention", "kinds", "lazy", "ops", "runs"),
     "generate": ("data", "documents", "engines", "lazy", "pretrained", "runs"),
     "evaluate": ("data", "documents", "engines", "lazy", "runs"),
     "train": ("attention", "data", "memory", "ops", "pretrained", "runs"),

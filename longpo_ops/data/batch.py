@@ -166,7 +166,7 @@ def spread_positions(
     first) stay contiguous. With one stretch there is no gap: positions 0, 1, 2, ...
     Raises ValueError if length + tail exceed target_length, or length < 1.
     """
-    sizes = {"length": (length, 1), "tail": (tail, 0), "target_length": (target_length, 1), "chunks": (chunks, 1)}
+    sizes = {"length": (length, 1), "tail": (tail, 0), "target_length": (target_length, 1), "chunks": (chunks, 0)}
     length, tail, target_length, chunks = (check_whole(name, *given) for name, given in sizes.items())
     check_object("rng", rng, np.random.Generator, "a numpy.random.Generator")
     room = target_length - length - tail
@@ -175,7 +175,7 @@ def spread_positions(
             f"a sequence of {length} + {tail} tokens came for target_length {target_length}; expected a prefix of at "
             "least one token and a target no shorter than the sequence"
         )
-    chunks = min(chunks, length)
+    chunks = max(1, min(chunks, length))
     # Shift of each stretch: 0, then sorted draws, then all the room, so that the answers sit at the far end.
     shifts = np.sort(rng.integers(0, room + 1, size=max(0, chunks - 2)))
     shifts = np.concatenate([[0], shifts, [room]])[:chunks]

@@ -75,8 +75,9 @@ class Work:
     def __post_init__(self):
         if not hasattr(self.config, "to_json_string") or isinstance(self.config, type):
             raise refusal("config", self.config, "a transformers config")
-        for name in ("length", "accumulation", "workspace_bytes"):
-            check_whole(name, getattr(self, name), 1)
+        check_whole("length", self.length, 1)
+        check_whole("accumulation", self.accumulation, 1, "at least one pack")
+        check_whole("workspace_bytes", self.workspace_bytes, 1)
         for tail in check_each("tails", self.tails, int, "a number of rows", (tuple, list)):
             check_whole("tails", tail, 1)
         if self.max_grad_norm is not None and check_number("max_grad_norm", self.max_grad_norm) < 0:

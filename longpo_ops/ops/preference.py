@@ -75,7 +75,7 @@ def fused_preference_loss(
     chosen_labels, rejected_labels: token ids aligned with the input ids; ignore_index where a token is no answer token.
         On the host they cost no synchronisation; on the device they are copied to the host once.
     ref_chosen_logps, ref_rejected_logps: summed answer log-probs of the reference; for LongPO it reads the SHORT input.
-        None exactly for reference-free objectives.
+        None exactly for reference-free objectives. They are constants: a gradient does not reach them.
     nll_labels: which tokens of the chosen sequences carry the NLL term (Eq. 14); None for no such term.
     objective: an object of objectives.py, or the name of one for its defaults.
     rejected_pair: the pair of each rejected sequence; None when R == B and they correspond.
@@ -89,7 +89,8 @@ def fused_preference_loss(
     backend: torch, cpu, triton or cuda; default: explain_backend().
 
     Raises ValueError naming the argument, what came and what was expected, before anything is allocated; labels out of
-    range and pairs without answer tokens are found while rows are planned, before the first product.
+    range, pairs without answer tokens and references that are not finite are found while rows are planned, before the
+    first product; a reference on the device that is not finite makes its pair's loss NaN instead.
     Source: arXiv 2502.13922, Eq. 12-14; the other objectives name theirs.
     """
     for name, hidden in (("chosen_hidden", chosen_hidden), ("rejected_hidden", rejected_hidden)):

@@ -179,7 +179,19 @@ def test_refuses_unsound_inputs():
         ((q, k[..., :8], v), {}, "expected q"),
         ((q[:, :3], k, v), {}, "multiple"),
         ((q, k[:, :, :5], v[:, :, :5]), {}, "no more query than key rows"),
-        ((q, k, v), dict(window=0), "window"),
+        ((q, k, v), dict(window=0), "window=0: expected at least 1"),
+        ((q, k, v), dict(window=1.5), "window=1.5: expected at least 1"),
+        ((q, k, v), dict(scale=float("nan")), "scale=nan: expected a finite number"),
+        ((q, k, v), dict(scale=True), "scale=True: expected a finite number"),
+        ((q, k, v), dict(softcap=-1.0), "softcap=-1.0: expected a finite number > 0"),
+        ((q, k, v), dict(layout="x"), "shared_prefix_layout: expected a SharedPrefixLayout"),
+        ((q.tolist(), k, v), {}, "q: expected a tensor of float16"),
+        ((q, k.long(), v), {}, "k.dtype=torch.int64"),
+        ((q, k, v.detach().to_sparse()), {}, "v: a tensor of layout sparse_coo"),
+        ((q, k, v.to("meta")), {}, "v is on the meta device"),
     ]:
         with pytest.raises(ValueError, match=message):
             shared_prefix_attention(*arguments, **options)
+    for spans in (dict(start=0.0), dict(prefix_end="1"), dict(tails=((1, 2, 3),)), dict(tails=(4, 5)), dict(tails=5)):
+        with pytest.raises(ValueError, match=f"PairSpans: {next(iter(spans))}"):
+            PairSpans(**dict(start=0, prefix_end=1, tails=((1, 2),)) | spans)

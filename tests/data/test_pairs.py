@@ -155,7 +155,7 @@ def test_paths_without_data_are_refused(pair, tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"(?s)no usable record.*1 skipped: empty record"):
         list(read_pairs(tmp_path, on_bad_record="skip"))
-    with pytest.raises(ValueError, match="on_bad_record is 'ignore'"):
+    with pytest.raises(ValueError, match="on_bad_record='ignore'"):
         list(read_pairs(tmp_path, on_bad_record="ignore"))
     with pytest.raises(ValueError, match="cannot write"):
         write_pairs([pair], tmp_path / "a.csv")

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from longpo_ops.data import (
     BadRecord,
     ChatFormat,
     DataReport,
+    Pair,
     TokenizedPair,
+    TokenSequence,
+    Turn,
+    pack,
+    packed_length,
     read_tokenized,
     tokenizer_fingerprint,
     write_tokenized,
@@ -112,6 +120,67 @@ BAD = [
 def test_bad_records_are_named(record, message):
     with pytest.raises(BadRecord, match=f"^record 'r:1', .*{message}"):
         TokenizedPair.from_record(record, "r:1")
+
+
+IDS = np.arange(5)
+SEQUENCE = TokenSequence(IDS, np.where(IDS > 2, IDS, X))
+WHOLE = {
+    "id": "a",
+    "chosen": SEQUENCE,
+    "rejected": (SEQUENCE,),
+    "ref_chosen": (SEQUENCE,),
+    "ref_rejected": ((SEQUENCE,),),
+}
+TURN = {"instruction": "q", "chunk": "c", "chosen": "y", "rejected": ("n",)}
+PAIR = {"id": "a", "document": "d", "turns": (Turn(**TURN),)}
+KINDS = [
+    (
+        TokenSequence,
+        {"ids": IDS, "labels": IDS},
+        "ids",
+        [[1, 2], None, IDS.astype(np.int32), IDS[None], torch.arange(5)],
+    ),
+    (TokenSequence, {"ids": IDS, "labels": IDS}, "labels", [None, IDS[1:], IDS.astype(float)]),
+    (TokenSequence, {"ids": IDS, "labels": IDS}, "nll_labels", [IDS[1:], "x", 0]),
+    (TokenizedPair, WHOLE, "id", [None, 5]),
+    (TokenizedPair, WHOLE, "chosen", [None, IDS, (SEQUENCE,), TokenSequence]),
+    (TokenizedPair, WHOLE, "rejected", [None, SEQUENCE, (IDS,), "x"]),
+    (TokenizedPair, WHOLE, "ref_rejected", [None, (SEQUENCE,), ((),), ((SEQUENCE,) * 2,)]),
+    (TokenizedPair, WHOLE, "ref_chosen_logp", [math.nan, -math.inf, "x", True, torch.tensor(-1.0)]),
+    (TokenizedPair, WHOLE, "ref_rejected_logps", [-1.0, (math.nan,), ("x",), torch.zeros(1)]),
+    (Turn, TURN, "chosen", [None, 5, b"y", ("y",)]),
+    (Turn, TURN, "rejected", ["n", None, (5,), {"n"}]),
+    (Pair, PAIR, "document", [None, 5, ["d"]]),
+    (Pair, PAIR, "turns", [Turn(**TURN), (), ("x",), None]),
+    (Pair, PAIR, "provenance", [None, "x", []]),
+    (Pair, PAIR, "ref_chosen_logp", [math.inf, "x", [-1.0]]),
+    (
+        pack,
+        {"pairs": [TokenizedPair(**WHOLE)]},
+        "pairs",
+        [None, "x", 5, [WHOLE], TokenizedPair(**WHOLE), torch.ones(2)],
+    ),
+    (pack, {"pairs": [TokenizedPair(**WHOLE)]}, "seed", [None, -1, 1.5, 2**70, "x"]),
+    (pack, {"pairs": [TokenizedPair(**WHOLE)]}, "target_length", [0, 64.0, "x", True]),
+    (packed_length, {"pair": TokenizedPair(**WHOLE)}, "pair", [None, WHOLE, TokenizedPair]),
+    (read_tokenized, {"path": "no.jsonl"}, "path", [None, 5, [], torch.ones(2)]),
+]
+
+
+@pytest.mark.parametrize(("make", "valid", "name", "values"), KINDS, ids=[f"{k[0].__name__} {k[2]}" for k in KINDS])
+def test_arguments_of_other_kinds_are_named(make, valid, name, values):
+    """None of them was looked at before: text for answers became an answer per letter, log-probs that are NaN were packed."""
+    for value in values:
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            result = make(**valid | {name: value})
+            list(result)  # what reads does so when asked for the first record
+
+
+def test_log_probs_of_another_number_than_rejected_answers_are_not_packed():
+    pair = TokenizedPair(**WHOLE, ref_chosen_logp=np.float32(-1), ref_rejected_logps=[-2, -3])
+    assert pair.ref_chosen_logp == -1.0 and type(pair.ref_chosen_logp) is float
+    with pytest.raises(ValueError, match="record 'a': ref_rejected_logps has 2 log-probs, expected 1, one each"):
+        pack([pair])
 
 
 def test_equal_sequences_are_bad_unless_allowed():

@@ -328,6 +328,15 @@ def test_refusals():
 
     refuses("states='4bit': expected one of float32, 8bit", network(), states="4bit")
     refuses("master='none': expected one of residue, float32", network(), master="none")
+    refuses("lr=-0.1: expected a finite number >= 0", network(), lr=-0.1)  # which would climb
+    refuses("lr='1e-3': expected a finite number", network(), lr="1e-3")
+    refuses("eps=nan", network(), eps=float("nan"))
+    refuses("weight_decay=inf", network(), weight_decay=float("inf"))
+    for betas in ((0.9, 1.0), (0.9,), 0.9, ("0.9", 0.99), (float("nan"), 0.9)):
+        refuses("betas=.*: expected two numbers, each 0 <= beta < 1", network(), betas=betas)
+    refuses("host=1: expected True or False", network(), host=1)
+    refuses(r"params: expected several, each a parameter", torch.ones(3))
+    refuses(r"params\[0\]: expected a parameter", ["weight"])
     refuses("use master='float32'", network(torch.float16))
     refuses("not contiguous", [nn.Parameter(torch.randn(4, 8).t())])
 

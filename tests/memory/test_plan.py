@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from longpo_ops.attention import use_shared_prefix
-from longpo_ops.memory import offload_activations, tile_layers
+from longpo_ops.memory import offload_activations, place, tile_layers
 from longpo_ops.memory.optimizer import AdamW
 from longpo_ops.memory.plan import Machine, Settings, Work, attention_pairs, fit, longest, placed, predict, weights_of
 from longpo_ops.memory.trace import carried_models, read_config, trace
@@ -263,6 +263,28 @@ def test_bad_lengths_are_refused():
         Work(small(), 100, tails=(60, 40))
     with pytest.raises(ValueError, match="accumulation=0: expected at least one pack"):
         Work(small(), 100, accumulation=0)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Work("gpt2", 100), "config='gpt2': expected a transformers config"),
+        (lambda: Work(small(), 100.0), "length=100.0: expected an int >= 1"),
+        (lambda: Work(small(), 100, tails=(-5,)), "tails=-5: expected an int >= 1"),
+        (lambda: Work(small(), 100, tails=5), "tails: expected several"),
+        (lambda: Work(small(), 100, dtype="bfloat16"), "dtype='bfloat16': expected a floating-point torch dtype"),
+        (lambda: Work(small(), 100, max_grad_norm=float("nan")), "max_grad_norm=nan"),
+        (lambda: Machine(-1), "Machine: device_bytes=-1: expected an int >= 0"),
+        (lambda: Machine(GIB, copy=0), "Machine: copy=0: expected a finite number > 0"),
+        (lambda: fit(small(), Machine(GIB)), "work: expected a Work, got LlamaConfig"),
+        (lambda: fit(Work(small(), 100), GIB), "machine: expected a Machine, got int"),
+        (lambda: place(4, 0), "input_bytes=0: expected an int >= 1"),
+        (lambda: place(4, 1, host_bytes=-1), "host_bytes=-1: expected an int >= 0"),
+    ],
+)
+def test_other_kinds_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 # -- command ---------------------------------------------------------------------------------------------------------

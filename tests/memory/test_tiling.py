@@ -279,5 +279,5 @@ def test_refuses_what_it_does_not_know():
         tile_layers(model)
     with pytest.raises(ValueError, match="Linear"):
         tile_layers(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="rows is 0"):
+    with pytest.raises(ValueError, match="rows=0: expected a whole number of rows per tile"):
         tile_layers(make_model("llama"), rows=0)

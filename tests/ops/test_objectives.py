@@ -48,6 +48,23 @@ def layouts(objective):
     return [(0, 1, 2, 3)] if objective.one_rejected else [(0, 1, 2, 3), (3, 0, 0, 1, 2, 2, 2)]
 
 
+@pytest.mark.parametrize("objective", [o for o in EXAMPLES if o.needs_reference], ids=repr)
+def test_a_reference_that_is_nan_makes_its_pair_nan(objective):
+    """So it is made on a device, where a reference that is not finite cannot be refused without waiting."""
+    for name in ("ref_chosen", "ref_rejected"):
+        p = draw(objective)
+        terms = objective.terms(p._replace(**{name: getattr(p, name).index_fill(0, torch.tensor([1]), math.nan)}))
+        assert terms.losses[1].isnan() and terms.chosen_slopes[1].isnan() and terms.rejected_slopes[1].isnan()
+
+
+@pytest.mark.parametrize(
+    "objective", [DPO(beta=1), DPO(beta=torch.tensor(1.0).numpy()[()]), IPO(average=torch.tensor(True).numpy()[()])]
+)
+def test_numbers_of_an_objective_are_plain(objective):
+    assert {type(getattr(objective, field.name)) for field in fields(objective)} <= {float, bool}
+    assert rebuild_objective(objective.name, objective.parameters()) == objective
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("objective", EXAMPLES, ids=repr)
 def test_slopes_are_the_derivatives(objective):

@@ -86,6 +86,24 @@ def test_nan_in_a_used_row_gives_nan(where, value, rows, backend, device, worksp
     assert rejected_grad[0].isfinite().all() and chosen_grad[0].isfinite().all()  # other pairs are left alone
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("objective", ["longpo", "hinge", "ipo", "kto_pair"])
+def test_a_reference_that_is_not_finite_is_refused_on_the_host_and_gives_nan_on_a_device(
+    objective, value, backend, device
+):
+    """A hinge of an infinite reference was a loss of 0.0 with gradients of NaN."""
+    case = Case(OBJECTIVES[objective], torch.float32, device)
+    for name in case.refs:
+        right = case.refs[name].clone()
+        case.refs[name][1] = value
+        with pytest.raises(ValueError, match=f"{name}: {value} at 1: expected finite log-probs"):
+            case.ours(backend=backend)
+        if device == "cuda":
+            case.refs[name] = case.refs[name].cuda()
+            assert case.ours(backend=backend)[0].isnan()
+        case.refs[name] = right
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extreme_logits(dtype, backend, device):
     case = Case(SimPO(), dtype, device, H=4)
