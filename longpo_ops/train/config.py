@@ -95,7 +95,9 @@ class LongPOConfig(TrainingArguments):
         memory = Memory.from_settings(self.memory)
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):
-                raise ValueError(f"{name}=True: expected False, as evaluation computes as training and the reference do")
+                raise ValueError(
+                    f"{name}=True: expected False, as evaluation computes as training and the reference do"
+                )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True: expected False, as a pack has no columns")
         super().__post_init__()
