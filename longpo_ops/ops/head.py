@@ -9,19 +9,23 @@ gradient. Not covered: outputs that are no single linear layer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from .head_call import as_tuple, call_with_head
+from .head_probe import Probed, probe
+from .head_weight import HeadRefused, read_head
 from .preference import fused_preference_loss
 
+log = logging.getLogger("longpo_ops.ops")
+
 _ATTACHED = "_longpo_ops_attached"
-
-
-def _as_tuple(tensors: Tensor | tuple | list) -> tuple:
-    return tuple(tensors) if isinstance(tensors, tuple | list) else (tensors,)
 
 
 class PreferenceHead(nn.Module):
@@ -46,40 +50,62 @@ class PreferenceHead(nn.Module):
         """loss(*hidden, weight, *labels, bias=..., softcap=..., scale=..., **options), for any function of this package
         that takes hidden states and a head. Raises what that function raises."""
         given = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
-        return loss(*_as_tuple(hidden), self.weight, *_as_tuple(labels), **given | options)
+        return loss(*as_tuple(hidden), self.weight, *as_tuple(labels), **given | options)
 
     def extra_repr(self) -> str:
         vocab, width = self.weight.shape
         return f"{width} -> {vocab}, bias={self.bias is not None}, softcap={self.softcap}, scale={self.scale}"
 
 
-def attach(model: nn.Module, *, merge_lora: bool = False) -> nn.Module:
+def attach(
+    model: nn.Module,
+    *,
+    merge_lora: bool = False,
+    check: bool = True,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> nn.Module:
     """Makes forward of a transformers causal LM (or a PEFT model of one) stop at the hidden states. detach() undoes it.
 
         attach(model)
         model(input_ids, ...)                   -> the body's output; .last_hidden_state (B, T, H), no logits
         model(input_ids, ..., compute=f)        -> f(hidden (B, T, H), head), run inside forward, where
                                                    head(hidden, labels, loss=..., **options) works as PreferenceHead does
+        model(input_ids, ..., compute=f, return_outputs=True)
+                                                -> that, and the model's own outputs: aux_loss, router_logits,
+                                                   hidden_states, ... (its logits are empty)
 
     Attach before wrapping in DDP, FSDP2 or ZeRO-3, call the wrapper, and their hooks run; calling the body directly would
     pass them by. `compute` is the form that every wrapper supports, as the head's weight is gathered while it runs.
 
-    Tied heads stay tied. The config's final logit soft-cap and logit scale are taken over. LoRA on the head: a ValueError,
-    or with merge_lora=True the merged weight (V, H) is formed at each call and gradients reach its factors.
+    check=True measures what the model does to its head's products (logit scale, soft-cap, under whatever name), compares
+    log-probs with the model's own, and sees whether it is causal: two forwards of 48 tokens, here or, where its weights
+    are not here yet (meta, sharded) or it cannot run yet, at the first call. check=False takes softcap and scale as given.
 
-    Raises ValueError for a model without a body and a linear head, one that is attached already, or an adapter on the head
-    that cannot be merged exactly (dropout, DoRA, several active adapters).
+    The head is looked up at each call: one that was resized, replaced or adapted since is the one that is used. Tied heads
+    stay tied. LoRA on the head: a ValueError, or with merge_lora=True the merged weight (V, H) is formed at each call and
+    gradients reach its factors. generate() runs the model as it was before. A mixture of experts with
+    output_router_logits: a call that would lose the auxiliary loss it trains by is refused, see return_outputs.
+
+    Raises ValueError for a model without a body and a linear float head, one that is attached already, that is not causal,
+    or whose log-probs are not those of its head under a soft-cap and a scale; for an adapter on the head that cannot be
+    merged exactly (dropout, DoRA); in a call, for labels=.
     """
     causal = _causal_lm(model)
     if hasattr(causal, _ATTACHED):
         raise ValueError(f"model: {type(causal).__name__} is attached already; detach(model) first")
-    body, lm_head = _parts(causal)
-    map = _config_map(causal.config)
-    read = _weight_reader(lm_head, merge_lora)
-    before = {module: module.__dict__.get("forward") for module in (causal, lm_head)}
-    lm_head.forward = functools.partial(_head_forward, lm_head.forward, read, map)
-    causal.forward = functools.partial(_body_forward, body, lm_head)
-    setattr(causal, _ATTACHED, before)
+    if check and (softcap is not None or scale != 1.0):
+        raise ValueError(f"softcap={softcap}, scale={scale}: measured with check=True; give them with check=False")
+    _check_parts(causal)
+    state = _Attached(merge_lora, None if check else Probed(softcap, float(scale), ends_at_head=True))
+    if _has_weights(causal):
+        read_head(causal.get_output_embeddings(), merge_lora)
+        if check:
+            _probe_or_postpone(causal, state)
+    for name, function in (("forward", _forward), ("generate", _generate)):
+        state.before[name] = causal.__dict__.get(name)
+        setattr(causal, name, functools.partial(function, causal))
+    setattr(causal, _ATTACHED, state)
     return model
 
 
@@ -88,32 +114,109 @@ def detach(model: nn.Module) -> nn.Module:
     causal = _causal_lm(model)
     if not hasattr(causal, _ATTACHED):
         raise ValueError(f"model: {type(causal).__name__} is not attached")
-    for module, forward in getattr(causal, _ATTACHED).items():
-        if forward is None:
-            del module.forward
-        else:
-            module.forward = forward
+    _put_back(causal)
     delattr(causal, _ATTACHED)
     return model
 
 
-def _body_forward(body: nn.Module, lm_head: nn.Module, *args, compute: Callable | None = None, **kwargs):
-    out = body(*args, **kwargs)
+@dataclass
+class _Attached:
+    merge_lora: bool
+    probed: Probed | None  # None until the first call
+    before: dict[str, Callable | None] = field(default_factory=dict)  # what the instance had of its own
+
+
+def _forward(causal: nn.Module, *args, compute: Callable | None = None, return_outputs: bool = False, **kwargs):
+    if kwargs.get("labels") is not None:
+        raise ValueError(
+            f"labels: {type(causal).__name__} is attached and makes no logits, so it has no loss of its own; use "
+            "compute=lambda hidden, head: head(rows, labels, loss=linear_cross_entropy), or detach(model)"
+        )
+    state, forward = getattr(causal, _ATTACHED), _own(causal, "forward")
+    if state.probed is None:
+        state.probed = _probe_at_last(causal, forward, state.merge_lora)
     if compute is None:
-        return out
-    return lm_head(out[0], compute=compute)
+        return _body(causal, state.probed)(*args, **kwargs)
+    result, outputs = call_with_head(causal, forward, compute, state.probed.map, state.merge_lora, args, kwargs)
+    if return_outputs:
+        return result, outputs
+    aux_loss = getattr(outputs, "aux_loss", None)
+    if isinstance(aux_loss, Tensor) and aux_loss.requires_grad:
+        raise ValueError(
+            f"model: {type(causal).__name__} has an auxiliary loss (output_router_logits=True) that this call would lose; "
+            "use `result, outputs = model(..., compute=f, return_outputs=True)` and add router_aux_loss_coef * "
+            "outputs.aux_loss, or set output_router_logits=False"
+        )
+    return result
 
 
-def _head_forward(plain: Callable, read: Callable, map: dict, hidden: Tensor, *, compute: Callable | None = None):
-    """The head's forward: logits as ever, or compute(hidden, head) with the weight at hand."""
-    if compute is None:
-        return plain(hidden)
-    weight, bias = read()
+def _generate(causal: nn.Module, *args, **kwargs):
+    """Texts need logits: with the model as it was."""
+    with _detached(causal):
+        return causal.generate(*args, **kwargs)
 
-    def head(hidden, labels, *, loss=fused_preference_loss, **options):
-        return loss(*_as_tuple(hidden), weight, *_as_tuple(labels), **{"bias": bias, **map, **options})
 
-    return compute(hidden, head)
+@contextlib.contextmanager
+def _detached(causal: nn.Module) -> Iterator[None]:
+    attached = {name: causal.__dict__[name] for name in getattr(causal, _ATTACHED).before}
+    _put_back(causal)
+    try:
+        yield
+    finally:
+        causal.__dict__.update(attached)
+
+
+def _put_back(causal: nn.Module) -> None:
+    for name, own in getattr(causal, _ATTACHED).before.items():
+        if own is None:
+            del causal.__dict__[name]
+        else:
+            causal.__dict__[name] = own
+
+
+def _own(causal: nn.Module, name: str) -> Callable:
+    """The model's own method, from before it was attached."""
+    return getattr(causal, _ATTACHED).before[name] or functools.partial(getattr(type(causal), name), causal)
+
+
+def _body(causal: nn.Module, probed: Probed) -> nn.Module:
+    if not probed.ends_at_head:
+        raise ValueError(
+            f"compute is missing: {type(causal).__name__} changes hidden states between its body and its head; "
+            "compute=f gets those that the head reads"
+        )
+    return causal.base_model
+
+
+def _probe_or_postpone(causal: nn.Module, state: _Attached) -> None:
+    try:
+        state.probed = probe(causal, causal.forward, state.merge_lora)
+    except HeadRefused:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever keeps it from running here: kernels, devices, other inputs
+        log.warning(
+            "%s does not run on a few tokens here (%s: %s); it is checked at the first call",
+            type(causal).__name__,
+            type(error).__name__,
+            error,
+        )
+
+
+def _probe_at_last(causal: nn.Module, forward: Callable, merge_lora: bool) -> Probed:
+    try:
+        return probe(causal, forward, merge_lora)
+    except HeadRefused:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"model: {type(causal).__name__} cannot be checked, as it does not run on a few tokens alone "
+            f"({type(error).__name__}: {error}); use attach(model, check=False, softcap=..., scale=...)"
+        ) from error
+
+
+def _has_weights(causal: nn.Module) -> bool:
+    """Not on meta, not sharded by FSDP2 (DTensor) or ZeRO-3 (empty)."""
+    return all(p.device.type != "meta" and p.numel() and not hasattr(p, "placements") for p in causal.parameters())
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
@@ -127,71 +230,12 @@ def _causal_lm(model: nn.Module) -> nn.Module:
     return causal
 
 
-def _parts(causal: nn.Module) -> tuple[nn.Module, nn.Module]:
-    body = getattr(causal, causal.base_model_prefix, None)
-    lm_head = causal.get_output_embeddings()
-    if body is None or lm_head is None or body is causal:
+def _check_parts(causal: nn.Module) -> None:
+    if causal.base_model is causal or causal.get_output_embeddings() is None:
         raise ValueError(
             f"model: {type(causal).__name__} has no separate body and head; expected an AutoModelForCausalLM"
         )
-    return body, lm_head
-
-
-def _config_map(config) -> dict:
-    """softcap and scale of the final logits, from the names transformers configs use (Gemma 2, Cohere, Granite)."""
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": float(scale)}
-
-
-def _weight_reader(lm_head: nn.Module, merge_lora: bool) -> Callable[[], tuple[Tensor, Tensor | None]]:
-    """How to get (weight, bias) of a head when it is called. Raises ValueError for a head that is no linear map."""
-    if hasattr(lm_head, "modules_to_save"):  # PEFT: a trained copy of the whole head
-        return functools.partial(_trained_copy, lm_head)
-    if not hasattr(lm_head, "base_layer"):
-        _linear(lm_head)
-        return functools.partial(_linear, lm_head)
-    if not merge_lora:
+    if getattr(causal.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"model: its head carries adapters {list(lm_head.active_adapters)}; expected a plain head. Use "
-            "attach(model, merge_lora=True), or leave lm_head out of target_modules"
+            f"model: {type(causal).__name__} is an encoder with a decoder; expected a causal LM, which reads one sequence"
         )
-    _check_mergeable(lm_head)
-    return functools.partial(_merged, lm_head)
-
-
-def _trained_copy(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The copy of the active adapter, or the original head while adapters are disabled."""
-    if lm_head.disable_adapters:
-        return _linear(lm_head.original_module)
-    return _linear(lm_head.modules_to_save[lm_head.active_adapters[0]])
-
-
-def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"model: its head is {type(module).__name__}; expected a linear head with a float weight (V, H)"
-        )
-    return weight, getattr(module, "bias", None)
-
-
-def _check_mergeable(lm_head: nn.Module) -> None:
-    """Raises ValueError unless the adapter is one plain LoRA without dropout."""
-    active = list(lm_head.active_adapters)
-    if len(active) != 1 or not hasattr(lm_head, "get_delta_weight"):
-        raise ValueError(f"merge_lora=True: the head has adapters {active}; expected one active LoRA adapter")
-    dropout = getattr(lm_head.lora_dropout[active[0]], "p", 0.0) if active[0] in lm_head.lora_dropout else 0.0
-    if dropout or getattr(lm_head, "use_dora", {}).get(active[0]):
-        raise ValueError(
-            f"merge_lora=True: the head's adapter has dropout={dropout} or DoRA; expected plain LoRA with lora_dropout=0"
-        )
-
-
-def _merged(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """base weight + B A * scaling, differentiable in the factors; the base alone while adapters are disabled."""
-    weight, bias = _linear(lm_head.base_layer)
-    if lm_head.disable_adapters or lm_head.merged:
-        return weight, bias
-    (active,) = lm_head.active_adapters
-    return weight + lm_head.get_delta_weight(active).to(weight.dtype), bias

@@ -1,0 +1,130 @@
+"""A transformers model's own forward, with something else in the place of its language-model head.
+
+    input_ids -> body -> h (B, T, H) -> [compute(h, ...) -> result, logits] -> the rest of forward -> result, outputs
+
+Whatever the model does before its head reaches h, and whatever it does besides (auxiliary losses, recorded states) is in
+outputs. `compute` runs inside the head's own forward, where the hooks of FSDP2 and ZeRO-3 have gathered its weight, and
+its result passes through them. The head is looked up at each call. All that is changed on the model is put back before a
+call returns. Not covered: models that call their head several times in one forward, or never.
+
+Tests: tests/ops/test_head.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .head_weight import HeadRefused, read_head
+from .preference import fused_preference_loss
+
+
+def call_with_head(causal: nn.Module, forward: Callable, compute: Callable, map: dict, merge_lora: bool, args, kwargs):
+    """-> compute(hidden, head), and the model's outputs, whose logits are (B, 0, V). head as in ops/head.py.
+
+    map: softcap and scale of the head. Raises ValueError for a head that read_head refuses, and for an auxiliary loss
+    without the gradient that the hidden states have.
+    """
+
+    def at_the_head(hidden: Tensor, plain: Callable):
+        weight, bias = read_head(causal.get_output_embeddings(), merge_lora)
+
+        def head(hidden, labels, *, loss=fused_preference_loss, **options):
+            return loss(*as_tuple(hidden), weight, *as_tuple(labels), **{"bias": bias, **map, **options})
+
+        nothing = hidden.new_zeros(*hidden.shape[:-2], 0, len(weight))
+        return (compute(hidden, head), hidden.requires_grad), nothing
+
+    (result, differentiable), outputs = call_in_place_of_head(causal, forward, at_the_head, args, kwargs)
+    aux_loss = getattr(outputs, "aux_loss", None)
+    if differentiable and isinstance(aux_loss, Tensor) and not aux_loss.requires_grad:
+        raise ValueError(
+            f"model: the auxiliary loss of {type(causal).__name__} has no gradient, as its layers ran without one "
+            "(reentrant gradient checkpointing, or offload of layers); use gradient checkpointing with "
+            "use_reentrant=False, or set output_router_logits=False to train without it"
+        )
+    return result, outputs
+
+
+def call_in_place_of_head(causal: nn.Module, forward: Callable, compute: Callable, args, kwargs) -> tuple[Any, Any]:
+    """-> result, outputs of forward(*args, **kwargs), where result, logits = compute(hidden, the head's own forward).
+
+    Raises ValueError unless forward calls its head exactly once.
+    """
+    lm_head = causal.get_output_embeddings()
+    stand_in = _StandIn(lm_head, type(causal).__name__)
+    with _placed(stand_in, causal), _forward_of(lm_head, compute):
+        outputs = forward(*args, **kwargs)
+    if not stand_in.results:
+        raise HeadRefused(
+            f"model: forward of {type(causal).__name__} does not call its head; expected one call of the module that "
+            "get_output_embeddings() gives. Use PreferenceHead with its hidden states"
+        )
+    return stand_in.results[0], outputs
+
+
+class _StandIn:
+    """What a model's forward finds under its head's name: calls the head, keeps the result and gives the logits on."""
+
+    def __init__(self, lm_head: nn.Module, model: str):
+        self.lm_head, self.model, self.results = lm_head, model, []
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        if self.results:
+            raise HeadRefused(
+                f"model: forward of {self.model} calls its head several times; expected once. Give it shorter inputs "
+                "if it goes through them in chunks, or use PreferenceHead with its hidden states"
+            )
+        result, logits = self.lm_head(*args, **kwargs)
+        self.results.append(result)
+        return logits
+
+    def __getattr__(self, name: str):
+        return getattr(self.lm_head, name)
+
+
+@contextlib.contextmanager
+def _placed(stand_in: _StandIn, causal: nn.Module) -> Iterator[None]:
+    """An instance's own attribute comes before nn.Module's look-up of children, which stay as they are."""
+    places = [
+        (parent.__dict__, name)
+        for parent in causal.modules()
+        for name, child in parent._modules.items()
+        if child is stand_in.lm_head
+    ]
+    for attributes, name in places:
+        attributes[name] = stand_in
+    try:
+        yield
+    finally:
+        for attributes, name in places:
+            del attributes[name]
+
+
+@contextlib.contextmanager
+def _forward_of(lm_head: nn.Module, compute: Callable) -> Iterator[None]:
+    """The head's forward is compute(hidden, its own forward): within the hooks of accelerate, where it has some."""
+    slot = "_old_forward" if "_old_forward" in lm_head.__dict__ else "forward"
+    own = lm_head.__dict__.get(slot)
+    plain = getattr(lm_head, slot)
+
+    def forward(hidden, *args, **kwargs):
+        if args or kwargs:
+            raise HeadRefused(f"model: its head is called with {[*args, *kwargs]} beside hidden states; expected none")
+        return compute(hidden, plain)
+
+    lm_head.__dict__[slot] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del lm_head.__dict__[slot]
+        else:
+            lm_head.__dict__[slot] = own
+
+
+def as_tuple(tensors: Tensor | tuple | list) -> tuple:
+    return tuple(tensors) if isinstance(tensors, tuple | list) else (tensors,)

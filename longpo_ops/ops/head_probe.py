@@ -1,0 +1,183 @@
+"""What a transformers model does to its head's products, measured: two forwards of 48 tokens.
+
+    logits = softcap * tanh(scale * z / softcap),   z = W h + b      (softcap None: scale * z)
+
+The first forward gets its causality judged by h, and numbers of known sizes in the place of z: the smallest give the
+scale, the largest the soft-cap, and all of them, in every column, must come out as the equation says. The second takes
+the way that losses take, and its log-probs must be those of the first one's logits. Weights are not looked at: a soft-cap
+of 30 is found in a model whose logits are all 0.1. Nothing of the model is changed, nor the state of random numbers.
+
+Tests: tests/ops/test_head.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .head_call import call_in_place_of_head, call_with_head
+from .head_weight import HeadRefused, read_head
+from .logprobs import linear_logprobs
+
+TOKENS = 16  # of each of three sequences: twice the same, and one that differs from the middle on
+OTHERWISE = "use PreferenceHead with its hidden states, or attach(model, check=False, softcap=..., scale=...)"
+
+
+@dataclass(frozen=True)
+class Probed:
+    softcap: float | None
+    scale: float
+    ends_at_head: bool  # the hidden states that the body returns are those that the head reads
+
+    @property
+    def map(self) -> dict:
+        return {"softcap": self.softcap, "scale": self.scale}
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def probe(causal: nn.Module, forward: Callable, merge_lora: bool) -> Probed:
+    """Raises ValueError (HeadRefused) for a model whose log-probs are not those of the equation, or that is not causal.
+
+    forward: the model's own. Other exceptions are the model's: it cannot run here, on tokens alone.
+    """
+    name, ids = type(causal).__name__, _tokens(causal)
+    takes = inspect.signature(type(causal).forward).parameters.values()
+    quiet = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
+    kwargs = {"input_ids": ids} | ({"use_cache": False} if quiet else {})
+
+    def measure(hidden: Tensor, plain: Callable):
+        if hidden.shape[:2] != ids.shape:
+            raise HeadRefused(f"model: the head of {name} reads {tuple(hidden.shape)}; expected (B, T, H). {OTHERWISE}")
+        weight, bias = read_head(causal.get_output_embeddings(), merge_lora)
+        products = plain(hidden)
+        z = products.to(torch.float32 if products.device.type == "mps" else torch.float64)
+        z[2] = _sizes(z[2])
+        return (hidden, products, z), z.clone()
+
+    with _undisturbed(causal), _output_of(causal.base_model) as body:
+        (hidden, products, z), outputs = call_in_place_of_head(causal, forward, measure, (), kwargs)
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor) or logits.shape != z.shape:
+            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(outputs).__name__
+            raise HeadRefused(f"model: {name} gives {came}; expected logits {tuple(z.shape)}. {OTHERWISE}")
+        _check_causal(name, hidden)
+        softcap, scale = _fit(name, z[2], logits[2])
+        ends_at_head = len(body) == 1 and body[0].shape == hidden.shape and torch.equal(body[0], hidden)
+        probed = Probed(softcap, scale, ends_at_head)
+        ours = _logps(causal, forward, probed, merge_lora, ids, kwargs)
+    theirs = logits[:2].double().log_softmax(-1).gather(-1, ids[:2, :, None])[..., 0]
+    _check_equal(name, ours[:2], theirs, products[:2], hidden)
+    return probed
+
+
+def _logps(causal, forward, probed: Probed, merge_lora: bool, ids: Tensor, kwargs: dict) -> Tensor:
+    """(3, T) log-probs of the tokens themselves, as a loss would have them."""
+
+    def compute(hidden, head):
+        return head(hidden.flatten(0, 1), ids.flatten(), loss=linear_logprobs, backend="torch").view(ids.shape)
+
+    return call_with_head(causal, forward, compute, probed.map, merge_lora, (), kwargs)[0]
+
+
+def _tokens(causal: nn.Module) -> Tensor:
+    """(3, T) int64, none of them special in the model's config."""
+    config = causal.config
+    size = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config.vocab_size
+    usual = torch.tensor(sorted(set(range(size)) - set(_special(config.to_dict()))) or [0])
+    drawn = usual[torch.randint(len(usual), (2, TOKENS), generator=torch.Generator().manual_seed(0))]
+    rows = drawn[0].repeat(3, 1)
+    rows[2, TOKENS // 2 :] = drawn[1, TOKENS // 2 :]
+    return rows.to(causal.get_input_embeddings().weight.device)
+
+
+def _special(config: dict) -> Iterator[int]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _special(value)
+        elif str(key).endswith(("token_id", "token_ids", "token_index")):
+            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
+
+
+def _sizes(rows: Tensor) -> Tensor:
+    """Numbers of both signs and of 2**-20 (first row) to 2**20 (last), 1 to 2 times that, another in each column."""
+    columns = torch.arange(rows.shape[1], device=rows.device)
+    pattern = (1 + (columns * 0.6180339887).frac()) * (1 - 2 * (columns % 2))
+    return torch.logspace(-20, 20, len(rows), base=2, dtype=rows.dtype, device=rows.device)[:, None] * pattern
+
+
+def _fit(name: str, z: Tensor, logits: Tensor) -> tuple[float | None, float]:
+    """softcap and scale that turn z (T, V) into these logits."""
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
+    logits = logits.double()
+    scale = _rounded(logits[0, 0] / z[0, 0])
+    top, straight = abs(float(logits[-1, 0])), abs(scale * float(z[-1, 0]))
+    softcap = None if abs(top - straight) <= 1e-3 * straight else _rounded(top)
+    ours = z.double() * scale
+    if softcap:
+        ours = softcap * torch.tanh(ours / softcap)
+    off = ((ours - logits).abs() / ours.abs()).max()
+    if not off <= 16 * eps:
+        raise HeadRefused(
+            f"model: {name} makes more of its head's products than scale {scale:.6g} and soft-cap {softcap}: logits "
+            f"differ by up to {100 * float(off):.3g} % from that. {OTHERWISE}"
+        )
+    return softcap, scale
+
+
+def _rounded(value) -> float:
+    return float(f"{float(value):.12g}")
+
+
+def _check_causal(name: str, hidden: Tensor) -> None:
+    """Tokens of the second half must not reach the first half's hidden states."""
+    first = hidden[:, : TOKENS // 2].float()
+    noise, effect = ((first[0] - other).abs().max() for other in (first[1], first[2]))
+    if not effect <= 4 * noise + 2 * torch.finfo(hidden.dtype).eps * first.abs().max():
+        raise HeadRefused(
+            f"model: {name} is not causal: other tokens later on change hidden states before them by {float(effect):.3g}. "
+            "Masked and encoder models have no log-probs of a text; expected a causal LM (is_decoder=True, where its "
+            "config has that)"
+        )
+
+
+def _check_equal(name: str, ours: Tensor, theirs: Tensor, products: Tensor, hidden: Tensor) -> None:
+    """Within the rounding of products in the coarsest type that took part, or of TF32."""
+    eps = max(torch.finfo(t.dtype).eps for t in (products, hidden))
+    off, allowed = (ours - theirs).abs().max(), 8 * max(eps, 2.0**-11) * products.double().abs().max() + 1e-5
+    if not off <= allowed:
+        raise HeadRefused(
+            f"model: log-probs of {name} by its head's weight differ from its own by up to {float(off):.3g} (rounding "
+            f"allows {float(allowed):.2g}); expected a linear head. {OTHERWISE}"
+        )
+
+
+@contextlib.contextmanager
+def _undisturbed(causal: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own mode and the state of random numbers are put back."""
+    modes = {module: module.training for module in causal.modules()}
+    devices = {p.device.index for p in causal.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            for module in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextlib.contextmanager
+def _output_of(body: nn.Module) -> Iterator[list[Tensor]]:
+    """The first tensor that the body returns, of each call."""
+    seen: list[Tensor] = []
+    hook = body.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
