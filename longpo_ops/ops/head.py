@@ -87,7 +87,7 @@ def attach(
     gradients reach its factors. generate() runs the model as it was before. A mixture of experts with
     output_router_logits: a call that would lose the auxiliary loss it trains by is refused, see return_outputs.
 
-    Raises ValueError for a model without a body and a linear float head, one that is attached already, that is not causal,
+    Raises ValueError for a model without a linear float head, one that is attached already, that is not causal,
     or whose log-probs are not those of its head under a soft-cap and a scale; for an adapter on the head that cannot be
     merged exactly (dropout, DoRA); in a call, for labels=.
     """
@@ -182,8 +182,8 @@ def _own(causal: nn.Module, name: str) -> Callable:
 def _body(causal: nn.Module, probed: Probed) -> nn.Module:
     if not probed.ends_at_head:
         raise ValueError(
-            f"compute is missing: {type(causal).__name__} changes hidden states between its body and its head; "
-            "compute=f gets those that the head reads"
+            f"compute is missing: {type(causal).__name__} has no body whose hidden states are those that its head reads; "
+            "compute=f gets them"
         )
     return causal.base_model
 
@@ -220,7 +220,8 @@ def _has_weights(causal: nn.Module) -> bool:
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
-    """The causal LM inside a PEFT model, or the model itself. Raises ValueError for something else."""
+    """The causal LM inside a compiled or PEFT model, or the model itself. Raises ValueError for something else."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper compiles the forward that is attached
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(causal, "base_model_prefix") or not hasattr(causal, "get_output_embeddings"):
         raise ValueError(
@@ -231,11 +232,9 @@ def _causal_lm(model: nn.Module) -> nn.Module:
 
 
 def _check_parts(causal: nn.Module) -> None:
-    if causal.base_model is causal or causal.get_output_embeddings() is None:
-        raise ValueError(
-            f"model: {type(causal).__name__} has no separate body and head; expected an AutoModelForCausalLM"
-        )
     if getattr(causal.config, "is_encoder_decoder", False):
         raise ValueError(
             f"model: {type(causal).__name__} is an encoder with a decoder; expected a causal LM, which reads one sequence"
         )
+    if causal.get_output_embeddings() is None:
+        raise ValueError(f"model: {type(causal).__name__} has no language-model head; expected an AutoModelForCausalLM")

@@ -3,6 +3,10 @@
     pack -> model body with shared-prefix attention -> hidden (N, H) -> packed loss in the model's forward -> backward
 
     L = lambda/P sum_pairs f + 1/P sum_pairs mean_t NLL     P = pairs of the step, over accumulation and ranks (Eq. 14)
+      + c/P sum_packs P_k A_k                               a mixture of experts' load balancing A_k of pack k, P_k pairs
+
+c is the config's router_aux_loss_coef, A_k the model's own auxiliary loss over every row of the pack, where the config
+says output_router_logits.
 
 What is ours: the loss (every method of methods.py), where the reference comes from, the normalisation by pairs, the
 metrics, and checkpoints that appear under their name only when they are whole. The rest is transformers' Trainer. Not
@@ -273,13 +277,19 @@ class LongPOTrainer(Trainer):
         device = self.args.device
         compute = self._preference if self.objective is not None else self._supervised
         references = self._reference_logps(pack)
-        loss, metrics = model(
+        (loss, metrics), outputs = model(
             input_ids=pack.batch.input_ids.to(device, non_blocking=True),
             position_ids=pack.batch.position_ids.to(device, non_blocking=True),
             shared_prefix_layout=pack.batch.layout,
             use_cache=False,
             compute=lambda hidden, head: compute(hidden[0], head, pack, references, num_pairs),
+            return_outputs=True,
         )
+        aux_loss = getattr(outputs, "aux_loss", None)
+        if aux_loss is not None:
+            weight = base_model(self.model).config.get_text_config().router_aux_loss_coef
+            loss = loss + weight * pack.batch.num_pairs / num_pairs * aux_loss.to(loss)
+            metrics["aux_loss"] = total(aux_loss * pack.batch.num_pairs, pack.batch.num_pairs)
         return loss, metrics | {"loss": total(loss * num_pairs, pack.batch.num_pairs)}
 
     def _preference(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float):

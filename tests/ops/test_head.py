@@ -236,7 +236,7 @@ def test_wrong_models_are_refused():
         detach(model)
     with pytest.raises(ValueError, match="Linear is no transformers causal LM; attach before wrapping"):
         attach(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="LlamaModel has no separate body and head"):
+    with pytest.raises(ValueError, match="LlamaModel has no language-model head"):
         attach(make().model)
     quantised = make()
     quantised.lm_head.weight = torch.nn.Parameter(torch.zeros(61, 32, dtype=torch.uint8), requires_grad=False)
