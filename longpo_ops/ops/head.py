@@ -215,8 +215,8 @@ def _probe_at_last(causal: nn.Module, forward: Callable, merge_lora: bool) -> Pr
 
 
 def _has_weights(causal: nn.Module) -> bool:
-    """Not on meta, not sharded by FSDP2 (DTensor) or ZeRO-3 (empty)."""
-    return all(p.device.type != "meta" and p.numel() and not hasattr(p, "placements") for p in causal.parameters())
+    """Not on meta, not sharded by FSDP2 (DTensor) or ZeRO-3."""
+    return not any(p.is_meta or hasattr(p, "placements") or hasattr(p, "ds_id") for p in causal.parameters())
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
