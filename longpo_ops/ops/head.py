@@ -193,7 +193,7 @@ def _probe_or_postpone(causal: nn.Module, state: _Attached) -> None:
         state.probed = probe(causal, causal.forward, state.merge_lora)
     except HeadRefused:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever keeps it from running here: kernels, devices, other inputs
+    except Exception as error:
         log.warning(
             "%s does not run on a few tokens here (%s: %s); it is checked at the first call",
             type(causal).__name__,

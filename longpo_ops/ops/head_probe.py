@@ -6,8 +6,6 @@ The first forward gets its causality judged by h, and numbers of known sizes in 
 scale, the largest the soft-cap, and all of them, in every column, must come out as the equation says. The second takes
 the way that losses take, and its log-probs must be those of the first one's logits. Weights are not looked at: a soft-cap
 of 30 is found in a model whose logits are all 0.1. Nothing of the model is changed, nor the state of random numbers.
-
-Tests: tests/ops/test_head.py.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .head_call import call_in_place_of_head, call_with_head
-from .head_weight import HeadRefused, read_head
+from .head_weight import HeadRefused
 from .logprobs import linear_logprobs
 
 TOKENS = 16  # of each of three sequences: twice the same, and one that differs from the middle on
@@ -54,9 +52,8 @@ def probe(causal: nn.Module, forward: Callable, merge_lora: bool) -> Probed:
     def measure(hidden: Tensor, plain: Callable):
         if hidden.shape[:2] != ids.shape:
             raise HeadRefused(f"model: the head of {name} reads {tuple(hidden.shape)}; expected (B, T, H). {OTHERWISE}")
-        weight, bias = read_head(causal.get_output_embeddings(), merge_lora)
         products = plain(hidden)
-        z = products.to(torch.float32 if products.device.type == "mps" else torch.float64)
+        z = products.double()
         z[2] = _sizes(z[2])
         return (hidden, products, z), z.clone()
 
@@ -93,7 +90,8 @@ def _tokens(causal: nn.Module) -> Tensor:
     drawn = usual[torch.randint(len(usual), (2, TOKENS), generator=torch.Generator().manual_seed(0))]
     rows = drawn[0].repeat(3, 1)
     rows[2, TOKENS // 2 :] = drawn[1, TOKENS // 2 :]
-    return rows.to(causal.get_input_embeddings().weight.device)
+    tensors = (causal.get_input_embeddings().weight, *causal.parameters(), *causal.buffers())
+    return rows.to(next((tensor.device for tensor in tensors if not tensor.is_meta), "cpu"))
 
 
 def _special(config: dict) -> Iterator[int]:

@@ -3,8 +3,6 @@
     W = W_0 + sum_k s_k B_k A_k      b = b_0 + sum_k s_k c_k      over the active LoRA adapters k that the head has
 
 Formed at each call, differentiable in A, B and c. Not covered: adapters other than plain LoRA and trained copies.
-
-Tests: tests/ops/test_head.py.
 """
 
 from __future__ import annotations
@@ -32,7 +30,8 @@ def read_head(lm_head: nn.Module, merge_lora: bool) -> tuple[Tensor, Tensor | No
             "attach(model, merge_lora=True), or leave lm_head out of target_modules"
         )
     if not hasattr(lm_head, "lora_A"):
-        raise HeadRefused(f"merge_lora=True: the head's adapter is {type(lm_head).__name__}; expected plain LoRA")
+        kind = f"{type(lm_head).__name__} of {type(lm_head).__module__}"
+        raise HeadRefused(f"merge_lora=True: the head's adapter is {kind}; expected plain LoRA")
     return _merged(lm_head)
 
 
@@ -81,8 +80,8 @@ def _merged(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _check_mergeable(lm_head: nn.Module, name: str) -> None:
     dropout = getattr(lm_head.lora_dropout[name], "p", 0.0)
     variant = getattr(lm_head, "lora_variant", {}).get(name)
-    if dropout or variant:
+    if dropout or variant is not None:
         raise HeadRefused(
-            f"merge_lora=True: the head's adapter has dropout={dropout} and is {type(variant).__name__ if variant else 'LoRA'}; "
+            f"merge_lora=True: the head's adapter has dropout={dropout}, variant={type(variant).__name__}; "
             "expected plain LoRA with lora_dropout=0"
         )

@@ -19,13 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIRS, T, V = 5, 14, 53
 
 
-def model(tied=False):
+def plain(tied=False):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, initializer_range=0.2, tie_word_embeddings=tied,
     )  # fmt: skip
-    return attach(LlamaForCausalLM(config))
+    return LlamaForCausalLM(config)
+
+
+def model(tied=False):
+    return attach(plain(tied))
 
 
 def pairs(which: slice):
@@ -78,7 +82,7 @@ def test_accumulation_steps_add_up_to_the_whole_batch(cuts):
     compare({name: p.grad for name, p in one.named_parameters()}, true_gradients)
 
 
-VARIANTS = [(wrapper, tied) for wrapper in ("ddp", "fsdp2") for tied in (False, True)]
+VARIANTS = [(wrapper, tied) for wrapper in ("ddp", "fsdp2", "fsdp2, then attach") for tied in (False, True)]
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -116,8 +120,10 @@ def worker(rank: int, folder: str) -> None:
 
 
 def train(rank: int, wrapper: str, tied: bool):
-    one = model(tied)
+    one = plain(tied) if "then attach" in wrapper else model(tied)
     wrapped = torch.nn.parallel.DistributedDataParallel(one) if wrapper == "ddp" else shard(one, tied)
+    if "then attach" in wrapper:
+        attach(wrapped)  # sharded weights: measured at the first call
     total = torch.zeros(())
     for which in [(slice(0, 2), slice(2, 3)), (slice(3, 4), slice(4, 5))][rank]:
         total += step(wrapped, which, factor=2.0)  # both wrappers average over ranks: multiply by their number

@@ -1,12 +1,15 @@
-"""PreferenceHead, attach and detach: whole transformers models, adapters, copies, wrappers."""
+"""PreferenceHead, attach and detach: whole transformers models, copies, changes after attaching, mixtures of experts.
+
+Adapters are in test_head_weight.py, what attach measures in test_head_probe.py.
+"""
 
 import copy
+import io
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from transformers.models import cohere, gemma2, granite, llama, qwen2
+from transformers.models import cohere, gemma2, granite, llama, mixtral, qwen2, qwen3_moe
 
 from longpo_ops import (
     DPO,
@@ -159,69 +162,103 @@ def test_reuse_hidden_behind_a_real_norm():
     compare(gradients(model, model(ids, use_cache=False, compute=preference(answers, reuse_hidden=True)).loss), plain)
 
 
-# -- adapters --------------------------------------------------------------------------------------------------------
+# -- changes after attaching -----------------------------------------------------------------------------------------
 
 
-def lora(targets, **more):
-    torch.manual_seed(3)
-    model = get_peft_model(
-        make(), LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **more)
-    )
-    return model.eval()
+def test_a_head_that_grew_is_the_one_that_is_used():
+    model, (ids, answers) = attach(make()), batch()
+    torch.manual_seed(5)
+    model.resize_token_embeddings(61 + 13, mean_resizing=False)
+    ours = model(ids, use_cache=False, compute=preference(answers)).loss
+    grads = gradients(model, ours)
+    assert grads["lm_head.weight"].shape == (74, 32) and grads["lm_head.weight"][61:].any()
+    truth = from_logits(detach(model), ids, answers)
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+    compare(grads, gradients(model, truth))
 
 
-def test_lora_on_the_body():
-    model, (ids, answers) = lora(["q_proj", "v_proj"]), batch()
-    truth = from_logits(model, ids, answers)
+def test_a_head_that_was_replaced_or_tied_is_the_one_that_is_used():
+    model, (ids, answers) = attach(make()), batch()
+    model.set_output_embeddings(torch.nn.Linear(32, 61, bias=True))
+    ours = model(ids, use_cache=False, compute=preference(answers)).loss
+    assert gradients(model, ours)["lm_head.bias"].any()
+    torch.testing.assert_close(ours, from_logits(detach(model), ids, answers), rtol=1e-4, atol=1e-5)
+    attach(model).lm_head.weight = model.model.embed_tokens.weight
+    ours = model(ids, use_cache=False, compute=preference(answers)).loss
+    torch.testing.assert_close(ours, from_logits(detach(model), ids, answers), rtol=1e-4, atol=1e-5)
+
+
+def test_an_attached_model_goes_through_a_file():
+    model, (ids, answers) = attach(make("gemma2 soft-cap")), batch()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    run = lambda m: m(ids, use_cache=False, compute=preference(answers)).loss  # noqa: E731
+    assert torch.equal(run(twin), run(model)) and twin.lm_head.weight is not model.lm_head.weight
+    assert torch.equal(from_logits(detach(twin), ids, answers), from_logits(detach(model), ids, answers))
+
+
+def test_generation_is_that_of_the_model_itself():
+    model, (ids, answers) = make(), batch()
+    truth = model.generate(ids[:1], max_new_tokens=4, do_sample=False)
+    attach(model)
+    assert torch.equal(model.generate(ids[:1], max_new_tokens=4, do_sample=False), truth)
+    assert model(ids, use_cache=False, compute=preference(answers)).loss > 0
+
+
+def test_a_failed_call_leaves_the_head_as_it_was():
+    model, (ids, answers) = attach(make()), batch()
+    with pytest.raises(ZeroDivisionError):
+        model(ids, use_cache=False, compute=lambda hidden, head: 1 / 0)
+    assert "forward" not in model.lm_head.__dict__ and "lm_head" not in model.__dict__
+    assert model(ids, use_cache=False, compute=preference(answers)).loss > 0
+
+
+def test_labels_are_refused():
+    model, (ids, answers) = attach(make()), batch()
+    with pytest.raises(ValueError, match=r"labels: LlamaForCausalLM is attached and makes no logits.*detach\(model\)"):
+        model(ids, labels=answers)
+
+
+# -- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+MIXTURES = {
+    "mixtral": lambda: mixtral.MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True),
+    "qwen3_moe": lambda: qwen3_moe.Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, output_router_logits=True
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_auxiliary_loss_of_a_mixture_of_experts_is_the_models_own(family, checkpointing):
+    torch.manual_seed(0)
+    model, (ids, answers) = AutoModelForCausalLM.from_config(MIXTURES[family]()).train(), batch()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    aux_loss = model(ids, use_cache=False).aux_loss
+    truth = from_logits(model, ids, answers) + 0.5 * aux_loss
     true_gradients = gradients(model, truth)
     attach(model)
-    out = model(input_ids=ids, use_cache=False, compute=preference(answers))
-    torch.testing.assert_close(out.loss, truth, rtol=1e-4, atol=1e-5)
-    compare(gradients(model, out.loss), true_gradients)  # adapters only: the frozen head has none
-    detach(model)
+    with pytest.raises(ValueError, match=r"has an auxiliary loss .* that this call would lose.*return_outputs=True"):
+        model(ids, use_cache=False, compute=preference(answers))
+    out, outputs = model(ids, use_cache=False, compute=preference(answers), return_outputs=True)
+    torch.testing.assert_close(outputs.aux_loss, aux_loss, rtol=1e-5, atol=1e-6)
+    assert len(outputs.router_logits) == 2 and outputs.logits.shape == (4, 0, 61)
+    compare(gradients(model, out.loss + 0.5 * outputs.aux_loss), true_gradients)
+    with torch.no_grad():  # nothing is trained, so nothing is lost
+        torch.testing.assert_close(model(ids, use_cache=False, compute=preference(answers)).loss, out.loss)
 
 
-def test_lora_on_the_head_is_refused_or_merged():
-    model, (ids, answers) = lora(["q_proj", "lm_head"]), batch()
-    truth = from_logits(model, ids, answers)
-    true_gradients = gradients(model, truth)
-    with pytest.raises(ValueError, match="merge_lora=True"):
-        attach(model)
-    attach(model, merge_lora=True)
-    out = model(input_ids=ids, use_cache=False, compute=preference(answers))
-    torch.testing.assert_close(out.loss, truth, rtol=1e-4, atol=1e-5)
-    grads = gradients(model, out.loss)
-    assert any("lm_head.lora_B" in name for name in grads)
-    compare(grads, true_gradients)
-    with model.disable_adapter():
-        off = model(input_ids=ids, use_cache=False, compute=preference(answers)).loss
-    detach(model)
-    with model.disable_adapter():
-        torch.testing.assert_close(off, from_logits(model, ids, answers), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("more", [dict(lora_dropout=0.1), dict(use_dora=True)], ids=str)
-def test_adapters_that_cannot_be_merged_exactly_are_refused(more):
-    with pytest.raises(ValueError, match="merge_lora=True: the head's adapter has"):
-        attach(lora(["lm_head"], **more), merge_lora=True)
-
-
-def test_a_trained_copy_of_the_head():
-    """modules_to_save: the copy is read, and the original while adapters are disabled (the reference of DPO)."""
-    model, (ids, answers) = lora(["q_proj"], modules_to_save=["lm_head"]), batch()
-    with torch.no_grad():
-        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
-    truth = from_logits(model, ids, answers)
-    true_gradients = gradients(model, truth)
-    with model.disable_adapter():
-        without = from_logits(model, ids, answers)
-    attach(model)
-    run = lambda: model(input_ids=ids, use_cache=False, compute=preference(answers)).loss  # noqa: E731
-    torch.testing.assert_close(run(), truth, rtol=1e-4, atol=1e-5)
-    compare(gradients(model, run()), true_gradients)
-    with model.disable_adapter():
-        torch.testing.assert_close(run(), without, rtol=1e-4, atol=1e-5)
-    detach(model)
+def test_an_auxiliary_loss_that_cannot_be_trained_is_refused():
+    model, (ids, answers) = attach(AutoModelForCausalLM.from_config(MIXTURES["mixtral"]())).train(), batch()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match=r"auxiliary loss of MixtralForCausalLM has no gradient.*use_reentrant=False"):
+        model(ids, use_cache=False, compute=preference(answers), return_outputs=True)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
