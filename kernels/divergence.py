@@ -11,6 +11,14 @@ one:
              wp = 1 - beta
     dz = kappa * dl * f'(z)    dz' = kappa * dl' * f'(z')        0 * log 0 = 0
 
+For jsd, wq <= 1/2: beyond it the launcher exchanges the two sides. With u = log p - log q,
+
+    log x/p = log(1 + wq (e^-u - 1))    log x/q = log x/p + u
+
+Where wq is small, so is log x/p, and p's gradient is made of nothing else: the digits of wq (e^-u - 1) that 1 + wq (e^-u - 1)
+has lost are added again. Where wq e^-u > 1, x is q in the main, and the small one is log x/q = log(wq + wp e^u). Neither
+exponential can overflow, and x itself, which may underflow to 0 where p and q do not, is never formed.
+
 z, z' (n, V) float32, any pitches; kappa (n,) float32. One program per row, in blocks of columns: first the stats of
 both rows, then the value, then the gradients. Where no gradient needs Q or P (student of forward, teacher of reverse),
 value and gradients share a pass. Bytes: 8 V n a pass, read from HBM the first time and from L2 where the rows are kept
@@ -37,13 +45,21 @@ def _terms(logits, peak, log_sum, logits_t, peak_t, log_sum_t, wq, wp, KIND: tl.
     log_q = (logits_t - peak_t) - log_sum_t
     p = tl.exp(log_p)
     q = tl.exp(log_q)
+    term_p = log_p - log_q
+    term_q = -term_p
     if KIND == FORWARD:
-        log_x = log_p
+        term_p = 0.0
     elif KIND == REVERSE:
-        log_x = log_q
+        term_q = 0.0
     else:
-        log_x = tl.log(wq * q + wp * p)
-    return p, q, tl.where(p == 0, 0.0, log_p - log_x), tl.where(q == 0, 0.0, log_q - log_x)
+        far = term_p < tl.log(wq)
+        e = tl.exp(tl.where(far, term_p, term_q))
+        x = wq * (e - 1.0)
+        near = 1.0 + x
+        log = tl.log(tl.where(far, wq + wp * e, near)) + tl.where(far, 0.0, x - (near - 1.0))
+        term_p = tl.where(far, term_p, 0.0) - log
+        term_q = tl.where(far, 0.0, term_q) - log
+    return p, q, tl.where(p == 0, 0.0, term_p), tl.where(q == 0, 0.0, term_q)
 
 
 @triton.jit
@@ -152,6 +168,11 @@ def divergence_(z, z_teacher, kappa, divergence, map, map_teacher, dtype, need_s
     check("kappa", kappa, (n,), torch.float32, z.device)
     check_map("map", map, z.device, V)
     check_map("map_teacher", map_teacher, z.device, V)
+    if divergence.kind == "jsd" and divergence.beta > 0.5:
+        exchanged = divergence._replace(beta=1 - divergence.beta)
+        sides = (z_teacher, z, kappa, exchanged, map_teacher, map, dtype, need_teacher, need_student)
+        values, dz_t, dz = divergence_(*sides)
+        return values, dz, dz_t
     dz, dz_t, values = narrow(z, dtype), narrow(z_teacher, dtype), z.new_empty(n)
     wq, wp = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0)}.get(divergence.kind, (divergence.beta, 1 - divergence.beta))
     student, teacher = map_arguments(map, z), map_arguments(map_teacher, z)

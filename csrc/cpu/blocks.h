@@ -56,11 +56,12 @@ inline Vec keep(Vec x, Vec rest, int64_t count) {
   return count == Vec::size() ? x : Vec::set(rest, x, count);
 }
 
-// e^x for x <= 0 (or above by rounding), within 1.12 ulp down to 2^-126 and exactly 0 below; NaN stays NaN.
+// e^x - base for x <= 88 and a base of 0 or 1. e^x is within 1.12 ulp down to 2^-126 and exactly 0 below; e^x - 1 keeps the
+// digits of a small x. NaN stays NaN.
 #ifdef CPU_CAPABILITY_AVX512
 // x = (n + j/16) ln2 + r. Adding 1.5 * 2^23 to 16 x / ln2 rounds it to 16 n + j and leaves that number in the low bits: four
 // choose 2^(j/16) from a register, the others are added to its exponent. |r| <= ln2 / 32 needs three terms of e^r - 1.
-[[gnu::always_inline]] inline Vec exp_nonpositive(Vec x) {
+[[gnu::always_inline]] inline Vec exp_minus(Vec x, Vec base) {
   const __m512 powers = _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f,
                                        1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f,
                                        1.75625216f, 1.83400809f, 1.91520656f);
@@ -71,15 +72,16 @@ inline Vec keep(Vec x, Vec rest, int64_t count) {
   const __m512i bits = _mm512_castps_si512(shifted);
   const __m512i exponent = _mm512_and_si512(_mm512_slli_epi32(bits, 19), _mm512_set1_epi32(-(1 << 23)));
   const __m512i power = _mm512_castps_si512(_mm512_permutexvar_ps(bits, powers));
-  const __m512 two_n = _mm512_castsi512_ps(_mm512_add_epi32(power, exponent));
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3365f), _CMP_NLT_UQ);
+  const __m512 two_n = _mm512_castsi512_ps(_mm512_maskz_add_epi32(normal, power, exponent));
   const Vec p = at::vec::fmadd(r * r, at::vec::fmadd(r, Vec(0.166666667f), Vec(0.5f)), r);
-  return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3365f), _CMP_NLT_UQ), p, two_n, two_n);
+  return _mm512_mask3_fmadd_ps(p, two_n, Vec(two_n) - base, normal);
 }
 #else
 // x = n ln2 + r. Adding 1.5 * 2^23 + 127 rounds x / ln2 to n and leaves n + 127, the exponent bits of 2^n, in the low
 // bits; at the clamp n is -127 and those bits are the number 0. The polynomial is the relative minimax of e^r for
 // |r| <= ln2 / 2.
-inline Vec exp_nonpositive(Vec x) {
+[[gnu::always_inline]] inline Vec exp_minus(Vec x, Vec base) {
   using Int = at::vec::Vectorized<int32_t>;
   using at::vec::fmadd;
   const Vec magic(12583039.0f);
@@ -94,9 +96,13 @@ inline Vec exp_nonpositive(Vec x) {
   p = fmadd(r, p, Vec(0.1666652f));
   p = fmadd(r, p, Vec(0.49999993f));
   p = fmadd(r, p, Vec(1.0f));
-  return fmadd(r * p, two_n, two_n);
+  return fmadd(r * p, two_n, two_n - base);
 }
 #endif
+
+inline Vec exp_to_88(Vec x) {
+  return exp_minus(x, Vec(0.0f));
+}
 
 // log w for normal 0 < w < infinity, within 1 ulp: w = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and
 // log(1 + f) = f - f^2 / 2 + f^3 P(f), P the minimax relative to the logarithm. The bits of sqrt(1/2), taken from those of
@@ -132,7 +138,7 @@ inline Vec tanh(Vec x) {
     return small;
   }
   const Vec sign = x & Vec(-0.0f), two(2.0f), one(1.0f);
-  const Vec u = exp_nonpositive((x | Vec(-0.0f)) * two);
+  const Vec u = exp_to_88((x | Vec(-0.0f)) * two);
   const Vec large = (one - two * u / (one + u)) | sign;
   return Vec::blendv(large, small, is_small);
 }
@@ -249,7 +255,7 @@ struct LogSumExp {
     BlockSum block;
     for_vectors(n, [&](int chain, int64_t j, int64_t count) {
       __builtin_prefetch(next + j);
-      const Vec e = exp_nonpositive(Vec::loadu(l + j, count) - Vec(shift));
+      const Vec e = exp_to_88(Vec::loadu(l + j, count) - Vec(shift));
       keep(j, e, count);
       block.add(chain, e, count);
     });

@@ -111,7 +111,7 @@ class KlRow {
       __builtin_prefetch(b + n + j);
       const Vec logit_a = Vec::loadu(l_a + j, count), logit_b = Vec::loadu(l_b + j, count);
       const Vec x_a = logit_a - s_a, x_b = logit_b - s_b, d = x_a - x_b;
-      const Vec e_a = exp_nonpositive(x_a), e_b = exp_nonpositive(x_b);
+      const Vec e_a = exp_to_88(x_a), e_b = exp_to_88(x_b);
       sum_a.add(chain, e_a, count);
       sum_b.add(chain, e_b, count);
       sum_d.add(chain, weighed(e_a, d), count);
@@ -144,37 +144,43 @@ class KlRow {
   std::vector<Sums> sums_;
 };
 
-// Jensen-Shannon divergence in three visits: the sums of p and q, then both KL, then the gradients. With
-// u = log p - log q, e = exp(-|u|), and c the weight in r of the smaller of p and q,
+// Jensen-Shannon divergence in three visits: the sums of both, then both KL, then the gradients. Let a be the distribution
+// that weighs more in r, b the other one, s <= 1/2 its weight, and u = log a - log b:
 //
-//   log(larger / r) = -log(1 - c (1 - e)),    log(smaller / r) = log(larger / r) - |u|
+//   r = a + s (b - a),    log r/a = log(1 + s (e^-u - 1)),    log r/b = log r/a + u
 //
-// The first visit leaves exponentials in the scratch, the second log p/r in the row and f' p in the scratch.
+// Where s is small, so is log r/a, and a's gradient is made of nothing else: the logarithm takes s (e^-u - 1) itself, of
+// which 1 + s (e^-u - 1) has lost the digits. Where s e^-u > 1, r is b in the main, and the small one is
+// log r/b = log(s + (1 - s) e^u). Neither exponential can overflow, and no a or b is divided by.
+//
+// The first visit leaves exponentials in the scratch, the second log a/r in the row and f' a in the scratch.
 class JsdRow {
  public:
-  JsdRow(Side& student, Side& teacher, int64_t columns, float beta)
-      : p_(student), q_(teacher), columns_(columns), beta_(beta) {}
+  JsdRow(Side& student, Side& teacher, int64_t columns, double beta)
+      : a_(beta <= 0.5 ? student : teacher),
+        b_(beta <= 0.5 ? teacher : student),
+        columns_(columns),
+        share_(std::min(beta, 1.0 - beta)) {}
 
   double value() {
-    sum(p_);
-    sum(q_);
-    log_sums_ = static_cast<float>(p_.sums.log_sum() - q_.sums.log_sum());
+    sum(a_);
+    sum(b_);
     for_blocks(columns_, [&](int64_t column, int64_t n) { visit(column, n); });
-    return beta_ * kl_q_ + (1.0 - beta_) * kl_p_;
+    return (1.0 - share_) * kl_a_ + share_ * kl_b_;
   }
 
   void gradients(float kappa) const {
-    const auto gradient = [&](const Side& side, double kl, float share) {
+    const auto gradient = [&](const Side& side, double kl, double share) {
       side.gradient(columns_, [&](int64_t) {
-        const Vec k(share), m(static_cast<float>(kl));
+        const Vec k(static_cast<float>(kappa * share)), m(static_cast<float>(kl));
         const float *term = side.row, *weight = side.scratch;
         return [=](int64_t at, int64_t count) {
           return weighed(Vec::loadu(weight + at, count), Vec::loadu(term + at, count) - m) * k;
         };
       });
     };
-    gradient(p_, kl_p_, kappa * (1.0f - beta_));
-    gradient(q_, kl_q_, kappa * beta_);
+    gradient(a_, kl_a_, 1.0 - share_);
+    gradient(b_, kl_b_, share_);
   }
 
  private:
@@ -191,40 +197,44 @@ class JsdRow {
     const auto factor = [=](const Side& side) {
       return Vec(static_cast<float>(side.sums.factor(side.shifts[column / kBlock])));
     };
-    const Vec f_p = factor(p_), f_q = factor(q_);
-    const Vec peak_p(p_.sums.peak), peak_q(q_.sums.peak), log_sums(log_sums_), beta(beta_), rest(1.0f - beta_);
-    const Vec one(1.0f), zero(0.0f);
-    float *row_p = p_.row + column, *row_q = q_.row + column;
-    float *weight_p = p_.scratch + column, *weight_q = q_.scratch + column;
-    const bool need_p = p_.needed, need_q = q_.needed;
-    const Map map_p = p_.map, map_q = q_.map;
-    BlockSum sum_p, sum_q;
+    const Vec f_a = factor(a_), f_b = factor(b_), peak_a(a_.sums.peak), peak_b(b_.sums.peak);
+    const Vec log_sums(static_cast<float>(a_.sums.log_sum() - b_.sums.log_sum()));
+    const float share = std::max(static_cast<float>(share_), std::numeric_limits<float>::min());  // log_normal's least
+    const Vec s(share), rest(static_cast<float>(1.0 - share_)), edge(std::log(share)), one(1.0f), zero(0.0f);
+    float *row_a = a_.row + column, *row_b = b_.row + column;
+    float *weight_a = a_.scratch + column, *weight_b = b_.scratch + column;
+    const bool need_a = a_.needed, need_b = b_.needed;
+    const Map map_a = a_.map, map_b = b_.map;
+    BlockSum sum_a, sum_b;
     for_vectors(n, [&](int chain, int64_t j, int64_t count) __attribute__((always_inline)) {
-      const Vec logit_p = Vec::loadu(row_p + j, count), logit_q = Vec::loadu(row_q + j, count);
-      const Vec p = Vec::loadu(weight_p + j, count) * f_p, q = Vec::loadu(weight_q + j, count) * f_q;
-      const Vec u = ((logit_p - peak_p) - (logit_q - peak_q)) - log_sums;
-      const Vec c = Vec::blendv(rest, beta, u >= zero);
-      const Vec larger = zero - log_normal(one - c * (one - exp_nonpositive(u | Vec(-0.0f))));
-      const Vec term_p = larger + at::vec::clamp_max(u, zero), term_q = larger - at::vec::clamp_min(u, zero);
-      sum_p.add(chain, weighed(p, term_p), count);
-      sum_q.add(chain, weighed(q, term_q), count);
-      if (need_p) {
-        term_p.store(row_p + j, count);
-        (p * map_p.slope(logit_p)).store(weight_p + j, count);
+      const Vec logit_a = Vec::loadu(row_a + j, count), logit_b = Vec::loadu(row_b + j, count);
+      const Vec a = Vec::loadu(weight_a + j, count) * f_a, b = Vec::loadu(weight_b + j, count) * f_b;
+      const Vec u = ((logit_a - peak_a) - (logit_b - peak_b)) - log_sums;
+      const Vec minus_u = u ^ Vec(-0.0f), is_far = u < edge;
+      const Vec power = exp_minus(Vec::blendv(minus_u, u, is_far), Vec::blendv(one, zero, is_far));
+      const Vec x = s * power, near = one + x;
+      const Vec lost = Vec::blendv(x - (near - one), zero, is_far);
+      const Vec log = log_normal(Vec::blendv(near, s + rest * power, is_far)) + lost;
+      const Vec term_a = Vec::blendv(zero, u, is_far) - log, term_b = Vec::blendv(minus_u, zero, is_far) - log;
+      sum_a.add(chain, weighed(a, term_a), count);
+      sum_b.add(chain, weighed(b, term_b), count);
+      if (need_a) {
+        term_a.store(row_a + j, count);
+        (a * map_a.slope(logit_a)).store(weight_a + j, count);
       }
-      if (need_q) {
-        term_q.store(row_q + j, count);
-        (q * map_q.slope(logit_q)).store(weight_q + j, count);
+      if (need_b) {
+        term_b.store(row_b + j, count);
+        (b * map_b.slope(logit_b)).store(weight_b + j, count);
       }
     });
-    kl_p_ += sum_p.total();
-    kl_q_ += sum_q.total();
+    kl_a_ += sum_a.total();
+    kl_b_ += sum_b.total();
   }
 
-  Side &p_, &q_;
+  Side &a_, &b_;
   int64_t columns_;
-  float beta_, log_sums_ = 0;    // log sum_p - log sum_q
-  double kl_p_ = 0, kl_q_ = 0;  // KL(p || r), KL(q || r)
+  double share_;                 // s
+  double kl_a_ = 0, kl_b_ = 0;  // KL(a || r), KL(b || r)
 };
 
 }  // namespace longpo

@@ -149,7 +149,7 @@ struct LabelGradient {
       float* l = row + column;
       for_vectors(n, [&](int, int64_t j, int64_t count) {
         const Vec logit = Vec::loadu(l + j, count);
-        (exp_nonpositive(logit - Vec(peak)) * factor * map.slope(logit)).store(l + j, count);
+        (exp_to_88(logit - Vec(peak)) * factor * map.slope(logit)).store(l + j, count);
       });
       finish_block(row, column, n);
     });
@@ -277,7 +277,7 @@ Tensor divergence_(const Tensor& z, const Tensor& z_teacher, const Tensor& kappa
         row.gradients(weight[i]);
       };
       if (which == Kind::jsd) {
-        visit(JsdRow(p, q, tile.columns, static_cast<float>(beta)));
+        visit(JsdRow(p, q, tile.columns, beta));
       } else {
         visit(which == Kind::forward ? KlRow(q, p, tile.columns) : KlRow(p, q, tile.columns));
       }

@@ -315,15 +315,16 @@ def keeps_graph() -> bool:
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient *= factor (); 16 bits by a factor (1,) in float32, as a 0-dim one would be rounded to their dtype first.
 
-    On the CPU torch converts what it multiplies beforehand, so it goes block by block; a GPU converts in the one kernel.
+    On the CPU torch converts what it multiplies beforehand, so it goes by blocks of rows; a GPU converts in the one kernel.
     """
     known = type(factor) is Tensor and factor.device.type == "cpu"  # no tracer, and nothing to wait for
     if known and factor == 1:
         return gradient
-    if gradient.dtype.itemsize > 2:
+    if gradient.dtype.itemsize > 2 or not gradient.numel():
         return gradient.mul_(factor)
-    blocks = gradient.view(-1).split(SCALE_BLOCK) if gradient.device.type == "cpu" else [gradient]
-    for block in blocks:
+    rows = max(0, gradient.dim() - 2)  # of (S, T, H), (V, H) or (V,), in any layout
+    limit = max(1, SCALE_BLOCK * gradient.shape[rows] // gradient.numel())
+    for block in gradient.split(limit, rows) if gradient.device.type == "cpu" else [gradient]:
         block.mul_(factor.to(torch.float32).view(1))
     return gradient
 

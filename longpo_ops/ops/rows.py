@@ -17,6 +17,13 @@ from torch import Tensor
 WINDOW = 1 << 14
 
 
+def row_major(matrix: Tensor) -> Tensor:
+    """(n, columns) itself where columns are neighbours and rows do not overlap, else a copy that is so."""
+    (rows, columns), (pitch, step) = matrix.shape, matrix.stride()
+    plain = (step == 1 or columns == 1) and (pitch >= columns or rows == 1)
+    return matrix if plain else matrix.clone(memory_format=torch.contiguous_format)
+
+
 class Stretch(NamedTuple):
     hidden: Tensor  # (T, H) a view
     grad: Tensor | None  # (T, H) where the gradient of hidden goes
@@ -83,8 +90,8 @@ class Chunk:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def hidden(self, dtype: torch.dtype) -> Tensor:
-        """(n, H) in `dtype`; a view where the rows are contiguous and already of that dtype."""
-        return self._cat([p.read(p.stretch.hidden).to(dtype) for p in self.pieces])
+        """(n, H) in `dtype`, as products take it; a view where the rows are contiguous and already of that dtype."""
+        return row_major(self._cat([p.read(p.stretch.hidden).to(dtype) for p in self.pieces]))
 
     def segments(self) -> Tensor:
         """(n,) int64, host: sequence of an answer row, -1 for a row that is none."""

@@ -106,7 +106,8 @@ class HeadSweep:
         self.tiles, self.options, self.rows = tiles, options, rows
         self.map = LogitMap(bias, options.scale, options.softcap)
         self.vocab, self.device, self.dtype = weight.shape[0], weight.device, self.products.tile_dtype
-        self.dw = torch.empty_like(weight, dtype=self.dtype) if options.need_weight else None
+        contiguous = torch.contiguous_format
+        self.dw = torch.empty_like(weight, dtype=self.dtype, memory_format=contiguous) if options.need_weight else None
         if self.dw is not None and tiles.name == "cpu":
             torch.ops.longpo_cpu.large_pages(self.dw)
         self.gathered = False  # until then dw holds nothing

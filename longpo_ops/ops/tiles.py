@@ -216,7 +216,26 @@ def _divergence_rows(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tu
         value, dl = expected(p, log_p - log_q)
         return value, dl, q - p
     beta = divergence.beta
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))  # beta q itself may underflow to 0
-    value_q, dl_teacher = expected(q, log_q - log_m)
-    value_p, dl = expected(p, log_p - log_m)
+    if beta <= 0.5:
+        p_to_m, q_to_m = _log_ratios_to_mixture(log_p, log_q, beta)
+    else:
+        q_to_m, p_to_m = _log_ratios_to_mixture(log_q, log_p, 1 - beta)
+    value_q, dl_teacher = expected(q, q_to_m)
+    value_p, dl = expected(p, p_to_m)
     return beta * value_q + (1 - beta) * value_p, dl.mul_(1 - beta), dl_teacher.mul_(beta)
+
+
+def _log_ratios_to_mixture(log_a: Tensor, log_b: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """-> log a/m and log b/m for m = (1 - share) a + share b, share <= 1/2. With v = log b - log a:
+
+    log a/m = -log(1 + share (e^v - 1)) is as small as share, and a's gradient is made of it alone: so log1p. Where m is b
+    in the main, share e^v > 1, the small one is log b/m = -log(share + (1 - share) e^-v).
+    """
+    tiny = torch.finfo(log_a.dtype).tiny
+    share = max(share, tiny)
+    v = log_b - log_a
+    e = v.clamp(max=-math.log(tiny)).exp_()
+    log_near = (e - 1).mul_(share).log1p_()
+    log_far = e.reciprocal_().mul_(1 - share).add_(share).log_()
+    far = v > -math.log(share)
+    return torch.where(far, log_far + v, log_near).neg_(), torch.where(far, log_far, log_near - v).neg_()

@@ -7,6 +7,8 @@ Tests: tests/ops/test_operators.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Te
 
     if kind != "jsd":
         return kl(log_q, log_p) if kind == "forward" else kl(log_p, log_q)
-    log_m = torch.log(beta * log_q.exp() + (1 - beta) * log_p.exp())
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))  # p and q themselves may underflow
     return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
 
 

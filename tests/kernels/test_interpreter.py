@@ -21,6 +21,7 @@ from longpo_ops.kernels.launch import MatmulConfig, linear_logps_config, row_con
 from longpo_ops.kernels.linear_logps import _splits, linear_logps, search
 from longpo_ops.kernels.tiles import TritonTiles
 from longpo_ops.ops.tiles import Divergence, LogitMap, TorchTiles
+from longpo_ops.ops.truth import divergence as plain_divergence
 from tests.budget import check_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # numpy on NaN and infinities
@@ -162,6 +163,23 @@ def test_divergence_of_any_width(V, divergence):
     kappa = row_inputs(n, V)[1]
     for maps in ((LogitMap(), LogitMap()), (logit_map("capped", V), logit_map("bias", V))):
         check_divergence(tile(n, V, V % 3), tile(n, V, 1, 5), kappa, divergence, *maps, torch.bfloat16, True, True)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.1, 0.5, 0.9, 0.999, 0.999999])
+def test_jsd_where_the_mixture_nearly_is_one_side_or_underflows(beta):
+    """beta q + (1 - beta) p is below the least float32 where both logits lie 100 under their peaks."""
+    z, z_t, kappa = tile(16, 300), tile(16, 300, 0, 5), row_inputs(16, 300)[1]
+    z[:8, :3], z_t[:8, :3] = torch.tensor([30.0, -103.5, -150.0]), torch.tensor([29.0, -200.0, -103.0])
+
+    def run(real):
+        logits = [t.to(real).clone().requires_grad_() for t in (z, z_t)]
+        values = plain_divergence(*(t.log_softmax(-1) for t in logits), "jsd", beta)
+        return values, *torch.autograd.grad(values, logits, kappa.to(real))
+
+    maps = LogitMap(), LogitMap()
+    ours = TRITON.divergence_(z.clone(), z_t.clone(), kappa, Divergence("jsd", beta), *maps, torch.float32, True, True)
+    for results in zip(ours, run(torch.float32), run(torch.float64)):
+        assert_in_budget(*results)
 
 
 @pytest.mark.parametrize("divergence", KINDS, ids=lambda d: d.kind)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(1, 1), (50, 7), (50, 16), (33, 1023), (16, 1024), (17, 1061), (20, 5003), (40, 513)]
 OPTIONS = ["plain", "scale", "bias", "softcap", "all"]
 KINDS = [Divergence("forward"), Divergence("reverse"), Divergence("jsd", 0.5), Divergence("jsd", 0.1)]
+ENDS = [Divergence("jsd", beta) for beta in (1e-6, 1e-4, 0.01, 0.9, 0.999, 0.999999)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -200,7 +201,7 @@ def test_divergences_keep_the_budget(cpu, n, vocab, option, kind):
     check_divergence(cpu, tile(n, vocab), tile(n, vocab, pitch=vocab + 3), torch.randn(n), kind, maps)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS + ENDS, ids=str)
 @pytest.mark.parametrize("spread", [1e-3, 30.0, 1e4])
 def test_divergences_of_any_spread_keep_the_budget(cpu, spread, kind):
     z = tile(20, 2100, spread)
@@ -217,7 +218,7 @@ def test_divergences_write_what_is_needed(cpu, needs, dtype, kind):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS + ENDS, ids=str)
 def test_divergences_where_both_have_no_mass(cpu, kind):
     z, teacher = tile(40, 1500), tile(40, 1500)
     for x in (z, teacher):
@@ -229,7 +230,7 @@ def test_divergences_where_both_have_no_mass(cpu, kind):
     check_divergence(cpu, z, teacher, kappa, kind, (LogitMap(), LogitMap()))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS + ENDS, ids=str)
 def test_divergences_where_one_has_no_mass(cpu, kind):
     z, teacher = tile(40, 1500), tile(40, 1500)
     z[::3, 5:1400] = -float("inf")
