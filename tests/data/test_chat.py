@@ -249,7 +249,7 @@ def test_other_unusable_tokenizers(make_tokenizer):
         ChatFormat(object())
     with pytest.raises(ValueError, match="cut_document needs max_length"):
         ChatFormat(make_tokenizer("gemma"), cut_document=True)
-    with pytest.raises(ValueError, match="max_length is 0"):
+    with pytest.raises(ValueError, match="max_length=0"):
         ChatFormat(make_tokenizer("gemma"), max_length=0)
     different_end = (
         "{%- for m in messages -%}{{ m.content }}"
