@@ -62,7 +62,7 @@ class Terms(NamedTuple):
 class Objective:
     """Common to all: the weight of the preference term in the total loss (lambda of Eq. 14)."""
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""  # of a class in OBJECTIVES
     needs_reference: ClassVar[bool] = True
     separable: ClassVar[bool] = True  # each pair's loss depends on that pair alone
     one_rejected: ClassVar[bool] = False
