@@ -32,7 +32,7 @@ class TransformersEngine(Engine):
     ):
         self.name, self.length, self.rope, self.dtype = model, length, dict(rope or {}), dtype
         self.trust_remote_code, self.template_kwargs = trust_remote_code, dict(template_kwargs or {})
-        self._lock, self._stopped = asyncio.Lock(), False
+        self._lock, self._stopped, self._attached = asyncio.Lock(), False, False
 
     async def start(self) -> None:
         """Raises ValueError for a model that cannot be loaded or reads too few tokens."""
@@ -110,7 +110,7 @@ class TransformersEngine(Engine):
     def _score(self, token_ids: Sequence[int]) -> np.ndarray:
         import torch
 
-        from ..ops.head import attach, detach
+        from ..ops.head import attach
         from ..ops.logprobs import linear_logprobs
 
         ids = torch.as_tensor(np.asarray(token_ids, dtype=np.int64), device=self.model.device)[None]
@@ -118,12 +118,11 @@ class TransformersEngine(Engine):
         def compute(hidden, head):
             return head(hidden[0, :-1], ids[0, 1:], loss=linear_logprobs)
 
-        attach(self.model)
-        try:
-            with torch.no_grad():
-                return self.model(ids, use_cache=False, compute=compute).double().cpu().numpy()
-        finally:
-            detach(self.model)
+        if not self._attached:  # once: it takes two short forwards, and generate() goes on as before
+            attach(self.model)
+            self._attached = True
+        with torch.no_grad():
+            return self.model(ids, use_cache=False, compute=compute).double().cpu().numpy()
 
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
