@@ -97,6 +97,24 @@ threading.Thread(target=look, daemon=True).start()
 """
 
 
+def killed_in(owner: str, name: str, text: str = "", after: bool = False) -> str:
+    """Code to put before a run's: SIGKILL where the function `name` of a module ("module:Class" for a method) is first called
+    with a path that has the text in it, or just after that call."""
+    return f"""
+import os, pkgutil, signal
+owner = pkgutil.resolve_name({owner!r})
+def replaced(*args, real=getattr(owner, {name!r}), **kwargs):
+    met = any({text!r} in str(a) for a in args if isinstance(a, (str, os.PathLike))) or not {text!r}
+    if met and not {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = real(*args, **kwargs)
+    if met:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(owner, {name!r}, replaced)
+"""
+
+
 def _perform(code: str, arguments: list[str], environment: dict[str, str], files: list[Path]) -> None:
     """In the child: what the interpreter would do with -c."""
     for number, file in enumerate(files, 1):

@@ -84,6 +84,17 @@ class TokenizedPair:
         """Tokens of the longest long sequence: the context the policy needs."""
         return max(len(sequence) for sequence in (self.chosen, *self.rejected))
 
+    @property
+    def digest(self) -> str:
+        """Of every id, label and log-prob, in 32 letters; the pair's own id is not in it."""
+        digest = hashlib.sha256(repr((self.ref_chosen_logp, self.ref_rejected_logps)).encode())
+        for sequences in ((self.chosen,), self.rejected, self.ref_chosen, *self.ref_rejected):
+            digest.update(f"{len(sequences)};".encode())
+            for sequence in sequences:
+                for part in (sequence.ids, sequence.labels, sequence.nll_labels):
+                    digest.update(b"none" if part is None else np.int64(len(part)).tobytes() + part.tobytes())
+        return digest.hexdigest()[:32]
+
     def short_pairs(self) -> tuple[TokenizedPair, ...]:
         """The reference's short inputs, one pair per turn.
 

@@ -121,7 +121,6 @@ def _generate(run: GenerateRun, tell) -> None:
 
 def _train(run: TrainRun, tell) -> None:
     trainer = train(run, StepsTold(tell))
-    trainer.save_state()  # trainer_state.json: the numbers of the curves
     if run.lora_rank:
         merged = str(Path(run.output_dir) / "merged")
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)

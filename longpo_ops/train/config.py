@@ -5,6 +5,7 @@ Tests: tests/train/test_trainer.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -32,6 +33,9 @@ class LongPOConfig(TrainingArguments):
     workspace_bytes: scratch of the loss (fused_preference_loss).
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
     fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose.
+
+    warmup_steps: a number of steps, or below 1 the part of all steps, rounded up as transformers has it, but 0 where it comes
+        to less than one step: a warm-up begins with a step at rate 0, which may not be all of a short run.
 
     A pack is a batch: per_device_train_batch_size stays 1. Raises ValueError for values that make no sense.
     """
@@ -82,8 +86,8 @@ class LongPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, or none")
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: expected >= 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate}: expected a finite number above 0")
         if self.max_steps == 0:
             raise ValueError("max_steps=0: expected a number of steps, or -1 for whole epochs")
         if self.constraint_weight <= 0:
@@ -103,6 +107,10 @@ class LongPOConfig(TrainingArguments):
         super().__post_init__()
         if memory.step_in_backward:
             refuse_step_in_backward(self.gradient_accumulation_steps, self.max_grad_norm, self.world_size)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Trainer's, and none where a ratio comes to less than a step."""
+        return super().get_warmup_steps(num_training_steps) if self.warmup_steps * num_training_steps >= 1 else 0
 
     @property
     def method(self) -> Method:

@@ -5,8 +5,9 @@ Tests: tests/train/test_trainer.py.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..data import PairBatch, TokenizedPair, pack, pack_within, write_tokenized
+from ..runs.journal import write_atomically
 from .methods import Method
+
+DIGESTS = ".digests.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +31,12 @@ class Pack:
 
 
 class PairStore(Sequence[TokenizedPair]):
-    """Tokenised pairs on disk, memory-mapped: any number of them, read one at a time."""
+    """Tokenised pairs on disk, memory-mapped: any number of them, read one at a time; and beside them their digests."""
 
     def __init__(self, path: str | os.PathLike):
         from datasets import Dataset as Table
 
-        path = Path(path)
+        self.path = path = Path(path)
         self._table = Table.from_parquet(str(path), cache_dir=str(path.parent / "mapped")).with_format("arrow")
 
     @classmethod
@@ -40,10 +44,22 @@ class PairStore(Sequence[TokenizedPair]):
         cls, pairs: Iterable[TokenizedPair], path: str | os.PathLike, fingerprint: str | None = None
     ) -> PairStore:
         """Writes pairs to a Parquet file, atomically, and opens it."""
-        path = Path(path)
+        path, records = Path(path), []
+
+        def noted() -> Iterator[TokenizedPair]:
+            for pair in pairs:
+                records.append([pair.id, pair.digest])
+                yield pair
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tokenized(pairs, path, fingerprint)
+        write_tokenized(noted(), path, fingerprint)
+        write_atomically(path.with_suffix(DIGESTS), json.dumps(records).encode())
         return cls(path)
+
+    @property
+    def records(self) -> list[list[str]]:
+        """[id, digest of the content] of every pair, in order."""
+        return read_digests(self.path)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -51,6 +67,11 @@ class PairStore(Sequence[TokenizedPair]):
     def __getitem__(self, index: int) -> TokenizedPair:
         record = self._table[range(len(self))[index]]
         return TokenizedPair.from_record({n: _value(record[n][0]) for n in record.column_names}, allow_equal=True)
+
+
+def read_digests(path: Path) -> list[list[str]]:
+    """The records of the store at `path`. Raises OSError where there is none."""
+    return json.loads(path.with_suffix(DIGESTS).read_bytes())
 
 
 def _value(scalar):

@@ -21,15 +21,14 @@ from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..pretrained import DTYPES, load_tokenizer, loading, replace_rope
 from ..runs.validate import check_kinds
+from .checkpoints import check_checkpoint, last_checkpoint
 from .config import LongPOConfig
+from .identity import Identity, tokenizer_digest
 from .packed import PairStore, select
 from .report import write_report
-from .trainer import LongPOTrainer, last_checkpoint
+from .trainer import LongPOTrainer, weights_digest
 
 log = logging.getLogger("longpo_ops.train")
-
-# A checkpoint goes on under the same of these only; steps, learning rate, logging and the like may change.
-IDENTITY = ("objective", "objective_options", "constraint_weight", "pack_tokens", "target_length", "seed")
 
 
 @dataclass
@@ -131,7 +130,7 @@ class TrainRun:
         """Tokenised pairs of `path`, from output_dir/data if they were made of the same files and settings before."""
         chat = ChatFormat(tokenizer, system=self.system, max_length=self.max_length, cut_document=self.cut_document)
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(path)]
-        key = [files, chat.fingerprint, vocab_size, tokenizer.chat_template, self.system, self.max_length]
+        key = [files, tokenizer_digest(tokenizer), vocab_size, tokenizer.chat_template, self.system, self.max_length]
         key += [self.cut_document, self.on_bad_record, self.supervised()]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         file = Path(self.output_dir) / "data" / f"pairs-{digest}.parquet"
@@ -202,18 +201,50 @@ def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | No
 
 
 def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrainer:
-    """Trains or resumes a run to its end; the model, figure and card are in output_dir. progress: instead of a bar."""
+    """Trains or resumes a run to its end; the model, figure and card are in output_dir. progress: instead of a bar.
+
+    A run that is finished stays as it is, and its trainer comes back with the model it left. Raises ValueError where
+    output_dir holds another run or a checkpoint that is not whole, and where nothing was trained.
+    """
     config, tokenizer, pairs, evaluation = prepare(run)
     set_seed(config.seed)  # adapters are drawn before Trainer sets it
     checkpoint = last_checkpoint(run.output_dir)
-    _check_identity(run, config, checkpoint)
+    with config.main_process_first(local=False):
+        identity = Identity.of(run, config, tokenizer, pairs, evaluation)
+        ended = identity.begin(checkpoint, write=config.process_index == 0)
+    if ended is not None:
+        log.info("%s holds this run, which ended at step %d: nothing is left to do", run.output_dir, ended)
+    elif checkpoint is not None:
+        check_checkpoint(checkpoint)
+        log.info("going on from %s", checkpoint)
     policy = run.load_model(run.model, policy=True)
-    dtype = policy.dtype
+    dtype, untrained = policy.dtype, weights_digest(policy)  # training may hold it in another
+    trainer = _make_trainer(run, policy, config, tokenizer, pairs, evaluation)
+    if progress is not None:
+        for shown in (ProgressCallback, PrinterCallback):
+            trainer.pop_callback(shown)
+        trainer.add_callback(progress)
+    if ended is not None:
+        trainer.restore(run.output_dir)
+        return trainer
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if not run.lora_rank:
+        policy.to(dtype)
+        trainer.check_moved(untrained, f"they are lost in rounding to {dtype}, in which the model is saved")
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_report(trainer, run.model)
+        identity.end(trainer.state.global_step)
+    return trainer
+
+
+def _make_trainer(run: TrainRun, policy, config: LongPOConfig, tokenizer, pairs, evaluation) -> LongPOTrainer:
     reference = None
     needs_model = config.method.reference is not None and config.reference != "data"
     if needs_model and (run.reference_model is not None or not run.lora_rank):
         reference = run.load_model(run.reference_model or run.model, policy=False).to(config.device)
-    trainer = LongPOTrainer(
+    return LongPOTrainer(
         policy,
         config,
         pairs,
@@ -222,34 +253,3 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
         reference_config=run._auto_config(run.model) if run.lora_rank else None,
         processing_class=tokenizer,
     )
-    del reference
-    if progress is not None:
-        for shown in (ProgressCallback, PrinterCallback):
-            trainer.pop_callback(shown)
-        trainer.add_callback(progress)
-    if checkpoint is not None:
-        log.info("going on from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if not run.lora_rank:
-        policy.to(dtype)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        write_report(trainer, run.model)
-    return trainer
-
-
-def _check_identity(run: TrainRun, config: LongPOConfig, checkpoint: str | None) -> None:
-    """Writes down what the run is. Raises ValueError where output_dir holds checkpoints of another one."""
-    mine = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name not in ("training", "output_dir")}
-    mine |= {name: getattr(config, name) for name in IDENTITY}
-    file = Path(run.output_dir) / "run.json"
-    if checkpoint is not None and file.exists():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-        changed = [f"{n}={theirs.get(n)!r} became {value!r}" for n, value in mine.items() if theirs.get(n) != value]
-        if changed:
-            raise ValueError(
-                f"output_dir={run.output_dir}: its {Path(checkpoint).name} is of another run ({'; '.join(changed)}); "
-                "give another output_dir, or remove this one to start over"
-            )
-    elif config.process_index == 0:
-        file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")

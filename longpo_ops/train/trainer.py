@@ -9,8 +9,8 @@ c is the config's router_aux_loss_coef, A_k the model's own auxiliary loss over 
 says output_router_logits.
 
 What is ours: the loss (every method of methods.py), where the reference comes from, the normalisation by pairs, the
-metrics, and checkpoints that appear under their name only when they are whole. The rest is transformers' Trainer. Not
-covered: several packs in one forward, and one pack on several devices.
+metrics, and that a run which trains nothing says so. The rest is transformers' Trainer, with the checkpoints of
+checkpoints.py. Not covered: several packs in one forward, and one pack on several devices.
 """
 
 from __future__ import annotations
@@ -20,20 +20,16 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
-import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import SaveStrategy
 
 from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
@@ -48,6 +44,7 @@ from ..ops.preference import packed_preference_loss
 from ..ops.sweep import default_workspace
 from ..runs.usage import peak_bytes
 from .arithmetic import Arithmetic, base_model, keep_float32_master, widen
+from .checkpoints import CheckpointedTrainer
 from .config import LongPOConfig
 from .metrics import Totals, total
 from .packed import Pack, PackedPairs, collate, select
@@ -55,10 +52,9 @@ from .reference import DataReference, Reference, ReferenceStore, precompute, rea
 
 log = logging.getLogger("longpo_ops.train")
 
-PARTIAL = ".partial"
 
 
-class LongPOTrainer(Trainer):
+class LongPOTrainer(CheckpointedTrainer):
     """Trains a causal LM (or a PEFT model of one) on tokenised pairs.
 
     model: of a family that shared-prefix attention knows. Its attention is set and its forward attached (ops/head.py).
@@ -70,8 +66,10 @@ class LongPOTrainer(Trainer):
     16-bit weights that train at a rate below SMALL_STEP (arithmetic.py) become float32 ones that compute in bfloat16
     (autocast): such steps are lost in rounding otherwise. Checkpoints then hold float32 weights.
 
-    Raises ValueError, before training, for a missing reference and for a record that lacks what the method reads; while
-    training, at the first log or checkpoint after a loss that is not finite.
+    Raises ValueError, before training, for a missing reference, for a record that lacks what the method reads, and where
+    nothing could be trained (no parameter requires a gradient, a schedule whose every rate is 0); while training, at the
+    first log or checkpoint after a loss that is not finite; at its end, if no weight has moved (not looked at where FSDP or
+    DeepSpeed shard them).
     """
 
     def __init__(
@@ -86,6 +84,8 @@ class LongPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ):
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("no parameter of the model requires a gradient, so there is nothing to train; thaw some")
         self.method = args.method
         self.objective = self.method.make_objective(args.objective_options or {})
         self._logged, self._trained = Totals(), Totals()  # of the steps since the last log, and since train() began
@@ -123,6 +123,7 @@ class LongPOTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._untrained = weights_digest(model)
         self.model_accepts_loss_kwargs = True  # num_items_in_batch counts pairs, see _get_num_items_in_batch
 
     # -- memory ------------------------------------------------------------------------------------------------------
@@ -154,10 +155,39 @@ class LongPOTrainer(Trainer):
         return memory
 
     def train(self, *args, **kwargs):
-        """Trainer's, with the layers tiled and offloaded as `memory` says."""
+        """Trainer's, with the layers tiled and offloaded as `memory` says. Raises ValueError if no weight has moved."""
         self._logged, self._trained, self._tokens = Totals(), Totals(), 0
         with self.memory.attached(self.model):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        self.check_moved(
+            self._untrained, "they are lost in rounding (16-bit weights keep few), or every gradient was 0"
+        )
+        return output
+
+    def check_moved(self, untrained: list[int], why: str) -> None:
+        """Raises ValueError where steps were made and the weights have the digest that they had before all of them."""
+        steps, sharded = self.state.global_step, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if steps and not sharded and weights_digest(self.model) == untrained:
+            raise ValueError(
+                f"no weight has moved in {steps} steps of learning_rate={self.args.learning_rate:g}: {why}; raise it, or "
+                "train and save in float32 (dtype)"
+            )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Trainer's. Raises ValueError where each of its steps has a rate of 0."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        factors = getattr(scheduler, "lr_lambdas", None)  # other schedulers do not know what will come
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if factors and not any(factor(step) for step in range(num_training_steps) for factor in factors):
+            raise ValueError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type.value} with warmup_steps={warmup} gives each of the run's "
+                f"{num_training_steps} steps a rate of 0, so nothing would be trained; expected fewer warm-up steps or more "
+                "steps (max_steps, num_train_epochs, or fewer gradient_accumulation_steps)"
+            )
+        if warmup >= num_training_steps:
+            told = "warm-up takes %d steps and the run has %d: learning_rate is never reached"
+            log.warning(told, warmup, num_training_steps)
+        return scheduler
 
     def evaluate(self, *args, **kwargs):
         """Trainer's, computing as train() does."""
@@ -404,10 +434,9 @@ class LongPOTrainer(Trainer):
         self._check_finite(logs.get("loss", logs.get("train_loss", 0.0)))
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
-        if (
-            self.control.should_save and not self.control.should_log
-        ):  # a log, which looks at the loss, comes before a save
-            self._check_finite(float(self.accelerator.reduce(tr_loss)))
+        """A log comes before every checkpoint: it looks at the loss, and no sum since the last one is lost with a kill."""
+        best = self.control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST
+        self.control.should_log |= self.control.should_save or best
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _check_finite(self, loss: float) -> None:
@@ -418,78 +447,12 @@ class LongPOTrainer(Trainer):
                 "checkpoint"
             )
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Writes a checkpoint beside its place, flushes it and renames it: under its name it is whole."""
-        run = Path(super()._get_output_dir(trial))
-        partial = run / PARTIAL
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # before another process writes there
-        self._partial = partial
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._partial = None
-        self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == partial:
-            self.state.best_model_checkpoint = str(run / Path(best).name)
-        if self.args.should_save:
-            (written,) = partial.iterdir()
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            _flush(written)
-            shutil.rmtree(run / written.name, ignore_errors=True)
-            os.replace(written, run / written.name)
-            partial.rmdir()
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    _partial: Path | None = None
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_checkpoint(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except KeyError as error:
-            raise ValueError(
-                f"{checkpoint}: its optimizer state has no {error}, so it is another optimizer's; go on with the settings it "
-                "began with (fit, memory: states and master, optim), or give another output_dir"
-            ) from error
-
-
-def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest whole checkpoint of a run, or None."""
-    return get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
-
-
-def check_checkpoint(folder: str | os.PathLike) -> None:
-    """Raises ValueError naming a file of a checkpoint that is cut off or otherwise no longer what was written there."""
-    for file in sorted(Path(folder).rglob("*")):
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt"):
-                    pass
-            elif file.suffix in (".pt", ".pth"):
-                zipfile.ZipFile(file).close()
-            elif file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{file} is damaged ({error}); remove {folder} to go on from the checkpoint before it"
-            ) from None
-
-
-def _flush(folder: Path) -> None:
-    """A rename must not reach the disk before what it names."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+def weights_digest(model: nn.Module) -> list[int]:
+    """A number for each trained parameter: the sum of its bits as integers, which a weight that moves changes."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    trained = (p.detach() for p in model.parameters() if p.requires_grad)
+    return [int(p.view(integers[p.itemsize]).sum(dtype=torch.int64)) for p in trained]
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,25 +11,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from longpo_ops.train import METHODS, last_checkpoint
-from longpo_ops.train.run import TrainRun, prepare, train
+from longpo_ops.train.run import TrainRun, prepare
 
-from ..processes import CLI, killed_once, longpo
-from ..processes import run as run_process
+from .tiny import run_settings as settings
+from .tiny import run_tiny as run
 from .tiny import text_pairs, write_home, write_lines
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     return write_home(tmp_path_factory.mktemp("home"))
-
-
-def settings(home: Path, output: Path, **more) -> dict:
-    base = {"model": str(home / "model"), "data": str(home / "pairs.jsonl"), "output_dir": str(output)}
-    return base | {"use_cpu": True, "disable_tqdm": True, "gradient_accumulation_steps": 2, "seed": 7} | more
-
-
-def run(*args, **kwargs):
-    return train(TrainRun.from_settings(settings(*args, **kwargs)))
 
 
 ADAPTED = ("longpo", "dpo", "simpo", "sft_chosen", "sft_constraint")  # each reading of the reference, and none
@@ -91,114 +81,6 @@ def test_a_bf16_model_trains_in_float32_and_is_saved_in_its_own_dtype(tmp_path):
     kept = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
     final = load_file(tmp_path / "out" / "model.safetensors")
     assert {t.dtype for t in kept.values()} == {torch.float32} and {t.dtype for t in final.values()} == {torch.bfloat16}
-
-
-# -- going on --------------------------------------------------------------------------------------------------------
-
-TORN = """
-import os, signal, sys
-import torch
-from longpo_ops.cli import main
-
-real = torch.save
-def torn(value, file, *args, **kwargs):  # the disk takes half of a file, then the process is gone
-    real(value, file, *args, **kwargs)
-    if "checkpoint-4" in str(file) and "optimizer" in str(file):
-        os.truncate(file, os.path.getsize(file) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = torn
-main()
-"""
-
-
-def command(home: Path, output: Path, *more: str) -> list[str]:
-    values = settings(home, output, save_steps=1, save_total_limit=3, max_steps=10, learning_rate=1e-3)
-    pairs = [f"--set={name}={json.dumps(value)}" for name, value in values.items()]
-    return ["train", *pairs, *more]
-
-
-def losses(output: Path) -> list[tuple]:
-    state = json.loads((output / "checkpoint-10" / "trainer_state.json").read_text())
-    names = ("step", "loss", "grad_norm", "nll_loss", "preference_loss", "rewards/margins", "logps/chosen")
-    return [tuple(row[name] for name in names) for row in state["log_history"] if "loss" in row]
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_with_the_same_losses(home, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = longpo(*command(home, whole))
-    assert done.returncode == 0, done.stderr[-3000:]
-
-    # in the middle of writing a checkpoint
-    done = run_process(TORN, *command(home, broken))
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    assert (broken / ".partial" / "checkpoint-4" / "optimizer.pt").exists()
-    assert last_checkpoint(broken) == str(broken / "checkpoint-3")
-
-    # at whatever moment the sixth checkpoint is seen
-    done = run_process(killed_once(broken / "checkpoint-6/trainer_state.json") + CLI, *command(home, broken))
-    assert done.returncode == -signal.SIGKILL and f"going on from {broken / 'checkpoint-3'}" in done.stderr
-    at = int(last_checkpoint(broken).rpartition("-")[2])
-    assert 6 <= at < 10
-
-    done = longpo(*command(home, broken))
-    assert done.returncode == 0 and f"checkpoint-{at}" in done.stderr, done.stderr[-3000:]
-    assert losses(broken) == losses(whole) and len(losses(whole)) == 10
-    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert sorted(p.name for p in broken.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-8", "checkpoint-9"]
-    assert not (broken / ".partial").exists()
-
-    # a run that is done stays as it is
-    run(home, broken, save_steps=1, save_total_limit=3, max_steps=10, learning_rate=1e-3)
-    assert losses(broken) == losses(whole)
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used_once_it_is_removed(home, tmp_path):
-    more = {"save_steps": 1, "learning_rate": 1e-3}
-    run(home, tmp_path, max_steps=2, **more)
-    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
-        torn = tmp_path / "checkpoint-2" / name
-        whole = torn.read_bytes()
-        torn.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(
-            ValueError, match=rf"{name} is damaged .*; remove .*checkpoint-2 to go on from the checkpoint"
-        ):
-            run(home, tmp_path, max_steps=3, **more)
-        torn.write_bytes(whole)
-    shutil.rmtree(tmp_path / "checkpoint-2")
-    trainer = run(home, tmp_path, max_steps=3, **more)
-    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3]
-
-
-def test_the_best_checkpoint_is_kept_and_loaded(home, tmp_path):
-    trainer = run(
-        home,
-        tmp_path,
-        max_steps=4,
-        save_steps=1,
-        eval_data=str(home / "pairs.jsonl"),
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,
-        save_total_limit=2,
-        learning_rate=1e-2,
-        warmup_steps=0,
-    )
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best == tmp_path / "checkpoint-1" and best.is_dir()
-    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(best)
-    kept = load_file(best / "model.safetensors")["lm_head.weight"]
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["lm_head.weight"], kept)
-
-
-def test_checkpoints_of_another_run_are_not_gone_on_from(home, tmp_path):
-    run(home, tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match=r"checkpoint-1 is of another run \(objective='longpo' became 'dpo'\)"):
-        run(home, tmp_path, max_steps=2, objective="dpo")
-    assert run(home, tmp_path, max_steps=2).state.global_step == 2  # more steps are no other run
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -346,7 +228,8 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
         ({"rope_theta": -5.0}, r"rope_theta=-5\.0: expected more than 0"),
         ({"max_length": 0}, "max_length=0: expected more than 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: expected a whole number of at least 1"),
-        ({"learning_rate": -1.0}, r"learning_rate=-1\.0: expected >= 0"),
+        ({"learning_rate": -1.0}, r"learning_rate=-1\.0: expected a finite number above 0"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0: expected a finite number above 0"),
         ({"max_steps": 0}, "max_steps=0: expected a number of steps, or -1"),
         ({"resume_from_checkpoint": "x"}, "goes on from the last checkpoint in output_dir"),
         ({"learning_rte": 1e-3}, "did you mean learning_rate"),
@@ -382,11 +265,3 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(home, tmp_pa
     with pytest.raises(ValueError, match=rf"the loss is (inf|nan) at step {step}, .*lower learning_rate"):
         run(home, tmp_path, max_steps=2, objective_options={"preference_weight": 1e308}, **more)
     assert last_checkpoint(tmp_path) is None and not (tmp_path / "model.safetensors").exists()
-
-
-def test_a_run_does_not_go_on_with_the_state_of_another_optimizer(home, tmp_path):
-    run(home, tmp_path, max_steps=1, memory={"states": "float32"})
-    with pytest.raises(ValueError, match=r"checkpoint-1: its optimizer state has no 'step'.*memory: states"):
-        run(home, tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match="go on with the settings it began with"):
-        run(home, tmp_path, max_steps=2, memory={"states": "float32", "master": "float32"})

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longpo_ops.data import TokenizedPair, TokenSequence
 from longpo_ops.train import LongPOConfig, LongPOTrainer
+from longpo_ops.train.run import TrainRun, train
 
 VOCAB = 61
 
@@ -251,3 +252,15 @@ def write_home(folder: Path, dtype=torch.float32) -> Path:
 
 def write_lines(path: Path, records) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+# -- a run of them ---------------------------------------------------------------------------------------------------
+
+
+def run_settings(home: Path, output: Path, **more) -> dict:
+    base = {"model": str(home / "model"), "data": str(home / "pairs.jsonl"), "output_dir": str(output)}
+    return base | {"use_cpu": True, "disable_tqdm": True, "gradient_accumulation_steps": 2, "seed": 7} | more
+
+
+def run_tiny(home: Path, output: Path, **more) -> LongPOTrainer:
+    return train(TrainRun.from_settings(run_settings(home, output, **more)))

@@ -1,0 +1,240 @@
+"""A transformers.Trainer whose checkpoints are whole, and which goes on from them to the step that the run ends with.
+
+    OUT/.partial/checkpoint-4     while it is written, by all processes
+    OUT/checkpoint-4              once every byte is on the disk; its manifest.json names the files, written last
+    OUT/.removed                  one that is being deleted
+
+A checkpoint appears under its name by a rename and leaves it by one, so a kill at any moment leaves no half of one there.
+Checkpoints are ordered by their numbers, never by time. One that lacks a file of its manifest, or holds other bytes, is
+refused by name: whoever knows what befell the disk decides whether to remove it and go on from the one before.
+
+The digest of a file is of its size and of the MiB at either end: cut off, emptied and exchanged files are seen, a bit that
+flips in the middle of the weights is not. Not covered: nodes that do not share the output folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..runs.journal import sync
+
+log = logging.getLogger("longpo_ops.train")
+
+PARTIAL, REMOVED, MANIFEST = ".partial", ".removed", "manifest.json"
+END = 2**20  # bytes
+
+
+class CheckpointedTrainer(Trainer):
+    """Trainer that writes whole checkpoints, and goes on from those alone.
+
+    train(resume_from_checkpoint) makes the steps that are left and none beyond. Raises ValueError, before the first one,
+    for a checkpoint that is not whole, is beyond the run's last step, holds no optimizer (save_only_model) although steps
+    are left, or is of another optimizer, and where the best checkpoint so far is gone although its model is to be loaded.
+    """
+
+    _partial: Path | None = None  # where all that super() writes for a checkpoint goes
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run = Path(super()._get_output_dir(trial))
+        partial = run / PARTIAL
+        if self.args.should_save:
+            clear_leftovers(run)
+        self.accelerator.wait_for_everyone()  # before another process writes there
+        self._partial = partial
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._partial = None
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == partial:
+            self.state.best_model_checkpoint = str(run / Path(best).name)
+        if self.args.should_save:
+            (written,) = partial.iterdir()
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            write_manifest(written, resumable=not self.args.save_only_model)
+            publish(written, run / written.name)
+            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        check_checkpoint(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        if checkpoint is None:
+            return begun
+        at = self.state.global_step
+        if at > max_steps:
+            raise ValueError(
+                f"{checkpoint} is beyond the {max_steps} steps that this run has (max_steps, num_train_epochs); raise them, "
+                "give another output_dir, or remove the checkpoints beyond them"
+            )
+        if at < max_steps and not _read_manifest(checkpoint)["resumable"]:
+            raise ValueError(
+                f"{checkpoint} holds a model and no optimizer (save_only_model), so none of the {max_steps - at} steps that "
+                "are left can be made from it; give another output_dir, or remove this one's checkpoints to start over"
+            )
+        recorded = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).best_model_checkpoint
+        if recorded is not None:  # under the folder's name of that time
+            best = Path(self.args.output_dir, Path(recorded).name)
+            if self.args.load_best_model_at_end and not best.is_dir():
+                raise ValueError(
+                    f"{best}, the best so far, is gone; put it back, or set load_best_model_at_end to false for the last model"
+                )
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return begun
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except KeyError as error:
+            raise ValueError(
+                f"{checkpoint}: its optimizer state has no {error}, so it is another optimizer's; go on with the settings it "
+                "began with (fit, memory: states and master, optim), or give another output_dir"
+            ) from error
+        scheduler = self.lr_scheduler
+        if checkpoint is not None and isinstance(scheduler, LambdaLR):  # the rate kept is that of the steps it had then
+            groups = zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, rate, factor in groups:
+                group["lr"] = rate * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """None where the run's steps are made: Trainer itself looks after a step only, and would make one more."""
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        log.info("step %d was the last one: no step is left to make", self.state.global_step)
+        self.control.should_training_stop = True
+
+    def _finalize_training(self, *args, **kwargs):
+        """train_loss is the mean over all steps, those before the checkpoint too."""
+        self._total_loss_scalar, before = 0.0, 0
+        for row in self.state.log_history:
+            if "loss" in row:
+                self._total_loss_scalar += row["loss"] * (row["step"] - before)
+                before = row["step"]
+        best = self.state.best_model_checkpoint
+        if self.args.should_save:
+            clear_leftovers(Path(self.args.output_dir))
+            if best is not None and self.args.save_total_limit == 1:  # Trainer's own way would leave halves
+                rotate(Path(self.args.output_dir), 1, best, keep_last=False)
+        return super()._finalize_training(*args, **kwargs)
+
+    def restore(self, folder: str | os.PathLike) -> None:
+        """The model and state that save_model and save_state wrote there. Sharded models (FSDP, ZeRO) stay as they are."""
+        if hasattr(self.model, "get_base_model"):
+            self.model.load_adapter(str(folder), self.model.active_adapters[0], is_trainable=True)
+        elif not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super()._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run, by their numbers."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint of a run, or None."""
+    found = checkpoints(output_dir)
+    return str(found[-1]) if found else None
+
+
+def write_manifest(folder: Path, resumable: bool) -> None:
+    """The files below a folder, each with its size and digest. resumable: whether an optimizer is among them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"resumable": resumable, "files": described}, indent=1) + "\n")
+
+
+def check_checkpoint(folder: str | os.PathLike) -> None:
+    """Raises ValueError naming a file of a checkpoint that is gone, cut off or otherwise not what was written there."""
+    advice = f"remove {folder} to go on from the checkpoint before it, or to start over where there is none"
+    for name, (size, digest) in _read_manifest(folder)["files"].items():
+        file = Path(folder, name)
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {advice}")
+        if (came := file.stat().st_size) != size or _digest(file) != digest:
+            told = f"{came} bytes, {size} were written" if came != size else "other bytes than were written"
+            raise ValueError(f"{file} is damaged ({told}); {advice}")
+
+
+def _read_manifest(folder: str | os.PathLike) -> dict:
+    file = Path(folder, MANIFEST)
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        return {"resumable": bool(manifest["resumable"]), "files": dict(manifest["files"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        told = "is damaged" if file.exists() else "is missing"
+        raise ValueError(
+            f"{file} {told}, so nobody knows whether the checkpoint is whole (earlier versions wrote none); remove {folder} "
+            "to go on from the checkpoint before it, or to start over where there is none"
+        ) from None
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        digest = hashlib.sha256(opened.read(END))
+        if (size := file.stat().st_size) > END:
+            opened.seek(max(END, size - END))
+            digest.update(opened.read())
+    return digest.hexdigest()[:32]
+
+
+def publish(written: Path, place: Path) -> None:
+    """Puts a folder under its name in one step, once all of it is on the disk."""
+    for path in [*written.rglob("*"), written]:
+        sync(path)
+    discard(place)
+    os.replace(written, place)
+    written.parent.rmdir()
+    sync(place.parent)
+
+
+def rotate(run: Path, limit: int | None, best: str | None, keep_last: bool = True) -> None:
+    """Deletes the oldest checkpoints but `limit` (None or below 1: none), and never the best one nor the last."""
+    found = checkpoints(run)
+    kept = {path for path in found if best is not None and path.name == Path(best).name}
+    kept |= set(found[-1:]) if keep_last else set()
+    spare = [path for path in found if path not in kept]
+    if limit is not None and limit > 0:
+        for path in spare[: max(0, len(found) - max(limit, len(kept)))]:
+            discard(path)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder that must not be seen in parts."""
+    removed = folder.with_name(REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def clear_leftovers(run: Path) -> None:
+    """What a killed process was writing or deleting."""
+    for name in (PARTIAL, REMOVED):
+        shutil.rmtree(run / name, ignore_errors=True)
