@@ -83,6 +83,18 @@ def test_a_bf16_model_trains_in_float32_and_is_saved_in_its_own_dtype(tmp_path):
     assert {t.dtype for t in kept.values()} == {torch.float32} and {t.dtype for t in final.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+def test_steps_that_the_saved_dtype_loses_are_an_error_also_when_started_again(tmp_path, save_strategy):
+    home = write_home(tmp_path / "home", torch.bfloat16)
+    more = {"max_steps": 2, "learning_rate": 1e-12, "objective": "sft_chosen", "save_strategy": save_strategy}
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"no weight has moved in 2 steps .* lost in rounding to torch\.bfloat16, in"
+        ):
+            run(home, tmp_path / "out", **more)
+    assert not list((tmp_path / "out").glob("*.safetensors")) and not (tmp_path / "out" / "README.md").exists()
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from longpo_ops.train import METHODS, LongPOConfig
+from longpo_ops.train.checkpoints import check_checkpoint
 from longpo_ops.train.packed import PackedPairs
 
 from ..attention.dense import TrueFloat64
@@ -130,7 +131,7 @@ import sys
 import torch
 from tests.train.test_trainer import step
 parameters, log, rows = step(sys.argv[1], sys.argv[2], gradient_accumulation_steps=1, pack_tokens=int(sys.argv[3]),
-                             reference="precompute", target_length=0, evaluate_packs_of=130)
+                             reference="precompute", target_length=0, save_strategy="steps", evaluate_packs_of=130)
 if torch.distributed.get_rank() == 0:
     torch.save({"parameters": {k: v.detach() for k, v in parameters.items()}, "log": log}, sys.argv[1] + "/result.pt")
 torch.distributed.barrier()
@@ -167,6 +168,11 @@ def test_two_processes_are_one(tmp_path, name):
     for metric in set(compared) - TIMES:
         assert result["log"][metric] == pytest.approx(log[metric], rel=1e-6, abs=1e-6), metric
     assert len(list((tmp_path / "two" / "reference").glob("*/logps-*.jsonl"))) == 2  # each computed its share
+    checkpoint = tmp_path / "two" / "checkpoint-1"  # with the random state of each
+    check_checkpoint(checkpoint)
+    (checkpoint / "rng_state_1.pth").unlink()
+    with pytest.raises(ValueError, match=r"rng_state_1\.pth is missing"):
+        check_checkpoint(checkpoint)
 
 
 def test_the_papers_metrics_are_logged_and_reach_callbacks(tmp_path):
@@ -190,7 +196,7 @@ def test_the_papers_metrics_are_logged_and_reach_callbacks(tmp_path):
         max_steps=2,
         eval_strategy="steps",
         eval_steps=1,
-        learning_rate=0.0,
+        learning_rate=1e-12,
     )
     trainer.train()
     evaluations, logs = [s for s in seen if "eval_loss" in s], [s for s in seen if "loss" in s]
@@ -242,6 +248,68 @@ def test_small_steps_move_float32_master_weights_of_a_bf16_model(tmp_path):
     policy, moved, trainer = train(1e-2)
     assert policy.lm_head.weight.dtype == torch.bfloat16 and not trainer.args.bf16
     assert math.isfinite(trainer.state.log_history[0]["loss"]) and float(moved.max()) > 0
+
+
+# -- runs that would train nothing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "warmup"),
+    [
+        (0.1, 1, 0),
+        (0.1, 9, 0),
+        (0.1, 10, 1),
+        (0.1, 15, 2),
+        (0.1, 1000, 100),
+        (0.5, 1, 0),
+        (3, 1, 3),
+        (3, 100, 3),
+        (0, 9, 0),
+    ],
+)
+def test_a_part_of_all_steps_that_is_less_than_one_is_no_warm_up(tmp_path, given, steps, warmup):
+    assert LongPOConfig(output_dir=str(tmp_path), warmup_steps=given).get_warmup_steps(steps) == warmup
+
+
+def test_a_single_step_with_the_default_settings_trains(tmp_path):
+    policy = make_model()
+    before = plain(policy)
+    trainer = make_trainer(tmp_path, "longpo", PAIRS, policy, make_model(1))
+    trainer.train()
+    assert [row["learning_rate"] for row in trainer.state.log_history if "loss" in row] == [5e-7]
+    assert not torch.equal(policy.lm_head.weight, before.lm_head.weight)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup"])
+def test_a_schedule_of_nothing_but_zeros_is_refused(tmp_path, caplog, kind):
+    def train(steps):
+        settings = dict(max_steps=steps, warmup_steps=1, lr_scheduler_type=kind, learning_rate=1e-3)
+        make_trainer(tmp_path, "sft_chosen", PAIRS, make_model(), **settings).train()
+
+    with pytest.raises(ValueError, match=f"{kind} with warmup_steps=1 gives each of the run's 1 steps a rate of 0"):
+        train(1)
+    train(2)
+    assert "learning_rate is never reached" not in caplog.text
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(tmp_path, caplog):
+    settings = dict(max_steps=2, warmup_steps=5, learning_rate=1e-3)
+    make_trainer(tmp_path, "sft_chosen", PAIRS, make_model(), **settings).train()
+    assert "warm-up takes 5 steps and the run has 2: learning_rate is never reached" in caplog.text
+
+
+def test_a_model_without_a_trained_parameter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        make_trainer(tmp_path, "sft_chosen", PAIRS, make_model().requires_grad_(False))
+
+
+def test_weights_that_have_not_moved_are_an_error(tmp_path):
+    settings = dict(max_steps=2, learning_rate=1e-30)
+    trainer = make_trainer(tmp_path, "sft_chosen", PAIRS, make_model(dtype=torch.float32), **settings)
+    with pytest.raises(
+        ValueError, match="no weight has moved in 2 steps of learning_rate=1e-30: they are lost in rounding"
+    ):
+        trainer.train()
 
 
 def test_two_hundred_pairs_are_learnt(tmp_path):
