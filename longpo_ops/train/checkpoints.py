@@ -132,11 +132,10 @@ class CheckpointedTrainer(Trainer):
             if "loss" in row:
                 self._total_loss_scalar += row["loss"] * (row["step"] - before)
                 before = row["step"]
-        best = self.state.best_model_checkpoint
         if self.args.should_save:
-            clear_leftovers(Path(self.args.output_dir))
-            if best is not None and self.args.save_total_limit == 1:  # Trainer's own way would leave halves
-                rotate(Path(self.args.output_dir), 1, best, keep_last=False)
+            run, limit, best = Path(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint
+            clear_leftovers(run)
+            rotate(run, limit, best, keep_last=best is None or limit != 1)  # Trainer's own way would leave halves
         return super()._finalize_training(*args, **kwargs)
 
     def restore(self, folder: str | os.PathLike) -> None:
