@@ -126,12 +126,6 @@ class CheckpointedTrainer(Trainer):
         self.control.should_training_stop = True
 
     def _finalize_training(self, *args, **kwargs):
-        """train_loss is the mean over all steps, those before the checkpoint too."""
-        self._total_loss_scalar, before = 0.0, 0
-        for row in self.state.log_history:
-            if "loss" in row:
-                self._total_loss_scalar += row["loss"] * (row["step"] - before)
-                before = row["step"]
         if self.args.should_save:
             run, limit, best = Path(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint
             clear_leftovers(run)

@@ -32,6 +32,10 @@ class Totals:
         for name, share in shares.items():
             self._sums[name] = self._sums[name] + share if name in self._sums else share
 
+    def count(self, name: str, reduce: Callable[[Tensor], Tensor]) -> int:
+        """Of how many pairs or sequences the mean of that name is."""
+        return round(float(reduce(self._sums[name])[1]))
+
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """By name. reduce: sums a tensor over the processes, all of which must hold the same names."""
         sums = reduce(torch.stack(list(self._sums.values())))

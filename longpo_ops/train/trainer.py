@@ -53,7 +53,6 @@ from .reference import DataReference, Reference, ReferenceStore, precompute, rea
 log = logging.getLogger("longpo_ops.train")
 
 
-
 class LongPOTrainer(CheckpointedTrainer):
     """Trains a causal LM (or a PEFT model of one) on tokenised pairs.
 
@@ -88,7 +87,7 @@ class LongPOTrainer(CheckpointedTrainer):
             raise ValueError("no parameter of the model requires a gradient, so there is nothing to train; thaw some")
         self.method = args.method
         self.objective = self.method.make_objective(args.objective_options or {})
-        self._logged, self._trained = Totals(), Totals()  # of the steps since the last log, and since train() began
+        self._logged = Totals()  # of the steps since the last log
         self._evaluated: dict[int, dict[str, Tensor]] = {}  # of each pack of the evaluation at hand
         self._tokens, self._since = 0, 0.0  # trained on since the last log, and when the first of them came
         self._teacher_head: Tensor | None = None
@@ -156,7 +155,7 @@ class LongPOTrainer(CheckpointedTrainer):
 
     def train(self, *args, **kwargs):
         """Trainer's, with the layers tiled and offloaded as `memory` says. Raises ValueError if no weight has moved."""
-        self._logged, self._trained, self._tokens = Totals(), Totals(), 0
+        self._logged, self._tokens = Totals(), 0
         with self.memory.attached(self.model):
             output = super().train(*args, **kwargs)
         self.check_moved(
@@ -296,7 +295,6 @@ class LongPOTrainer(CheckpointedTrainer):
             self._since = time.perf_counter()
         loss, metrics = self._loss(model, pack, float(num_items_in_batch or pack.batch.num_pairs))
         self._logged.add(metrics)
-        self._trained.add({"loss": metrics["loss"]})
         self._tokens += pack.batch.layout.length
         if num_items_in_batch is not None:
             loss = loss * self.args.world_size  # DDP averages over ranks; the step's pairs are those of all of them
@@ -420,16 +418,18 @@ class LongPOTrainer(CheckpointedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's numbers with the paper's, tokens per second and peak memory since the last log. `loss` and `train_loss` are
-        means over pairs, too, not over steps. Raises ValueError for a loss that is not finite: its step has spoilt the
-        weights, so no checkpoint may follow."""
+        means over pairs, too, not over steps; `pairs` counts those of `loss`. Raises ValueError for a loss that is not
+        finite: its step has spoilt the weights, so no checkpoint may follow."""
         if self._logged and logs.keys() & {"loss", "train_loss"}:
             logs |= self._logged.means(self.accelerator.reduce)
+            logs["pairs"] = self._logged.count("loss", self.accelerator.reduce)
             tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=self.args.device))
             logs["tokens_per_second"] = float(tokens) / (time.perf_counter() - self._since)
             logs["peak_memory_gib"] = _peak_memory(self.args.device) / 2**30
             self._logged, self._tokens = Totals(), 0
-        if "train_loss" in logs and self._trained:
-            logs["train_loss"] = self._trained.means(self.accelerator.reduce)["loss"]
+        rows = [row for row in [*self.state.log_history, logs] if "pairs" in row]  # those before a checkpoint, too
+        if "train_loss" in logs and rows:
+            logs["train_loss"] = sum(row["loss"] * row["pairs"] for row in rows) / sum(row["pairs"] for row in rows)
         super().log(logs, start_time)
         self._check_finite(logs.get("loss", logs.get("train_loss", 0.0)))
 
