@@ -56,14 +56,16 @@ def train(
             "--set", help="Any other setting as name=value (YAML), repeatable: TrainRun and LongPOConfig fields."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print counts, lengths and settings, then stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print counts, lengths, settings and plan, then stop.")
+    ] = False,
 ) -> None:
     """Train a model on short-to-long preference pairs, or go on with a run that was stopped."""
     given = dict(locals())
     for name in ("config", "set_", "dry_run"):
         del given[name]
     settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
-    from .train.run import TrainRun, describe, prepare
+    from .train.run import TrainRun, describe, planned, prepare
     from .train.run import train as run_training
 
     with terminal.wrong_usage((ValueError, TypeError)):
@@ -75,8 +77,13 @@ def train(
         trainer.accelerator.end_training()  # a process group left to the interpreter's exit may abort it
         return
     checked, _, pairs, _ = prepare(run)
+    plan_of_run = planned(run, checked, pairs)
     for name, value in (describe(pairs, checked) | run.all_settings()).items():
         typer.echo(f"{name:32s}{getattr(value, 'value', value)}")
+    if plan_of_run is not None:
+        from .memory.plan_report import print_plan
+
+        print_plan(plan_of_run, f"{run.model}, one pack of {plan_of_run.work.length:,} tokens")
 
 
 app.command(name="demo")(demo)

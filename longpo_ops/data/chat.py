@@ -375,7 +375,7 @@ def tokenized_pairs(
     def make(record, where):
         record = parse_record(record, where)
         if "chosen_input_ids" not in record:
-            return chat.tokenize(Pair.from_record(record, where, allow_equal), report)
+            return _with_rows(chat.tokenize(Pair.from_record(record, where, allow_equal), report), vocab_size)
         pair = TokenizedPair.from_record(record, where, vocab_size, chat.fingerprint, allow_equal)
         if chat.max_length is not None and pair.length > chat.max_length:
             advice = (
@@ -385,6 +385,16 @@ def tokenized_pairs(
         return pair
 
     return keep_good(read_records(path), make, on_bad_record, report)
+
+
+def _with_rows(pair: TokenizedPair, vocab_size: int) -> TokenizedPair:
+    """A text may name a token that the model has no embedding for. Raises BadRecord."""
+    short = [sequence for turns in (pair.ref_chosen, *pair.ref_rejected) for sequence in turns]
+    largest = max(int(sequence.ids.max()) for sequence in (pair.chosen, *pair.rejected, *short))
+    if largest >= vocab_size:
+        advice = f"token {largest} came, the model's embedding has {vocab_size} rows; take it out of the text"
+        raise BadRecord(pair.id, "document or turns", "a token without an embedding", advice)
+    return pair
 
 
 def _mark(number: int) -> str:

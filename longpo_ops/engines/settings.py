@@ -1,6 +1,6 @@
 """Which engine answers, and with which settings: what every run that asks a model has in common.
 
-Tests: tests/test_pretrained.py, tests/evaluate/test_run.py.
+Tests: tests/pretrained/test_config.py, tests/evaluate/test_run.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pretrained import DTYPES, load_tokenizer
+from ..pretrained import DTYPES, load_tokenizer, read_config
 from . import NAMES, Engine
 
 
@@ -69,8 +69,12 @@ class EngineSettings:
                 raise ValueError(f"{name} is {value}; expected more than 0")
 
     def load_tokenizer(self):
-        """The model's tokenizer. Raises ValueError for a model that has none or cannot be found."""
-        return load_tokenizer(self.model, self.trust_remote_code)
+        """The model's tokenizer. Raises ValueError for a model that has none or cannot be found, and for a tokenizer that
+        loses text or, with a local engine, belongs to another model."""
+        if self.engine == "server":
+            return load_tokenizer(self.model, self.trust_remote_code)
+        config = read_config(self.model, self.trust_remote_code)
+        return load_tokenizer(self.model, self.trust_remote_code, config.vocab_size)
 
     def make_engine(self, length: int) -> Engine:
         """The engine, not started, that reads `length` tokens. Raises ValueError for options it does not know."""

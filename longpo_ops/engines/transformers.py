@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..pretrained import load_tokenizer, loading, replace_rope
-from . import Completion, Engine, EngineStopped, Request, render
+from ..pretrained import load_model, load_tokenizer, read_config, replace_rope
+from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
 
 
 class TransformersEngine(Engine):
@@ -35,7 +35,7 @@ class TransformersEngine(Engine):
         self._lock, self._stopped, self._attached = asyncio.Lock(), False, False
 
     async def start(self) -> None:
-        """Raises ValueError for a model that cannot be loaded or reads too few tokens."""
+        """Raises ValueError for a model that cannot be loaded, is not whole, or reads too few tokens."""
         await asyncio.to_thread(self._load)
 
     async def close(self) -> None:
@@ -51,10 +51,8 @@ class TransformersEngine(Engine):
 
     def _load(self) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
 
-        with loading(self.name):
-            config = AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+        config = read_config(self.name, self.trust_remote_code)
         if self.rope:
             replace_rope(config, self.rope, self.length)
         positions = getattr(config, "max_position_embeddings", None)
@@ -63,21 +61,22 @@ class TransformersEngine(Engine):
                 f"{self.name} reads {positions} tokens, {self.length} are wanted; give RoPE settings for longer texts, "
                 "such as --rope '{\"rope_theta\": 1e7}'"
             )
-        self.tokenizer = load_tokenizer(self.name, self.trust_remote_code)
-        with loading(self.name):
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.name,
-                config=config,
-                dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
-                use_safetensors=True,
-                trust_remote_code=self.trust_remote_code,
-            ).eval()
+        self.tokenizer = load_tokenizer(self.name, self.trust_remote_code, config.vocab_size)
+        self.model = load_model(self.name, config, self.dtype, self.trust_remote_code).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _check(self, ids: Sequence[int]) -> None:
+        """A text may name a token that the model has no embedding for."""
+        if len(ids) and max(ids) >= (rows := self.model.get_input_embeddings().weight.shape[0]):
+            raise RequestFailed(
+                "a token without an embedding", f"token {max(ids)} came, the model's embedding has {rows} rows"
+            )
 
     def _generate(self, request: Request) -> Completion:
         import torch
 
         prompt, sampling = render(self.tokenizer, request, self.template_kwargs), request.sampling
+        self._check(prompt)
         ids = torch.tensor([prompt], device=self.model.device)
         drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
@@ -104,7 +103,7 @@ class TransformersEngine(Engine):
         if request.logprobs:
             steps = zip(out.logits, tokens, strict=True)
             logprobs = tuple(float(row[0].float().log_softmax(-1)[token]) for row, token in steps)
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(text, finish, len(prompt), len(tokens), token_ids=tuple(tokens), logprobs=logprobs)
 
     def _score(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -113,6 +112,7 @@ class TransformersEngine(Engine):
         from ..ops.head import attach
         from ..ops.logprobs import linear_logprobs
 
+        self._check(token_ids)
         ids = torch.as_tensor(np.asarray(token_ids, dtype=np.int64), device=self.model.device)[None]
 
         def compute(hidden, head):

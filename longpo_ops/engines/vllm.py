@@ -4,6 +4,8 @@ Prefix caching is on: the questions of one document share its prefill. With data
 go to the same rank, as each rank has a cache of its own. (vLLM's synchronous `LLM` knows no data parallelism in one
 process, and gives a batch back only when all of it is done.)
 
+Weights are vLLM's to load: it refuses missing and unknown ones itself; that they are finite is not checked.
+
 Tests: tests/vllm/test_offline.py, tests/vllm/test_served.py.
 """
 
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..pretrained import load_tokenizer, loading, replace_rope
+from ..pretrained import load_tokenizer, read_config, read_whole_config, replace_rope
 from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
 
 
@@ -58,7 +60,7 @@ class VLLMEngine(Engine):
         name, trust = self.arguments["model"], self.arguments["trust_remote_code"]
         if self.rope:
             self.arguments["hf_overrides"] = self._overrides(name, trust) | (self.arguments.get("hf_overrides") or {})
-        self.tokenizer = load_tokenizer(name, trust)
+        self.tokenizer = load_tokenizer(name, trust, read_config(name, trust).vocab_size)
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.arguments))
         except TypeError as error:
@@ -66,12 +68,12 @@ class VLLMEngine(Engine):
 
     def _overrides(self, name: str, trust_remote_code: bool) -> dict:
         """What vLLM lays over the model's config. RoPE entries replace those of the same name, the others stay."""
-        from transformers import AutoConfig
-
-        with loading(name):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = read_config(name, trust_remote_code)
         replace_rope(config, self.rope, self.arguments["max_model_len"])
-        return {name: getattr(config, name) for name in ("rope_parameters", "max_position_embeddings")}
+        laid = {entry: getattr(config, entry) for entry in ("rope_parameters", "max_position_embeddings")}
+        whole = read_whole_config(name, trust_remote_code)
+        parts = [part for part in whole.sub_configs if getattr(whole, part, None) is whole.get_text_config()]
+        return {parts[0]: laid} if parts else laid
 
     async def close(self) -> None:
         if self._engine is not None:

@@ -31,6 +31,7 @@ from typing import Any
 from ..data import tokenizer_fingerprint
 from ..engines import Engine, EngineStopped, Request, Sampling
 from ..engines.settings import EngineSettings
+from ..pretrained import read_config
 from ..runs.journal import Shard, check_folder, check_settings, locked, write_atomically
 from ..runs.page import printable
 from .answers import Answers, is_out_of_memory
@@ -450,12 +451,9 @@ def _about(plan: Plan) -> dict[str, Any]:
 
 def _positions(run: EvaluateRun) -> int:
     """How many tokens the model's config says it reads. Raises ValueError where it does not say."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(run.model, trust_remote_code=run.trust_remote_code)
-        return int(config.max_position_embeddings)
-    except (OSError, ValueError, AttributeError) as error:
+        return int(read_config(run.model, run.trust_remote_code).max_position_embeddings)
+    except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{run.model} does not say how many tokens it reads ({str(error).splitlines()[0]}); give a --length"
         ) from error

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from ..evaluate import EvaluateRun
 from ..generate import GenerateRun
-from ..pretrained import loading
+from ..pretrained import read_config
 from ..train.run import TrainRun
 from .receipt import Receipt
 from .settings import BASE, GENERATOR, LAST, Evolution, Round
@@ -97,10 +97,7 @@ def plan(evolution: Evolution) -> list[Stage]:
 
 def read_model(name: str, trust_remote_code: bool = False) -> Model:
     """What a model's config says of it. Raises ValueError where there is none."""
-    from transformers import AutoConfig
-
-    with loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = read_config(name, trust_remote_code)
     rope = getattr(config, "rope_parameters", None) or {}
     return Model(name, name, rope.get("rope_theta"), getattr(config, "max_position_embeddings", None))
 

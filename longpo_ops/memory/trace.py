@@ -156,20 +156,23 @@ class Trace(NamedTuple):
 
 
 def read_config(model):
-    """A transformers config of a name carried here, a folder or file, a hub name, or a config itself."""
+    """A transformers config of a name carried here, a folder or file, a hub name, or a config itself; of a model with
+    several parts its text part's, which is what is trained."""
     import json
     from pathlib import Path
 
     from transformers import AutoConfig, PretrainedConfig
 
+    from longpo_ops import pretrained
+
     if isinstance(model, PretrainedConfig):
-        return model
+        return pretrained.text_config(model)
     carried = Path(__file__).parent / "models" / f"{str(model).lower()}.json"
     if carried.is_file():
         return AutoConfig.for_model(**json.loads(carried.read_text("utf-8")))
     try:
-        return AutoConfig.from_pretrained(str(model))
-    except (OSError, ValueError) as error:
+        return pretrained.read_config(str(model))
+    except ValueError as error:
         names = ", ".join(carried_models())
         raise ValueError(
             f"model {model!r}: neither one of {names} nor a model that transformers finds ({error})"
@@ -184,11 +187,14 @@ def carried_models() -> list[str]:
 
 
 def build(config, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The model on the meta device, all layers or the first few."""
+    """The model on the meta device, all layers or the first few. Raises ValueError for what is no causal LM."""
     import copy
 
     from transformers import AttentionInterface, AutoModelForCausalLM
 
+    from longpo_ops.pretrained import require_causal_lm
+
+    require_causal_lm(config)
     AttentionInterface.register(NAME, _attend)
     config = copy.deepcopy(config)
     if layers is not None:

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
-from ..pretrained import DTYPES, load_tokenizer, loading, replace_rope
+from ..memory.plan import Plan
+from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
 from ..runs.validate import check_kinds
 from .checkpoints import check_checkpoint, last_checkpoint
+from .checks import check_model, check_packs, check_pairs, needs_reference, packs_of, plan_memory, target_length
 from .config import LongPOConfig
 from .identity import Identity, tokenizer_digest
 from .packed import PairStore, select
@@ -110,10 +111,7 @@ class TrainRun:
         return LongPOConfig(output_dir=self.output_dir, **self.training)
 
     def _auto_config(self, name: str):
-        from transformers import AutoConfig
-
-        with loading(name):
-            return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+        return read_config(name, self.trust_remote_code)
 
     def all_settings(self) -> dict[str, Any]:
         """As they will be used: those of this run, LongPOConfig's own, and others that were set."""
@@ -124,7 +122,11 @@ class TrainRun:
     # -- pieces ------------------------------------------------------------------------------------------------------
 
     def load_tokenizer(self):
-        return load_tokenizer(self.model, self.trust_remote_code)
+        """The policy's. Raises ValueError if it loses text, or writes ids that policy or reference have no row for."""
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code, self._auto_config(self.model).vocab_size)
+        if self.reference_model is not None:
+            check_ids(self.reference_model, tokenizer, self._auto_config(self.reference_model).vocab_size)
+        return tokenizer
 
     def load_pairs(self, path: str, tokenizer, vocab_size: int) -> PairStore:
         """Tokenised pairs of `path`, from output_dir/data if they were made of the same files and settings before."""
@@ -149,20 +151,21 @@ class TrainRun:
 
     def load_model(self, name: str, policy: bool):
         """A causal LM from safetensors; the policy with its RoPE settings and adapters."""
-        from transformers import AutoModelForCausalLM
-
-        config = self._auto_config(name)
-        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
-        if policy:
-            if self.rope_theta is not None:
-                replace_rope(config, {"rope_theta": float(self.rope_theta)}, None)
-            if self.max_position_embeddings is not None:
-                config.max_position_embeddings = self.max_position_embeddings
-        with loading(name):
-            model = AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=self.trust_remote_code
-            )
+        model = load_model(name, self._model_config(name, policy), self.dtype, self.trust_remote_code)
         return self._with_adapters(model) if policy and self.lora_rank else model
+
+    def empty_model(self, name: str, policy: bool):
+        """The same on the meta device; of its weights no more than names and shapes are read."""
+        model = check_weights(name, self._model_config(name, policy), self.dtype, self.trust_remote_code)
+        return self._with_adapters(model) if policy and self.lora_rank else model
+
+    def _model_config(self, name: str, policy: bool):
+        config = self._auto_config(name)
+        if policy and self.rope_theta is not None:
+            replace_rope(config, {"rope_theta": float(self.rope_theta)}, None)
+        if policy and self.max_position_embeddings is not None:
+            config.max_position_embeddings = self.max_position_embeddings
+        return config
 
     def _with_adapters(self, model):
         from peft import LoraConfig, get_peft_model
@@ -191,13 +194,26 @@ def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
 
 
 def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | None]:
-    """-> config, tokenizer, training pairs and evaluation pairs; every record has been checked."""
+    """-> config, tokenizer, training pairs and evaluation pairs. Raises ValueError for whatever the run would refuse: of the
+    model and its tokenizer before anything is tokenised, of every record before weights are read."""
     config, vocab_size = run.config(), run._auto_config(run.model).vocab_size
-    tokenizer = run.load_tokenizer()
+    policy, tokenizer = check_model(run, config), run.load_tokenizer()
     with config.main_process_first(local=False):
         pairs = run.load_pairs(run.data, tokenizer, vocab_size)
         evaluation = run.load_pairs(run.eval_data, tokenizer, vocab_size) if run.eval_data else None
+    datasets, target = [pairs, evaluation] if evaluation else [pairs], target_length(policy, config)
+    for each in datasets:
+        check_pairs(each, config, target)
+    check_packs(policy, (packs_of(each, config, target) for each in datasets))
+    planned(run, config, pairs)
     return config, tokenizer, pairs, evaluation
+
+
+def planned(run: TrainRun, config: LongPOConfig, pairs: PairStore) -> Plan | None:
+    """What `fit: auto` chooses for a run; None for a run with settings of its own, or that began with those it keeps."""
+    if config.fit != "auto" or (Path(run.output_dir) / "memory.json").exists():
+        return None
+    return plan_memory(run.empty_model(run.model, policy=True), config, pairs)
 
 
 def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrainer:
@@ -241,8 +257,7 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
 
 def _make_trainer(run: TrainRun, policy, config: LongPOConfig, tokenizer, pairs, evaluation) -> LongPOTrainer:
     reference = None
-    needs_model = config.method.reference is not None and config.reference != "data"
-    if needs_model and (run.reference_model is not None or not run.lora_rank):
+    if needs_reference(config) and (run.reference_model is not None or not run.lora_rank):
         reference = run.load_model(run.reference_model or run.model, policy=False).to(config.device)
     return LongPOTrainer(
         policy,

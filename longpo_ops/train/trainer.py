@@ -31,24 +31,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 
-from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
-from ..data import TokenizedPair, packed_length
-from ..memory import plan
+from ..data import TokenizedPair
 from ..memory.optimizer import float32_gradients
 from ..memory.plan_report import describe_settings
-from ..memory.settings import Memory, machine_here
+from ..memory.settings import Memory
 from ..ops.divergence import linear_kl
-from ..ops.head import attach
 from ..ops.logprobs import linear_cross_entropy
 from ..ops.preference import packed_preference_loss
-from ..ops.sweep import default_workspace
 from ..runs.usage import peak_bytes
 from .arithmetic import Arithmetic, base_model, keep_float32_master, widen
 from .checkpoints import CheckpointedTrainer
+from .checks import check_packs, check_pairs, packs_of, plan_memory, prepare_model, target_length
 from .config import LongPOConfig
 from .metrics import Totals, total
-from .packed import Pack, PackedPairs, collate, select
-from .reference import DataReference, Reference, ReferenceStore, precompute, readings
+from .packed import Pack, PackedPairs, collate
+from .reference import DataReference, Reference, ReferenceStore, precompute
 
 log = logging.getLogger("longpo_ops.train")
 
@@ -91,11 +88,9 @@ class LongPOTrainer(CheckpointedTrainer):
         self._evaluated: dict[int, dict[str, Tensor]] = {}  # of each pack of the evaluation at hand
         self._tokens, self._since = 0, 0.0  # trained on since the last log, and when the first of them came
         self._teacher_head: Tensor | None = None
-        self._target_length = args.target_length
-        if args.target_length is None and self.method.spread:
-            self._target_length = base_model(model).config.max_position_embeddings
+        self._target_length = target_length(model, args)
         datasets = [pairs for pairs in (train_dataset, eval_dataset) if pairs is not None]
-        longest = max((self._check(pair, args) for pairs in datasets for pair in pairs), default=0)
+        longest = max(check_pairs(pairs, args, self._target_length) for pairs in datasets)
         positions = getattr(base_model(model).config, "max_position_embeddings", None)
         if positions is not None and longest > positions:
             log.warning(
@@ -107,9 +102,8 @@ class LongPOTrainer(CheckpointedTrainer):
             self._fitted(model, args, train_dataset) if args.fit == "auto" else Memory.from_settings(args.memory)
         )
         args.gradient_checkpointing &= not self.memory.offload  # which does it itself
-        use_shared_prefix(base_model(model))
-        self._check_rope(model, [self._packs(pairs, args) for pairs in datasets])
-        attach(model)
+        prepare_model(model)
+        check_packs(model, (self._packs(pairs, args) for pairs in datasets))
         if self.memory.states is None:
             keep_float32_master(model, args)
         self.reference = self._make_reference(model, args, datasets, reference_model, reference_config)
@@ -132,21 +126,9 @@ class LongPOTrainer(CheckpointedTrainer):
         file = Path(args.output_dir) / "memory.json"
         if file.exists():
             return Memory.from_settings(json.loads(file.read_text(encoding="utf-8")))
-        if hasattr(model, "get_base_model") or args.world_size > 1:
-            raise ValueError("fit='auto' plans full fine-tuning on one device: set memory by hand, and fit to 'off'")
-        longest = max(packed_length(select(pair, self.method)) for pair in pairs)
-        work = plan.Work(
-            model.config,
-            max(longest, args.pack_tokens or 0),
-            accumulation=args.gradient_accumulation_steps,
-            max_grad_norm=args.max_grad_norm,
-            dtype=model.dtype,
-            workspace_bytes=args.workspace_bytes or default_workspace(args.device),
-        )
-        planned = plan.fit(work, machine_here(args.device))
-        log.info(
-            "%d tokens, %.3g GiB predicted: %s", work.length, planned.peak.total / 2**30, describe_settings(planned)
-        )
+        planned = plan_memory(model, args, pairs)
+        predicted = planned.peak.total / 2**30
+        log.info("%d tokens, %.3g GiB predicted: %s", planned.work.length, predicted, describe_settings(planned))
         memory = Memory.from_plan(planned)
         if args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -212,28 +194,7 @@ class LongPOTrainer(CheckpointedTrainer):
         return super().create_optimizer(model)
 
     def _packs(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PackedPairs:
-        return PackedPairs(
-            pairs, self.method, pack_tokens=args.pack_tokens, target_length=self._target_length, seed=args.seed
-        )
-
-    def _check(self, pair: TokenizedPair, args: LongPOConfig) -> int:
-        """-> tokens of its longest sequence. Raises ValueError for a record that lacks what the method reads of it, or does
-        not fit target_length."""
-        selected = select(pair, self.method)
-        if self._target_length and selected.length > self._target_length:
-            raise ValueError(
-                f"record {pair.id!r}: {selected.length} tokens, target_length is {self._target_length}; raise it (or "
-                "max_position_embeddings, its default for logo), or set it to 0 to leave positions as they are"
-            )
-        if self.method.reference is not None:
-            DataReference().logps(pair) if args.reference == "data" else readings(pair, self.method.reference)
-        return selected.length
-
-    def _check_rope(self, model: nn.Module, packs: Sequence[PackedPairs]) -> None:
-        """Raises ValueError for a pack of sequences that alone would get other RoPE frequencies, before any is trained on."""
-        if rope_depends_on_length(model):
-            for pack in (pack for each in packs for pack in each):
-                check_rope(model, pack.batch.position_ids, pack.batch.layout)
+        return packs_of(pairs, args, self._target_length)
 
     # -- reference ---------------------------------------------------------------------------------------------------
 
@@ -248,8 +209,7 @@ class LongPOTrainer(CheckpointedTrainer):
             if reference_model is model:
                 raise ValueError("reference_model is the policy itself; expected another model, which stays frozen")
             reference_model.requires_grad_(False)
-            use_shared_prefix(reference_model)
-            widen(attach(reference_model), model)
+            widen(prepare_model(reference_model), model)
         elif hasattr(model, "disable_adapter"):
             reference_model, config = model, reference_config or policy.config
         else:

@@ -1,7 +1,9 @@
-"""What a model's name or folder holds: whatever cannot be loaded of it is one message that names the model."""
+"""The config of a model's text part, and one message that names the model for whatever cannot be loaded of it."""
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +30,41 @@ def loading(name: str) -> Iterator[None]:
         raise ValueError(f"model {name!r} cannot be loaded: {why}") from error
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """The tokenizer of a model. Raises ValueError if it cannot be loaded."""
-    from transformers import AutoTokenizer
+def read_config(name: str, trust_remote_code: bool = False):
+    """The transformers config of a model; of one that also reads pictures or sound (Gemma 3 from 4B on, Mistral 3,
+    Qwen2.5-VL, Llama 4) that of its text part, which says its sizes.
 
+    Raises ValueError where there is none, and for a folder of adapters.
+    """
+    return text_config(read_whole_config(name, trust_remote_code))
+
+
+def read_whole_config(name: str, trust_remote_code: bool = False):
+    """The config as it is stored. Raises ValueError as read_config."""
+    from transformers import AutoConfig
+
+    adapters = Path(name) / "adapter_config.json"
     with loading(name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if adapters.is_file():
+            base = json.loads(adapters.read_text("utf-8")).get("base_model_name_or_path")
+            raise ValueError(
+                f"it holds PEFT adapters of {base!r}, expected a whole model; merge them (merge_and_unload) and give "
+                "the folder where the merged model was saved"
+            )
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def text_config(whole):
+    """The config of the text part, with what the whole says for all parts: dtype, tied embeddings, quantisation."""
+    text = whole.get_text_config()
+    if text is whole:
+        return whole
+    text = copy.deepcopy(text)
+    for name in ("dtype", "tie_word_embeddings", "quantization_config"):
+        if (value := getattr(whole, name, None)) is not None:
+            setattr(text, name, value)
+    text.name_or_path = whole.name_or_path
+    return text
 
 
 def replace_rope(config, rope: dict, length: int | None) -> None:

@@ -1,0 +1,188 @@
+"""Weights that are all there: what a checkpoint holds is compared with what its config asks for.
+
+transformers fills a parameter that a checkpoint lacks with random numbers, and leaves out a tensor that it has no place
+for. Here either is a ValueError, found twice: from the headers of the safetensors, before a weight is read, by
+transformers' own loading of empty tensors (its renamings, its lists of keys that may be missing or left out, tied heads
+among them); and after loading. Weights that are NaN or infinite are refused after loading, one pass over them where they
+are. A model that also reads pictures or sound is loaded as its text part alone, which must be whole; the other parts are
+left out.
+
+Not covered: names of a hub whose files are not here yet, and quantised weights, are compared after loading only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .config import loading, read_whole_config
+
+log = logging.getLogger("longpo_ops.pretrained")
+
+SHOWN = 4  # names of weights in a message; the others are counted
+# How checkpoints of models with several parts name those of the text part, and how the text part does.
+TEXT_PART = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
+
+def build_empty(config, trust_remote_code: bool = False):
+    """The causal LM of a config on the meta device. Raises ValueError where transformers has none for it."""
+    from transformers import AutoModelForCausalLM
+
+    require_causal_lm(config)
+    with loading(config.name_or_path), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def require_causal_lm(config) -> None:
+    """Raises ValueError for a config that transformers has no causal LM for, such as the text part of Qwen2.5-VL."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise ValueError(
+            f"model {config.name_or_path!r}: transformers has no causal LM of type {config.model_type!r}; give a text "
+            "model, or one whose text part has a causal LM of its own (Gemma 3, Mistral 3, Llama 4)"
+        )
+
+
+def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: bool = False):
+    """Compares the headers of a model's safetensors with what its config asks for -> the model on the meta device.
+
+    name, config, dtype: as in load_model. Raises ValueError, naming some and counting the others, for weights that are
+    missing, of other shapes, or unknown.
+    """
+    from transformers.modeling_utils import load_state_dict
+
+    model = build_empty(config, trust_remote_code)
+    with loading(name):
+        files = None if getattr(config, "quantization_config", None) else _files(name)
+        if files is None:
+            return model
+        headers, parts = {}, _parts(name, trust_remote_code)
+        for file in files:
+            headers |= load_state_dict(str(file), map_location="meta")
+        options = dict(state_dict=headers, device_map={"": "meta"}, dtype=_torch_dtype(dtype))
+        with _quiet(bar=False):
+            model, found = type(model).from_pretrained(None, config=config, **options, **parts, **_TELL)
+        _refuse(found, model, bool(parts))
+    return model
+
+
+def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool = False):
+    """The causal LM `name` under a config (read_config's, perhaps changed) on the CPU, from safetensors.
+
+    dtype: one of DTYPES. Raises ValueError for weights that are not whole (check_weights), NaN or infinite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_weights(name, config, dtype, trust_remote_code)
+    with loading(name), _quiet(bar=True):
+        parts = _parts(name, trust_remote_code)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=_torch_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **parts,
+            **_TELL,
+        )
+        _refuse(found, model, bool(parts))
+        _refuse_not_finite(model)
+    if parts:
+        model._weight_conversions = None  # it is saved as the text model that it is, not under the checkpoint's names
+        others = sorted({key.split(".")[0] for key in found["unexpected_keys"]})
+        log.info("%s: its text part alone, without %s", name, ", ".join(others))
+    return model
+
+
+_TELL = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are told, and refused here
+
+
+def _parts(name: str, trust_remote_code: bool) -> dict:
+    """What from_pretrained needs to load the text part of a model that has others."""
+    whole = read_whole_config(name, trust_remote_code)
+    return {} if whole.get_text_config() is whole else {"key_mapping": TEXT_PART}
+
+
+def _torch_dtype(dtype: str):
+    return "auto" if dtype == "auto" else getattr(torch, dtype)
+
+
+def _files(name: str) -> list[Path] | None:
+    """The safetensors of a folder, or of a hub's name as far as they were fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+    def find(file: str) -> Path | None:
+        if Path(name).is_dir():
+            return path if (path := Path(name) / file).is_file() else None
+        return Path(path) if isinstance(path := try_to_load_from_cache(name, file), str) else None
+
+    if (single := find(SAFE_WEIGHTS_NAME)) is not None:
+        return [single]
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
+        return None
+    shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    paths = [find(shard) for shard in shards]
+    if missing := [shard for shard, path in zip(shards, paths, strict=True) if path is None]:
+        if Path(name).is_dir():
+            raise ValueError(f"{', '.join(missing)} of its {len(shards)} files of weights missing; fetch it again")
+        return None
+    return paths
+
+
+@contextmanager
+def _quiet(bar: bool) -> Iterator[None]:
+    """Without transformers' table of what did not fit, which is told here, and without its bar."""
+    from transformers.utils import logging as theirs
+
+    level, shown = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    if not bar:
+        theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if shown:
+            theirs.enable_progress_bar()
+
+
+def _refuse(found: dict, model, text_only: bool) -> None:
+    """Raises ValueError for what from_pretrained tells of weights that do not fit."""
+    own = {key.removeprefix("model.").split(".")[0] for key in model.state_dict()}
+    unexpected = found["unexpected_keys"]
+    if text_only:
+        unexpected = [key for key in unexpected if key.removeprefix("model.").split(".")[0] in own]
+    shapes = [f"{key} {tuple(came)} for {tuple(wanted)}" for key, came, wanted in found["mismatched_keys"]]
+    wrong = {"missing": found["missing_keys"], "of another shape": shapes, "unknown to its config": unexpected}
+    told = [f"{len(names)} weights are {what} ({_some(names)})" for what, names in wrong.items() if names]
+    if told:
+        raise ValueError(
+            f"{'; '.join(told)}; expected those of {type(model).__name__} with {model.config.num_hidden_layers} layers, "
+            "as config.json says: fetch the model again, or mend its config"
+        )
+
+
+def _refuse_not_finite(model) -> None:
+    """Raises ValueError for weights with NaN or infinity."""
+    wrong = []
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.device.type != "meta" and weight.numel():
+            wrong += [] if torch.stack(weight.aminmax()).isfinite().all() else [name]
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights hold NaN or infinity ({_some(wrong)}); fetch the model again")
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

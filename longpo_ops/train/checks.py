@@ -1,0 +1,108 @@
+"""What can be known to fail before a run trains: the run, its dry run and the trainer ask the same functions.
+
+check_model        before anything is tokenised: the family, the head, adapters, the reference, weights (headers only)
+check_pairs        before weights are read: what the method reads of every record, and that it fits
+check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
+plan_memory        what `fit: auto` will choose for the longest pack on this machine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
+from ..data import TokenizedPair, packed_length
+from ..memory import plan
+from ..memory.settings import machine_here
+from ..ops.head import attach
+from ..ops.sweep import default_workspace
+from .arithmetic import base_model
+from .config import LongPOConfig
+from .packed import PackedPairs, select
+from .reference import DataReference, readings
+
+if TYPE_CHECKING:
+    from .run import TrainRun
+
+
+def prepare_model(model: nn.Module) -> nn.Module:
+    """Shared-prefix attention, and a forward that stops at the hidden states. Raises ValueError for a model that cannot."""
+    use_shared_prefix(base_model(model))
+    return attach(model)
+
+
+def check_model(run: TrainRun, config: LongPOConfig) -> nn.Module:
+    """-> the policy on the meta device, as it will be trained. Raises ValueError for what its run would refuse of it, of
+    the reference and of their weights, which are not read."""
+    policy = run.empty_model(run.model, policy=True)
+    refuse_unplanned(policy, config)
+    prepare_model(policy)
+    if needs_reference(config) and run.reference_model is not None:
+        prepare_model(run.empty_model(run.reference_model, policy=False))
+    return policy
+
+
+def needs_reference(config: LongPOConfig) -> bool:
+    """Whether the method asks a model for its reference."""
+    return config.method.reference is not None and config.reference != "data"
+
+
+def target_length(model: nn.Module, config: LongPOConfig) -> int | None:
+    """Over how many positions those of a pair are spread."""
+    if config.target_length is None and config.method.spread:
+        return base_model(model).config.max_position_embeddings
+    return config.target_length
+
+
+def check_pairs(pairs: Sequence[TokenizedPair], config: LongPOConfig, target: int | None) -> int:
+    """-> tokens of the longest sequence. Raises ValueError for a record that lacks what the method reads of it, or does not
+    fit the target length."""
+    return max((_check_pair(pair, config, target) for pair in pairs), default=0)
+
+
+def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None) -> int:
+    selected, method = select(pair, config.method), config.method
+    if target and selected.length > target:
+        raise ValueError(
+            f"record {pair.id!r}: {selected.length} tokens, target_length is {target}; raise it (or "
+            "max_position_embeddings, its default for logo), or set it to 0 to leave positions as they are"
+        )
+    if method.reference is not None:
+        DataReference().logps(pair) if config.reference == "data" else readings(pair, method.reference)
+    return selected.length
+
+
+def packs_of(pairs: Sequence[TokenizedPair], config: LongPOConfig, target: int | None) -> PackedPairs:
+    """The packs that a run of this config trains on."""
+    return PackedPairs(pairs, config.method, pack_tokens=config.pack_tokens, target_length=target, seed=config.seed)
+
+
+def check_packs(model: nn.Module, packs: Iterable[PackedPairs]) -> None:
+    """Raises ValueError for a pack of sequences that alone would get other RoPE frequencies."""
+    if rope_depends_on_length(base_model(model)):
+        for pack in (pack for each in packs for pack in each):
+            check_rope(base_model(model), pack.batch.position_ids, pack.batch.layout)
+
+
+def refuse_unplanned(model: nn.Module, config: LongPOConfig) -> None:
+    """Raises ValueError where `fit: auto` has no plan for a run."""
+    if config.fit == "auto" and (hasattr(model, "get_base_model") or config.world_size > 1):
+        raise ValueError("fit='auto' plans full fine-tuning on one device: set memory by hand, and fit to 'off'")
+
+
+def plan_memory(model: nn.Module, config: LongPOConfig, pairs: Sequence[TokenizedPair]) -> plan.Plan:
+    """What the planner chooses for the longest pack. Raises ValueError where nothing fits."""
+    refuse_unplanned(model, config)
+    longest = max(packed_length(select(pair, config.method)) for pair in pairs)
+    work = plan.Work(
+        model.config,
+        max(longest, config.pack_tokens or 0),
+        accumulation=config.gradient_accumulation_steps,
+        max_grad_norm=config.max_grad_norm,
+        dtype=model.dtype,
+        workspace_bytes=config.workspace_bytes or default_workspace(config.device),
+    )
+    return plan.fit(work, machine_here(config.device))
