@@ -57,7 +57,7 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print counts, lengths, settings and plan, then stop.")
+        bool, typer.Option("--dry-run", help="Check all, print counts, lengths, settings and plan, then stop.")
     ] = False,
 ) -> None:
     """Train a model on short-to-long preference pairs, or go on with a run that was stopped."""

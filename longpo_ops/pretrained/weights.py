@@ -71,7 +71,7 @@ def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: boo
             headers |= load_state_dict(str(file), map_location="meta")
         options = dict(state_dict=headers, device_map={"": "meta"}, dtype=_torch_dtype(dtype))
         with _quiet(bar=False):
-            model, found = type(model).from_pretrained(None, config=config, **options, **parts, **_TELL)
+            model, found = _loaded(type(model), None, config=config, **options, **parts)
         _refuse(found, model, bool(parts))
     return model
 
@@ -86,14 +86,14 @@ def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool =
     check_weights(name, config, dtype, trust_remote_code)
     with loading(name), _quiet(bar=True):
         parts = _parts(name, trust_remote_code)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = _loaded(
+            AutoModelForCausalLM,
             name,
             config=config,
             dtype=_torch_dtype(dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             **parts,
-            **_TELL,
         )
         _refuse(found, model, bool(parts))
         _refuse_not_finite(model)
@@ -104,7 +104,17 @@ def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool =
     return model
 
 
-_TELL = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are told, and refused here
+def _loaded(kind, name: str | None, **options):
+    """-> a model, and what from_pretrained tells of weights that do not fit, for _refuse."""
+    try:
+        return kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ValueError(
+            "some weights that make one weight of the model (the experts of a layer, say) are missing or differ in shape: "
+            "fetch the model again"
+        ) from error
 
 
 def _parts(name: str, trust_remote_code: bool) -> dict:
@@ -168,8 +178,8 @@ def _refuse(found: dict, model, text_only: bool) -> None:
     told = [f"{len(names)} weights are {what} ({_some(names)})" for what, names in wrong.items() if names]
     if told:
         raise ValueError(
-            f"{'; '.join(told)}; expected those of {type(model).__name__} with {model.config.num_hidden_layers} layers, "
-            "as config.json says: fetch the model again, or mend its config"
+            f"{'; '.join(told)}; expected those of a {type(model).__name__} as its config has it: fetch the model again, "
+            "or mend its config"
         )
 
 

@@ -1,0 +1,147 @@
+"""Checkpoints that are not whole are refused before a weight is read; those that are load, with the numbers they had."""
+
+import logging
+import os
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from longpo_ops.pretrained import check_weights, load_model, read_config
+
+from .tiny import WITH_PICTURES, change, llama, mixtral, qwen_vl, save
+
+PROJECTION = "model.layers.1.self_attn.q_proj.weight"
+
+
+def without(*parts):
+    return lambda weights: {name: w for name, w in weights.items() if not any(part in name for part in parts)}
+
+
+def half(weights):
+    return dict(list(weights.items())[::2])
+
+
+def renamed(weights):
+    return {f"net.{name}": w for name, w in weights.items()}
+
+
+INCOMPLETE = {
+    "one missing": (without(PROJECTION), {}, rf"1 weights are missing \({PROJECTION}\)"),
+    "half missing": (half, {}, r"10 weights are missing \(.* and 6 more\)"),
+    "none there": (lambda _: {"x": torch.ones(2)}, {}, r"21 weights are missing .*; 1 .* unknown to its config \(x\)"),
+    "renamed": (renamed, {}, "21 weights are missing .*; 21 weights are unknown"),
+    "untied without a head": (without("lm_head"), {}, r"1 weights are missing \(lm_head.weight\)"),
+    "a layer more": (None, {"num_hidden_layers": 3}, r"9 weights are missing \(model.layers.2"),
+    "a layer fewer": (None, {"num_hidden_layers": 1}, r"9 weights are unknown to its config \(model.layers.1"),
+    "biases": (None, {"attention_bias": True}, r"8 weights are missing \(model.layers.0.self_attn.k_proj.bias"),
+    "another family": (None, {"model_type": "qwen2"}, "6 weights are missing .* Qwen2ForCausalLM"),
+    "another shape": (None, {"intermediate_size": 64}, r"6 weights are of another shape \(.*\(32, 48\) for \(32, 64\)"),
+    "another vocabulary": (None, {"vocab_size": 700}, r"2 weights are of another shape"),
+}
+
+
+@pytest.mark.parametrize("kind", INCOMPLETE)
+def test_a_checkpoint_that_is_not_whole_is_refused_from_its_headers(tmp_path, kind):
+    weights, config, message = INCOMPLETE[kind]
+    save(tmp_path, llama())
+    name = change(tmp_path, weights, **config)
+    for load in (check_weights, load_model):
+        with pytest.raises(ValueError, match=f"(?s){tmp_path}.*{message}"):
+            load(name, read_config(name))
+
+
+def test_what_headers_cannot_show_is_seen_after_loading(tmp_path, monkeypatch):
+    """A model whose files cannot be looked at before: they come from a hub."""
+    monkeypatch.setattr("longpo_ops.pretrained.weights._files", lambda name: None)
+    save(tmp_path, llama())
+    for weights, config, message in INCOMPLETE.values():
+        if weights is None:
+            name = change(tmp_path, None, **llama().to_dict() | config)
+            with pytest.raises(ValueError, match=f"(?s){message}"):
+                load_model(name, read_config(name))
+    name = change(tmp_path, without(PROJECTION), **llama().to_dict())
+    with pytest.raises(ValueError, match="1 weights are missing"):
+        load_model(name, read_config(name))
+
+
+def test_a_lost_expert_and_a_lost_file_are_refused(tmp_path):
+    save(tmp_path / "experts", mixtral())
+    check_weights(str(tmp_path / "experts"), read_config(str(tmp_path / "experts")))
+    name = change(tmp_path / "experts", without("experts.2.w1"))
+    with pytest.raises(ValueError, match="the experts of a layer"):
+        check_weights(name, read_config(name))
+    save(tmp_path / "shards", llama(), max_shard_size="50KB")
+    name, (first, *others) = str(tmp_path / "shards"), sorted((tmp_path / "shards").glob("*.safetensors"))
+    load_model(name, read_config(name))
+    os.remove(first)
+    with pytest.raises(ValueError, match=f"{first.name} of its {1 + len(others)} files of weights missing"):
+        check_weights(name, read_config(name))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, dtype, value):
+    def spoil(weights):
+        weights[PROJECTION][3, 4] = value
+        return {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
+
+    save(tmp_path, llama())
+    name = change(tmp_path, spoil, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"1 weights hold NaN or infinity \({PROJECTION}\)"):
+        load_model(name, read_config(name))
+
+
+def test_what_may_be_missing_or_left_out_is(tmp_path):
+    """Tied heads, and the rotary buffers that old checkpoints hold: transformers' own lists."""
+    model = save(tmp_path, llama(tie_word_embeddings=True))
+    name = change(tmp_path, lambda w: w | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)})
+    loaded = load_model(name, read_config(name))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_the_empty_model_has_the_dtype_that_the_loaded_one_has(tmp_path):
+    save(tmp_path, llama(dtype="bfloat16"))
+    name = str(tmp_path)
+    for dtype in ("auto", "float32", "float16"):
+        empty, loaded = (load(name, read_config(name), dtype) for load in (check_weights, load_model))
+        assert {p.device.type for p in empty.parameters()} == {"meta"}
+        assert empty.dtype == loaded.dtype
+        assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in loaded.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", WITH_PICTURES)
+def test_the_text_part_of_a_model_that_sees_gives_the_same_logits_and_is_saved_as_a_text_model(tmp_path, kind, caplog):
+    whole, name = save(tmp_path / "whole", WITH_PICTURES[kind]()), str(tmp_path / "whole")
+    config = read_config(name)
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (704, 32, 2)
+    with caplog.at_level(logging.INFO, "longpo_ops.pretrained"):
+        text = load_model(name, config)
+    assert "its text part alone, without multi_modal_projector, vision_" in caplog.text
+    ids = torch.randint(704, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = whole(ids).logits
+        assert torch.equal(text(ids).logits, expected)
+        Trainer(text, TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none")).save_model()
+        name = str(tmp_path / "out")
+        again = load_model(name, read_config(name))
+        assert type(again) is type(text) and torch.equal(again(ids).logits, expected)
+
+
+def test_the_text_part_of_a_model_that_sees_must_be_whole(tmp_path):
+    lost = "language_model.model.layers.1.mlp.up_proj.weight"
+    save(tmp_path, WITH_PICTURES["gemma3"]())
+    name = change(tmp_path, without(lost))
+    with pytest.raises(ValueError, match=r"1 weights are missing \(model.layers.1.mlp.up_proj.weight\)"):
+        check_weights(name, read_config(name))
+    name = change(tmp_path, lambda w: w | {lost: torch.ones(48, 32), lost.replace("1", "2"): torch.ones(48, 32)})
+    with pytest.raises(ValueError, match=r"1 weights are unknown to its config \(model.layers.2.mlp.up_proj.weight\)"):
+        check_weights(name, read_config(name))
+
+
+def test_a_model_whose_text_part_is_no_causal_lm_is_refused_by_name(tmp_path):
+    save(tmp_path, qwen_vl())
+    name = str(tmp_path)
+    with pytest.raises(ValueError, match="no causal LM of type 'qwen2_5_vl_text'"):
+        load_model(name, read_config(name))

@@ -1,0 +1,81 @@
+"""Folders of tiny models: as they are saved, and with something changed in their weights or config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Llama4Config,
+    LlamaConfig,
+    Mistral3Config,
+    MixtralConfig,
+    Qwen2_5_VLConfig,
+)
+
+SIZES = dict(
+    vocab_size=704,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=4096,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+EYE = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
+LLAMA4_EYE = EYE | dict(intermediate_size=64, vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)
+LLAMA4 = SIZES | dict(intermediate_size_mlp=48, num_local_experts=2)
+WITH_PICTURES = {
+    "gemma3": lambda: Gemma3Config(text_config=SIZES | {"sliding_window": 16}, vision_config=EYE),
+    "mistral3": lambda: Mistral3Config(
+        text_config=SIZES | {"model_type": "mistral"}, vision_config=EYE | {"model_type": "pixtral"}
+    ),
+    "llama4": lambda: Llama4Config(text_config=LLAMA4, vision_config=LLAMA4_EYE),
+}
+
+
+def llama(**more) -> LlamaConfig:
+    return LlamaConfig(**SIZES | more)
+
+
+def mixtral() -> MixtralConfig:
+    return MixtralConfig(**SIZES, num_local_experts=4)
+
+
+def qwen_vl() -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        text_config=SIZES,
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32),
+    )
+
+
+def save(folder: Path, config, **options):
+    """A random model of a config, in a folder -> the model."""
+    torch.manual_seed(0)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def change(folder: Path, weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, **config) -> str:
+    """Changes the weights of a folder, and entries of its config."""
+    if weights is not None:
+        file = folder / "model.safetensors"
+        save_file(weights(load_file(file)), file, metadata={"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return str(folder)
