@@ -1,6 +1,8 @@
 """The command line: exit codes, settings from file and options, dry run, one line for a failure."""
 
+import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -8,13 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from longpo_ops import cli
 from longpo_ops.cli import app
 
+from .pretrained.tiny import CHATML
 from .processes import CLI, Started, longpo
 from .train.tiny import write_home
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "examples" / "tiny" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +150,56 @@ def test_help_tells_what_there_is():
         done = in_process(*arguments)
         plain = re.sub(r"\x1b\[[0-9;]*m", "", done.output)
         assert done.exit_code == 0 and all(word in plain for word in words)
+
+
+def lossy(folder: Path) -> None:
+    """A Llama class over byte-level files loses every space."""
+    change(folder, "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+
+
+def large(folder: Path) -> None:
+    """Two special tokens and a ChatML template; the embedding was not resized."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+
+
+def incomplete(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def another(folder: Path) -> None:
+    change(folder, "config.json", num_hidden_layers=4)
+
+
+def change(folder: Path, file: str, **entries) -> None:
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lossy, "does not give its own text back"),
+        (large, "its tokenizer has 1026 tokens, its embedding 1024 rows"),
+        (incomplete, r"1 weights are missing \(model.layers.1.self_attn.q_proj.weight\)"),
+        (another, r"9 weights are missing \(model.layers.3"),
+    ],
+)
+def test_a_model_whose_parts_do_not_fit_is_refused_by_every_command(home, tmp_path, spoil, message):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    spoil(model)
+    (tmp_path / "text.txt").write_text((ROOT / "LICENSE").read_text())
+    evaluation = ("--perplexity", tmp_path / "text.txt", "--perplexity-length", 64, "--samples", 1)
+    generation = ("--documents", tmp_path / "text.txt", "--length", 1024, "--min-document", 64, "--min-chunk", 32)
+    for words in (
+        ("train", "--config", home / "run.yaml", "--output-dir", tmp_path / "trained"),
+        ("train", "--config", home / "run.yaml", "--output-dir", tmp_path / "trained", "--dry-run"),
+        ("evaluate", "--out", tmp_path / "evaluated", *evaluation),
+        ("generate", "--out", tmp_path / "generated", *generation),
+    ):
+        done = in_process(*words, "--model", model)
+        assert done.exit_code == 1 and re.search(message, str(done.exception)), (words, done.output, done.exception)

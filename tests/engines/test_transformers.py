@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from longpo_ops import detach
-from longpo_ops.engines import EngineStopped, Request, Sampling
+from longpo_ops.engines import EngineStopped, Request, RequestFailed, Sampling
 from longpo_ops.engines.transformers import TransformersEngine
 from tests.engines import tiny
+from tests.pretrained.tiny import WITH_PICTURES, save
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,32 @@ def test_closing_ends_a_text_under_way(model):
 
     with pytest.raises(EngineStopped, match="closed"):
         asyncio.run(work())
+
+
+def test_a_model_that_sees_answers_as_its_text_part(tokenizer, tmp_path):
+    whole = save(tmp_path, WITH_PICTURES["gemma3"]())
+    tokenizer.save_pretrained(tmp_path)
+    engine = TransformersEngine(str(tmp_path), length=8192, rope={"full_attention": {"rope_theta": 2e6}})
+    asyncio.run(engine.start())
+    assert engine.model.config.rope_parameters["full_attention"]["rope_theta"] == 2e6
+    assert ask(engine, question(0))[0].tokens
+    engine = TransformersEngine(str(tmp_path))
+    asyncio.run(engine.start())
+    ids = tokenizer(tiny.document(0))["input_ids"]
+    scores = asyncio.run(engine.score(ids))
+    with torch.no_grad():
+        logits = whole(torch.tensor([ids])).logits[0, :-1].double()
+    assert abs(scores - logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()).max() < 1e-5
+
+
+def test_a_text_that_names_a_token_without_a_row_fails_alone(engine):
+    rows = engine.model.config.vocab_size
+    for asked in (
+        engine.score([1, rows]),
+        engine.generate(replace(question(0), content="", prompt_ids=(rows + 3,))),
+    ):
+        with pytest.raises(
+            RequestFailed, match=rf"token ({rows}|{rows + 3}) came, the model's embedding has {rows} rows"
+        ):
+            asyncio.run(asked)
+    assert ask(engine, question(0))[0].tokens

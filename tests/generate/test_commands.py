@@ -59,7 +59,9 @@ def test_one_command_makes_pairs_and_a_summary(tokenizer, documents, tmp_path):
 
 
 def test_a_dry_run_lists_and_asks_nobody(tokenizer, documents, tmp_path):
-    done = call(*arguments(tokenizer, documents, tmp_path / "pairs", "--dry-run"))
+    with OpenAIServer() as server:
+        done = call(*arguments(tokenizer, documents, tmp_path / "pairs", "--endpoint", server.url, "--dry-run"))
+        assert not server.seen
     assert done.exit_code == 0, done.output
     assert "4 of 4 documents selected" in done.output and re.search(r"chunk tokens, number\s+16", done.output)
     assert not (tmp_path / "pairs").exists()

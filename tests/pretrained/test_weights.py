@@ -95,7 +95,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, dtype, value):
 def test_what_may_be_missing_or_left_out_is(tmp_path):
     """Tied heads, and the rotary buffers that old checkpoints hold: transformers' own lists."""
     model = save(tmp_path, llama(tie_word_embeddings=True))
-    name = change(tmp_path, lambda w: w | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)})
+    name = change(
+        tmp_path, lambda w: w | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)}
+    )
     loaded = load_model(name, read_config(name))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)

@@ -38,6 +38,10 @@ EYE = dict(
 )
 LLAMA4_EYE = EYE | dict(intermediate_size=64, vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)
 LLAMA4 = SIZES | dict(intermediate_size_mlp=48, num_local_experts=2)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 WITH_PICTURES = {
     "gemma3": lambda: Gemma3Config(text_config=SIZES | {"sliding_window": 16}, vision_config=EYE),
     "mistral3": lambda: Mistral3Config(

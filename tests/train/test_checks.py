@@ -1,0 +1,174 @@
+"""What a run would refuse, its dry run refuses with the same words, before anything is tokenised or loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from longpo_ops.cli import app
+from longpo_ops.pretrained import load_model, read_config
+from longpo_ops.train.run import TrainRun, prepare, train
+
+from ..pretrained.tiny import CHATML, WITH_PICTURES, qwen_vl, save
+from .tiny import write_home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return write_home(tmp_path_factory.mktemp("home"))
+
+
+def settings(home: Path, output: Path, **more) -> dict:
+    base = {"model": str(home / "model"), "data": str(home / "pairs.jsonl"), "output_dir": str(output)}
+    return base | {"use_cpu": True, "disable_tqdm": True, "max_steps": 1} | more
+
+
+def as_options(settings: dict) -> list[str]:
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+
+
+def with_tokenizer(home: Path, folder: Path) -> str:
+    """The tokenizer of home beside the model of a folder."""
+    AutoTokenizer.from_pretrained(home / "model").save_pretrained(folder)
+    return str(folder)
+
+
+def other_family(home: Path, folder: Path, kind: str, **more) -> str:
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=1024)
+    sizes |= dict(num_key_value_heads=2, pad_token_id=None, max_position_embeddings=4096)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | more)).save_pretrained(folder)
+    return with_tokenizer(home, folder)
+
+
+def qwen(home: Path, folder: Path) -> str:
+    save(folder, qwen_vl())
+    return with_tokenizer(home, folder)
+
+
+def changed_model(home: Path, folder: Path, weights=None, tokenizer=None) -> str:
+    shutil.copytree(home / "model", folder)
+    if weights is not None:
+        save_file(weights(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    if tokenizer is not None:
+        changed = AutoTokenizer.from_pretrained(folder)
+        tokenizer(changed)
+        changed.save_pretrained(folder)
+    return str(folder)
+
+
+def add_chatml(tokenizer) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+
+
+def adapters(home: Path, folder: Path) -> str:
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(folder)
+    return with_tokenizer(home, folder)
+
+
+def lose(weights):
+    return {name: weight for name, weight in weights.items() if "layers.1.self_attn.q_proj" not in name}
+
+
+REFUSED = {
+    "fit with adapters": (lambda home, _: {"fit": "auto", "lora_rank": 4}, "fit='auto' plans full fine-tuning"),
+    "Phi-3": (lambda home, at: {"model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
+    "Mixtral": (lambda home, at: {"model": other_family(home, at, "mixtral")}, "got a model of type 'mixtral'"),
+    "reference": (lambda home, at: {"reference_model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
+    "Qwen2.5-VL": (lambda home, at: {"model": qwen(home, at)}, "no causal LM of type 'qwen2_5_vl_text'"),
+    "adapters as model": (lambda home, at: {"model": adapters(home, at)}, "PEFT adapters of .* expected a whole model"),
+    "no such layers": (lambda home, _: {"lora_rank": 4, "lora_targets": "query"}, "Target modules .*query.* not found"),
+    "adapters on the head": (lambda home, _: {"lora_rank": 4, "lora_targets": "lm_head"}, "its head carries adapters"),
+    "weights": (lambda home, at: {"model": changed_model(home, at, weights=lose)}, "1 weights are missing"),
+    "reference's weights": (
+        lambda home, at: {"reference_model": changed_model(home, at, weights=lose)},
+        "1 weights are missing",
+    ),
+    "tokenizer": (lambda home, at: {"model": changed_model(home, at, tokenizer=add_chatml)}, "tokens, its embedding"),
+    "reference's rows": (
+        lambda home, at: {"reference_model": other_family(home, at, "llama", vocab_size=8)},
+        "tokens, its embedding 8 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_dry_run_refuses_what_the_run_refuses_before_anything_is_tokenised(home, tmp_path, kind):
+    change, message = REFUSED[kind]
+    more = settings(home, tmp_path / "out", **change(home, tmp_path / "model"))
+    done = CliRunner().invoke(app, ["train", *as_options(more), "--dry-run"])
+    assert done.exit_code == 1 and isinstance(done.exception, ValueError), done.output
+    with pytest.raises(ValueError, match=f"(?s){message}") as refused:
+        train(TrainRun.from_settings(more))
+    assert str(refused.value) == str(done.exception)
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_a_record_that_does_not_fit_is_refused_before_weights_are_read(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("longpo_ops.train.run.load_model", lambda *_: pytest.fail("weights were read"))
+    for more, message in (
+        ({"target_length": 20}, "tokens, target_length is 20"),
+        ({"reference": "data"}, "ref_chosen_logp"),
+    ):
+        run = TrainRun.from_settings(settings(home, tmp_path, **more))
+        with pytest.raises(ValueError, match=message):
+            train(run)
+        with pytest.raises(ValueError, match=message):
+            prepare(run)
+
+
+def test_a_dry_run_prints_the_plan_that_the_run_takes(home, tmp_path, monkeypatch):
+    more = settings(home, tmp_path, fit="auto")
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", *as_options(more), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "derived, not measured" in done.output and "optimizer states" in done.output
+    assert not (tmp_path / "memory.json").exists()
+    memory = train(TrainRun.from_settings(more)).memory
+    assert (f"tiles of {memory.tile_rows} rows" if memory.tile_rows else "no tiling") in done.output
+    assert f"AdamW with {memory.states} states" in done.output
+    monkeypatch.setattr(
+        "longpo_ops.train.checks.machine_here", lambda _: __import__("longpo_ops").memory.plan.Machine(1)
+    )
+    done = CliRunner().invoke(app, ["train", *as_options(settings(home, tmp_path / "new", fit="auto")), "--dry-run"])
+    assert done.exit_code == 1 and "nothing fits" in str(done.exception)
+
+
+def test_a_text_that_names_a_token_without_a_row_is_a_bad_record(home, tmp_path, caplog):
+    model = changed_model(home, tmp_path / "model", tokenizer=lambda t: t.add_tokens(["<image>"], special_tokens=True))
+    records = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()]
+    records[2]["document"] += " <image>"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    more = {"model": model, "data": str(tmp_path / "pairs.jsonl")}
+    with pytest.raises(ValueError, match=r"record 'passage-2'.*a token without an embedding"):
+        prepare(TrainRun.from_settings(settings(home, tmp_path / "out", **more)))
+    with caplog.at_level("INFO"):
+        _, _, pairs, _ = prepare(TrainRun.from_settings(settings(home, tmp_path / "out", on_bad_record="skip", **more)))
+    assert len(pairs) == 7 and "7 of 8 records kept" in caplog.text
+
+
+def test_gemma_3_with_pictures_is_trained_as_a_text_model_and_goes_on(home, tmp_path):
+    config = WITH_PICTURES["gemma3"]()
+    config.text_config.vocab_size = 1024
+    save(tmp_path / "model", config)
+    model = with_tokenizer(home, tmp_path / "model")
+    more = settings(
+        home, tmp_path / "out", model=model, save_steps=1, learning_rate=1e-3, gradient_accumulation_steps=1
+    )
+    train(TrainRun.from_settings(more))
+    train(TrainRun.from_settings(more | {"max_steps": 2}))
+    trained = str(tmp_path / "out")
+    before, after = (load_model(name, read_config(name)) for name in (model, trained))
+    assert (
+        type(after).__name__ == "Gemma3ForCausalLM"
+        and json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3_text"
+    )
+    weights = dict(before.named_parameters())
+    assert any(not torch.equal(p, weights[name]) for name, p in after.named_parameters())
