@@ -18,6 +18,7 @@ from ..data import TokenizedPair, packed_length
 from ..memory import plan
 from ..memory.settings import machine_here
 from ..ops.head import attach
+from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
 from .arithmetic import base_model
 from .config import LongPOConfig
@@ -40,6 +41,7 @@ def check_model(run: TrainRun, config: LongPOConfig) -> nn.Module:
     policy = run.empty_model(run.model, policy=True)
     refuse_unplanned(policy, config)
     prepare_model(policy)
+    read_head(policy.get_output_embeddings(), merge_lora=False)  # attach waits for weights with it
     if needs_reference(config) and run.reference_model is not None:
         prepare_model(run.empty_model(run.reference_model, policy=False))
     return policy

@@ -81,7 +81,7 @@ def lose(weights):
 REFUSED = {
     "fit with adapters": (lambda home, _: {"fit": "auto", "lora_rank": 4}, "fit='auto' plans full fine-tuning"),
     "Phi-3": (lambda home, at: {"model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
-    "Mixtral": (lambda home, at: {"model": other_family(home, at, "mixtral")}, "got a model of type 'mixtral'"),
+    "OLMoE": (lambda home, at: {"model": other_family(home, at, "olmoe")}, "got a model of type 'olmoe'"),
     "reference": (lambda home, at: {"reference_model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
     "Qwen2.5-VL": (lambda home, at: {"model": qwen(home, at)}, "no causal LM of type 'qwen2_5_vl_text'"),
     "adapters as model": (lambda home, at: {"model": adapters(home, at)}, "PEFT adapters of .* expected a whole model"),
