@@ -26,6 +26,7 @@ from ..evaluate import EvaluateRun, evaluate
 from ..evaluate.run import Plan as EvaluationPlan
 from ..generate import GenerateRun, generate_and_summarise
 from ..runs.journal import locked
+from ..train.checks import check_model
 from ..train.run import TrainRun, train
 from .report import write_report
 from .results import Result, collect, judge, why_stopped
@@ -73,7 +74,7 @@ def check(evolution: Evolution) -> list[Stage]:
             if stage.kind == PAIRS:
                 find_files(stage.run.documents)
             if stage.kind == TRAIN:
-                stage.run.config()
+                check_model(replace(stage.run, model=evolution.model, reference_model=None), stage.run.config())
             if stage.kind == EVALUATE and stage.round and stage.round.evaluate:  # the base's own are looked at first
                 EvaluationPlan(replace(stage.run, model=evolution.model)).check()
     first = stages[0].run

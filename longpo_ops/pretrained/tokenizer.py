@@ -4,8 +4,8 @@
                              whatever else does not (white space, case, accents, scripts) is reported as a warning
 
 A tokenizer may hold more tokens than the embedding has rows (Gemma 3 1B: 262,145 and 262,144; a padding token that nobody
-added a row for): that is refused only where such a token is one of the plain vocabulary, the end of sequence, or written by
-the chat template. Texts that name another one are refused where they are read.
+added a row for): that is refused only where such a token is one of the plain vocabulary, begins or ends a sequence, or is
+written by the chat template. Texts that name another one are refused where they are read.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def check_ids(name: str, tokenizer, vocab_size: int) -> None:
 
 
 def _written(tokenizer) -> set[int]:
-    """Ids that stand in every conversation: those of the chat template, and the end of sequence."""
+    """Ids that stand in every text: those of the chat template, beginning and end of sequence."""
     from jinja2 import TemplateError
 
-    ids = {tokenizer.eos_token_id} - {None}
+    ids = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
     if not getattr(tokenizer, "chat_template", None):
         return ids
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]

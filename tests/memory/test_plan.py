@@ -178,6 +178,17 @@ def test_unknown_model_is_refused(monkeypatch):
         read_config("no-such-model")
 
 
+def test_a_model_that_sees_is_planned_as_its_text_part(tmp_path):
+    from transformers import Gemma3Config, Gemma3TextConfig
+
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=704)
+    text |= dict(num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
+    Gemma3Config(text_config=text, dtype="bfloat16").save_pretrained(tmp_path)
+    machine = Machine(4 * GIB, 16 * GIB)
+    planned, plain = (fit(Work(read_config(c), 512), machine) for c in (tmp_path, Gemma3TextConfig(**text)))
+    assert planned.peak == plain.peak and weights_of(read_config(tmp_path)).layers == 2
+
+
 def test_untiled_forward_of_the_512k_step():
     """Three tensors as wide as the MLP and three as the model are alive at once, at 524,288 rows in bfloat16."""
     for name in ("mistral-7b", "qwen2.5-7b"):
