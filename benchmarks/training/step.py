@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
 from longpo_ops.memory.optimizer import AdamW
-from longpo_ops.memory.plan import GIB, Machine, Plan, Settings, Work, attention_pairs, placed, predict, weights_of
+from longpo_ops.memory.plan import GIB, Machine, Plan, Settings, Work, attention_pairs, predict, weights_of
+from longpo_ops.memory.search import placed
 from longpo_ops.memory.settings import Memory, machine_here
 from longpo_ops.memory.tiers import available_host_bytes
 from longpo_ops.memory.trace import read_config, trace

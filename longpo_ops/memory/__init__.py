@@ -8,7 +8,8 @@ __all__, __getattr__, __dir__ = public_names(
         "offload": ("OffloadHandle", "Placement", "offload_activations", "place"),
         "tiling": ("TilingHandle", "tile_layers"),
         "optimizer": ("AdamW", "float32_gradients"),
-        "plan": ("Machine", "Work", "fit", "longest", "predict"),
+        "plan": ("Machine", "Work", "predict"),
+        "search": ("fit", "longest"),
         "settings": ("Memory",),
     },
 )

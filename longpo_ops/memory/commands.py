@@ -24,9 +24,17 @@ def plan(
     device_gib: Annotated[float, typer.Option(help="Memory of the device.")] = 141.0,
     host_gib: Annotated[float, typer.Option(help="Memory of the host.")] = 128.0,
     disk_gib: Annotated[float, typer.Option(help="Disk space for layer inputs.")] = 0.0,
-    accumulation: Annotated[int, typer.Option(help="Packs a step accumulates gradients over.")] = 1,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 for none.")] = 0.0,
-    device_reserve_gib: Annotated[float, typer.Option(help="Device memory to leave free.")] = 2.0,
+    accumulation: Annotated[int, typer.Option(help="Packs a step accumulates gradients over.")] = 8,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 for none.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+    workspace_gib: Annotated[float, typer.Option(help="Scratch of the loss.")] = 2.0,
+    online: Annotated[bool, typer.Option("--online", help="Keep a reference model beside the policy.")] = False,
+    allow_lossy: Annotated[
+        str, typer.Option(help="nothing, states (8-bit optimizer states), or all (layer inputs in 8 bits, too).")
+    ] = "nothing",
+    device_reserve_gib: Annotated[
+        float, typer.Option(help="Device memory to leave free, beside a tenth for the prediction's error.")
+    ] = 2.0,
     host_reserve_gib: Annotated[float, typer.Option(help="Host memory to leave free.")] = 8.0,
     longest: Annotated[
         bool, typer.Option("--longest", help="The longest length that fits, instead of --length.")
@@ -34,16 +42,35 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="Draw memory over the step into this PNG.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Predict memory and time of a training step, and choose settings that fit. Nothing is allocated."""
+    """Predict memory and time of a training step, and choose settings that fit. Nothing is allocated.
+
+    Defaults are those of `longpo train` on one H200.
+    """
     import json
 
+    import torch
+
     from . import plan as planner
+    from . import search
     from .plan_report import as_json, draw_plan, print_plan
     from .trace import read_config
 
     gib, config = planner.GIB, read_config(model)
     with terminal.wrong_usage():
-        work = planner.Work(config, length, tuple(tail or ()), accumulation, max_grad_norm)
+        search.check_lossy(allow_lossy)
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype={dtype!r}: expected bfloat16, float16 or float32")
+        kind = getattr(torch, dtype)
+        work = planner.Work(
+            config,
+            length,
+            tuple(tail or ()),
+            accumulation,
+            max_grad_norm,
+            kind,
+            int(workspace_gib * gib),
+            planner.weights_of(config).total * kind.itemsize if online else 0,
+        )
     try:
         machine = planner.Machine(
             int(device_gib * gib),
@@ -52,15 +79,19 @@ def plan(
             device_reserve=int(device_reserve_gib * gib),
             host_reserve=int(host_reserve_gib * gib),
         )
-        found = planner.longest(work, machine) if longest else planner.fit(work, machine)
+        found = (
+            search.longest(work, machine, allow_lossy=allow_lossy)
+            if longest
+            else search.fit(work, machine, allow_lossy)
+        )
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     title = f"{model}, one pack of {found.work.length:,} tokens"
     if json_:
-        typer.echo(json.dumps(as_json(found), indent=1))
+        typer.echo(json.dumps(as_json(found, allow_lossy), indent=1))
     else:
-        print_plan(found, title)
+        print_plan(found, title, allow_lossy)
     if picture is not None:
         draw_plan(found, title, picture)
         if not json_:

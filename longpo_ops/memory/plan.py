@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -22,11 +22,11 @@ from longpo_ops.kinds import FLOATS, check_each, check_number, check_object, che
 from longpo_ops.memory import optimizer
 from longpo_ops.memory.offload import Placement
 from longpo_ops.memory.quantise import CODECS
-from longpo_ops.memory.tiers import PAGE, gib
-from longpo_ops.memory.tiling import FAMILIES, ROWS
+from longpo_ops.memory.tiers import PAGE
 from longpo_ops.memory.trace import Trace, build, trace
 
 GIB = 1 << 30
+ERROR = 0.1  # of a predicted peak, at most, in tests/memory/test_plan.py: real <= predicted / (1 - ERROR)
 DEVICE_RESERVE = 2 * GIB  # context, libraries, gaps between blocks of the allocator
 HOST_RESERVE = 8 * GIB  # system, Python, data, and room to write a checkpoint
 STATE_BYTES = {"float32": 8, "8bit": 2 * (1 + 4 / 256)}
@@ -50,19 +50,24 @@ class Machine:
     host_memory: float = 100e9
     device_reserve: int = DEVICE_RESERVE
     host_reserve: int = HOST_RESERVE
+    error: float = ERROR  # of the device's peak, for which room is left
 
     def __post_init__(self):
         for field in fields(self):
             name, value = f"Machine: {field.name}", getattr(self, field.name)
             if field.type == "int":
                 check_whole(name, value, 0)
+            elif field.name == "error":
+                if not 0 <= check_number(name, value) < 1:
+                    raise refusal(name, value, "a share of at least 0, below 1")
             else:
                 check_number(name, value, above=0)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step: packs of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config."""
+    """A step: packs of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config.
+    reference_bytes: weights of a reference that stays on the device beside the policy."""
 
     config: object
     length: int
@@ -71,6 +76,7 @@ class Work:
     max_grad_norm: float = 0.0
     dtype: torch.dtype = torch.bfloat16
     workspace_bytes: int = 2 << 30
+    reference_bytes: int = 0
 
     def __post_init__(self):
         if not hasattr(self.config, "to_json_string") or isinstance(self.config, type):
@@ -78,6 +84,7 @@ class Work:
         check_whole("length", self.length, 1)
         check_whole("accumulation", self.accumulation, 1, "at least one pack")
         check_whole("workspace_bytes", self.workspace_bytes, 1)
+        check_whole("reference_bytes", self.reference_bytes, 0)
         for tail in check_each("tails", self.tails, int, "a number of rows", (tuple, list)):
             check_whole("tails", tail, 1)
         if self.max_grad_norm is not None and check_number("max_grad_norm", self.max_grad_norm) < 0:
@@ -207,7 +214,7 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
 
     Raises ValueError for settings that exclude each other, and for a model that cannot be traced.
     """
-    _check(work, machine)
+    check_planned(work, machine)
     check_object("settings", settings, Settings, "a Settings")
     if settings.step_in_backward:
         optimizer.refuse_step_in_backward(work.accumulation, work.max_grad_norm)
@@ -218,8 +225,8 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
     )
     if sum(inputs) != layers:
         raise ValueError(f"kept, on_host and on_disk are {tuple(inputs)}: expected {layers} layers in all")
-    stored = _paged(_encoded(t, work, settings))
-    attention = settings.attention_layers * _paged(t.attention)
+    stored = paged(encoded_bytes(t, work, settings))
+    attention = settings.attention_layers * paged(t.attention)
     optimizer_bytes = _optimizer_bytes(work, settings, w)
     host = {
         "reserve": machine.host_reserve,
@@ -237,16 +244,16 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
     )
 
 
-def _check(work: Work, machine: Machine) -> None:
+def check_planned(work: Work, machine: Machine) -> None:
     check_object("work", work, Work, "a Work")
     check_object("machine", machine, Machine, "a Machine")
 
 
-def _paged(nbytes: int) -> int:
+def paged(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
-def _encoded(t: Trace, work: Work, settings: Settings) -> int:
+def encoded_bytes(t: Trace, work: Work, settings: Settings) -> int:
     count = t.input // work.dtype.itemsize
     return CODECS[settings.store].nbytes(torch.empty(count, dtype=work.dtype, device="meta"))
 
@@ -262,18 +269,21 @@ def _phases(
     size, layers, tiers = work.dtype.itemsize, w.layers, inputs.tiers()
     g = 4 if _float32_gradients(work) else size
     base = {"reserve": machine.device_reserve, "weights": w.total * size, "ids and positions": t.positions}
+    base |= {"reference": work.reference_bytes} if work.reference_bytes else {}
     if not settings.host:
         base |= _optimizer_bytes(work, settings, w)
     held, freed = work.accumulation > 1, settings.step_in_backward
     scratch = STEP_BYTES * min(optimizer.PIECE, w.largest) if freed else 0
-    encoded = _encoded(t, work, settings) if settings.store != "exact" else 0
+    encoded = encoded_bytes(t, work, settings) if settings.store != "exact" else 0
 
     def away(layer: int) -> bool:
         return layer >= 0 and tiers[layer] != "device"
 
     def phase(name: str, gradients: int, kept: int, passing: int, **needs: int) -> Phase:
         parts = base | {"gradients": w.total * g if held else gradients, "layer inputs": kept * t.input + passing}
-        return Phase(name, parts | {n.replace("_", " "): v for n, v in needs.items()})
+        parts |= {n.replace("_", " "): v for n, v in needs.items()}
+        predicted = sum(parts.values()) - machine.device_reserve
+        return Phase(name, parts | {"error": int(predicted * (1 / (1 - machine.error) - 1))})
 
     last = layers - 1
     for layer in range(layers):
@@ -334,7 +344,7 @@ def _seconds(
     }
     seconds = {name: layers * time for name, time in layer.items()}
     seconds["loss"] = 6 * work.length * w.embedding / machine.matmul
-    stored, rest = _encoded(t, work, settings), inputs.host + inputs.disk
+    stored, rest = encoded_bytes(t, work, settings), inputs.host + inputs.disk
     saved = settings.attention_layers * t.attention / layers
     copied = (rest * stored / layers + saved) / machine.copy
     spilled = inputs.disk * stored / max(rest, 1) / machine.disk
@@ -349,128 +359,3 @@ def _step_seconds(work: Work, settings: Settings, machine: Machine, w: Weights) 
     if not settings.host:
         return (moved + 4 * w.total) / machine.device_memory
     return 3 * w.total * work.dtype.itemsize / machine.copy + (moved + 8 * w.total) / machine.host_memory
-
-
-# -- search ------------------------------------------------------------------------------------------------------------
-
-
-def fit(work: Work, machine: Machine) -> Plan:
-    """The fastest settings that fit; of those within 3 % of it the first of: float32 states, states on the device, nothing
-    offloaded, nothing tiled. Disk is used where nothing fits without, 8-bit layer inputs where nothing fits without.
-
-    Raises ValueError where nothing fits, naming the shortfall of the closest settings.
-    """
-    _check(work, machine)
-    closest = None
-    for candidates in _candidates(work):
-        plans = [placed(work, settings, machine) for settings in candidates]
-        fitting = [plan for plan in plans if not plan.shortfalls]
-        if fitting:
-            best = min(map(_pace, fitting))
-            near = [plan for plan in fitting if _pace(plan) <= 1.03 * best]
-            return min(near, key=lambda plan: _rank(plan.settings))
-        closest = min([closest, *plans] if closest else plans, key=lambda plan: sum(plan.shortfalls.values()))
-    raise ValueError(f"length {work.length}: nothing fits. {explain_shortfall(closest)}")
-
-
-def _pace(plan: Plan) -> float:
-    """Seconds of the step; an optimizer step on the device, short for real models, speaks for no kind of states."""
-    return plan.step_seconds - (0 if plan.settings.host else plan.seconds["optimizer"])
-
-
-def _rank(s: Settings) -> tuple:
-    return s.states != "float32", s.host, s.step_in_backward, s.offload, s.tile_rows is not None, s.attention_layers
-
-
-def _candidates(work: Work) -> Iterator[list[Settings]]:
-    """Groups of settings, each considered only where none of the groups before it has one that fits."""
-    tiles = [None] if work.config.model_type not in FAMILIES else [None, ROWS] if work.length > ROWS else [None]
-    early = work.accumulation == 1 and not work.max_grad_norm
-    for store in ("exact", "int8"):
-        for step_in_backward in (False, True) if early else (False,):
-            yield [
-                Settings(
-                    tile_rows=tile,
-                    offload=offload,
-                    store=store,
-                    states=states,
-                    host=host,
-                    step_in_backward=step_in_backward,
-                )
-                for tile in tiles
-                for offload in ((False, True) if store == "exact" else (True,))
-                for states in STATE_BYTES
-                for host in (False, True)
-            ]
-
-
-def placed(work: Work, settings: Settings, machine: Machine) -> Plan:
-    """The prediction with as many layer inputs on the device as fit, then on the host, then on disk, and attention outputs
-    where the host has room left."""
-    layers = weights_of(work.config).layers
-    if not settings.offload:
-        return predict(work, settings, machine)
-    t = traced(work, settings)
-    stored, attention = _paged(_encoded(t, work, settings)), _paged(t.attention)
-    used = sum(predict(work, replace(settings, on_disk=layers), machine).host.values())
-    room = max(0, machine.host_bytes - used)
-
-    def spread(kept: int) -> Plan:
-        on_host = min(layers - kept, room // stored) if machine.disk_bytes else layers - kept
-        chosen = replace(settings, kept=kept, on_host=on_host, on_disk=layers - kept - on_host)
-        return predict(work, chosen, machine)
-
-    spare = max(0, machine.device_bytes - spread(0).peak.total)
-    kept = min(layers, spare // t.input)
-    while kept < layers and "device" not in spread(kept + 1).shortfalls:
-        kept += 1
-    plan = spread(kept)
-    left = room - plan.settings.on_host * stored
-    saved = min(layers, max(0, left) // attention)
-    return predict(work, replace(plan.settings, attention_layers=saved), machine) if saved else plan
-
-
-def explain_shortfall(plan: Plan) -> str:
-    """What is missing under a plan's settings, where, and what would do."""
-    if not plan.shortfalls:
-        return "It fits."
-    parts = {"device": plan.peak.parts, "host": plan.host, "disk": plan.disk}
-    lines = []
-    for where, missing in plan.shortfalls.items():
-        most = sorted(parts[where].items(), key=lambda part: -part[1])[:3]
-        shown = ", ".join(f"{name} {gib(n)}" for name, n in most)
-        lines.append(f"{where} is short of {gib(missing)} ({shown})")
-    advice = "a shorter length, or more of what is short"
-    if "disk" in plan.shortfalls or "host" in plan.shortfalls:
-        advice += " (a host or a disk that takes the layer inputs)"
-    late = plan.work.accumulation > 1 or plan.work.max_grad_norm
-    if late and "device" in plan.shortfalls:
-        advice += (
-            f"; gradient_accumulation_steps=1 and max_grad_norm=0 would let weights step in backward and free "
-            f"{gib(max(phase.parts['gradients'] for phase in plan.phases))} of gradients"
-        )
-    return f"{'; '.join(lines)}. What would help: {advice}"
-
-
-def longest(work: Work, machine: Machine, unit: int = 8192) -> Plan:
-    """The plan of the longest length that fits, in multiples of `unit`. Raises ValueError where not even one fits."""
-    _check(work, machine)
-    unit = check_whole("unit", unit, 1)
-    best, low, high = fit(replace(work, length=unit), machine), 1, 2
-
-    def attempt(units: int) -> Plan | None:
-        try:
-            return fit(replace(work, length=units * unit), machine)
-        except ValueError:
-            return None
-
-    while (plan := attempt(high)) is not None:
-        best, low, high = plan, high, 2 * high
-    while high - low > max(1, low // 32):  # within 3 %
-        middle = (low + high) // 2
-        plan = attempt(middle)
-        if plan is None:
-            high = middle
-        else:
-            best, low = plan, middle
-    return best

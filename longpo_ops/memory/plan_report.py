@@ -9,11 +9,12 @@ import dataclasses
 from pathlib import Path
 
 from longpo_ops.memory.plan import GIB, Plan
+from longpo_ops.memory.search import lossy_offers
 
 LAST = ("weights", "master", "optimizer states", "gradients", "layer inputs", "layer", "loss")  # drawn first, lowest
 
 
-def as_json(plan: Plan) -> dict:
+def as_json(plan: Plan, allow_lossy: str) -> dict:
     """Everything that was derived, in bytes and seconds."""
     work = plan.work
     return {
@@ -21,7 +22,10 @@ def as_json(plan: Plan) -> dict:
         "model_type": work.config.model_type,
         "length": work.length,
         "tails": list(work.tails),
+        "accumulation": work.accumulation,
+        "max_grad_norm": work.max_grad_norm,
         "settings": dataclasses.asdict(plan.settings),
+        "lossy_offers": lossy_offers(plan, allow_lossy),
         "fits": not plan.shortfalls,
         "shortfalls": plan.shortfalls,
         "peak_phase": plan.peak.name,
@@ -56,13 +60,14 @@ def describe_settings(plan: Plan) -> str:
     return "; ".join(words)
 
 
-def print_plan(plan: Plan, title: str) -> None:
+def print_plan(plan: Plan, title: str, allow_lossy: str) -> None:
     """The table."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=100)
-    console.print(f"{title} (derived, not measured)", soft_wrap=True)
+    step = f"{plan.work.accumulation} packs a step, max_grad_norm {plan.work.max_grad_norm:g}"
+    console.print(f"{title}, {step} (derived, not measured)", soft_wrap=True)
     table = Table()
     for column in ("", "at the peak", ""):
         table.add_column(column, justify="right" if column else "left")
@@ -89,6 +94,8 @@ def print_plan(plan: Plan, title: str) -> None:
         table.add_row(f"  {part}", f"{time:.3g}", "")
     console.print(table)
     console.print(f"Settings: {describe_settings(plan)}.", soft_wrap=True)
+    for offer in lossy_offers(plan, allow_lossy):
+        console.print(f"Lossy storage: {offer}.", soft_wrap=True)
 
 
 def draw_plan(plan: Plan, title: str, path: Path) -> None:

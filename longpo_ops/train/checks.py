@@ -15,7 +15,7 @@ from torch import nn
 
 from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
-from ..memory import plan
+from ..memory import plan, search
 from ..memory.settings import machine_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
@@ -95,10 +95,14 @@ def refuse_unplanned(model: nn.Module, config: LongPOConfig) -> None:
         raise ValueError("fit='auto' plans full fine-tuning on one device: set memory by hand, and fit to 'off'")
 
 
-def plan_memory(model: nn.Module, config: LongPOConfig, pairs: Sequence[TokenizedPair]) -> plan.Plan:
-    """What the planner chooses for the longest pack. Raises ValueError where nothing fits."""
+def plan_memory(
+    model: nn.Module, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]], reference: nn.Module | None
+) -> plan.Plan:
+    """What the planner chooses for the longest pack, trained on or evaluated, beside an online reference. Raises ValueError
+    where nothing fits."""
     refuse_unplanned(model, config)
-    longest = max(packed_length(select(pair, config.method)) for pair in pairs)
+    longest = max(packed_length(select(pair, config.method)) for pairs in datasets for pair in pairs)
+    online = reference is not None and config.reference == "online"
     work = plan.Work(
         model.config,
         max(longest, config.pack_tokens or 0),
@@ -106,5 +110,6 @@ def plan_memory(model: nn.Module, config: LongPOConfig, pairs: Sequence[Tokenize
         max_grad_norm=config.max_grad_norm,
         dtype=model.dtype,
         workspace_bytes=config.workspace_bytes or default_workspace(config.device),
+        reference_bytes=sum(p.nbytes for p in reference.parameters()) if online else 0,
     )
-    return plan.fit(work, machine_here(config.device))
+    return search.fit(work, machine_here(config.device), config.allow_lossy)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..memory.optimizer import refuse_step_in_backward
+from ..memory.search import check_lossy
 from ..memory.settings import Memory
 from .methods import Method, resolve_method
 
@@ -33,6 +34,7 @@ class LongPOConfig(TrainingArguments):
     workspace_bytes: scratch of the loss (fused_preference_loss).
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
     fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose.
+    allow_lossy: what fit="auto" may store in 8 bits: "nothing", optimizer "states", or "all", layer inputs as well.
 
     warmup_steps: a number of steps, or below 1 the part of all steps, rounded up as transformers has it, but 0 where it comes
         to less than one step: a warm-up begins with a step at rate 0, which may not be all of a short run.
@@ -65,6 +67,8 @@ class LongPOConfig(TrainingArguments):
     memory: dict | None = field(default=None, metadata={"help": "settings of memory/settings.py, as JSON"})
     fit: str = field(default="off", metadata={"help": "auto: choose memory settings that fit this machine"})
 
+    allow_lossy: str = field(default="nothing", metadata={"help": "of fit: nothing | states | all"})
+
     def __post_init__(self):
         self.method.make_objective(self.objective_options or {})
         if self.reference not in REFERENCES:
@@ -94,6 +98,11 @@ class LongPOConfig(TrainingArguments):
             raise ValueError(f"constraint_weight={self.constraint_weight}: expected > 0")
         if self.fit not in ("off", "auto"):
             raise ValueError(f"fit={self.fit!r}: expected 'off' or 'auto'")
+        check_lossy(self.allow_lossy)
+        if self.allow_lossy != "nothing" and self.fit != "auto":
+            raise ValueError(
+                f"allow_lossy={self.allow_lossy!r} is of fit='auto'; by hand, name states and store in memory"
+            )
         if self.fit == "auto" and self.memory:
             raise ValueError("fit='auto' chooses what memory names: expected one of the two")
         memory = Memory.from_settings(self.memory)

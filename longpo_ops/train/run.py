@@ -205,15 +205,17 @@ def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | No
     for each in datasets:
         check_pairs(each, config, target)
     check_packs(policy, (packs_of(each, config, target) for each in datasets))
-    planned(run, config, pairs)
+    planned(run, config, datasets)
     return config, tokenizer, pairs, evaluation
 
 
-def planned(run: TrainRun, config: LongPOConfig, pairs: PairStore) -> Plan | None:
+def planned(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> Plan | None:
     """What `fit: auto` chooses for a run; None for a run with settings of its own, or that began with those it keeps."""
     if config.fit != "auto" or (Path(run.output_dir) / "memory.json").exists():
         return None
-    return plan_memory(run.empty_model(run.model, policy=True), config, pairs)
+    beside = config.method.reference is not None and config.reference == "online"
+    reference = run.empty_model(run.reference_model or run.model, policy=False) if beside else None
+    return plan_memory(run.empty_model(run.model, policy=True), config, datasets, reference)
 
 
 def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrainer:

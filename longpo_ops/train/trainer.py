@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 
 from ..data import TokenizedPair
+from ..memory import search
 from ..memory.optimizer import float32_gradients
 from ..memory.plan_report import describe_settings
 from ..memory.settings import Memory
@@ -99,7 +100,9 @@ class LongPOTrainer(CheckpointedTrainer):
                 positions,
             )
         self.memory = (
-            self._fitted(model, args, train_dataset) if args.fit == "auto" else Memory.from_settings(args.memory)
+            self._fitted(model, args, datasets, reference_model)
+            if args.fit == "auto"
+            else Memory.from_settings(args.memory)
         )
         args.gradient_checkpointing &= not self.memory.offload  # which does it itself
         prepare_model(model)
@@ -121,14 +124,14 @@ class LongPOTrainer(CheckpointedTrainer):
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def _fitted(self, model: nn.Module, args: LongPOConfig, pairs: Sequence[TokenizedPair]) -> Memory:
+    def _fitted(self, model: nn.Module, args: LongPOConfig, datasets, reference_model: nn.Module | None) -> Memory:
         """What the planner chooses for the longest pack on this machine, or chose when the run began."""
         file = Path(args.output_dir) / "memory.json"
         if file.exists():
             return Memory.from_settings(json.loads(file.read_text(encoding="utf-8")))
-        planned = plan_memory(model, args, pairs)
-        predicted = planned.peak.total / 2**30
-        log.info("%d tokens, %.3g GiB predicted: %s", planned.work.length, predicted, describe_settings(planned))
+        planned = plan_memory(model, args, datasets, reference_model)
+        told = "; ".join([describe_settings(planned), *search.lossy_offers(planned, args.allow_lossy)])
+        log.info("%d tokens, %.3g GiB predicted: %s", planned.work.length, planned.peak.total / 2**30, told)
         memory = Memory.from_plan(planned)
         if args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -248,8 +251,7 @@ class LongPOTrainer(CheckpointedTrainer):
         return pairs or None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """A pack's share of the loss of a step of num_items_in_batch pairs (default: its own); its metrics are kept for the
-        next log."""
+        """A pack's share of the loss of a step of num_items_in_batch pairs, its own by default; its metrics are kept."""
         pack = inputs["pack"]
         if not self._tokens:
             self._since = time.perf_counter()
@@ -351,7 +353,7 @@ class LongPOTrainer(CheckpointedTrainer):
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluation of a pack; evaluation_loop makes means over pairs of what is kept here."""
+        """Evaluation of a pack, kept for evaluation_loop."""
         pack = inputs["pack"]
         with torch.no_grad(), self.compute_loss_context_manager():
             _, metrics = self._loss(model, pack, float(pack.batch.num_pairs))
@@ -359,8 +361,7 @@ class LongPOTrainer(CheckpointedTrainer):
         return None, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Trainer's, with the loss and the metrics of training as means over pairs, each pair counted once: a pack that fills
-        up the last round of several processes is another one's, too."""
+        """Trainer's, with means over pairs, each counted once: a pack that fills up the last round is another process's, too."""
         began, self._evaluated = time.perf_counter(), {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         packs: dict[int, dict[str, Tensor]] = {}

@@ -11,7 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, place, tile_layers
 from longpo_ops.memory.optimizer import AdamW
-from longpo_ops.memory.plan import Machine, Settings, Work, attention_pairs, fit, longest, placed, predict, weights_of
+from longpo_ops.memory.plan import ERROR, Machine, Settings, Work, attention_pairs, predict, weights_of
+from longpo_ops.memory.search import fit, longest, lossy_offers, placed
+from longpo_ops.memory.tiers import gib
 from longpo_ops.memory.trace import carried_models, read_config, trace
 from longpo_ops.ops.head import attach
 from longpo_ops.ops.logprobs import linear_cross_entropy
@@ -98,18 +100,17 @@ def measured(work: Work, settings: Settings) -> int:
     ],
     ids=["plain", "step-in-backward", "tiled", "offload", "some-in-8-bits", "untiled-offload"],
 )
-def test_peak_is_within_a_tenth_of_what_was_allocated(settings):
+def test_peak_is_within_the_error_that_plans_leave_room_for(settings):
     work = Work(small(), ROWS, dtype=torch.float32, workspace_bytes=8 << 20)
-    machine = Machine(GIB, GIB, GIB, device_reserve=0, host_reserve=0)
-    predicted = predict(work, settings, machine).peak.total
+    predicted = predict(work, settings, machine(GIB, disk=GIB)).peak.total
     real = measured(work, settings)
-    assert abs(predicted / real - 1) < 0.1, (predicted, real)
+    assert abs(predicted / real - 1) < ERROR, (predicted, real)
 
 
 def test_accumulation_holds_the_gradients():
     work = Work(small(), ROWS, accumulation=2, dtype=torch.float32, workspace_bytes=8 << 20)
-    predicted = predict(work, Settings(), Machine(GIB, device_reserve=0)).peak.total
-    assert abs(predicted / measured(work, Settings()) - 1) < 0.1
+    predicted = predict(work, Settings(), machine(GIB)).peak.total
+    assert abs(predicted / measured(work, Settings()) - 1) < ERROR
 
 
 # -- what is counted -------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def test_untiled_forward_of_the_512k_step():
 
 
 def machine(device, host=GIB, disk=0) -> Machine:
-    return Machine(device, host, disk, device_reserve=0, host_reserve=0)
+    return Machine(device, host, disk, device_reserve=0, host_reserve=0, error=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_less_memory_takes_more_and_the_prediction_fits(work):
     everything = fit(work, machine(64 * GIB, host=0)).peak.total
     seen = []
     for part in (0.9, 0.6, 0.4):
-        plan = fit(work, machine(int(part * everything)))
+        plan = fit(work, machine(int(part * everything)), "all")
         assert plan.peak.total <= part * everything
         assert sum(plan.host.values()) <= GIB
         seen.append(plan.settings)
@@ -258,6 +259,60 @@ def test_stepping_in_backward_only_where_it_is_allowed_and_needed(work):
 def test_nothing_fits_names_the_shortfall(work):
     with pytest.raises(ValueError, match=r"nothing fits. device is short of .*max_grad_norm=0 would let"):
         fit(work, machine(32 << 20))
+
+
+def test_a_plan_leaves_room_for_the_error_of_its_prediction(work):
+    everything = fit(work, machine(64 * GIB, host=0)).peak.total
+    reserve = 1 << 20
+    exact = Machine(int(everything / (1 - ERROR)) + reserve + 1, 0, device_reserve=reserve, host_reserve=0)
+    plan = fit(work, exact)
+    assert plan.settings == Settings()
+    assert plan.peak.parts["error"] == pytest.approx(ERROR * (plan.peak.total - reserve), rel=1e-6)
+    less = fit(work, dataclasses.replace(exact, device_bytes=exact.device_bytes - (1 << 20)))
+    assert less.settings != Settings()
+
+
+def test_a_reference_beside_the_policy_takes_its_bytes(work):
+    alone, beside = (
+        predict(dataclasses.replace(work, reference_bytes=n), Settings(), machine(GIB)) for n in (0, 12345)
+    )
+    assert beside.peak.total == alone.peak.total + 12345
+
+
+def tight(work, states, store):
+    """A machine that just holds these settings with all layer inputs on the host."""
+    settings = Settings(tile_rows=8192, offload=True, on_host=16, states=states, store=store)
+    plan = predict(work, settings, machine(GIB))
+    return machine(plan.peak.total, sum(plan.host.values()))
+
+
+@pytest.mark.parametrize(
+    ("states", "store", "allowed"), [("8bit", "exact", "states"), ("float32", "int8", "all")], ids=["states", "inputs"]
+)
+def test_lossy_storage_is_for_who_asks_for_it(states, store, allowed):
+    wide = dict(hidden_size=1024, num_attention_heads=32) if allowed == "states" else {}
+    length = 16384 if allowed == "states" else 1 << 18  # inputs of several pages each
+    work = Work(small(num_hidden_layers=16, **wide), length, max_grad_norm=1.0, workspace_bytes=8 << 20)
+    limits = tight(work, states, store)
+    with pytest.raises(ValueError, match=f"nothing fits.*allow_lossy='{allowed}', 8-bit .* would fit"):
+        fit(work, limits)
+    chosen = fit(work, limits, allowed).settings
+    assert (chosen.states, chosen.store) == (states, store)
+
+
+def test_a_plan_says_what_lossy_storage_would_buy(work):
+    settings = Settings(tile_rows=8192, offload=True)
+    plan = placed(
+        work, settings, machine(predict(work, dataclasses.replace(settings, on_host=16), machine(GIB)).peak.total)
+    )
+    states, inputs = lossy_offers(plan, "nothing")
+    total = weights_of(work.config).total
+    less = gib(8 * total - int(2 * (1 + 4 / 256) * total))
+    assert states.startswith(f"allow_lossy='states', 8-bit optimizer states, would take {less} less and ")
+    assert inputs.startswith("allow_lossy='all', 8-bit layer inputs, would take ")
+    assert lossy_offers(plan, "states") == [inputs] and lossy_offers(plan, "all") == []
+    with pytest.raises(ValueError, match="allow_lossy='some': expected one of nothing, states, all"):
+        fit(work, machine(GIB), "some")
 
 
 def test_longest_length_fits_and_the_next_does_not():
@@ -296,6 +351,19 @@ def test_bad_lengths_are_refused():
 def test_other_kinds_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_commands_defaults_are_those_of_training():
+    import inspect
+
+    from longpo_ops.memory.commands import plan
+    from longpo_ops.train import LongPOConfig
+
+    ours = {name: parameter.default for name, parameter in inspect.signature(plan).parameters.items()}
+    theirs = {field.name: field.default for field in dataclasses.fields(LongPOConfig)}
+    assert ours["accumulation"] == theirs["gradient_accumulation_steps"]
+    assert ours["max_grad_norm"] == theirs["max_grad_norm"]
+    assert ours["allow_lossy"] == theirs["allow_lossy"]
 
 
 # -- command ---------------------------------------------------------------------------------------------------------

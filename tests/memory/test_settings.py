@@ -102,6 +102,8 @@ def test_this_machine():
         ({"memory": OURS | {"step_in_backward": True}}, "max_grad_norm=1.0 needs all gradients"),
         ({"memory": OURS, "fit": "auto"}, "expected one of the two"),
         ({"fit": "best"}, "expected 'off' or 'auto'"),
+        ({"fit": "auto", "allow_lossy": "some"}, "allow_lossy='some': expected one of nothing, states, all"),
+        ({"allow_lossy": "states"}, "allow_lossy='states' is of fit='auto'"),
     ],
 )
 def test_refusals(tmp_path, settings, match):
