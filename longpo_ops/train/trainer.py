@@ -361,7 +361,7 @@ class LongPOTrainer(CheckpointedTrainer):
         return None, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Trainer's, with means over pairs, each counted once: a pack that fills up the last round is another process's, too."""
+        """Trainer's, with means over pairs, each counted once: the last round may give a pack to several processes."""
         began, self._evaluated = time.perf_counter(), {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         packs: dict[int, dict[str, Tensor]] = {}
