@@ -66,7 +66,7 @@ def print_plan(plan: Plan, title: str, allow_lossy: str) -> None:
     from rich.table import Table
 
     console = Console(width=100)
-    step = f"{plan.work.accumulation} packs a step, max_grad_norm {plan.work.max_grad_norm:g}"
+    step = f"{plan.work.accumulation} of them a step, max_grad_norm {plan.work.max_grad_norm:g}"
     console.print(f"{title}, {step} (derived, not measured)", soft_wrap=True)
     table = Table()
     for column in ("", "at the peak", ""):

@@ -233,8 +233,10 @@ class LongPOTrainer(CheckpointedTrainer):
         store.reload()
         return store
 
-    def _reference_logps(self, pack: Pack) -> tuple[Tensor | None, Tensor | None]:
-        """(B,) and (R,) log-probs of the pack's pairs, for methods that compare."""
+    def _references(self, pack: Pack) -> tuple | list[Tensor]:
+        """(B,) and (R,) log-probs, or (A, H) of each pair for a constraint. The policy itself may answer: not in its forward."""
+        if self.method.constraint:
+            return [self.reference.hidden(pair) for pair in pack.pairs]
         if self.objective is None or not self.objective.needs_reference:
             return None, None
         chosen, rejected = zip(*(self.reference.logps(pair) for pair in pack.pairs), strict=True)
@@ -266,7 +268,7 @@ class LongPOTrainer(CheckpointedTrainer):
         """A pack's share of the mean over num_pairs pairs, and its metrics: (2,) each, as Totals takes them."""
         device = self.args.device
         compute = self._preference if self.objective is not None else self._supervised
-        references = self._reference_logps(pack)
+        references = self._references(pack)
         (loss, metrics), outputs = model(
             input_ids=pack.batch.input_ids.to(device, non_blocking=True),
             position_ids=pack.batch.position_ids.to(device, non_blocking=True),
@@ -324,14 +326,13 @@ class LongPOTrainer(CheckpointedTrainer):
         metrics = {"nll_loss": total(nll, batch.num_pairs)}
         if not self.method.constraint:
             return nll / num_pairs, metrics
-        kl = self._constraint(hidden, head, pack)
+        kl = self._constraint(hidden, head, pack, references)
         metrics["kl"] = total(kl, batch.num_pairs)
         return (nll + self.args.constraint_weight * kl) / num_pairs, metrics
 
-    def _constraint(self, hidden: Tensor, head, pack: Pack) -> Tensor:
+    def _constraint(self, hidden: Tensor, head, pack: Pack, teacher: list[Tensor]) -> Tensor:
         """sum over pairs of mean over answer rows of KL(policy on the long input || reference on the short one)."""
         answers = (pack.batch.segments >= 0).nonzero().squeeze(-1).to(hidden.device)
-        teacher = [self.reference.hidden(pair) for pair in pack.pairs]
         counts = torch.tensor([len(t) for t in teacher])
         weights = (1.0 / counts).repeat_interleave(counts)
         if self._teacher_head is None:
@@ -353,8 +354,7 @@ class LongPOTrainer(CheckpointedTrainer):
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluation of a pack, kept for evaluation_loop."""
-        pack = inputs["pack"]
+        pack = inputs["pack"]  # kept for evaluation_loop
         with torch.no_grad(), self.compute_loss_context_manager():
             _, metrics = self._loss(model, pack, float(pack.batch.num_pairs))
         self._evaluated[pack.index] = {name: share.cpu() for name, share in metrics.items()}
