@@ -76,14 +76,14 @@ def train(
             trainer = run_training(run)
         trainer.accelerator.end_training()  # a process group left to the interpreter's exit may abort it
         return
-    checked, _, pairs, _ = prepare(run)
-    plan_of_run = planned(run, checked, pairs)
+    checked, _, pairs, evaluation = prepare(run)
+    plan_of_run = planned(run, checked, [pairs, evaluation] if evaluation else [pairs])
     for name, value in (describe(pairs, checked) | run.all_settings()).items():
         typer.echo(f"{name:32s}{getattr(value, 'value', value)}")
     if plan_of_run is not None:
         from .memory.plan_report import print_plan
 
-        print_plan(plan_of_run, f"{run.model}, one pack of {plan_of_run.work.length:,} tokens")
+        print_plan(plan_of_run, f"{run.model}, one pack of {plan_of_run.work.length:,} tokens", checked.allow_lossy)
 
 
 app.command(name="demo")(demo)
