@@ -234,7 +234,8 @@ class LongPOTrainer(CheckpointedTrainer):
         return store
 
     def _references(self, pack: Pack) -> tuple | list[Tensor]:
-        """(B,) and (R,) log-probs, or (A, H) of each pair for a constraint. The policy itself may answer: not in its forward."""
+        """(B,) and (R,) log-probs of the pack's pairs, for methods that compare; hidden states (A, H) of each pair for a
+        constraint. Asked before the policy's forward, as the policy may be the reference, too."""
         if self.method.constraint:
             return [self.reference.hidden(pair) for pair in pack.pairs]
         if self.objective is None or not self.objective.needs_reference:
