@@ -79,7 +79,7 @@ def attach(
     pass them by. `compute` is the form that every wrapper supports, as the head's weight is gathered while it runs.
 
     check=True measures what the model does to its head's products (logit scale, soft-cap, under whatever name), compares
-    log-probs with the model's own, and sees whether it is causal: two forwards of 48 tokens, here or, where its weights
+    log-probs with the model's own, and sees whether it is causal: two forwards of 24 tokens, here or, where its weights
     are not here yet (meta, sharded) or it cannot run yet, at the first call. check=False takes softcap and scale as given.
 
     The head is looked up at each call: one that was resized, replaced or adapted since is the one that is used. Tied heads

@@ -215,6 +215,18 @@ def test_a_failed_call_leaves_the_head_as_it_was():
     assert model(ids, use_cache=False, compute=preference(answers)).loss > 0
 
 
+def test_a_compiled_model_is_attached_inside():
+    model, (ids, answers) = make("gemma2 soft-cap"), batch()
+    truth = from_logits(model, ids, answers)
+    compiled = torch.compile(model, backend="eager")
+    assert attach(compiled) is compiled
+    torch.testing.assert_close(
+        compiled(ids, use_cache=False, compute=preference(answers)).loss, truth, rtol=1e-4, atol=1e-5
+    )
+    detach(compiled)
+    assert "forward" not in model.__dict__
+
+
 def test_labels_are_refused():
     model, (ids, answers) = attach(make()), batch()
     with pytest.raises(ValueError, match=r"labels: LlamaForCausalLM is attached and makes no logits.*detach\(model\)"):
