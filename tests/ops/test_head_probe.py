@@ -42,6 +42,13 @@ MODELS = {
     "ModernBertDecoder": (BERT, None, 1.0),
     "BertLMHeadModel": (BERT | dict(is_decoder=True), None, 1.0),
     "Llama4": (SIZES | dict(intermediate_size_mlp=48, num_local_experts=2), None, 1.0),
+    "Qwen3Next": (  # causal up to rounding: its chunks sum in another order
+        SIZES
+        | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+        | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+        None,
+        1.0,
+    ),
     "Mixtral": (SIZES | dict(num_local_experts=4), None, 1.0),
 }
 # A wrapper of text and images: its text config's settings, and the softcap that its logits have.
