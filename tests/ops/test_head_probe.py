@@ -45,7 +45,8 @@ MODELS = {
     "Qwen3Next": (  # causal up to rounding: its chunks sum in another order
         SIZES
         | dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
-        | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+        | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+        | dict(layer_types=["linear_attention", "full_attention"]),
         None,
         1.0,
     ),
