@@ -122,7 +122,9 @@ def test_losses_are_those_of_an_unbroken_run_where_logs_are_rarer_than_checkpoin
     run_tiny(home, tmp_path, **more)
     assert losses(tmp_path) == whole and [row[0] for row in whole] == [3, 5]
     assert final(tmp_path)["train_loss"] == expected
-    assert expected == pytest.approx((3 * whole[0][1] + 2 * whole[1][1]) / 5)  # not of the steps after the kill alone
+    assert expected == pytest.approx(
+        (5 * whole[0][1] + 3 * whole[1][1]) / 8
+    )  # of all pairs, not of those after the kill
 
 
 # -- the last step ---------------------------------------------------------------------------------------------------
