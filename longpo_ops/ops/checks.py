@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..kinds import check_choice, check_number, check_tensor, check_whole, refusal
 from .dispatch import NAMES
@@ -33,6 +34,27 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = 
         )
     if bias is not None:
         check_tensor(vector, bias, shape=weight.shape[:1], note=f", one entry per row of {matrix}")
+    check_transforms(arguments)
+
+
+def check_transforms(arguments: dict[str, Tensor]) -> None:
+    """Raises ValueError under torch.func's grad and jvp and for tensors with a forward-mode tangent: torch would lose the
+    derivative in silence, or speak of an autograd.Function. vmap over plain calls is torch's own loop."""
+    if torch.compiler.is_compiling():
+        return
+    refused = torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp
+    if any(level.key() in refused for level in torch._C._functorch.get_interpreter_stack() or ()):
+        raise ValueError(
+            "torch.func transform around longpo_ops: expected loss.backward() or torch.autograd.grad; gradients are made "
+            "together with the loss"
+        )
+    if forward_ad._current_level >= 0:
+        for name, tensor in arguments.items():
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise ValueError(
+                    f"{name} carries a forward-mode tangent: expected a plain tensor and loss.backward(); longpo_ops has "
+                    "no forward-mode derivatives"
+                )
 
 
 def check_rows(hidden: Tensor, name: str = "hidden") -> None:

@@ -27,8 +27,8 @@ from .checks import (
     logit_map,
 )
 from .dispatch import choose_backend
-from .operators import deliver, scale_, scaled
-from .products import Products, result_dtype
+from .operators import deliver, refuse_create_graph, scale_, scaled
+from .products import Products, result_dtype, row_major
 from .rows import WINDOW
 from .sweep import float16_scale, rows_per_chunk
 from .tiles import Divergence, LogitMap, empty_tile
@@ -124,7 +124,8 @@ class _Side:
     """Student or teacher: its products, map, gradients and one tile."""
 
     def __init__(self, hidden, weight, bias, map, dtype, rows, need, backend):
-        self.hidden, self.products, self.map = hidden, Products(weight, dtype, backend), LogitMap(bias, *map)
+        self.hidden, self.products = hidden, Products(weight, dtype, backend)
+        self.map = LogitMap(bias if bias is None else bias.contiguous(), *map)
         self.need = any(need)
         self.tile = empty_tile(rows, weight.shape[0], weight.device, self.products.tile_dtype)
         grad_dtypes = (hidden.dtype, self.tile.dtype, torch.float64)
@@ -134,7 +135,7 @@ class _Side:
         )
 
     def logits(self, index: Tensor) -> Tensor:
-        self.h = self.hidden[index].to(self.products.dtype)
+        self.h = row_major(self.hidden[index].to(self.products.dtype))
         return self.products.logits_(self.h, self.tile[: index.shape[0]])
 
     def gather(self, index: Tensor, dz: Tensor) -> None:
@@ -236,6 +237,7 @@ def _divergence_setup(ctx, inputs, output):
 def _divergence_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * ctx.arguments
+    refuse_create_graph()
     *grads, grad_scale = ctx.saved_tensors
     factors = grad / grad_scale.double()
     head = (scaled(g, factors[i]) if ctx.need[i] else None for i, g in enumerate(grads))
@@ -273,6 +275,7 @@ def _values_setup(ctx, inputs, output):
 
 
 def _values_backward(ctx, grad):
+    refuse_create_graph()
     *heads, mask = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:6])
     with torch.no_grad():

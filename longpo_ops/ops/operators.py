@@ -291,6 +291,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     if grad is None:  # only a detached output was asked for
         return ctx.nothing
+    refuse_create_graph()
     *hiddens, dw, db, grad_scale = ctx.saved_tensors
     factors = grad / grad_scale.double()
     dh = [scaled(h, factors[0]) if ctx.need[0] else None for h in hiddens]
@@ -303,8 +304,18 @@ sweep_op.register_autograd(_backward, setup_context=_setup)
 
 def scaled(saved: Tensor, factor: Tensor) -> Tensor:
     """saved * factor, in saved's own memory unless the graph is kept for another backward."""
-    saved = saved.detach()  # a gradient of this gradient does not exist: better none than a wrong one
-    return scale_(saved.clone() if keeps_graph() else saved, factor.detach())
+    return scale_(saved.clone() if keeps_graph() else saved, factor)
+
+
+def refuse_create_graph() -> None:
+    """Raises RuntimeError in a backward that is itself recorded: its results would be constants to whoever differentiates
+    them, in silence."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "backward with create_graph=True: longpo_ops has no second derivatives, its gradients are made together with "
+            "the loss; expected create_graph=False. For gradients of gradients take the loss from plain logits, "
+            "F.linear(hidden, weight, bias)"
+        )
 
 
 def keeps_graph() -> bool:
@@ -410,6 +421,7 @@ def _logps_setup(ctx, inputs, output):
 
 
 def _logps_backward(ctx, grad):
+    refuse_create_graph()
     hidden, weight, bias, labels = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:3])
     *options, backend = ctx.options

@@ -28,7 +28,7 @@ from .checks import (
     logit_map,
 )
 from .objectives import Objective, resolve_objective
-from .operators import Batch, keeps_graph, numbers_of, run_sweep, scaled, sweep_op
+from .operators import Batch, keeps_graph, numbers_of, refuse_create_graph, run_sweep, scaled, sweep_op
 from .products import result_dtype
 from .sweep import Options
 
@@ -267,15 +267,26 @@ def _reuse(hiddens, weight, bias, batch, options, backend) -> tuple[Tensor, ...]
     """The sweep with gradients written over the hidden states."""
     if torch.compiler.is_compiling():
         raise ValueError("reuse_hidden=True: expected False under torch.compile, which cannot see memory being reused")
-    if any(0 in h.stride() and h.numel() for h in hiddens):
+    if any(_shares_memory(h) for h in hiddens):
         raise ValueError(
-            "reuse_hidden=True: an expanded hidden tensor shares its rows; expected one row of memory each"
+            "reuse_hidden=True: an expanded or sliding view shares memory among its rows; expected one row of memory each"
         )
     if len(hiddens) == 2 and _share_rows(*hiddens):
         raise ValueError(
             "reuse_hidden=True: chosen_hidden and rejected_hidden share rows of memory; expected one row of memory each"
         )
     return _Reuse.apply(batch, options, backend, weight, bias, *hiddens)
+
+
+def _shares_memory(view: Tensor) -> bool:
+    """Whether two elements may be one place in memory: a stride that does not pass all that smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
+        if size > 1 and view.numel():
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _share_rows(a: Tensor, b: Tensor) -> bool:
@@ -303,6 +314,7 @@ class _Reuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
+        refuse_create_graph()
         if ctx.grads is None:
             raise RuntimeError("reuse_hidden=True: backward ran twice; give retain_graph=True to all but the last one")
         (hiddens, dw, db), factor = ctx.grads, grad / ctx.grad_scale

@@ -29,6 +29,17 @@ def multiplies_natively(weight: Tensor, dtype: torch.dtype, backend: str) -> boo
     return dtype == torch.float32 or (weight.shape[1] % 2 == 0 and weight.stride(0) % 2 == 0)
 
 
+def is_row_major(matrix: Tensor) -> bool:
+    """Whether a matrix' columns are neighbours and its rows do not overlap."""
+    (rows, columns), (pitch, step) = matrix.shape, matrix.stride()
+    return (step == 1 or columns == 1) and (pitch >= columns or rows == 1)
+
+
+def row_major(matrix: Tensor) -> Tensor:
+    """The matrix itself, or a copy that is row-major: what kernels read."""
+    return matrix if is_row_major(matrix) else matrix.clone(memory_format=torch.contiguous_format)
+
+
 @functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.longpo_cpu.multiplies(dtype)

@@ -14,14 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .products import row_major
+
 WINDOW = 1 << 14
-
-
-def row_major(matrix: Tensor) -> Tensor:
-    """(n, columns) itself where columns are neighbours and rows do not overlap, else a copy that is so."""
-    (rows, columns), (pitch, step) = matrix.shape, matrix.stride()
-    plain = (step == 1 or columns == 1) and (pitch >= columns or rows == 1)
-    return matrix if plain else matrix.clone(memory_format=torch.contiguous_format)
 
 
 class Stretch(NamedTuple):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .objectives import Objective, PairLogps, Terms
-from .products import UPCAST_BYTES, Products
+from .products import UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, windows
 from .tiles import BLOCK_BYTES, LogitMap, Tiles, empty_tile
 
@@ -104,7 +104,7 @@ class HeadSweep:
     def __init__(self, weight: Tensor, bias: Tensor | None, tiles: Tiles, options: Options, rows: int):
         self.products = Products(weight, options.compute_dtype, tiles.name)
         self.tiles, self.options, self.rows = tiles, options, rows
-        self.map = LogitMap(bias, options.scale, options.softcap)
+        self.map = LogitMap(bias if bias is None else bias.contiguous(), options.scale, options.softcap)
         self.vocab, self.device, self.dtype = weight.shape[0], weight.device, self.products.tile_dtype
         contiguous = torch.contiguous_format
         self.dw = torch.empty_like(weight, dtype=self.dtype, memory_format=contiguous) if options.need_weight else None
@@ -127,11 +127,12 @@ class HeadSweep:
 
     def logps(self, chunk: Chunk) -> Tensor:
         """(n,) log-probs alone."""
-        if self.tiles.linear_logps is None or self.products.blockwise:
+        weight = self.products.weight
+        if self.tiles.linear_logps is None or self.products.blockwise or not is_row_major(weight):
             h, labels, z = self._logits(chunk)
             return self.tiles.logps(z, labels, self.map)[0]
         h, labels = chunk.hidden(self.products.dtype), chunk.labels().to(self.device, non_blocking=True)
-        return self.tiles.linear_logps(h, self.products.weight, labels, self.map)[0]
+        return self.tiles.linear_logps(h, weight, labels, self.map)[0]
 
     def score(self, chunk: Chunk) -> tuple[Tensor, Held]:
         """(n,) log-probs, and the tile they came from."""

@@ -39,20 +39,23 @@ def packed(hidden, weight, bias, **more):
     ).loss  # fmt: skip
 
 
-def logprobs(hidden, weight, bias):
-    return (linear_logprobs(hidden, weight, LABELS, bias=bias, softcap=5.0) * ROWS).sum()
+def logprobs(hidden, weight, bias, **more):
+    return (linear_logprobs(hidden, weight, LABELS, bias=bias, softcap=5.0, **more) * ROWS.to(hidden.device)).sum()
 
 
-def cross_entropy(hidden, weight, bias):
-    return linear_cross_entropy(hidden, weight, LABELS, bias=bias, row_weights=ROWS)
+def cross_entropy(hidden, weight, bias, **more):
+    return linear_cross_entropy(hidden, weight, LABELS, bias=bias, row_weights=ROWS, **more)
 
 
-def kl(hidden, weight, bias):
-    return linear_kl(hidden, weight, hidden.flip(0), weight * 2, bias=bias, kind="reverse", mask=LABELS >= 0)
+def kl(hidden, weight, bias, **more):
+    teacher = hidden.flip(0), weight * 2
+    return linear_kl(hidden, weight, *teacher, bias=bias, kind="reverse", mask=LABELS >= 0, **more)
 
 
-def kl_rows(hidden, weight, bias):
-    return (linear_kl(hidden, weight, hidden.flip(0), weight * 2, bias=bias, kind="jsd", reduction="none") * ROWS).sum()
+def kl_rows(hidden, weight, bias, **more):
+    teacher = hidden.flip(0), weight * 2
+    values = linear_kl(hidden, weight, *teacher, bias=bias, kind="jsd", reduction="none", **more)
+    return (values * ROWS.to(hidden.device)).sum()
 
 
 FUNCTIONS = (fused, packed, logprobs, cross_entropy, kl, kl_rows)
@@ -187,6 +190,101 @@ def test_autocast_off_for_float64():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = cross_entropy(*leaves())
     torch.testing.assert_close(value, cross_entropy(*leaves()), rtol=1e-14, atol=0)
+
+
+def as_teacher(hidden, weight, bias, **more):
+    return linear_kl(hidden.flip(0), weight * 2, hidden, weight, teacher_bias=bias, kind="jsd", beta=0.9, **more)
+
+
+def reused(hidden, weight, bias, **more):
+    return packed(hidden + 0.0, weight, bias, reuse_hidden=True, **more)  # the sum keeps the strides
+
+
+LAYOUTS = {
+    "every other number": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
+    "by columns": lambda t: torch.stack([t] * 3)[1] if t.dim() < 2 else t.mT.contiguous().mT,
+    "within more": lambda t: torch.nn.functional.pad(t, (1, 2))[..., 1:-2],
+    "one row": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("function", [*FUNCTIONS, as_teacher, reused], ids=lambda f: f.__name__)
+def test_leaves_of_any_strides(function, dtype, layout, backend, device):
+    """Each in its turn, with a loss that is scaled before backward: the numbers of the same values, contiguous."""
+    plain = [t.detach().to(device).requires_grad_() for t in leaves(dtype)]
+    for which, tensor in enumerate(plain):
+        view = LAYOUTS[layout](tensor.detach())
+        assert which == 2 or view.stride() != tensor.stride()
+        dense = view.clone(memory_format=torch.contiguous_format)
+        runs = [[*plain[:which], x.requires_grad_(), *plain[which + 1 :]] for x in (view, dense)]
+        results = [value_and_gradients(lambda *x: function(*x, backend=backend) * 0.5, run) for run in runs]
+        for a, b in zip(*results, strict=True):
+            size = max(
+                1, b.detach().abs().max().item()
+            )  # what is 0 but for rounding is as near as terms of size 1 allow
+            torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(dtype).eps * size)
+
+
+def test_numbers_of_any_strides(backend, device):
+    """Labels, weights of rows, sequences, references, masks and upstream gradients: every other number of a tensor."""
+    hidden, weight, bias = (t.detach().to(device).requires_grad_() for t in leaves(torch.float32))
+
+    def results(way):
+        labels, rows, numbers = way(LABELS), way(ROWS), way(torch.arange(N) // 3)
+        of_pairs = dict(
+            ref_chosen_logps=way(torch.tensor([-3.0, -4.0])), ref_rejected_logps=way(torch.tensor([-5.0, -6.0]))
+        )
+        loss = packed_preference_loss(
+            hidden, weight, labels, numbers, num_chosen=2, rejected_pair=way(torch.tensor([1, 0])), nll_weights=rows,
+            bias=bias, backend=backend, **of_pairs,
+        ).loss  # fmt: skip
+        loss = loss + linear_cross_entropy(hidden, weight, labels, row_weights=rows, bias=bias, backend=backend)
+        head = dict(mask=way(LABELS >= 0), row_weights=rows, bias=bias, backend=backend)
+        loss = loss + linear_kl(hidden, weight, hidden.detach(), weight.detach(), **head)
+        logps = linear_logprobs(hidden, weight, labels, bias=bias, backend=backend)
+        return loss, *torch.autograd.grad(
+            [loss, logps], [hidden, weight, bias], [torch.ones_like(loss), way(ROWS).to(logps)]
+        )
+
+    for a, b in zip(results(lambda t: torch.stack([t, t], -1)[..., 0]), results(lambda t: t), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, reused], ids=lambda f: f.__name__)
+def test_second_derivatives_are_refused(function):
+    inputs = leaves()
+    with pytest.raises(RuntimeError, match="create_graph=True: longpo_ops has no second derivatives"):
+        torch.autograd.grad(function(*inputs), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        function(*inputs).backward(create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.functional.hvp(lambda w: function(inputs[0], w, inputs[2]), inputs[1], torch.ones(V, H).double())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_transforms_that_would_lose_the_derivative_are_refused(function):
+    plain = [t.detach() for t in leaves()]
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises(ValueError, match=r"torch.func transform around longpo_ops: expected loss.backward"):
+            transform(lambda w: function(plain[0], w, plain[2]))(plain[1])
+    with pytest.raises(ValueError, match=r"torch.func transform"):
+        torch.func.jvp(lambda b: function(*plain[:2], b), (plain[2],), (plain[2],))
+    with torch.autograd.forward_ad.dual_level():
+        assert function(*plain).isfinite()
+        for which, name in enumerate(("hidden", "weight", "bias")):
+            dual = torch.autograd.forward_ad.make_dual(plain[which], torch.ones_like(plain[which]))
+            with pytest.raises(ValueError, match=f"{name} carries a forward-mode tangent"):
+                function(*plain[:which], dual, *plain[which + 1 :])
+
+
+@pytest.mark.parametrize("function", [logprobs, kl, kl_rows], ids=lambda f: f.__name__)
+def test_vmap_is_a_loop(function):
+    hidden, weight, bias = (t.detach() for t in leaves())
+    heads = torch.stack([weight, weight * 2])
+    together = torch.vmap(lambda w: function(hidden, w, bias))(heads)
+    torch.testing.assert_close(together, torch.stack([function(hidden, w, bias) for w in heads]))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
