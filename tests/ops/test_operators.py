@@ -252,6 +252,37 @@ def test_numbers_of_any_strides(backend, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_same_bits_with_the_same_number_of_threads(dtype, backend, device):
+    """And in the C++ back-end's float32 with any number: every sum of its products and rows is one chain."""
+    n, vocab, width = 150, 1031, 70
+    tensors = [torch.randn(shape).to(device, dtype) for shape in ((n, width), (vocab, width), (vocab,))]
+    labels, pairs = torch.randint(vocab, (n,)), torch.arange(n) // 50 - 1
+
+    def results(threads):
+        torch.set_num_threads(threads)
+        hidden, weight, bias = inputs = [t.clone().requires_grad_() for t in tensors]
+        more = dict(bias=bias, backend=backend)
+        losses = [
+            packed_preference_loss(
+                hidden, weight, labels, pairs, num_chosen=1, rejected_pair=torch.zeros(1, dtype=torch.int64),
+                nll_weights=torch.ones(n), objective="simpo", **more,
+            ).loss,
+            linear_cross_entropy(hidden, weight, labels, **more),
+            linear_logprobs(hidden, weight, labels, **more).sum(),
+            linear_kl(hidden, weight, hidden.detach().flip(0), weight.detach() / 2, kind="jsd", **more),
+        ]  # fmt: skip
+        return [x for loss in losses for x in (loss, *torch.autograd.grad(loss, inputs))]
+
+    before = torch.get_num_threads()
+    try:
+        one, again, two, twice = (results(threads) for threads in (1, 1, 2, 2))
+    finally:
+        torch.set_num_threads(before)
+    same = [(one, again), (two, twice)] + [(one, two)] * (backend == "cpu" and dtype == torch.float32)
+    assert all(torch.equal(a, b) for left, right in same for a, b in zip(left, right, strict=True))
+
+
 @pytest.mark.parametrize("function", [*FUNCTIONS, reused], ids=lambda f: f.__name__)
 def test_second_derivatives_are_refused(function):
     inputs = leaves()
