@@ -25,6 +25,7 @@ from typing import Any
 
 from ..pretrained import loading
 from ..runs.journal import write_atomically
+from .checks import needs_reference
 from .config import LongPOConfig
 from .packed import PairStore, read_digests
 
@@ -60,14 +61,15 @@ class Identity:
         """run: a TrainRun. Raises ValueError for a model whose files cannot be read."""
         folder, given = Path(run.output_dir), config.to_dict()
         cache = Weights(folder / "data" / "weights.json")
-        compared = config.method.reference is not None and config.reference != "data"
         contents = {
             "tokenizer": tokenizer_digest(tokenizer),
             "chat template": _digest(tokenizer.chat_template),
             "data": _data(pairs),
             "eval_data": _data(evaluation),
             "model": _model(run, run.model, cache),
-            "reference_model": _model(run, run.reference_model or run.model, cache) if compared else None,
+            "reference_model": _model(run, run.reference_model or run.model, cache)
+            if needs_reference(config)
+            else None,
         }
         values = {name: getattr(run, name) for name in (*PATHS, *DECIDING["run"])}
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
