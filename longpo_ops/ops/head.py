@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .head_call import as_tuple, call_with_head
+from ..kinds import check_flag, check_number, check_object
+from .head_call import call_loss, call_with_head
 from .head_probe import Probed, probe
 from .head_weight import HeadRefused, read_head
 from .preference import fused_preference_loss
@@ -32,12 +33,20 @@ class PreferenceHead(nn.Module):
     """Owns weight (V, H) and bias (V,) of a head, and how its products become logits.
 
     weight, bias: parameters to share (a tied head shares the embedding's). softcap, scale: as in fused_preference_loss.
+    Raises ValueError for what is no parameter of that shape, or no number.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, *, softcap=None, scale: float = 1.0):
         super().__init__()
+        for name, parameter, dims in (("weight", weight, 2), ("bias", bias, 1)):
+            if name == "weight" or parameter is not None:
+                check_object(name, parameter, nn.Parameter, "an nn.Parameter")
+                if parameter.dim() != dims:
+                    raise ValueError(
+                        f"{name} has {parameter.dim()} dimensions: expected {('(V,)', '(V, H)')[dims - 1]}"
+                    )
         self.weight, self.bias = weight, bias
-        self.softcap, self.scale = softcap, scale
+        self.softcap, self.scale = _checked_map(softcap, scale)
 
     def forward(
         self,
@@ -50,11 +59,16 @@ class PreferenceHead(nn.Module):
         """loss(*hidden, weight, *labels, bias=..., softcap=..., scale=..., **options), for any function of this package
         that takes hidden states and a head. Raises what that function raises."""
         given = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
-        return loss(*as_tuple(hidden), self.weight, *as_tuple(labels), **given | options)
+        return call_loss(loss, hidden, self.weight, labels, given | options)
 
     def extra_repr(self) -> str:
         vocab, width = self.weight.shape
         return f"{width} -> {vocab}, bias={self.bias is not None}, softcap={self.softcap}, scale={self.scale}"
+
+
+def _checked_map(softcap: float | None, scale: float) -> tuple[float | None, float]:
+    """Raises ValueError for numbers that make no map of logits."""
+    return None if softcap is None else check_number("softcap", softcap, above=0), check_number("scale", scale, above=0)
 
 
 def attach(
@@ -91,13 +105,15 @@ def attach(
     or whose log-probs are not those of its head under a soft-cap and a scale; for an adapter on the head that cannot be
     merged exactly (dropout, DoRA); in a call, for labels=.
     """
+    merge_lora, check = check_flag("merge_lora", merge_lora), check_flag("check", check)
+    softcap, scale = _checked_map(softcap, scale)
     causal = _causal_lm(model)
     if hasattr(causal, _ATTACHED):
         raise ValueError(f"model: {type(causal).__name__} is attached already; detach(model) first")
     if check and (softcap is not None or scale != 1.0):
         raise ValueError(f"softcap={softcap}, scale={scale}: measured with check=True; give them with check=False")
     _check_parts(causal)
-    state = _Attached(merge_lora, None if check else Probed(softcap, float(scale), ends_at_head=True))
+    state = _Attached(merge_lora, None if check else Probed(softcap, scale, ends_at_head=True))
     if _has_weights(causal):
         read_head(causal.get_output_embeddings(), merge_lora)
         if check:

@@ -18,8 +18,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..kinds import check_each
 from .head_weight import HeadRefused, read_head
-from .preference import fused_preference_loss
+from .logprobs import linear_cross_entropy, linear_logprobs
+from .preference import fused_preference_loss, packed_preference_loss
+
+TAKES = {  # tensors of hidden states and of labels
+    fused_preference_loss: (2, 2),
+    packed_preference_loss: (1, 2),
+    linear_cross_entropy: (1, 1),
+    linear_logprobs: (1, 1),
+}
 
 
 def call_with_head(causal: nn.Module, forward: Callable, compute: Callable, map: dict, merge_lora: bool, args, kwargs):
@@ -33,7 +42,7 @@ def call_with_head(causal: nn.Module, forward: Callable, compute: Callable, map:
         weight, bias = read_head(causal.get_output_embeddings(), merge_lora)
 
         def head(hidden, labels, *, loss=fused_preference_loss, **options):
-            return loss(*as_tuple(hidden), weight, *as_tuple(labels), **{"bias": bias, **map, **options})
+            return call_loss(loss, hidden, weight, labels, {"bias": bias, **map, **options})
 
         nothing = hidden.new_zeros(*hidden.shape[:-2], 0, len(weight))
         return (compute(hidden, head), hidden.requires_grad), nothing
@@ -126,5 +135,20 @@ def _forward_of(lm_head: nn.Module, compute: Callable) -> Iterator[None]:
             lm_head.__dict__[slot] = own
 
 
-def as_tuple(tensors: Tensor | tuple | list) -> tuple:
-    return tuple(tensors) if isinstance(tensors, tuple | list) else (tensors,)
+def call_loss(loss: Callable, hidden, weight: Tensor, labels, options: dict) -> Any:
+    """loss(*hidden, weight, *labels, **options), where one tensor stands for a tuple of one. Raises ValueError for a loss that
+    is no function, and for other tensors than one of this package takes."""
+    if not callable(loss) or isinstance(loss, type):
+        raise ValueError(f"loss={loss!r}: expected a function of this package that takes hidden states and a head")
+    given = _as_tuple("hidden", hidden), _as_tuple("labels", labels)
+    came = tuple(map(len, given))
+    if (expected := TAKES.get(loss, came)) != came:
+        raise ValueError(
+            f"hidden and labels: {loss.__name__} takes {expected[0]} and {expected[1]} tensors, got {came[0]} and {came[1]}"
+        )
+    return loss(*given[0], weight, *given[1], **options)
+
+
+def _as_tuple(name: str, tensors: Tensor | tuple | list) -> tuple[Tensor, ...]:
+    given = tensors if isinstance(tensors, tuple | list) else (tensors,)
+    return tuple(check_each(name, given, Tensor, "a tensor"))

@@ -319,3 +319,20 @@ def test_dpo_of_a_model_with_itself_as_reference_is_log_two():
         return head((hidden[:2], hidden[2:]), (answers[:2], answers[2:]), objective=DPO(), **references)
 
     torch.testing.assert_close(model(ids, use_cache=False, compute=compute).loss, torch.tensor(2.0).log())
+
+
+def test_what_is_no_loss_and_no_pair_of_hidden_states_is_refused_by_name():
+    head = PreferenceHead(torch.nn.Parameter(torch.randn(11, 8)))
+    rows, labels = torch.randn(2, 5, 8), torch.randint(11, (2, 5))
+    model = attach(make())
+    calls = [head, lambda *given, **options: model(batch()[0], compute=lambda hidden, head: head(*given, **options))]
+    for call in calls:
+        with pytest.raises(ValueError, match="loss='sum': expected a function"):
+            call((rows, rows), (labels, labels), loss="sum")
+        with pytest.raises(ValueError, match="fused_preference_loss takes 2 and 2 tensors, got 1 and 2"):
+            call(rows, (labels, labels))
+        with pytest.raises(ValueError, match="fused_preference_loss takes 2 and 2 tensors, got 2 and 3"):
+            call((rows, rows), (labels, labels, labels))
+    for wrong in ({"merge_lora": 1}, {"check": "no"}, {"softcap": "x", "check": False}, {"scale": 0, "check": False}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            attach(make(), **wrong)

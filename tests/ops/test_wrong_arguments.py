@@ -20,6 +20,7 @@ from longpo_ops import (
     Hinge,
     KTOPair,
     LongPO,
+    PreferenceHead,
     SimPO,
     explain_backend,
     fused_preference_loss,
@@ -92,6 +93,11 @@ def ids(*shape):
     return torch.randint(V, shape)
 
 
+def preference_head(weight, bias, softcap, scale, **arguments):
+    weight, bias = (torch.nn.Parameter(x, False) if isinstance(x, torch.Tensor) else x for x in (weight, bias))
+    return PreferenceHead(weight, bias, softcap=softcap, scale=scale)(**arguments, loss=linear_logprobs)
+
+
 OPTIONS = {"softcap": 5.0, "scale": 1.0, "workspace_bytes": 1 << 26, "backend": "torch", "bias": torch.randn(V)}
 LABELLED = {"ignore_index": -100} | OPTIONS
 REFERENCES = {"ref_chosen_logps": torch.zeros(B), "ref_rejected_logps": torch.zeros(B)}
@@ -114,6 +120,9 @@ CALLS = {
         "hidden": hidden(N), "weight": torch.randn(V, H), "teacher_hidden": hidden(N, 5), "teacher_weight": torch.randn(V, 5),
         "kind": "jsd", "beta": 0.5, "mask": torch.ones(N, dtype=torch.bool), "row_weights": torch.rand(N), "reduction": "none",
         "temperature": 1.0, "teacher_bias": torch.randn(V), "teacher_scale": 1.0, "teacher_softcap": 4.0} | OPTIONS),
+    "head": (preference_head, {
+        "weight": torch.randn(V, H), "bias": torch.randn(V), "softcap": 5.0, "scale": 1.0,
+        "hidden": hidden(N), "labels": ids(N)}),
     "explain_backend": (explain_backend, {"device": "cpu", "dtype": torch.float32}),
 } | {
     cls.__name__: (cls, {field.name: field.default for field in dataclasses.fields(cls)})
