@@ -70,7 +70,7 @@ RIGHT = {  # the groups of VALUES that an argument takes
     "ignore_index": {"small int", "zero", "negative"},
     "workspace_bytes": {"nothing"},
     "backend": {"nothing"},
-    "device": {"nothing"},
+    "device": {"nothing"} | ({"small int", "zero"} if torch.backends.cuda.is_built() else set()),  # its number
     "kind": set(),
     "reduction": set(),
     "objective": set(),
