@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .head_call import call_in_place_of_head, call_with_head
 from .head_weight import HeadRefused
@@ -37,7 +38,7 @@ class Probed:
         return {"softcap": self.softcap, "scale": self.scale}
 
 
-@torch.compiler.disable
+@_disable_dynamo  # as torch.compiler.disable, which imports Dynamo where it stands
 @torch.no_grad()
 def probe(causal: nn.Module, forward: Callable, merge_lora: bool) -> Probed:
     """Raises ValueError (HeadRefused) for a model whose log-probs are not those of the equation, or that is not causal.

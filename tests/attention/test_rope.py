@@ -96,12 +96,14 @@ def test_looks_at_every_kind_of_layer():
 
 
 def test_the_trainer_refuses_before_it_trains(tmp_path):
-    policy = make_policy(rope_theta=1e4)
-    policy.config.rope_parameters = DYNAMIC
-    policy.config.max_position_embeddings = 16
-    policy.model.rotary_emb = type(policy.model.rotary_emb)(config=policy.config)
     pairs = [make_pair(seed, document=40, answer=9) for seed in range(3)]
-    config = LongPOConfig(output_dir=str(tmp_path), objective="simpo", use_cpu=True)
+
+    def start(objective):
+        policy = make_policy(rope_theta=1e4)
+        policy.config.rope_parameters, policy.config.max_position_embeddings = DYNAMIC, 16
+        policy.model.rotary_emb = type(policy.model.rotary_emb)(config=policy.config)
+        LongPOTrainer(policy, LongPOConfig(output_dir=str(tmp_path), objective=objective, use_cpu=True), pairs)
+
     with pytest.raises(ValueError, match="RoPE of type dynamic depends on the length"):
-        LongPOTrainer(policy, config, pairs)
-    LongPOTrainer(policy, LongPOConfig(output_dir=str(tmp_path), objective="sft_chosen", use_cpu=True), pairs)
+        start("simpo")
+    start("sft_chosen")

@@ -55,7 +55,7 @@ def test_host_bytes_beyond_the_host_are_refused():
 @pytest.mark.parametrize(
     "options, text",
     [
-        (dict(store="fp4"), "'exact', 'int8'"),
+        (dict(store="fp4"), "exact, int8"),
         (dict(device_bytes=-1), "device_bytes"),
         (dict(host_bytes=1.5), "host_bytes"),
         (dict(page_bytes=10), "page_bytes"),

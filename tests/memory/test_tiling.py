@@ -10,10 +10,12 @@ from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, tile_layers
 from longpo_ops.memory.tiling import RowWise
 from tests.attention.dense import TrueFloat64, positions
-from tests.attention.test_registration import FAMILIES, LAYOUT, SIZES, make_ids
+from tests.attention.test_registration import FAMILIES, LAYOUT, MIXTURES, SIZES, make_ids
 from tests.budget import check_budget
 
-FAMILIES = FAMILIES | {"gemma": lambda: gemma.GemmaConfig(**SIZES)}
+FAMILIES = {name: FAMILIES[name] for name in FAMILIES if name not in MIXTURES} | {
+    "gemma": lambda: gemma.GemmaConfig(**SIZES)
+}
 SHARED = [name for name in FAMILIES if name != "gemma"]  # which shared-prefix attention is not checked for
 ROWS = 7  # several tiles, the last of them shorter
 

@@ -133,15 +133,6 @@ def test_retain_graph_gives_the_same_twice_and_no_third():
         loss.backward()
 
 
-@pytest.mark.parametrize("retain", [False, True])
-def test_gradients_of_gradients_are_refused(retain):
-    case = Case(LongPO(), torch.float64)
-    leaves = case.leaves()
-    (grad,) = torch.autograd.grad(case.loss(leaves).loss, leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        grad.square().sum().backward(retain_graph=retain)
-
-
 # -- reuse_hidden ----------------------------------------------------------------------------------------------------
 
 

@@ -72,9 +72,13 @@ def test_the_base_of_a_peft_policy_is_the_reference_with_its_own_rope(tmp_path, 
 
 
 def counted(model) -> list:
-    """Grows by one with each forward pass."""
+    """Grows by one with each forward pass over a pack; attach looks at a model without one."""
     calls = []
-    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+
+    def count(module, args, kwargs, output):
+        calls.extend([1] if kwargs.get("shared_prefix_layout") is not None else [])
+
+    model.model.layers[0].register_forward_hook(count, with_kwargs=True)
     return calls
 
 
