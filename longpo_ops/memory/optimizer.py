@@ -13,6 +13,7 @@ than AdamW.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from longpo_ops.kinds import check_choice, check_each, check_flag, check_number,
 PIECE = 1 << 24  # numbers: 64 MiB of float32, and few enough shapes for what torchao compiles per shape
 STATES = ("float32", "8bit")
 MASTERS = ("residue", "float32")
+_COMPARED: set[tuple] = set()  # kinds of pieces whose compiled step this process has compared
 HALF = 1 << 15  # of the unit in the last place of bfloat16, in float32 bits
 
 
@@ -78,9 +80,12 @@ class AdamW(Optimizer):
         and step(), which is left to do nothing. One backward per step: another one before step() raises RuntimeError.
         Clipping needs all gradients at once (refuse_step_in_backward).
 
+    The first 8-bit step of each size in a process is compared with the same step uncompiled, on copies of one piece.
+
     state_dict is exact: loading it, and the weights it was saved with, goes on bitwise.
 
-    Raises ValueError for unknown settings, for weights that do not fit them, and without torchao where it is needed.
+    Raises ValueError for unknown settings, for weights that do not fit them, and without torchao where it is needed;
+    RuntimeError, in a step, where inductor's code gives wrong numbers.
     """
 
     def __init__(
@@ -245,13 +250,29 @@ class _Piece:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, states: str):
         self.stand_in = nn.Parameter(torch.empty(0, device=device, dtype=dtype))
-        if states == "8bit":
+        self.compiled = states == "8bit"
+        if self.compiled:
             self.inner = _torchao().AdamW8bit([self.stand_in])
         else:
             self.inner = torch.optim.AdamW([self.stand_in], fused=True)
 
     def step(self, value: Tensor, grad: Tensor, group: dict) -> None:
-        """Steps `value` (n,) in place."""
+        """Steps `value` (n,) in place. Raises RuntimeError where a compiled step gives other numbers than an uncompiled one."""
+        kind = value.numel(), value.dtype, value.device
+        if not self.compiled or kind in _COMPARED:
+            return self._step(value, grad, group)
+        before, expected, twin = value.clone(), value.clone(), _Piece(value.device, value.dtype, "8bit")
+        twin.load(self.state())
+        with torch.compiler.set_stance("force_eager"):
+            twin._step(expected, grad, group)
+        self._step(value, grad, group)
+        states = [[_plain(state) for state in piece.state().values()] for piece in (self, twin)]
+        _compare(value - before, expected - before, rounding=4 * torch.finfo(value.dtype).eps * before.abs().max())
+        for ours, theirs in zip(*states, strict=True):
+            _compare(ours, theirs)
+        _COMPARED.add(kind)
+
+    def _step(self, value: Tensor, grad: Tensor, group: dict) -> None:
         inner = self.inner.param_groups[0]
         inner.update({name: group[name] for name in ("betas", "eps", "weight_decay")})
         if isinstance(inner["lr"], Tensor):  # torchao compiles it in, unless it is a tensor
@@ -273,6 +294,22 @@ class _Piece:
         copies = {name: _copy(value) if isinstance(value, Tensor) else value for name, value in state.items()}
         groups = self.inner.state_dict()["param_groups"]
         self.inner.load_state_dict({"state": {0: copies} if copies else {}, "param_groups": groups})
+
+
+def _compare(ours: Tensor, theirs: Tensor, rounding: Tensor | float = 0.0) -> None:
+    """Raises RuntimeError where a compiled step differs by more than 8 bits may round to either side."""
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    off, most = (ours - theirs).abs().masked_fill(same, 0.0).max(), theirs.abs().nan_to_num(nan=0.0).max()
+    if not off <= 0.02 * most + rounding:
+        raise RuntimeError(
+            f"the compiled step of 8-bit states differs from the uncompiled one by {float(off):.3g} in numbers of up to "
+            f"{float(most):.3g}: code in TORCHINDUCTOR_CACHE_DIR ({os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'not set')}) that "
+            "was compiled for another processor does that; empty that folder, or give this machine its own"
+        )
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.dequantize() if hasattr(value, "__tensor_flatten__") else value
 
 
 def _copy(value: Tensor) -> Tensor:

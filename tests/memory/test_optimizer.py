@@ -355,3 +355,41 @@ def test_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ValueError, match="pip install 'longpo_ops\\[memory\\]'"):
         AdamW(network().parameters(), states="8bit")
+
+
+def test_a_compiled_step_with_wrong_numbers_is_refused(monkeypatch):
+    """Code for vectors twice as long leaves every second vector out: what inductor's cache gave on another processor."""
+    weight = torch.nn.Parameter(torch.randn(4096).bfloat16())
+    optimizer = AdamW([weight], lr=1e-3, states="8bit")
+    monkeypatch.setattr(module, "_COMPARED", set())
+    piece, weight.grad = optimizer._weights[weight].pieces[0], torch.randn_like(weight)
+    whole = piece.inner.step
+
+    def halves():
+        before = piece.stand_in.data.clone()
+        whole()
+        skipped = torch.arange(4096) % 32 >= 16
+        piece.stand_in.data.copy_(torch.where(skipped, before, piece.stand_in.data))
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="compiled step of 8-bit states differs"):
+        patch.setattr(piece.inner, "step", halves)
+        optimizer.step()
+    optimizer.step()  # and the code of this machine is right
+    assert {(4096, torch.float32, torch.device("cpu"))} == module._COMPARED
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-9, 5e-7])
+def test_a_small_step_that_rounds_otherwise_is_right(monkeypatch, lr):
+    """At the paper's rates a step is of the size of a weight's own rounding, which compiled code does in its own order."""
+    weight = torch.nn.Parameter(4 * torch.randn(4096))
+    optimizer = AdamW([weight], lr=lr, states="8bit")
+    monkeypatch.setattr(module, "_COMPARED", set())
+    piece, weight.grad = optimizer._weights[weight].pieces[0], torch.randn_like(weight)
+    whole = piece.inner.step
+
+    def rounded():
+        whole()
+        piece.stand_in.data.copy_(torch.nextafter(piece.stand_in.data, torch.tensor(torch.inf)))
+
+    monkeypatch.setattr(piece.inner, "step", rounded)
+    optimizer.step()
