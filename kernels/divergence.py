@@ -174,7 +174,8 @@ def divergence_(z, z_teacher, kappa, divergence, map, map_teacher, dtype, need_s
         values, dz_t, dz = divergence_(*sides)
         return values, dz, dz_t
     dz, dz_t, values = narrow(z, dtype), narrow(z_teacher, dtype), z.new_empty(n)
-    wq, wp = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0)}.get(divergence.kind, (divergence.beta, 1 - divergence.beta))
+    beta = max(divergence.beta, torch.finfo(torch.float32).tiny)  # a weight that float32 makes 0 would meet infinities
+    wq, wp = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0)}.get(divergence.kind, (beta, 1 - beta))
     student, teacher = map_arguments(map, z), map_arguments(map_teacher, z)
     if n:
         with on_device(z):

@@ -12,7 +12,9 @@ transformers' own.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +47,24 @@ def rope_depends_on_length(model: nn.Module) -> bool:
 
 def renew(name: str, parent: nn.Module, args: tuple, kwargs: dict) -> None:
     """A forward pre-hook of a rotary module's parent: checks the pack, and forgets the calls before it."""
-    layout, position_ids = kwargs.get("shared_prefix_layout"), kwargs.get("position_ids")
-    rotary = getattr(parent, name)
-    if layout is None or position_ids is None or position_ids.is_meta or not _depends_on_length(rotary):
+    layout, rotary = kwargs.get("shared_prefix_layout"), getattr(parent, name)
+    if layout is None or not _depends_on_length(rotary):
+        return
+    position_ids = inspect.signature(parent.forward).bind_partial(*args, **kwargs).arguments.get("position_ids")
+    if position_ids is None or position_ids.is_meta:
         return
     _check(rotary, position_ids, layout)
     setattr(parent, name, _anew(rotary).to(position_ids.device))
 
 
+_DEPENDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def _depends_on_length(rotary: nn.Module) -> bool:
-    """Whether a call of one position and a very long one get different frequencies."""
-    return not torch.equal(_frequencies(rotary, 0), _frequencies(rotary, VERY_LONG))
+    """Whether a call of one position and a very long one get different frequencies; asked once of a module."""
+    if rotary not in _DEPENDS:
+        _DEPENDS[rotary] = not torch.equal(_frequencies(rotary, 0), _frequencies(rotary, VERY_LONG))
+    return _DEPENDS[rotary]
 
 
 def _check(rotary: nn.Module, position_ids: Tensor, layout: SharedPrefixLayout) -> None:
@@ -82,8 +91,8 @@ def _anew(rotary: nn.Module) -> nn.Module:
 
 def _frequencies(rotary: nn.Module, last: int) -> Tensor:
     """(kinds of layers, 2, D): cosine and sine at position 1, which tell frequencies apart, in a call up to `last`."""
-    fresh, positions = _anew(rotary), torch.tensor([[1, last]])
     kinds = [(kind,) for kind in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [()]
-    with torch.no_grad():
-        angles = (fresh(torch.zeros(1), positions, *kind) for kind in kinds)
+    with torch.no_grad(), torch.device("cpu"):
+        fresh, positions = _anew(rotary), torch.tensor([[1, last]])
+        angles = [fresh(torch.zeros(1), positions, *kind) for kind in kinds]
         return torch.stack([torch.stack([part[0, 0] for part in pair]) for pair in angles])

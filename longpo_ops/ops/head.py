@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kinds import check_flag, check_number, check_object
-from .head_call import call_loss, call_with_head
+from .head_call import call_loss, call_with_head, one_call_at_a_time
 from .head_probe import Probed, probe
 from .head_weight import HeadRefused, read_head
 from .preference import fused_preference_loss
@@ -113,7 +113,8 @@ def attach(
     if check and (softcap is not None or scale != 1.0):
         raise ValueError(f"softcap={softcap}, scale={scale}: measured with check=True; give them with check=False")
     _check_parts(causal)
-    state = _Attached(merge_lora, None if check else Probed(softcap, scale, ends_at_head=True))
+    given = None if check else Probed(softcap, scale, ends_at_head=True)
+    state = _Attached(merge_lora, check, given, _kind(causal))
     if _has_weights(causal):
         read_head(causal.get_output_embeddings(), merge_lora)
         if check:
@@ -138,7 +139,9 @@ def detach(model: nn.Module) -> nn.Module:
 @dataclass
 class _Attached:
     merge_lora: bool
+    check: bool
     probed: Probed | None  # None until the first call
+    kind: Callable  # of the head that was probed
     before: dict[str, Callable | None] = field(default_factory=dict)  # what the instance had of its own
 
 
@@ -148,9 +151,15 @@ def _forward(causal: nn.Module, *args, compute: Callable | None = None, return_o
             f"labels: {type(causal).__name__} is attached and makes no logits, so it has no loss of its own; use "
             "compute=lambda hidden, head: head(rows, labels, loss=linear_cross_entropy), or detach(model)"
         )
+    if compute is not None and kwargs.get("return_dict") is False:
+        raise ValueError(
+            "return_dict=False: a tuple does not tell an auxiliary loss by its name; leave return_dict out"
+        )
     state, forward = getattr(causal, _ATTACHED), _own(causal, "forward")
-    if state.probed is None:
-        state.probed = _probe_at_last(causal, forward, state.merge_lora)
+    with one_call_at_a_time(causal):
+        kind = _kind(causal)
+        if state.probed is None or (state.check and state.kind is not kind):  # PEFT's since, or one of the caller's own
+            state.probed, state.kind = _probe_at_last(causal, forward, state.merge_lora), kind
     if compute is None:
         return _body(causal, state.probed)(*args, **kwargs)
     result, outputs = call_with_head(causal, forward, compute, state.probed.map, state.merge_lora, args, kwargs)
@@ -168,7 +177,7 @@ def _forward(causal: nn.Module, *args, compute: Callable | None = None, return_o
 
 def _generate(causal: nn.Module, *args, **kwargs):
     """Texts need logits: with the model as it was."""
-    with _detached(causal):
+    with one_call_at_a_time(causal), _detached(causal):
         return causal.generate(*args, **kwargs)
 
 
@@ -193,6 +202,11 @@ def _put_back(causal: nn.Module) -> None:
 def _own(causal: nn.Module, name: str) -> Callable:
     """The model's own method, from before it was attached."""
     return getattr(causal, _ATTACHED).before[name] or functools.partial(getattr(type(causal), name), causal)
+
+
+def _kind(causal: nn.Module) -> Callable:
+    """What tells a kind of head from another, and nn.Linear from FSDP's class of it no more."""
+    return type(causal.get_output_embeddings()).forward
 
 
 def _body(causal: nn.Module, probed: Probed) -> nn.Module:
@@ -254,3 +268,7 @@ def _check_parts(causal: nn.Module) -> None:
         )
     if causal.get_output_embeddings() is None:
         raise ValueError(f"model: {type(causal).__name__} has no language-model head; expected an AutoModelForCausalLM")
+    if type(causal).__name__.endswith("ForMaskedLM"):  # in 16 bits a shallow one may look causal
+        raise ValueError(
+            f"model: {type(causal).__name__} fills in masked tokens, it has no log-probs of a text; expected a causal LM"
+        )

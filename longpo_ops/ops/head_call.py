@@ -12,10 +12,13 @@ Tests: tests/ops/test_head.py.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ..kinds import check_each
@@ -63,10 +66,10 @@ def call_in_place_of_head(causal: nn.Module, forward: Callable, compute: Callabl
 
     Raises ValueError unless forward calls its head exactly once.
     """
-    lm_head = causal.get_output_embeddings()
-    stand_in = _StandIn(lm_head, type(causal).__name__)
-    with _placed(stand_in, causal), _forward_of(lm_head, compute):
-        outputs = forward(*args, **kwargs)
+    with one_call_at_a_time(causal):
+        stand_in = _StandIn(causal, compute)
+        with stand_in.placed():
+            outputs = forward(*args, **kwargs)
     if not stand_in.results:
         raise HeadRefused(
             f"model: forward of {type(causal).__name__} does not call its head; expected one call of the module that "
@@ -75,11 +78,30 @@ def call_in_place_of_head(causal: nn.Module, forward: Callable, compute: Callabl
     return stand_in.results[0], outputs
 
 
-class _StandIn:
-    """What a model's forward finds under its head's name: calls the head, keeps the result and gives the logits on."""
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # beside the models, which stay copyable
 
-    def __init__(self, lm_head: nn.Module, model: str):
-        self.lm_head, self.model, self.results = lm_head, model, []
+
+def one_call_at_a_time(causal: nn.Module):
+    """A model is changed while it is called: other threads wait, and the same one may call it from within."""
+    return nullcontext() if torch.compiler.is_compiling() else _LOCKS.setdefault(causal, RLock())
+
+
+class _StandIn:
+    """What a model's forward finds under its head's name: calls the head, keeps the result and gives the logits on.
+
+    An instance's own attribute comes before nn.Module's look-up of children, which stay as they are. The head's own forward
+    is exchanged as well, within the hooks of accelerate where it has some, so that hooks run around `compute`. While
+    compute runs, the model is as it was.
+    """
+
+    def __init__(self, causal: nn.Module, compute: Callable):
+        self.lm_head, self.model, self.results = causal.get_output_embeddings(), type(causal).__name__, []
+        self._compute = compute
+        slot = "_old_forward" if "_old_forward" in self.lm_head.__dict__ else "forward"
+        self._plain = getattr(self.lm_head, slot)
+        parents = ((m.__dict__, name) for m in causal.modules() for name, c in m._modules.items() if c is self.lm_head)
+        self._slots = [(attributes, name, None, self) for attributes, name in parents]
+        self._slots.append((self.lm_head.__dict__, slot, self.lm_head.__dict__.get(slot), self._forward))
 
     def __call__(self, *args, **kwargs) -> Tensor:
         if self.results:
@@ -94,45 +116,33 @@ class _StandIn:
     def __getattr__(self, name: str):
         return getattr(self.lm_head, name)
 
-
-@contextlib.contextmanager
-def _placed(stand_in: _StandIn, causal: nn.Module) -> Iterator[None]:
-    """An instance's own attribute comes before nn.Module's look-up of children, which stay as they are."""
-    places = [
-        (parent.__dict__, name)
-        for parent in causal.modules()
-        for name, child in parent._modules.items()
-        if child is stand_in.lm_head
-    ]
-    for attributes, name in places:
-        attributes[name] = stand_in
-    try:
-        yield
-    finally:
-        for attributes, name in places:
-            del attributes[name]
-
-
-@contextlib.contextmanager
-def _forward_of(lm_head: nn.Module, compute: Callable) -> Iterator[None]:
-    """The head's forward is compute(hidden, its own forward): within the hooks of accelerate, where it has some."""
-    slot = "_old_forward" if "_old_forward" in lm_head.__dict__ else "forward"
-    own = lm_head.__dict__.get(slot)
-    plain = getattr(lm_head, slot)
-
-    def forward(hidden, *args, **kwargs):
+    def _forward(self, hidden, *args, **kwargs):
         if args or kwargs:
             raise HeadRefused(f"model: its head is called with {[*args, *kwargs]} beside hidden states; expected none")
-        return compute(hidden, plain)
+        self._take()
+        try:
+            return self._compute(hidden, self._plain)
+        finally:
+            self._put()
 
-    lm_head.__dict__[slot] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del lm_head.__dict__[slot]
-        else:
-            lm_head.__dict__[slot] = own
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        self._put()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def _put(self) -> None:
+        for attributes, name, _, ours in self._slots:
+            attributes[name] = ours
+
+    def _take(self) -> None:
+        for attributes, name, own, _ in self._slots:
+            if own is None:
+                del attributes[name]
+            else:
+                attributes[name] = own
 
 
 def call_loss(loss: Callable, hidden, weight: Tensor, labels, options: dict) -> Any:

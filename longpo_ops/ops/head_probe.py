@@ -56,16 +56,24 @@ def probe(causal: nn.Module, forward: Callable, merge_lora: bool) -> Probed:
         products = plain(hidden)
         z = products.double()
         z[2] = _sizes(z[2])
+        torch.set_grad_enabled(True)  # z is a constant: logits with a gradient have it from the map
         return (hidden, products, z), z.clone()
 
     with _undisturbed(causal), _output_of(causal.base_model) as body:
         (hidden, products, z), outputs = call_in_place_of_head(causal, forward, measure, (), kwargs)
+        torch.set_grad_enabled(False)
         logits = getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor) or logits.shape != z.shape:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(outputs).__name__
             raise HeadRefused(f"model: {name} gives {came}; expected logits {tuple(z.shape)}. {OTHERWISE}")
+        if logits.requires_grad:
+            raise HeadRefused(
+                f"model: {name} trains what it makes of its head's products; expected fixed numbers. {OTHERWISE}"
+            )
         _check_causal(name, hidden)
         softcap, scale = _fit(name, z[2], logits[2])
+        if not body:  # its forward calls parts of its body, or another one
+            causal.base_model(**kwargs)
         ends_at_head = len(body) == 1 and body[0].shape == hidden.shape and torch.equal(body[0], hidden)
         probed = Probed(softcap, scale, ends_at_head)
         ours = _logps(causal, forward, probed, merge_lora, ids, kwargs)
@@ -87,8 +95,8 @@ def _tokens(causal: nn.Module) -> Tensor:
     """(3, T) int64, none of them special in the model's config."""
     config = causal.config
     size = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config.vocab_size
-    usual = torch.tensor(sorted(set(range(size)) - set(_special(config.to_dict()))) or [0])
-    drawn = usual[torch.randint(len(usual), (2, TOKENS), generator=torch.Generator().manual_seed(0))]
+    usual = torch.tensor(sorted(set(range(size)) - set(_special(config.to_dict()))) or [0], device="cpu")
+    drawn = usual[torch.randint(len(usual), (2, TOKENS), generator=torch.Generator().manual_seed(0), device="cpu")]
     rows = drawn[0].repeat(3, 1)
     rows[2, TOKENS // 2 :] = drawn[1, TOKENS // 2 :]
     tensors = (causal.get_input_embeddings().weight, *causal.parameters(), *causal.buffers())
@@ -135,6 +143,10 @@ def _rounded(value) -> float:
 
 def _check_causal(name: str, hidden: Tensor) -> None:
     """Tokens of the second half must not reach the first half's hidden states."""
+    if not hidden.isfinite().all():
+        raise HeadRefused(
+            f"model: hidden states of {name} are NaN or infinite on a few tokens; look at its weights and dtype"
+        )
     first = hidden[:, : TOKENS // 2].float()
     noise, effect = ((first[0] - other).abs().max() for other in (first[1], first[2]))
     rounding = max(4 * torch.finfo(hidden.dtype).eps, 2.0**-16)  # linear attention by chunks sums in another order
@@ -142,7 +154,7 @@ def _check_causal(name: str, hidden: Tensor) -> None:
         raise HeadRefused(
             f"model: {name} is not causal: other tokens later on change hidden states before them by {float(effect):.3g}. "
             "Masked and encoder models have no log-probs of a text; expected a causal LM (is_decoder=True, where its "
-            "config has that)"
+            "config has that; attach(model, check=False, softcap=..., scale=...) takes it as it is)"
         )
 
 

@@ -29,7 +29,7 @@ def read_head(lm_head: nn.Module, merge_lora: bool) -> tuple[Tensor, Tensor | No
             f"model: its head carries adapters {list(lm_head.active_adapters)}; expected a plain head. Use "
             "attach(model, merge_lora=True), or leave lm_head out of target_modules"
         )
-    if not hasattr(lm_head, "lora_A"):
+    if not isinstance(getattr(lm_head, "lora_B", None), nn.ModuleDict):  # AdaLoRA's are parameters
         kind = f"{type(lm_head).__name__} of {type(lm_head).__module__}"
         raise HeadRefused(f"merge_lora=True: the head's adapter is {kind}; expected plain LoRA")
     return _merged(lm_head)

@@ -271,4 +271,5 @@ def resolve_objective(objective: Objective | str) -> Objective:
 def rebuild_objective(name: str, parameters: list[float]) -> Objective:
     """The inverse of (name, parameters()): how an objective passes through a registered operator."""
     cls = OBJECTIVES[name]
-    return cls(**{field.name: type(field.default)(value) for field, value in zip(fields(cls), parameters, strict=True)})
+    given = zip(fields(cls), parameters, strict=True)
+    return cls(**{f.name: bool(value) if isinstance(f.default, bool) else value for f, value in given})

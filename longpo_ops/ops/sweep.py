@@ -346,10 +346,11 @@ class _Sweep:
         pair = local[pairs.pair[rejected]]
         numbers = self.lengths.double(), chosen, rejected, pair
         lengths, chosen, rejected, pair = (t.to(self.head.device, non_blocking=True) for t in numbers)
+        sums = torch.where(self.sums.isfinite(), self.sums, torch.nan)
         terms: Terms = pairs.objective.terms(
             PairLogps(
-                chosen=self.sums[chosen],
-                rejected=self.sums[b + rejected],
+                chosen=sums[chosen],  # NaN where not finite: a saturated loss would hide it
+                rejected=sums[b + rejected],
                 ref_chosen=None if pairs.ref_chosen is None else pairs.ref_chosen[chosen],
                 ref_rejected=None if pairs.ref_rejected is None else pairs.ref_rejected[rejected],
                 chosen_lengths=lengths[chosen],

@@ -5,6 +5,8 @@ Adapters are in test_head_weight.py, what attach measures in test_head_probe.py.
 
 import copy
 import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -336,3 +338,57 @@ def test_what_is_no_loss_and_no_pair_of_hidden_states_is_refused_by_name():
     for wrong in ({"merge_lora": 1}, {"check": "no"}, {"softcap": "x", "check": False}, {"scale": 0, "check": False}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             attach(make(), **wrong)
+
+
+def test_threads_that_share_a_model_get_their_own_numbers():
+    model, ids = attach(make()), torch.randint(61, (4, 12), generator=torch.Generator().manual_seed(2))
+
+    def logps(row):
+        def compute(hidden, head):
+            return head(hidden[0, :-1], ids[row, 1:], loss=linear_logprobs)
+
+        with torch.no_grad():
+            return model(ids[row][None], use_cache=False, compute=compute)
+
+    alone, before = [logps(row) for row in range(4)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(logps, [row for _ in range(12) for row in range(4)]))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(torch.equal(given, alone[call % 4]) for call, given in enumerate(together))
+
+
+def test_the_model_may_be_called_while_its_loss_is_computed():
+    """An adapter's base as the reference, say, or a text that is generated."""
+    model, (ids, answers) = attach(make()), batch()
+    heads = []
+
+    def outer(hidden, head):
+        heads.append(model.get_output_embeddings())
+        with torch.no_grad():
+            again = model(ids, use_cache=False, compute=preference(answers))
+            heads.append(model.generate(ids[:1, :4], max_new_tokens=2, do_sample=False))
+        return preference(answers)(hidden, head).loss - again.loss
+
+    difference = model(ids, use_cache=False, compute=outer)
+    assert difference.requires_grad and float(difference.detach()) == 0
+    assert type(heads[0]) is torch.nn.Linear and heads[1].shape == (1, 6)
+    assert model(ids, use_cache=False).last_hidden_state.shape == (4, 12, 32)
+
+
+def test_a_head_of_another_kind_is_measured_again():
+    class Normalised(torch.nn.Linear):
+        def forward(self, hidden):
+            return torch.nn.functional.linear(hidden, torch.nn.functional.normalize(self.weight))
+
+    model = attach(make())
+    model.lm_head = Normalised(32, 61, bias=False)
+    with pytest.raises(ValueError, match="expected a linear head"):
+        model(batch()[0], compute=lambda hidden, head: hidden)
+
+
+def test_a_call_that_hides_the_auxiliary_loss_is_refused():
+    with pytest.raises(ValueError, match="return_dict=False"):
+        attach(make())(batch()[0], return_dict=False, compute=lambda hidden, head: hidden)

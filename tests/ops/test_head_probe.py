@@ -215,10 +215,50 @@ def test_a_head_that_is_called_twice_or_never_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertLMHeadModel", "ModernBertForMaskedLM"])
-def test_models_that_look_ahead_are_refused(name, dtype):
-    with pytest.raises(ValueError, match=f"{name} is not causal: other tokens later on change hidden states"):
-        attach(build(getattr(transformers, name), BERT).to(dtype))
+def test_models_that_look_ahead_are_refused(dtype):
+    with pytest.raises(ValueError, match="BertLMHeadModel is not causal: other tokens later on change hidden states"):
+        attach(build(transformers.BertLMHeadModel, BERT).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "ModernBertForMaskedLM"])
+def test_masked_models_are_refused(name):
+    """As they are made, two layers in bfloat16 look ahead by less than rounding."""
+    with pytest.raises(ValueError, match=f"{name} fills in masked tokens"):
+        attach(getattr(transformers, name)(getattr(transformers, name).config_class(**BERT)).bfloat16())
+
+
+def test_a_scale_that_is_trained_is_refused():
+    class Scaled(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * self.logit_scale
+            return out
+
+    model = build(Scaled, SIZES)
+    with pytest.raises(ValueError, match="Scaled trains what it makes of its head's products"):
+        attach(model)
+    model.logit_scale.requires_grad_(False)
+    assert map_of(attach(model)) == (None, 2.0)
+
+
+def test_weights_that_are_no_numbers_are_told_as_such():
+    model = build(LlamaForCausalLM, SIZES)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match="hidden states of LlamaForCausalLM are NaN or infinite"):
+        attach(model)
+
+
+def test_a_body_that_is_called_by_its_parts():
+    config = transformers.OPTConfig(
+        vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    model = attach(transformers.OPTForCausalLM(config))
+    assert model(torch.arange(9)[None], use_cache=False).last_hidden_state.shape == (1, 9, 32)
 
 
 def test_encoders_with_decoders_are_refused():
@@ -277,13 +317,13 @@ def assign(model, loaded):
 def test_weights_that_come_later_are_measured_at_the_first_call():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(transformers.Gemma2Config(**SIZES, final_logit_softcapping=2.0))
-        encoder = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
+        encoder = transformers.BertLMHeadModel(transformers.BertConfig(**BERT))
     loaded = build(transformers.Gemma2ForCausalLM, SIZES | dict(final_logit_softcapping=2.0))
     truth = own_logps(loaded)
     assign(attach(model), loaded)
     torch.testing.assert_close(attached_logps(model).double(), truth, rtol=1e-5, atol=2e-5)
-    assign(attach(encoder), build(transformers.BertForMaskedLM, BERT))
-    with pytest.raises(ValueError, match="BertForMaskedLM is not causal"):
+    assign(attach(encoder), build(transformers.BertLMHeadModel, BERT))
+    with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
         attached_logps(encoder)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from longpo_ops import attach, detach
@@ -172,3 +172,9 @@ def test_a_quantised_body_is_none_of_the_heads_business():
     truth = from_logits(model, ids, answers)
     ours = attach(model)(ids, use_cache=False, compute=preference(answers)).loss
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_adalora_on_the_head_is_refused():
+    config = AdaLoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM", total_step=9, tinit=1, tfinal=1)
+    with pytest.raises(ValueError, match="the head's adapter is SVDLinear"):
+        attach(get_peft_model(make(), config), merge_lora=True)
