@@ -146,8 +146,13 @@ class CheckpointedTrainer(Trainer):
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The checkpoints of a run, by their numbers."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: str | os.PathLike) -> int:
+    """The step after which a checkpoint was written."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from ..pretrained import loading
 from ..runs.journal import write_atomically
+from .checkpoints import step_of
 from .checks import needs_reference
 from .config import LongPOConfig
 from .packed import PairStore, read_digests
@@ -81,19 +82,22 @@ class Identity:
     def file(self) -> Path:
         return self.folder / "run.json"
 
-    def begin(self, checkpoint: str | None, write: bool) -> int | None:
-        """-> the step at which this very run ended before with all its files, or None: then it is under way, and `write`
-        says whether this process puts that down. Raises ValueError where the folder holds another run."""
+    def begin(self, checkpoint: str | None) -> int | None:
+        """-> the step at which this very run ended before with all its files, or None: then it is under way. Nothing is
+        written. Raises ValueError where the folder holds another run, or this one beyond max_steps."""
         theirs = self._read(checkpoint)
         if checkpoint is not None or "finished" in theirs:
             self._compare(theirs, checkpoint)
             ended = theirs.get("finished")
+            self._check_length(checkpoint, ended["step"] if ended else 0)
             whole = ended and all((self.folder / name).exists() for name in ended["files"])
             if whole and _length(theirs) == _length(self.values):
                 return ended["step"]
-        if write:
-            self._write(self.values)
         return None
+
+    def under_way(self) -> None:
+        """The first step is about to be made, and no checkpoint of it is there: what began is put down."""
+        self._write(self.values)
 
     def end(self, step: int) -> None:
         """All is written: what lies in the folder now is what the run leaves."""
@@ -115,6 +119,16 @@ class Identity:
                 f"{self.file} is missing, damaged or of an earlier version, so nobody knows of which run "
                 f"{Path(checkpoint).name} is; give another output_dir, or remove this one to start over"
             ) from None
+
+    def _check_length(self, checkpoint: str | None, ended: int) -> None:
+        """max_steps counts steps; how many num_train_epochs make is known when the trainer is, which refuses the same."""
+        steps, at = self.values["max_steps"], step_of(checkpoint) if checkpoint else 0
+        if 0 < steps < max(at, ended):
+            held = checkpoint if at >= ended else f"the finished model in {self.folder}"
+            raise ValueError(
+                f"{held} is beyond the {steps} steps that this run has (max_steps={steps}, {max(at, ended)} are made); "
+                "raise it, or give another output_dir"
+            )
 
     def _compare(self, theirs: dict[str, Any], checkpoint: str | None) -> None:
         names = (*DECIDING["run"], *DECIDING["config"], "packs_per_step")

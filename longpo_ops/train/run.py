@@ -229,7 +229,7 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     checkpoint = last_checkpoint(run.output_dir)
     with config.main_process_first(local=False):
         identity = Identity.of(run, config, tokenizer, pairs, evaluation)
-        ended = identity.begin(checkpoint, write=config.process_index == 0)
+        ended = identity.begin(checkpoint)
     if ended is not None:
         log.info("%s holds this run, which ended at step %d: nothing is left to do", run.output_dir, ended)
     elif checkpoint is not None:
@@ -245,6 +245,7 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     if ended is not None:
         trainer.restore(run.output_dir)
         return trainer
+    trainer.add_callback(_UnderWay(identity))
     trainer.train(resume_from_checkpoint=checkpoint)
     if not run.lora_rank:
         policy.to(dtype)
@@ -255,6 +256,17 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
         write_report(trainer, run.model)
         identity.end(trainer.state.global_step)
     return trainer
+
+
+class _UnderWay(TrainerCallback):
+    """Puts down what began once nothing can refuse it any more: a start that is refused leaves run.json as it was."""
+
+    def __init__(self, identity: Identity):
+        self._identity = identity
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self._identity.under_way()
 
 
 def _make_trainer(run: TrainRun, policy, config: LongPOConfig, tokenizer, pairs, evaluation) -> LongPOTrainer:

@@ -165,6 +165,19 @@ def test_a_longer_run_goes_on_by_its_own_schedule_and_a_shorter_one_is_refused(h
     assert longer[3:] == whole[3:] and longer[:3] != whole[:3]
     with pytest.raises(ValueError, match="checkpoint-5 is beyond the 4 steps that this run has"):
         run_tiny(home, tmp_path / "out", max_steps=4, **more)
+    with caplog.at_level("INFO"):
+        run_tiny(home, tmp_path / "out", max_steps=5, **more)
+    assert "ended at step 5: nothing is left to do" in caplog.text
+
+
+def test_a_start_that_is_refused_leaves_the_run_as_it_was(home, tmp_path):
+    """One that identity alone does not refuse: how many steps an epoch has is known when the trainer is."""
+    more = {"learning_rate": 1e-3, "objective": "sft_chosen", "max_steps": -1}
+    run_tiny(home, tmp_path, num_train_epochs=2, **more)
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"is beyond the \d+ steps that this run has \(max_steps, num_train_epochs\)"):
+        run_tiny(home, tmp_path, num_train_epochs=1, **more)
+    assert (tmp_path / "run.json").read_bytes() == before
 
 
 def test_a_checkpoint_without_an_optimizer_does_not_go_on(home, tmp_path):

@@ -30,7 +30,7 @@ def begun(tmp_path_factory) -> Path:
     write_lines(home / "pairs.jsonl", text_pairs(4))
     write_lines(home / "eval.jsonl", text_pairs(2))
     shutil.copytree(home / "model", home / "reference")
-    assert identity(home).begin(None, write=True) is None
+    identity(home).under_way()
     return home
 
 
@@ -40,7 +40,7 @@ def home(begun, tmp_path) -> Path:
 
 
 def begin(home: Path, **more) -> int | None:
-    return identity(home, **more).begin(str(home / "out" / "checkpoint-1"), write=True)
+    return identity(home, **more).begin(str(home / "out" / "checkpoint-1"))
 
 
 def test_files_may_move_and_be_touched(home):
@@ -128,7 +128,7 @@ def test_other_weights_and_configs_are_refused(home, folder, setting):
 
 def test_a_reference_that_is_named_is_the_one_that_was_meant(home):
     shutil.rmtree(home / "out")
-    identity(home, reference_model=None).begin(None, write=True)
+    identity(home, reference_model=None).under_way()
     assert begin(home, reference_model=str(home / "reference")) is None  # a copy of the model
 
 
@@ -187,14 +187,23 @@ def test_what_nobody_can_tell_is_refused(home):
     (home / "out" / "run.json").write_text('{"objective": "longpo"}')
     with pytest.raises(ValueError, match=r"run\.json is missing, damaged or of an earlier version.*checkpoint-1"):
         begin(home)
-    assert identity(home).begin(None, write=True) is None  # there is nothing to go on from
+    assert identity(home).begin(None) is None  # there is nothing to go on from
 
 
 def test_a_finished_model_is_not_written_over_by_another_run(home):
     identity(home).end(4)
-    assert identity(home).begin(None, write=True) == 4
+    assert identity(home).begin(None) == 4
     with pytest.raises(ValueError, match=r"its finished model is of another run \(objective='longpo' became 'dpo'\)"):
-        identity(home, objective="dpo").begin(None, write=True)
+        identity(home, objective="dpo").begin(None)
+
+
+def test_a_finished_run_is_not_begun_with_fewer_steps_than_it_made(home):
+    identity(home).end(4)
+    with pytest.raises(
+        ValueError, match=r"the finished model in .*out is beyond the 2 steps .*max_steps=2, 4 are made"
+    ):
+        begin(home, max_steps=2)
+    assert begin(home) == 4
 
 
 def test_weights_are_read_again_only_where_size_or_time_has_changed(tmp_path, monkeypatch):
