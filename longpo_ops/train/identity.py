@@ -7,8 +7,9 @@ A folder goes on with the run it holds, and with no other: what has changed is t
 and touched. Decided, because a checkpoint would carry the old value on or the steps after it be those of neither run:
 objective, data, tokenizer, models, optimizer, schedule, clipping, precision, seeds, packs a step. Free: tiling, offload,
 devices, the number of processes as long as a step has as many packs (random states, of dropout say, are then begun anew),
-logging, evaluation and saving. max_steps and num_train_epochs may be raised; the learning rate then follows the longer
-schedule from there on, so the weights are not those of a run that was as long from its beginning.
+logging, saving, and evaluation where it decides no weights (load_best_model_at_end, save_strategy best and a scheduler
+that looks at it do). max_steps and num_train_epochs may be raised; the learning rate then follows the longer schedule
+from there on, so the weights are not those of a run that was as long from its beginning.
 
 Cost. A model's weights are read once (about a second per GB), and again when their size or time changes. A model by its
 name on a hub is its commit. Not covered: code that trust_remote_code loads, and weights that a link hides.
@@ -52,10 +53,11 @@ LEFT = ("*.safetensors*", "*config.json", "tokenizer*", "trainer_state.json", "t
 
 @dataclass
 class Identity:
-    """Of a run with its output folder; `values` is what run.json holds of it."""
+    """Of a run with its output folder; `values` is what run.json holds of it. evaluated: whether evaluation decides weights."""
 
     folder: Path
     values: dict[str, Any]
+    evaluated: bool
 
     @classmethod
     def of(cls, run, config: LongPOConfig, tokenizer, pairs: PairStore, evaluation: PairStore | None) -> Identity:
@@ -76,7 +78,9 @@ class Identity:
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
         values["packs_per_step"] = config.gradient_accumulation_steps * config.world_size
         values |= {"processes": config.world_size, "contents": contents}
-        return cls(folder, json.loads(json.dumps(values)))
+        evaluated = config.load_best_model_at_end or given["save_strategy"] == "best"
+        evaluated = evaluated or given["lr_scheduler_type"] == "reduce_lr_on_plateau"
+        return cls(folder, json.loads(json.dumps(values)), evaluated)
 
     @property
     def file(self) -> Path:
@@ -137,7 +141,11 @@ class Identity:
         changed += [f"another {name}" for name in ("tokenizer", "chat template") if before[name] != now[name]]
         for name in ("data", "eval_data"):
             if (before[name] or {}).get("digest") != (now[name] or {}).get("digest"):
-                changed.append(f"{name}: {_what_became(self.folder, before[name], now[name])}")
+                told = f"{name}: {_what_became(self.folder, before[name], now[name])}"
+                if name == "data" or self.evaluated:
+                    changed.append(told)
+                else:
+                    log.warning("%s; metrics from here on are of these", told)
         for name in ("model", "reference_model"):
             old, new = before[name] or {}, now[name] or {}
             if parts := sorted(part for part in {*old, *new} if old.get(part) != new.get(part)):

@@ -104,12 +104,28 @@ def test_data_that_changed_are_refused_where_the_pairs_of_then_are_gone(home):
         begin(home)
 
 
-def test_evaluation_data_are_of_the_run_too(home):
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+JUDGED = {
+    "best model": EVERY_STEP | {"load_best_model_at_end": True},
+    "best checkpoints": EVERY_STEP | {"save_strategy": "best", "metric_for_best_model": "loss"},
+    "plateau": EVERY_STEP | {"lr_scheduler_type": "reduce_lr_on_plateau"},
+}
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_evaluation_data_are_of_the_run_where_they_decide_weights(home, kind):
+    identity(home, **JUDGED[kind]).under_way()
     write_lines(home / "eval.jsonl", text_pairs(1))
     with pytest.raises(ValueError, match=r"\(eval_data: 2 records became 1 \(1 gone, 'passage-1' the first\)\)"):
-        begin(home)
-    with pytest.raises(ValueError, match=r"\(eval_data: 2 records became none\)"):
-        begin(home, eval_data=None)
+        begin(home, **JUDGED[kind])
+
+
+def test_evaluation_data_that_decide_nothing_may_change_and_are_told(home, caplog):
+    write_lines(home / "eval.jsonl", text_pairs(1))
+    assert begin(home, **EVERY_STEP) is None
+    assert "eval_data: 2 records became 1 (1 gone, 'passage-1' the first); metrics from here on" in caplog.text
+    assert begin(home, eval_data=None) is None
+    assert "eval_data: 2 records became none" in caplog.text
 
 
 @pytest.mark.parametrize(("folder", "setting"), [("model", "model"), ("reference", "reference_model")])
