@@ -164,7 +164,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 def write_manifest(folder: Path, resumable: bool) -> None:
     """The files below a folder, each with its size and digest. resumable: whether an optimizer is among them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    described = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+    described = {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps({"resumable": resumable, "files": described}, indent=1) + "\n")
 
 
@@ -191,6 +191,11 @@ def _read_manifest(folder: str | os.PathLike) -> dict:
             f"{file} {told}, so nobody knows whether the checkpoint is whole (earlier versions wrote none); remove {folder} "
             "to go on from the checkpoint before it, or to start over where there is none"
         ) from None
+
+
+def describe_file(file: Path) -> list:
+    """[bytes, digest]"""
+    return [file.stat().st_size, _digest(file)]
 
 
 def _digest(file: Path) -> str:

@@ -1,6 +1,6 @@
 """What a training run is: the settings that decide its weights, and the content of its data and models, not their paths.
 
-    OUT/run.json     settings; "contents": digests; "finished": the step it ended at, once all that it leaves is written
+    OUT/run.json     settings; "contents": digests; "finished": the step it ended at and the files it left, once all are written
     OUT/data         tokenised pairs with a digest each, and digests of weights by path, size and time
 
 A folder goes on with the run it holds, and with no other: what has changed is told in words. Files may be moved, renamed
@@ -26,7 +26,7 @@ from typing import Any
 
 from ..pretrained import loading
 from ..runs.journal import write_atomically
-from .checkpoints import step_of
+from .checkpoints import describe_file, step_of
 from .checks import needs_reference
 from .config import LongPOConfig
 from .packed import PairStore, read_digests
@@ -48,7 +48,8 @@ DECIDING = {
     ),
 }
 LENGTH = ("max_steps", "num_train_epochs")
-LEFT = ("*.safetensors*", "*config.json", "tokenizer*", "trainer_state.json", "training.png", "README.md")
+READ = ("*.safetensors*", "*config.json", "tokenizer*", "trainer_state.json")  # what a run leaves, for programs
+SHOWN = ("training.png", "README.md")  # for people, who may edit them
 
 
 @dataclass
@@ -94,8 +95,7 @@ class Identity:
             self._compare(theirs, checkpoint)
             ended = theirs.get("finished")
             self._check_length(checkpoint, ended["step"] if ended else 0)
-            whole = ended and all((self.folder / name).exists() for name in ended["files"])
-            if whole and _length(theirs) == _length(self.values):
+            if ended and self._is_whole(ended["files"]) and _length(theirs) == _length(self.values):
                 return ended["step"]
         return None
 
@@ -105,8 +105,23 @@ class Identity:
 
     def end(self, step: int) -> None:
         """All is written: what lies in the folder now is what the run leaves."""
-        files = sorted({path.name for pattern in LEFT for path in self.folder.glob(pattern)})
+        left = {pattern: sorted(self.folder.glob(pattern)) for pattern in (*READ, *SHOWN)}
+        files = {path.name: describe_file(path) for pattern in READ for path in left[pattern]}
+        files |= {path.name: None for pattern in SHOWN for path in left[pattern]}
         self._write(self.values | {"finished": {"step": step, "files": files}})
+
+    def _is_whole(self, files: dict[str, list | None] | list[str]) -> bool:
+        """Whether all that the run left is there as it was written; earlier versions knew no more than names."""
+        described = files if isinstance(files, dict) else dict.fromkeys(files)
+        for name, written in described.items():
+            file = self.folder / name
+            if not file.is_file() or (written is not None and describe_file(file) != written):
+                told = (
+                    "%s is missing or holds other bytes than the finished run left, which is therefore taken up again"
+                )
+                log.warning(told, file)
+                return False
+        return True
 
     def _write(self, values: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

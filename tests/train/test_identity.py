@@ -213,6 +213,36 @@ def test_a_finished_model_is_not_written_over_by_another_run(home):
         identity(home, objective="dpo").begin(None)
 
 
+def test_a_finished_run_is_known_by_the_content_of_its_files(home, caplog):
+    file, card = home / "out" / "model.safetensors", home / "out" / "README.md"
+    shutil.copy(home / "model" / "model.safetensors", file)
+    (home / "out" / "trainer_state.json").write_text("{}")
+    card.write_text("a model")
+    identity(home).end(4)
+    card.write_text("a model, described by hand")
+    assert identity(home).begin(None) == 4
+    whole, weights = file.read_bytes(), load_file(file)
+    weights.pop("model.norm.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    assert identity(home).begin(None) is None
+    assert "model.safetensors is missing or holds other bytes than the finished run left" in caplog.text
+    file.write_bytes(whole[: len(whole) // 2])
+    assert identity(home).begin(None) is None
+    file.write_bytes(whole)
+    assert identity(home).begin(None) == 4
+    (home / "out" / "trainer_state.json").write_text("")
+    assert identity(home).begin(None) is None
+
+
+def test_a_finished_run_of_an_earlier_version_is_known_by_names(home):
+    file = home / "out" / "run.json"
+    (home / "out" / "trainer_state.json").write_text("{}")
+    file.write_text(json.dumps(identity(home).values | {"finished": {"step": 4, "files": ["trainer_state.json"]}}))
+    assert identity(home).begin(None) == 4
+    (home / "out" / "trainer_state.json").unlink()
+    assert identity(home).begin(None) is None
+
+
 def test_a_finished_run_is_not_begun_with_fewer_steps_than_it_made(home):
     identity(home).end(4)
     with pytest.raises(
