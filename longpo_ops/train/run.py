@@ -25,7 +25,7 @@ from .checkpoints import check_checkpoint, last_checkpoint
 from .checks import check_model, check_packs, check_pairs, needs_reference, packs_of, plan_memory, target_length
 from .config import LongPOConfig
 from .identity import Identity, tokenizer_digest
-from .packed import PairStore, select
+from .packed import DIGESTS, PairStore, select
 from .report import write_report
 from .trainer import LongPOTrainer, weights_digest
 
@@ -137,7 +137,7 @@ class TrainRun:
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         file = Path(self.output_dir) / "data" / f"pairs-{digest}.parquet"
         told = file.with_suffix(".txt")
-        if not (file.exists() and told.exists()):
+        if not all(each.exists() for each in (file, told, file.with_suffix(DIGESTS))):
             report = DataReport()
             pairs = tokenized_pairs(path, chat, vocab_size, self.on_bad_record, report, allow_equal=self.supervised())
             PairStore.write(pairs, file, chat.fingerprint)
