@@ -95,8 +95,15 @@ class Identity:
             self._compare(theirs, checkpoint)
             ended = theirs.get("finished")
             self._check_length(checkpoint, ended["step"] if ended else 0)
-            if ended and self._is_whole(ended["files"]) and _length(theirs) == _length(self.values):
+            whole = ended and self._is_whole(ended["files"])
+            if whole and _length(theirs) == _length(self.values):
                 return ended["step"]
+            if whole and checkpoint is None:
+                raise ValueError(
+                    f"output_dir={self.folder}: holds the finished model of {ended['step']} steps and no checkpoint to go on "
+                    "from (save_strategy), so a run of another length (max_steps, num_train_epochs) would begin anew and "
+                    "write over it; give another output_dir"
+                )
         return None
 
     def under_way(self) -> None:
@@ -163,7 +170,8 @@ class Identity:
                     log.warning("%s; metrics from here on are of these", told)
         for name in ("model", "reference_model"):
             old, new = before[name] or {}, now[name] or {}
-            if parts := sorted(part for part in {*old, *new} if old.get(part) != new.get(part)):
+            parts = sorted(part for part in {*old, *new} if old.get(part) != new.get(part))
+            if parts and old and new:  # a run that has none now is of another method or reference, which is told
                 changed.append(f"other {' and '.join(parts)} of {name} ({self.values[name] or self.values['model']})")
         if changed:
             held = Path(checkpoint).name if checkpoint else "finished model"

@@ -243,6 +243,24 @@ def test_a_finished_run_of_an_earlier_version_is_known_by_names(home):
     assert identity(home).begin(None) is None
 
 
+def test_a_finished_model_without_checkpoints_is_not_written_over_by_a_longer_run(home):
+    identity(home).end(4)
+    with pytest.raises(ValueError, match=r"holds the finished model of 4 steps and no checkpoint to go on from"):
+        identity(home, max_steps=8).begin(None)
+    assert begin(home, max_steps=8) is None  # from checkpoint-1
+
+
+def test_a_method_without_a_reference_is_told_alone(home):
+    with pytest.raises(ValueError, match=r"\(objective='longpo' became 'simpo'\)"):
+        begin(home, objective="simpo")
+
+
+def test_digests_of_pairs_that_are_gone_are_made_again(home):
+    for file in (home / "out" / "data").glob("*.digests.json"):
+        file.unlink()
+    assert begin(home) is None
+
+
 def test_a_finished_run_is_not_begun_with_fewer_steps_than_it_made(home):
     identity(home).end(4)
     with pytest.raises(
