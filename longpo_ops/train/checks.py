@@ -4,11 +4,14 @@ check_model        before anything is tokenised: the family, the head, adapters,
 check_pairs        before weights are read: what the method reads of every record, and that it fits
 check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
 plan_memory        what `fit: auto` will choose for the longest pack on this machine
+kept_memory        or what it chose when the run that goes on began
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,11 +19,12 @@ from torch import nn
 from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
-from ..memory.settings import machine_here
+from ..memory.settings import Memory, machine_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
 from .arithmetic import base_model
+from .checkpoints import last_checkpoint
 from .config import LongPOConfig
 from .packed import PackedPairs, select
 from .reference import DataReference, readings
@@ -93,6 +97,36 @@ def refuse_unplanned(model: nn.Module, config: LongPOConfig) -> None:
     """Raises ValueError where `fit: auto` has no plan for a run."""
     if config.fit == "auto" and (hasattr(model, "get_base_model") or config.world_size > 1):
         raise ValueError("fit='auto' plans full fine-tuning on one device: set memory by hand, and fit to 'off'")
+
+
+def memory_file(config: LongPOConfig) -> Path:
+    """Where a run keeps what `fit: auto` chose."""
+    return Path(config.output_dir) / "memory.json"
+
+
+def kept_memory(config: LongPOConfig) -> Memory | None:
+    """What `fit: auto` chose for the checkpoint that a run goes on from; None where nothing was trained with it, so that a
+    plan is made anew. Raises ValueError where it is damaged, or lossier than allow_lossy permits."""
+    file = memory_file(config)
+    if last_checkpoint(config.output_dir) is None or not file.exists():
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(kept, dict) or "states" not in kept:
+            raise ValueError(f"{kept!r:.80}: expected the settings of a plan")
+        memory = Memory.from_settings(kept)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); remove it, and fit='auto' plans anew for the steps that are left"
+        ) from None
+    needed = "all" if memory.store != "exact" else "states" if memory.states == "8bit" else "nothing"
+    levels = list(search.LOSSY)
+    if levels.index(needed) > levels.index(config.allow_lossy):
+        raise ValueError(
+            f"{file}: the run began with states={memory.states!r} and store={memory.store!r}, which "
+            f"allow_lossy={config.allow_lossy!r} does not permit; set it to {needed!r}, or give another output_dir"
+        )
+    return memory
 
 
 def plan_memory(

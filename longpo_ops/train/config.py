@@ -33,7 +33,8 @@ class LongPOConfig(TrainingArguments):
     constraint_weight: weight of the KL term of sft_constraint.
     workspace_bytes: scratch of the loss (fused_preference_loss).
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
-    fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose.
+    fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose
+        for the run's checkpoints.
     allow_lossy: what fit="auto" may store in 8 bits: "nothing", optimizer "states", or "all", layer inputs as well.
 
     warmup_steps: a number of steps, or below 1 the part of all steps, rounded up as transformers has it, but 0 where it comes

@@ -22,7 +22,16 @@ from ..memory.plan import Plan
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
 from ..runs.validate import check_kinds
 from .checkpoints import check_checkpoint, last_checkpoint
-from .checks import check_model, check_packs, check_pairs, needs_reference, packs_of, plan_memory, target_length
+from .checks import (
+    check_model,
+    check_packs,
+    check_pairs,
+    kept_memory,
+    needs_reference,
+    packs_of,
+    plan_memory,
+    target_length,
+)
 from .config import LongPOConfig
 from .identity import Identity, tokenizer_digest
 from .packed import DIGESTS, PairStore, select
@@ -211,7 +220,7 @@ def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | No
 
 def planned(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> Plan | None:
     """What `fit: auto` chooses for a run; None for a run with settings of its own, or that began with those it keeps."""
-    if config.fit != "auto" or (Path(run.output_dir) / "memory.json").exists():
+    if config.fit != "auto" or kept_memory(config) is not None:
         return None
     beside = config.method.reference is not None and config.reference == "online"
     reference = run.empty_model(run.reference_model or run.model, policy=False) if beside else None

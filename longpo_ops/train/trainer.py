@@ -23,7 +23,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -39,10 +38,20 @@ from ..memory.settings import Memory
 from ..ops.divergence import linear_kl
 from ..ops.logprobs import linear_cross_entropy
 from ..ops.preference import packed_preference_loss
+from ..runs.journal import write_atomically
 from ..runs.usage import peak_bytes
 from .arithmetic import Arithmetic, base_model, keep_float32_master, widen
 from .checkpoints import CheckpointedTrainer
-from .checks import check_packs, check_pairs, packs_of, plan_memory, prepare_model, target_length
+from .checks import (
+    check_packs,
+    check_pairs,
+    kept_memory,
+    memory_file,
+    packs_of,
+    plan_memory,
+    prepare_model,
+    target_length,
+)
 from .config import LongPOConfig
 from .metrics import Totals, total
 from .packed import Pack, PackedPairs, collate
@@ -125,17 +134,18 @@ class LongPOTrainer(CheckpointedTrainer):
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def _fitted(self, model: nn.Module, args: LongPOConfig, datasets, reference_model: nn.Module | None) -> Memory:
-        """What the planner chooses for the longest pack on this machine, or chose when the run began."""
-        file = Path(args.output_dir) / "memory.json"
-        if file.exists():
-            return Memory.from_settings(json.loads(file.read_text(encoding="utf-8")))
+        """What the planner chooses for the longest pack on this machine, or chose for the checkpoint it goes on from."""
+        file = memory_file(args)
+        if (kept := kept_memory(args)) is not None:
+            log.info("%s: goes on with what was planned when the run began, %s", file, kept)
+            return kept
         planned = plan_memory(model, args, datasets, reference_model)
         told = "; ".join([describe_settings(planned), *search.lossy_offers(planned, args.allow_lossy)])
         log.info("%d tokens, %.3g GiB predicted: %s", planned.work.length, planned.peak.total / 2**30, told)
         memory = Memory.from_plan(planned)
         if args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(dataclasses.asdict(memory), indent=1) + "\n", encoding="utf-8")
+            write_atomically(file, (json.dumps(dataclasses.asdict(memory), indent=1) + "\n").encode())
         return memory
 
     def train(self, *args, **kwargs):

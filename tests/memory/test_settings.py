@@ -71,7 +71,10 @@ def test_fit_chooses_and_keeps_what_it_chose(tmp_path):
     assert Memory.from_settings(kept) == trainer.memory
     assert trainer.memory.states == "float32"  # this little model fits any machine
     (tmp_path / "memory.json").write_text(json.dumps(kept | {"tile_rows": 5}))
-    _, trainer = trained(tmp_path, fit="auto")
+    _, trainer = trained(tmp_path, fit="auto", save_strategy="steps", save_steps=4)
+    assert trainer.memory.tile_rows is None  # no checkpoint was made with it: planned anew
+    (tmp_path / "memory.json").write_text(json.dumps(kept | {"tile_rows": 5}))
+    _, trainer = trained(tmp_path, fit="auto", resume=str(tmp_path / "checkpoint-4"))
     assert trainer.memory.tile_rows == 5
 
 

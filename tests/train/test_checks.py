@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from longpo_ops.cli import app
 from longpo_ops.pretrained import load_model, read_config
+from longpo_ops.train import LongPOConfig
+from longpo_ops.train.checks import kept_memory
 from longpo_ops.train.run import TrainRun, prepare, train
 
 from ..pretrained.tiny import CHATML, WITH_PICTURES, qwen_vl, save
@@ -139,6 +141,32 @@ def test_a_dry_run_prints_the_plan_that_the_run_takes(home, tmp_path, monkeypatc
     )
     done = CliRunner().invoke(app, ["train", *as_options(settings(home, tmp_path / "new", fit="auto")), "--dry-run"])
     assert done.exit_code == 1 and "nothing fits" in str(done.exception)
+
+
+def test_kept_memory_settings_count_only_beside_a_checkpoint_and_as_lossy_as_allowed(tmp_path):
+    file, config = tmp_path / "memory.json", LongPOConfig(output_dir=str(tmp_path), fit="auto", use_cpu=True)
+    lossy = LongPOConfig(output_dir=str(tmp_path), fit="auto", allow_lossy="states", use_cpu=True)
+    file.write_text('{"states": "8bit"}')
+    assert kept_memory(config) is None
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match=r"memory\.json.*states='8bit'.*allow_lossy='nothing' does not .* to 'states'"):
+        kept_memory(config)
+    assert kept_memory(lossy).states == "8bit"
+    file.write_text('{"states": "float32", "offload": true, "store": "int8"}')
+    with pytest.raises(ValueError, match=r"memory\.json.*store='int8'.*allow_lossy='states' does not .* to 'all'"):
+        kept_memory(lossy)
+    for damaged in ('{"states', "null", "[]", "{}", '{"states": "4bit"}', '{"states": "8bit", "tiles": 3}'):
+        file.write_text(damaged)
+        with pytest.raises(ValueError, match=r"memory\.json is damaged .*; remove it"):
+            kept_memory(lossy)
+
+
+def test_a_start_that_was_refused_leaves_no_plan_for_the_next(home, tmp_path):
+    more = settings(home, tmp_path, fit="auto", learning_rate=1e-3, save_strategy="no")
+    (tmp_path / "memory.json").write_text('{"states": "8bit", "tile_rows": 5}')
+    dry = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", *as_options(more), "--dry-run"])
+    assert dry.exit_code == 0 and "AdamW with float32 states" in dry.output
+    assert train(TrainRun.from_settings(more)).memory.states == "float32"
 
 
 def test_a_text_that_names_a_token_without_a_row_is_a_bad_record(home, tmp_path, caplog):
