@@ -3,6 +3,7 @@
 check_model        before anything is tokenised: the family, the head, adapters, the reference, weights (headers only)
 check_pairs        before weights are read: what the method reads of every record, and that it fits
 check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
+check_schedule     before the reference is loaded: that a step has a rate above 0
 plan_memory        what `fit: auto` will choose for the longest pack on this machine
 kept_memory        or what it chose when the run that goes on began
 """
@@ -10,11 +11,14 @@ kept_memory        or what it chose when the run that goes on began
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+from transformers import get_scheduler
 
 from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
@@ -91,6 +95,36 @@ def check_packs(model: nn.Module, packs: Iterable[PackedPairs]) -> None:
     if rope_depends_on_length(base_model(model)):
         for pack in (pack for each in packs for pack in each):
             check_rope(base_model(model), pack.batch.position_ids, pack.batch.layout)
+
+
+def count_steps(num_packs: int, config: LongPOConfig) -> int:
+    """Optimizer steps of a run on num_packs packs, as Trainer counts them."""
+    if config.max_steps > 0:
+        return config.max_steps
+    of_process = num_packs / config.world_size
+    of_process = math.floor(of_process) if config.dataloader_drop_last else math.ceil(of_process)
+    return math.ceil(config.num_train_epochs * max(1, math.ceil(of_process / config.gradient_accumulation_steps)))
+
+
+def check_schedule(num_packs: int, config: LongPOConfig) -> None:
+    """Raises ValueError where every step of a run on num_packs packs has a rate of 0. A DeepSpeed file may hold a schedule
+    of its own, which is not looked at."""
+    if config.deepspeed is None:
+        steps, nothing = count_steps(num_packs, config), torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.SGD([nothing], lr=config.learning_rate)
+        warmup, options = config.get_warmup_steps(steps), config.lr_scheduler_kwargs
+        check_rates(get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps, options), steps, config)
+
+
+def check_rates(scheduler, steps: int, config: LongPOConfig) -> None:
+    """Raises ValueError where a schedule gives each of its steps a rate of 0."""
+    factors = getattr(scheduler, "lr_lambdas", None)  # other schedulers do not know what will come
+    if factors and not any(factor(step) for step in range(steps) for factor in factors):
+        raise ValueError(
+            f"lr_scheduler_type={config.lr_scheduler_type.value} with warmup_steps={config.get_warmup_steps(steps)} gives "
+            f"each of the run's {steps} steps a rate of 0, so nothing would be trained; expected fewer warm-up steps or more "
+            "steps (max_steps, num_train_epochs, or fewer gradient_accumulation_steps)"
+        )
 
 
 def refuse_unplanned(model: nn.Module, config: LongPOConfig) -> None:

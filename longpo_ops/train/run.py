@@ -26,6 +26,7 @@ from .checks import (
     check_model,
     check_packs,
     check_pairs,
+    check_schedule,
     kept_memory,
     needs_reference,
     packs_of,
@@ -213,7 +214,9 @@ def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | No
     datasets, target = [pairs, evaluation] if evaluation else [pairs], target_length(policy, config)
     for each in datasets:
         check_pairs(each, config, target)
-    check_packs(policy, (packs_of(each, config, target) for each in datasets))
+    packs = [packs_of(each, config, target) for each in datasets]
+    check_packs(policy, packs)
+    check_schedule(len(packs[0]), config)
     planned(run, config, datasets)
     return config, tokenizer, pairs, evaluation
 

@@ -45,6 +45,7 @@ from .checkpoints import CheckpointedTrainer
 from .checks import (
     check_packs,
     check_pairs,
+    check_rates,
     kept_memory,
     memory_file,
     packs_of,
@@ -170,14 +171,8 @@ class LongPOTrainer(CheckpointedTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Trainer's. Raises ValueError where each of its steps has a rate of 0."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        factors = getattr(scheduler, "lr_lambdas", None)  # other schedulers do not know what will come
+        check_rates(scheduler, num_training_steps, self.args)
         warmup = self.args.get_warmup_steps(num_training_steps)
-        if factors and not any(factor(step) for step in range(num_training_steps) for factor in factors):
-            raise ValueError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type.value} with warmup_steps={warmup} gives each of the run's "
-                f"{num_training_steps} steps a rate of 0, so nothing would be trained; expected fewer warm-up steps or more "
-                "steps (max_steps, num_train_epochs, or fewer gradient_accumulation_steps)"
-            )
         if warmup >= num_training_steps:
             told = "warm-up takes %d steps and the run has %d: learning_rate is never reached"
             log.warning(told, warmup, num_training_steps)

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from longpo_ops.cli import app
 from longpo_ops.pretrained import load_model, read_config
 from longpo_ops.train import LongPOConfig
-from longpo_ops.train.checks import kept_memory
+from longpo_ops.train.checks import count_steps, kept_memory
 from longpo_ops.train.run import TrainRun, prepare, train
 
 from ..pretrained.tiny import CHATML, WITH_PICTURES, qwen_vl, save
-from .tiny import write_home
+from .tiny import make_model, make_pair, make_trainer, write_home
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,38 @@ def test_a_start_that_was_refused_leaves_no_plan_for_the_next(home, tmp_path):
     dry = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", *as_options(more), "--dry-run"])
     assert dry.exit_code == 0 and "AdamW with float32 states" in dry.output
     assert train(TrainRun.from_settings(more)).memory.states == "float32"
+
+
+@pytest.mark.parametrize(
+    ("packs", "more"),
+    [
+        (5, {}),
+        (5, {"num_train_epochs": 2.5}),
+        (5, {"num_train_epochs": 0.1}),
+        (4, {"gradient_accumulation_steps": 8}),
+        (5, {"dataloader_drop_last": True}),
+        (5, {"max_steps": 7}),
+    ],
+)
+def test_steps_are_counted_as_the_trainer_counts_them(tmp_path, packs, more):
+    pairs = [make_pair(seed) for seed in range(packs)]
+    more = {"gradient_accumulation_steps": 2} | more
+    trainer = make_trainer(tmp_path, "sft_chosen", pairs, make_model(), **more)
+    theirs = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    assert count_steps(packs, trainer.args) == theirs
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"warmup_steps": 5}, {"max_steps": -1, "pack_tokens": 10**6, "warmup_steps": 1, "lr_scheduler_type": "linear"}],
+)
+def test_a_schedule_of_zeros_is_refused_before_the_reference_is_computed(home, tmp_path, more):
+    more = settings(home, tmp_path / "out", **more)
+    done = CliRunner().invoke(app, ["train", *as_options(more), "--dry-run"])
+    assert done.exit_code == 1 and "gives each of the run's 1 steps a rate of 0" in str(done.exception)
+    with pytest.raises(ValueError, match="steps a rate of 0"):
+        train(TrainRun.from_settings(more))
+    assert not (tmp_path / "out" / "reference").exists()
 
 
 def test_a_text_that_names_a_token_without_a_row_is_a_bad_record(home, tmp_path, caplog):
