@@ -65,7 +65,7 @@ def train(
     for name in ("config", "set_", "dry_run"):
         del given[name]
     settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
-    from .train.run import TrainRun, describe, planned, prepare
+    from .train.run import TrainRun, check_output, describe, planned, prepare
     from .train.run import train as run_training
 
     with terminal.wrong_usage((ValueError, TypeError)):
@@ -76,7 +76,8 @@ def train(
             trainer = run_training(run)
         trainer.accelerator.end_training()  # a process group left to the interpreter's exit may abort it
         return
-    checked, _, pairs, evaluation = prepare(run)
+    checked, tokenizer, pairs, evaluation = prepare(run)
+    check_output(run, checked, tokenizer, pairs, evaluation)
     plan_of_run = planned(run, checked, [pairs, evaluation] if evaluation else [pairs])
     for name, value in (describe(pairs, checked) | run.all_settings()).items():
         typer.echo(f"{name:32s}{getattr(value, 'value', value)}")

@@ -230,6 +230,19 @@ def planned(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> P
     return plan_memory(run.empty_model(run.model, policy=True), config, datasets, reference)
 
 
+def check_output(
+    run: TrainRun, config: LongPOConfig, tokenizer, pairs: PairStore, evaluation: PairStore | None
+) -> None:
+    """Raises ValueError where train() would: output_dir holds another run, or a checkpoint that is not whole. Of run.json
+    and the checkpoints nothing is written."""
+    checkpoint = last_checkpoint(run.output_dir)
+    if checkpoint is None and not (Path(run.output_dir) / "run.json").exists():
+        return  # and no weights are read for their digest
+    ended = Identity.of(run, config, tokenizer, pairs, evaluation).begin(checkpoint, write=False)
+    if ended is None and checkpoint is not None:
+        check_checkpoint(checkpoint)
+
+
 def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrainer:
     """Trains or resumes a run to its end; the model, figure and card are in output_dir. progress: instead of a bar.
 

@@ -201,6 +201,26 @@ def test_a_schedule_of_zeros_is_refused_before_the_reference_is_computed(home, t
     assert not (tmp_path / "out" / "reference").exists()
 
 
+def test_a_dry_run_refuses_a_folder_that_holds_another_run_or_a_damaged_checkpoint(home, tmp_path):
+    more = settings(home, tmp_path, objective="sft_chosen", learning_rate=1e-3, save_steps=1)
+    train(TrainRun.from_settings(more))
+
+    another = more | {"objective": "simpo"}
+    before = (tmp_path / "run.json").read_bytes()
+    done = CliRunner().invoke(app, ["train", *as_options(another), "--dry-run"])
+    assert done.exit_code == 1 and "its checkpoint-1 is of another run" in str(done.exception), done.output
+    with pytest.raises(ValueError) as refused:
+        train(TrainRun.from_settings(another))
+    assert str(refused.value) == str(done.exception)
+    longer = ["train", *as_options(more | {"max_steps": 2}), "--dry-run"]
+    assert CliRunner().invoke(app, longer).exit_code == 0
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
+    assert CliRunner().invoke(app, ["train", *as_options(more), "--dry-run"]).exit_code == 0  # ended: not gone on from
+    done = CliRunner().invoke(app, longer)
+    assert done.exit_code == 1 and "optimizer.pt is missing" in str(done.exception)
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
 def test_a_text_that_names_a_token_without_a_row_is_a_bad_record(home, tmp_path, caplog):
     model = changed_model(home, tmp_path / "model", tokenizer=lambda t: t.add_tokens(["<image>"], special_tokens=True))
     records = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()]
