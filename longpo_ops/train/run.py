@@ -238,7 +238,7 @@ def check_output(
     checkpoint = last_checkpoint(run.output_dir)
     if checkpoint is None and not (Path(run.output_dir) / "run.json").exists():
         return  # and no weights are read for their digest
-    ended = Identity.of(run, config, tokenizer, pairs, evaluation).begin(checkpoint, write=False)
+    ended = Identity.of(run, config, tokenizer, pairs, evaluation).begin(checkpoint)
     if ended is None and checkpoint is not None:
         check_checkpoint(checkpoint)
 
