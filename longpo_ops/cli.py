@@ -65,7 +65,7 @@ def train(
     for name in ("config", "set_", "dry_run"):
         del given[name]
     settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
-    from .train.run import TrainRun, check_output, describe, planned, prepare
+    from .train.run import TrainRun, check_output, describe, prepare
     from .train.run import train as run_training
 
     with terminal.wrong_usage((ValueError, TypeError)):
@@ -76,15 +76,16 @@ def train(
             trainer = run_training(run)
         trainer.accelerator.end_training()  # a process group left to the interpreter's exit may abort it
         return
-    checked, tokenizer, pairs, evaluation = prepare(run)
-    check_output(run, checked, tokenizer, pairs, evaluation)
-    plan_of_run = planned(run, checked, [pairs, evaluation] if evaluation else [pairs])
-    for name, value in (describe(pairs, checked) | run.all_settings()).items():
+    prepared = prepare(run)
+    check_output(run, prepared)
+    for name, value in (describe(prepared.pairs, prepared.config) | run.all_settings()).items():
         typer.echo(f"{name:32s}{getattr(value, 'value', value)}")
-    if plan_of_run is not None:
+    if (plan_of_run := prepared.plan) is not None:
         from .memory.plan_report import print_plan
 
-        print_plan(plan_of_run, f"{run.model}, one pack of {plan_of_run.work.length:,} tokens", checked.allow_lossy)
+        print_plan(
+            plan_of_run, f"{run.model}, one pack of {plan_of_run.work.length:,} tokens", prepared.config.allow_lossy
+        )
 
 
 app.command(name="demo")(demo)

@@ -62,7 +62,7 @@ def _search(work: Work, machine: Machine, allow_lossy: str) -> Plan:
 
 
 def lossy_offers(plan: Plan, allow_lossy: str) -> list[str]:
-    """What lossy storage that was not allowed would buy: a sentence each."""
+    """What lossy storage that was not allowed would buy: a sentence each, where that is a MiB or a millisecond at least."""
     check_lossy(allow_lossy)
     levels, settings = list(LOSSY), plan.settings
     levels = levels[levels.index(allow_lossy) + 1 :]
@@ -78,9 +78,10 @@ def lossy_offers(plan: Plan, allow_lossy: str) -> list[str]:
         less = _bytes(plan) - _bytes(predict(plan.work, changed[level], plan.machine))
         unplaced = replace(changed[level], kept=0, on_host=0, on_disk=0, attention_layers=0)
         faster = plan.step_seconds - placed(plan.work, unplaced, plan.machine).step_seconds
-        offers.append(
-            f"allow_lossy={level!r}, {alone[level]}, would take {gib(less)} less and {faster:.2g} s less a step"
-        )
+        if less >= 2**20 or faster >= 1e-3:
+            offers.append(
+                f"allow_lossy={level!r}, {alone[level]}, would take {gib(less)} less and {faster:.2g} s less a step"
+            )
     return offers
 
 

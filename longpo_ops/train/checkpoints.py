@@ -24,7 +24,7 @@ from pathlib import Path
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..runs.journal import sync
@@ -39,8 +39,7 @@ class CheckpointedTrainer(Trainer):
     """Trainer that writes whole checkpoints, and goes on from those alone.
 
     train(resume_from_checkpoint) makes the steps that are left and none beyond. Raises ValueError, before the first one,
-    for a checkpoint that is not whole, is beyond the run's last step, holds no optimizer (save_only_model) although steps
-    are left, or is of another optimizer, and where the best checkpoint so far is gone although its model is to be loaded.
+    for a checkpoint from which the run cannot go on (check_going_on), or that is of another optimizer.
     """
 
     _partial: Path | None = None  # where all that super() writes for a checkpoint goes
@@ -82,25 +81,9 @@ class CheckpointedTrainer(Trainer):
         begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
         if checkpoint is None:
             return begun
-        at = self.state.global_step
-        if at > max_steps:
-            raise ValueError(
-                f"{checkpoint} is beyond the {max_steps} steps that this run has (max_steps, num_train_epochs); raise them, "
-                "give another output_dir, or remove the checkpoints beyond them"
-            )
-        if at < max_steps and not _read_manifest(checkpoint)["resumable"]:
-            raise ValueError(
-                f"{checkpoint} holds a model and no optimizer (save_only_model), so none of the {max_steps - at} steps that "
-                "are left can be made from it; give another output_dir, or remove this one's checkpoints to start over"
-            )
-        recorded = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).best_model_checkpoint
-        if recorded is not None:  # under the folder's name of that time
-            best = Path(self.args.output_dir, Path(recorded).name)
-            if self.args.load_best_model_at_end and not best.is_dir():
-                raise ValueError(
-                    f"{best}, the best so far, is gone; put it back, or set load_best_model_at_end to false for the last model"
-                )
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        check_going_on(checkpoint, max_steps, self.args)
+        best = best_checkpoint(checkpoint, self.args.output_dir)
+        self.state.best_model_checkpoint = str(best) if best is not None and best.is_dir() else None
         return begun
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -178,6 +161,38 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
         if (came := file.stat().st_size) != size or _digest(file) != digest:
             told = f"{came} bytes, {size} were written" if came != size else "other bytes than were written"
             raise ValueError(f"{file} is damaged ({told}); {advice}")
+
+
+def check_going_on(checkpoint: str | os.PathLike, steps: int, args: TrainingArguments) -> None:
+    """Raises ValueError where a run of so many steps cannot go on from a checkpoint: one that is not whole, is beyond them,
+    has no optimizer although steps are left, or whose best model so far went missing although it will be asked for."""
+    check_checkpoint(checkpoint)
+    left = steps - _state(checkpoint).global_step
+    if left < 0:
+        raise ValueError(
+            f"{checkpoint} is beyond the {steps} steps that this run has; raise max_steps or num_train_epochs, give another "
+            "output_dir, or remove the checkpoints beyond them"
+        )
+    if left and not _read_manifest(checkpoint)["resumable"]:
+        raise ValueError(
+            f"{checkpoint} holds a model and no optimizer (save_only_model), so none of the {left} steps that are left can be "
+            "made from it; give another output_dir, or remove this one's checkpoints to start over"
+        )
+    best = best_checkpoint(checkpoint, args.output_dir)
+    if args.load_best_model_at_end and best is not None and not best.is_dir():
+        raise ValueError(
+            f"{best}, the best so far, is gone; put it back, or set load_best_model_at_end to false for the last model"
+        )
+
+
+def best_checkpoint(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> Path | None:
+    """The best one when a checkpoint was written, under the name that its folder has now."""
+    recorded = _state(checkpoint).best_model_checkpoint
+    return None if recorded is None else Path(output_dir, Path(recorded).name)
+
+
+def _state(checkpoint: str | os.PathLike) -> TrainerState:
+    return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
 
 
 def _read_manifest(folder: str | os.PathLike) -> dict:

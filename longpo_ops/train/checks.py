@@ -106,11 +106,11 @@ def count_steps(num_packs: int, config: LongPOConfig) -> int:
     return math.ceil(config.num_train_epochs * max(1, math.ceil(of_process / config.gradient_accumulation_steps)))
 
 
-def check_schedule(num_packs: int, config: LongPOConfig) -> None:
-    """Raises ValueError where every step of a run on num_packs packs has a rate of 0. A DeepSpeed file may hold a schedule
+def check_schedule(steps: int, config: LongPOConfig) -> None:
+    """Raises ValueError where every step of a run of so many has a rate of 0. A DeepSpeed file may hold a schedule
     of its own, which is not looked at."""
     if config.deepspeed is None:
-        steps, nothing = count_steps(num_packs, config), torch.zeros(1, requires_grad=True)
+        nothing = torch.zeros(1, requires_grad=True)
         optimizer = torch.optim.SGD([nothing], lr=config.learning_rate)
         warmup, options = config.get_warmup_steps(steps), config.lr_scheduler_kwargs
         check_rates(get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps, options), steps, config)

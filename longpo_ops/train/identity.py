@@ -5,14 +5,16 @@
 
 A folder goes on with the run it holds, and with no other: what has changed is told in words. Files may be moved, renamed
 and touched. Decided, because a checkpoint would carry the old value on or the steps after it be those of neither run:
-objective, data, tokenizer, models, optimizer, schedule, clipping, precision, seeds, packs a step. Free: tiling, offload,
-devices, the number of processes as long as a step has as many packs (random states, of dropout say, are then begun anew),
-logging, saving, and evaluation where it decides no weights (load_best_model_at_end, save_strategy best and a scheduler
-that looks at it do). max_steps and num_train_epochs may be raised; the learning rate then follows the longer schedule
-from there on, so the weights are not those of a run that was as long from its beginning.
+objective, data, tokenizer, models, optimizer, schedule, clipping, precision, storage in 8 bits, seeds, packs a step. Free:
+tiling, offload, devices, whether the reference is computed before or on the fly, the number of processes as long as a step
+has as many packs (random states, of dropout say, are then begun anew), logging, saving, and evaluation where it decides no
+weights (load_best_model_at_end, save_strategy best and a scheduler that looks at it do). max_steps and num_train_epochs may
+be raised; the learning rate then follows the longer schedule from there on, so the weights are not those of a run that was
+as long from its beginning.
 
 Cost. A model's weights are read once (about a second per GB), and again when their size or time changes. A model by its
-name on a hub is its commit. Not covered: code that trust_remote_code loads, and weights that a link hides.
+name on a hub is its commit, or its config alone where no commit is known. Not covered: code that trust_remote_code loads,
+and weights that a link hides.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..pretrained import loading
+from ..memory.settings import Memory
+from ..pretrained import loading, read_whole_config
 from ..runs.journal import write_atomically
-from .checkpoints import describe_file, step_of
-from .checks import needs_reference
+from .checkpoints import describe_file
+from .checks import kept_memory, needs_reference
 from .config import LongPOConfig
 from .packed import PairStore, read_digests
+
+if TYPE_CHECKING:
+    from .run import Prepared, TrainRun
 
 log = logging.getLogger("longpo_ops.train")
 
@@ -40,48 +46,56 @@ DECIDING = {
         *("lora_rank", "lora_alpha", "lora_targets", "dtype"),
     ),
     "config": (
-        *("objective", "objective_options", "constraint_weight", "reference", "pack_tokens", "target_length"),
+        *("objective", "objective_options", "constraint_weight", "pack_tokens", "target_length"),
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
         *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
         *("bf16", "fp16", "tf32", "neftune_noise_alpha", "seed", "data_seed", "ignore_data_skip"),
         *("dataloader_drop_last", "train_sampling_strategy", "accelerator_config"),
     ),
 }
+# None: of a method without a reference, of a plan that is not made yet, or of an earlier version
+DERIVED = ("reference_from", "memory")
 LENGTH = ("max_steps", "num_train_epochs")
-READ = ("*.safetensors*", "*config.json", "tokenizer*", "trainer_state.json")  # what a run leaves, for programs
+WEIGHTS = "*.safetensors*"
+READ = (WEIGHTS, "*config.json", "tokenizer*", "trainer_state.json")  # what a run leaves, for programs
 SHOWN = ("training.png", "README.md")  # for people, who may edit them
 
 
 @dataclass
 class Identity:
-    """Of a run with its output folder; `values` is what run.json holds of it. evaluated: whether evaluation decides weights."""
+    """Of a run with its output folder; `values` is what run.json holds of it. evaluated: whether evaluation decides weights.
+    steps: of the whole run."""
 
     folder: Path
     values: dict[str, Any]
     evaluated: bool
+    steps: int
 
     @classmethod
-    def of(cls, run, config: LongPOConfig, tokenizer, pairs: PairStore, evaluation: PairStore | None) -> Identity:
-        """run: a TrainRun. Raises ValueError for a model whose files cannot be read."""
+    def of(cls, run: TrainRun, prepared: Prepared) -> Identity:
+        """Raises ValueError for a model whose files cannot be read."""
+        config, tokenizer = prepared.config, prepared.tokenizer
         folder, given = Path(run.output_dir), config.to_dict()
         cache = Weights(folder / "data" / "weights.json")
         contents = {
             "tokenizer": tokenizer_digest(tokenizer),
             "chat template": _digest(tokenizer.chat_template),
-            "data": _data(pairs),
-            "eval_data": _data(evaluation),
-            "model": _model(run, run.model, cache),
-            "reference_model": _model(run, run.reference_model or run.model, cache)
+            "data": _data(prepared.pairs),
+            "eval_data": _data(prepared.evaluation),
+            "model": model_identity(run, run.model, cache),
+            "reference_model": model_identity(run, run.reference_model or run.model, cache)
             if needs_reference(config)
             else None,
         }
         values = {name: getattr(run, name) for name in (*PATHS, *DECIDING["run"])}
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
+        values["objective_options"] = config.objective_options or {}
+        values |= {"reference_from": _reference_from(config), "memory": _memory(config)}
         values["packs_per_step"] = config.gradient_accumulation_steps * config.world_size
         values |= {"processes": config.world_size, "contents": contents}
         evaluated = config.load_best_model_at_end or given["save_strategy"] == "best"
         evaluated = evaluated or given["lr_scheduler_type"] == "reduce_lr_on_plateau"
-        return cls(folder, json.loads(json.dumps(values)), evaluated)
+        return cls(folder, json.loads(json.dumps(values)), evaluated, prepared.steps)
 
     @property
     def file(self) -> Path:
@@ -94,7 +108,11 @@ class Identity:
         if checkpoint is not None or "finished" in theirs:
             self._compare(theirs, checkpoint)
             ended = theirs.get("finished")
-            self._check_length(checkpoint, ended["step"] if ended else 0)
+            if ended and ended["step"] > self.steps:
+                raise ValueError(
+                    f"the finished model in {self.folder} is beyond the {self.steps} steps that this run has "
+                    f"({ended['step']} are made); raise max_steps or num_train_epochs, or give another output_dir"
+                )
             whole = ended and self._is_whole(ended["files"])
             if whole and _length(theirs) == _length(self.values):
                 return ended["step"]
@@ -105,6 +123,10 @@ class Identity:
                     "write over it; give another output_dir"
                 )
         return None
+
+    def keep_memory(self, memory: Memory) -> None:
+        """What `fit: auto` has chosen since."""
+        self.values["memory"] = _stored(memory)
 
     def under_way(self) -> None:
         """The first step is about to be made, and no checkpoint of it is there: what began is put down."""
@@ -137,27 +159,22 @@ class Identity:
     def _read(self, checkpoint: str | None) -> dict[str, Any]:
         try:
             theirs = json.loads(self.file.read_text(encoding="utf-8"))
-            return theirs if isinstance(theirs["contents"], dict) else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            if checkpoint is None:
-                return {}
-            raise ValueError(
-                f"{self.file} is missing, damaged or of an earlier version, so nobody knows of which run "
-                f"{Path(checkpoint).name} is; give another output_dir, or remove this one to start over"
-            ) from None
-
-    def _check_length(self, checkpoint: str | None, ended: int) -> None:
-        """max_steps counts steps; how many num_train_epochs make is known when the trainer is, which refuses the same."""
-        steps, at = self.values["max_steps"], step_of(checkpoint) if checkpoint else 0
-        if 0 < steps < max(at, ended):
-            held = checkpoint if at >= ended else f"the finished model in {self.folder}"
-            raise ValueError(
-                f"{held} is beyond the {steps} steps that this run has (max_steps={steps}, {max(at, ended)} are made); "
-                "raise it, or give another output_dir"
-            )
+        except (OSError, ValueError):
+            theirs = None
+        if _is_understood(theirs):
+            return theirs
+        held = checkpoint or next(self.folder.glob(WEIGHTS), None)
+        if held is None:
+            return {}
+        raise ValueError(
+            f"{self.file} is missing, damaged or of an earlier version, so nobody knows of which run "
+            f"{Path(held).name} is; give another output_dir, or remove this one to start over"
+        )
 
     def _compare(self, theirs: dict[str, Any], checkpoint: str | None) -> None:
-        names = (*DECIDING["run"], *DECIDING["config"], "packs_per_step")
+        theirs = theirs | {"objective_options": theirs["objective_options"] or {}}
+        both = [name for name in DERIVED if None not in (theirs.get(name), self.values[name])]
+        names = (*DECIDING["run"], *DECIDING["config"], "packs_per_step", *both)
         before, now = theirs["contents"], self.values["contents"]
         changed = [f"{n}={theirs.get(n)!r} became {self.values[n]!r}" for n in names if theirs.get(n) != self.values[n]]
         changed += [f"another {name}" for name in ("tokenizer", "chat template") if before[name] != now[name]]
@@ -190,8 +207,49 @@ class Identity:
             log.warning(told, theirs["processes"], self.values["processes"])
 
 
+def holds_run(folder: str) -> bool:
+    """Whether a run began or left weights there."""
+    return any(found for pattern in ("run.json", WEIGHTS) for found in Path(folder).glob(pattern))
+
+
 def _length(values: dict[str, Any]) -> list:
     return [values[name] for name in LENGTH]
+
+
+def _is_understood(values: Any) -> bool:
+    """Whether it is a run.json with all that is compared."""
+    try:
+        contents, ended = values["contents"], values.get("finished")
+        parts = {name: contents[name] for name in ("data", "eval_data", "model", "reference_model")}
+        told = {"tokenizer", "chat template"} <= contents.keys() and {
+            "objective_options",
+            *LENGTH,
+            "processes",
+        } <= values.keys()
+        told &= all(part is None or isinstance(part, dict) for part in parts.values())
+        told &= all(not part or {"records", "file"} <= part.keys() for part in (parts["data"], parts["eval_data"]))
+        return told and (ended is None or (isinstance(ended["step"], int) and isinstance(ended["files"], dict | list)))
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _reference_from(config: LongPOConfig) -> str | None:
+    """Whose log-probs the method compares with; a model's are the same, computed before or on the fly."""
+    return config.method.reference and ("data" if config.reference == "data" else "model")
+
+
+def _memory(config: LongPOConfig) -> dict[str, Any] | None:
+    memory = kept_memory(config) if config.fit == "auto" else Memory.from_settings(config.memory)
+    return None if memory is None else _stored(memory)
+
+
+def _stored(memory: Memory) -> dict[str, Any]:
+    """What memory settings do to numbers: layer inputs in 8 bits, and the optimizer that is ours."""
+    return {
+        "store": memory.store if memory.offload else "exact",
+        "states": memory.states,
+        "master": memory.master if memory.states else None,
+    }
 
 
 def _data(pairs: PairStore | None) -> dict[str, Any] | None:
@@ -229,17 +287,23 @@ def tokenizer_digest(tokenizer) -> str:
     return _digest([type(tokenizer).__name__, whole, {n: str(t) for n, t in tokenizer.special_tokens_map.items()}])
 
 
-def _model(run, name: str, weights: Weights) -> dict[str, str]:
+def model_identity(run: TrainRun, name: str, weights: Weights) -> dict[str, str]:
     """Digests of a folder's config and weights, or the commit of a hub's model."""
     folder = Path(name)
     with loading(name):
         if not folder.is_dir():
-            return {"commit": str(getattr(run._auto_config(name), "_commit_hash", None))}
+            config = read_whole_config(name, run.trust_remote_code)
+            commit = getattr(config, "_commit_hash", None)
+            return {"commit": commit} if commit else {"config": _config_digest(config.to_dict())}
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = {
-            key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"
+        return {
+            "config": _config_digest(config),
+            "weights": _digest([weights.digest(file) for file in weight_files(folder)]),
         }
-        return {"config": _digest(config), "weights": _digest([weights.digest(file) for file in weight_files(folder)])}
+
+
+def _config_digest(config: dict[str, Any]) -> str:
+    return _digest({k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"})
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -14,19 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..memory.plan import Plan
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
 from ..runs.validate import check_kinds
-from .checkpoints import check_checkpoint, last_checkpoint
+from .checkpoints import check_going_on, last_checkpoint
 from .checks import (
     check_model,
     check_packs,
     check_pairs,
     check_schedule,
+    count_steps,
     kept_memory,
     needs_reference,
     packs_of,
@@ -34,7 +35,7 @@ from .checks import (
     target_length,
 )
 from .config import LongPOConfig
-from .identity import Identity, tokenizer_digest
+from .identity import Identity, holds_run, tokenizer_digest
 from .packed import DIGESTS, PairStore, select
 from .report import write_report
 from .trainer import LongPOTrainer, weights_digest
@@ -120,7 +121,8 @@ class TrainRun:
         """LongPOConfig of the run. Raises ValueError for values it refuses."""
         return LongPOConfig(output_dir=self.output_dir, **self.training)
 
-    def _auto_config(self, name: str):
+    def read_config(self, name: str):
+        """The transformers config of a model of the run (pretrained.read_config)."""
         return read_config(name, self.trust_remote_code)
 
     def all_settings(self) -> dict[str, Any]:
@@ -133,9 +135,9 @@ class TrainRun:
 
     def load_tokenizer(self):
         """The policy's. Raises ValueError if it loses text, or writes ids that policy or reference have no row for."""
-        tokenizer = load_tokenizer(self.model, self.trust_remote_code, self._auto_config(self.model).vocab_size)
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code, self.read_config(self.model).vocab_size)
         if self.reference_model is not None:
-            check_ids(self.reference_model, tokenizer, self._auto_config(self.reference_model).vocab_size)
+            check_ids(self.reference_model, tokenizer, self.read_config(self.reference_model).vocab_size)
         return tokenizer
 
     def load_pairs(self, path: str, tokenizer, vocab_size: int) -> PairStore:
@@ -170,7 +172,7 @@ class TrainRun:
         return self._with_adapters(model) if policy and self.lora_rank else model
 
     def _model_config(self, name: str, policy: bool):
-        config = self._auto_config(name)
+        config = self.read_config(name)
         if policy and self.rope_theta is not None:
             replace_rope(config, {"rope_theta": float(self.rope_theta)}, None)
         if policy and self.max_position_embeddings is not None:
@@ -203,10 +205,23 @@ def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
     }
 
 
-def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | None]:
-    """-> config, tokenizer, training pairs and evaluation pairs. Raises ValueError for whatever the run would refuse: of the
-    model and its tokenizer before anything is tokenised, of every record before weights are read."""
-    config, vocab_size = run.config(), run._auto_config(run.model).vocab_size
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin. steps: of its whole length. plan: what `fit: auto` chooses for it; None for a run with memory
+    settings of its own, or that goes on with those it keeps."""
+
+    config: LongPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    pairs: PairStore
+    evaluation: PairStore | None
+    steps: int
+    plan: Plan | None
+
+
+def prepare(run: TrainRun) -> Prepared:
+    """Raises ValueError for whatever the run would refuse: of the model and its tokenizer before anything is tokenised, of
+    every record before weights are read."""
+    config, vocab_size = run.config(), run.read_config(run.model).vocab_size
     policy, tokenizer = check_model(run, config), run.load_tokenizer()
     with config.main_process_first(local=False):
         pairs = run.load_pairs(run.data, tokenizer, vocab_size)
@@ -216,13 +231,12 @@ def prepare(run: TrainRun) -> tuple[LongPOConfig, Any, PairStore, PairStore | No
         check_pairs(each, config, target)
     packs = [packs_of(each, config, target) for each in datasets]
     check_packs(policy, packs)
-    check_schedule(len(packs[0]), config)
-    planned(run, config, datasets)
-    return config, tokenizer, pairs, evaluation
+    steps = count_steps(len(packs[0]), config)
+    check_schedule(steps, config)
+    return Prepared(config, tokenizer, pairs, evaluation, steps, _plan(run, config, datasets))
 
 
-def planned(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> Plan | None:
-    """What `fit: auto` chooses for a run; None for a run with settings of its own, or that began with those it keeps."""
+def _plan(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> Plan | None:
     if config.fit != "auto" or kept_memory(config) is not None:
         return None
     beside = config.method.reference is not None and config.reference == "online"
@@ -230,17 +244,15 @@ def planned(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> P
     return plan_memory(run.empty_model(run.model, policy=True), config, datasets, reference)
 
 
-def check_output(
-    run: TrainRun, config: LongPOConfig, tokenizer, pairs: PairStore, evaluation: PairStore | None
-) -> None:
+def check_output(run: TrainRun, prepared: Prepared) -> None:
     """Raises ValueError where train() would: output_dir holds another run, or a checkpoint that is not whole. Of run.json
     and the checkpoints nothing is written."""
     checkpoint = last_checkpoint(run.output_dir)
-    if checkpoint is None and not (Path(run.output_dir) / "run.json").exists():
+    if checkpoint is None and not holds_run(run.output_dir):
         return  # and no weights are read for their digest
-    ended = Identity.of(run, config, tokenizer, pairs, evaluation).begin(checkpoint)
+    ended = Identity.of(run, prepared).begin(checkpoint)
     if ended is None and checkpoint is not None:
-        check_checkpoint(checkpoint)
+        check_going_on(checkpoint, prepared.steps, prepared.config)
 
 
 def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrainer:
@@ -249,20 +261,20 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     A run that is finished stays as it is, and its trainer comes back with the model it left. Raises ValueError where
     output_dir holds another run or a checkpoint that is not whole, and where nothing was trained.
     """
-    config, tokenizer, pairs, evaluation = prepare(run)
-    set_seed(config.seed)  # adapters are drawn before Trainer sets it
+    prepared = prepare(run)
+    set_seed(prepared.config.seed)  # adapters are drawn before Trainer sets it
     checkpoint = last_checkpoint(run.output_dir)
-    with config.main_process_first(local=False):
-        identity = Identity.of(run, config, tokenizer, pairs, evaluation)
+    with prepared.config.main_process_first(local=False):
+        identity = Identity.of(run, prepared)
         ended = identity.begin(checkpoint)
     if ended is not None:
         log.info("%s holds this run, which ended at step %d: nothing is left to do", run.output_dir, ended)
     elif checkpoint is not None:
-        check_checkpoint(checkpoint)
+        check_going_on(checkpoint, prepared.steps, prepared.config)
         log.info("going on from %s", checkpoint)
     policy = run.load_model(run.model, policy=True)
     dtype, untrained = policy.dtype, weights_digest(policy)  # training may hold it in another
-    trainer = _make_trainer(run, policy, config, tokenizer, pairs, evaluation)
+    trainer = _make_trainer(run, policy, prepared)
     if progress is not None:
         for shown in (ProgressCallback, PrinterCallback):
             trainer.pop_callback(shown)
@@ -270,6 +282,7 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     if ended is not None:
         trainer.restore(run.output_dir)
         return trainer
+    identity.keep_memory(trainer.memory)
     trainer.add_callback(_UnderWay(identity))
     trainer.train(resume_from_checkpoint=checkpoint)
     if not run.lora_rank:
@@ -294,16 +307,16 @@ class _UnderWay(TrainerCallback):
             self._identity.under_way()
 
 
-def _make_trainer(run: TrainRun, policy, config: LongPOConfig, tokenizer, pairs, evaluation) -> LongPOTrainer:
-    reference = None
+def _make_trainer(run: TrainRun, policy, prepared: Prepared) -> LongPOTrainer:
+    config, reference = prepared.config, None
     if needs_reference(config) and (run.reference_model is not None or not run.lora_rank):
         reference = run.load_model(run.reference_model or run.model, policy=False).to(config.device)
     return LongPOTrainer(
         policy,
         config,
-        pairs,
-        evaluation,
+        prepared.pairs,
+        prepared.evaluation,
         reference_model=reference,
-        reference_config=run._auto_config(run.model) if run.lora_rank else None,
-        processing_class=tokenizer,
+        reference_config=run.read_config(run.model) if run.lora_rank else None,
+        processing_class=prepared.tokenizer,
     )

@@ -301,6 +301,7 @@ def test_lossy_storage_is_for_who_asks_for_it(states, store, allowed):
 
 
 def test_a_plan_says_what_lossy_storage_would_buy(work):
+    work = dataclasses.replace(work, length=1 << 18)  # inputs of several pages each
     settings = Settings(tile_rows=8192, offload=True)
     plan = placed(
         work, settings, machine(predict(work, dataclasses.replace(settings, on_host=16), machine(GIB)).peak.total)
@@ -311,6 +312,9 @@ def test_a_plan_says_what_lossy_storage_would_buy(work):
     assert states.startswith(f"allow_lossy='states', 8-bit optimizer states, would take {less} less and ")
     assert inputs.startswith("allow_lossy='all', 8-bit layer inputs, would take ")
     assert lossy_offers(plan, "states") == [inputs] and lossy_offers(plan, "all") == []
+    plan = placed(work, Settings(offload=True), machine(2**20 * GIB))  # every layer input stays on the device
+    offers = lossy_offers(plan, "nothing")
+    assert [offer.split(",")[0] for offer in offers] == ["allow_lossy='states'"]
     with pytest.raises(ValueError, match="allow_lossy='some': expected one of nothing, states, all"):
         fit(work, machine(GIB), "some")
 

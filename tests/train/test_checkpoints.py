@@ -163,7 +163,7 @@ def test_a_longer_run_goes_on_by_its_own_schedule_and_a_shorter_one_is_refused(h
     longer = rates(run_tiny(home, tmp_path / "out", max_steps=5, **more))
     assert "max_steps=3 became 5: the learning rate follows the schedule of the new length" in caplog.text
     assert longer[3:] == whole[3:] and longer[:3] != whole[:3]
-    with pytest.raises(ValueError, match="checkpoint-5 is beyond the 4 steps that this run has"):
+    with pytest.raises(ValueError, match=r"the finished model in .*out is beyond the 4 steps that this run has"):
         run_tiny(home, tmp_path / "out", max_steps=4, **more)
     with caplog.at_level("INFO"):
         run_tiny(home, tmp_path / "out", max_steps=5, **more)
@@ -171,11 +171,10 @@ def test_a_longer_run_goes_on_by_its_own_schedule_and_a_shorter_one_is_refused(h
 
 
 def test_a_start_that_is_refused_leaves_the_run_as_it_was(home, tmp_path):
-    """One that identity alone does not refuse: how many steps an epoch has is known when the trainer is."""
     more = {"learning_rate": 1e-3, "objective": "sft_chosen", "max_steps": -1}
     run_tiny(home, tmp_path, num_train_epochs=2, **more)
     before = (tmp_path / "run.json").read_bytes()
-    with pytest.raises(ValueError, match=r"is beyond the \d+ steps that this run has \(max_steps, num_train_epochs\)"):
+    with pytest.raises(ValueError, match=r"is beyond the 2 steps that this run has \(4 are made\)"):
         run_tiny(home, tmp_path, num_train_epochs=1, **more)
     assert (tmp_path / "run.json").read_bytes() == before
 
@@ -242,6 +241,13 @@ def test_a_run_refuses_a_damaged_checkpoint_and_goes_on_from_the_one_before_it(h
 def test_a_run_does_not_go_on_with_the_state_of_another_optimizer(home, tmp_path):
     more = {"objective": "sft_chosen", "learning_rate": 1e-3}
     run_tiny(home, tmp_path, max_steps=1, memory={"states": "float32"}, **more)
+    with pytest.raises(
+        ValueError, match=r"its checkpoint-1 is of another run \(memory=\{.*'states': 'float32'.* became"
+    ):
+        run_tiny(home, tmp_path, max_steps=2, **more)
+    values = json.loads((tmp_path / "run.json").read_text())
+    del values["memory"]  # which earlier versions did not tell
+    (tmp_path / "run.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"checkpoint-1: its optimizer state has no 'step'.*memory: states"):
         run_tiny(home, tmp_path, max_steps=2, **more)
     with pytest.raises(ValueError, match="go on with the settings it began with"):

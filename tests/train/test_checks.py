@@ -202,23 +202,36 @@ def test_a_schedule_of_zeros_is_refused_before_the_reference_is_computed(home, t
 
 
 def test_a_dry_run_refuses_a_folder_that_holds_another_run_or_a_damaged_checkpoint(home, tmp_path):
-    more = settings(home, tmp_path, objective="sft_chosen", learning_rate=1e-3, save_steps=1)
+    more = settings(home, tmp_path, objective="sft_chosen", learning_rate=1e-3, save_steps=1, max_steps=2)
     train(TrainRun.from_settings(more))
 
-    another = more | {"objective": "simpo"}
-    before = (tmp_path / "run.json").read_bytes()
-    done = CliRunner().invoke(app, ["train", *as_options(another), "--dry-run"])
-    assert done.exit_code == 1 and "its checkpoint-1 is of another run" in str(done.exception), done.output
+    def dry(**changed) -> str:
+        done = CliRunner().invoke(app, ["train", *as_options(more | changed), "--dry-run"])
+        return str(done.exception) if done.exit_code else "passes"
+
+    file = tmp_path / "run.json"
+    before = file.read_bytes()
+    assert "its checkpoint-2 is of another run" in dry(objective="simpo")
     with pytest.raises(ValueError) as refused:
-        train(TrainRun.from_settings(another))
-    assert str(refused.value) == str(done.exception)
-    longer = ["train", *as_options(more | {"max_steps": 2}), "--dry-run"]
-    assert CliRunner().invoke(app, longer).exit_code == 0
-    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
-    assert CliRunner().invoke(app, ["train", *as_options(more), "--dry-run"]).exit_code == 0  # ended: not gone on from
-    done = CliRunner().invoke(app, longer)
-    assert done.exit_code == 1 and "optimizer.pt is missing" in str(done.exception)
-    assert (tmp_path / "run.json").read_bytes() == before
+        train(TrainRun.from_settings(more | {"objective": "simpo"}))
+    assert str(refused.value) == dry(objective="simpo")
+    assert dry(max_steps=3) == "passes"
+    assert "the finished model" in dry(max_steps=1)
+    assert file.read_bytes() == before
+
+    file.write_text(json.dumps({n: value for n, value in json.loads(before).items() if n != "finished"}))
+    assert "checkpoint-2 is beyond the 1 steps that this run has" in dry(max_steps=1)
+    file.write_bytes(before)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    assert dry() == "passes"  # it has ended, and is not gone on from
+    assert "optimizer.pt is missing" in dry(max_steps=3)
+
+
+def test_a_dry_run_refuses_a_checkpoint_without_an_optimizer(home, tmp_path):
+    more = settings(home, tmp_path, objective="sft_chosen", learning_rate=1e-3, save_only_model=True)
+    train(TrainRun.from_settings(more))
+    done = CliRunner().invoke(app, ["train", *as_options(more | {"max_steps": 2}), "--dry-run"])
+    assert done.exit_code == 1 and "checkpoint-1 holds a model and no optimizer" in str(done.exception)
 
 
 def test_a_text_that_names_a_token_without_a_row_is_a_bad_record(home, tmp_path, caplog):
@@ -230,7 +243,7 @@ def test_a_text_that_names_a_token_without_a_row_is_a_bad_record(home, tmp_path,
     with pytest.raises(ValueError, match=r"record 'passage-2'.*a token without an embedding"):
         prepare(TrainRun.from_settings(settings(home, tmp_path / "out", **more)))
     with caplog.at_level("INFO"):
-        _, _, pairs, _ = prepare(TrainRun.from_settings(settings(home, tmp_path / "out", on_bad_record="skip", **more)))
+        pairs = prepare(TrainRun.from_settings(settings(home, tmp_path / "out", on_bad_record="skip", **more))).pairs
     assert len(pairs) == 7 and "7 of 8 records kept" in caplog.text
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Gemma3Config, Gemma3TextConfig
 
-from longpo_ops.train.identity import Identity, Weights, tokenizer_digest, weight_files
+from longpo_ops.memory.settings import Memory
+from longpo_ops.pretrained import read_whole_config
+from longpo_ops.train.identity import Identity, Weights, model_identity, tokenizer_digest, weight_files
 from longpo_ops.train.run import TrainRun, prepare
 
 from .tiny import run_settings, run_tiny, text_pairs, write_home, write_lines
@@ -20,7 +22,7 @@ def identity(home: Path, **more) -> Identity:
     """Of a run of longpo with home/reference, into home/out."""
     given = {"eval_data": str(home / "eval.jsonl"), "reference_model": str(home / "reference"), "max_steps": 4} | more
     run = TrainRun.from_settings(run_settings(home, home / "out", **given))
-    return Identity.of(run, *prepare(run))
+    return Identity.of(run, prepare(run))
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +186,9 @@ def test_a_tokenizer_is_known_by_more_than_its_vocabulary(home):
         ({"lora_rank": 2}, "lora_rank=0 became 2"),
         ({"rope_theta": 1e6}, r"rope_theta=None became 1000000\.0"),
         ({"dtype": "bfloat16"}, "dtype='auto' became 'bfloat16'"),
+        ({"objective_options": {"beta": 0.2}}, r"objective_options=\{\} became \{'beta': 0\.2\}"),
+        ({"memory": {"offload": True, "store": "int8"}}, r"memory=\{'store': 'exact'.* became \{'store': 'int8'"),
+        ({"memory": {"states": "8bit"}}, r"memory=\{.*'states': None.* became \{.*'states': '8bit'"),
     ],
 )
 def test_settings_that_decide_the_weights_are_refused(home, more, told):
@@ -193,17 +198,108 @@ def test_settings_that_decide_the_weights_are_refused(home, more, told):
 
 def test_settings_that_decide_nothing_may_change(home, caplog):
     free = {"logging_steps": 3, "save_steps": 7, "workspace_bytes": 2**20, "gradient_checkpointing": False}
-    assert begin(home, **free, memory={"tile_rows": 64}, on_bad_record="skip") is None
+    alike = {"reference": "online", "objective_options": {}, "memory": {"tile_rows": 64, "store": "int8"}}
+    assert begin(home, **free, **alike, on_bad_record="skip") is None
     assert caplog.text == ""
     assert begin(home, max_steps=8) is None
     assert "max_steps=4 became 8: the learning rate follows the schedule of the new length from here" in caplog.text
 
 
+def test_a_run_of_an_earlier_version_goes_on(home):
+    file = home / "out" / "run.json"
+    values = json.loads(file.read_text())
+    for name in ("reference_from", "memory"):
+        del values[name]
+    file.write_text(json.dumps(values | {"objective_options": None, "reference": "precompute"}))
+    assert begin(home) is None
+
+
+def test_a_method_without_a_reference_compares_with_none(home):
+    shutil.rmtree(home / "out")
+    identity(home, objective="sft_chosen").under_way()
+    assert begin(home, objective="sft_chosen", reference="online", reference_model=None) is None
+
+
+def test_log_probs_of_the_data_are_another_reference(home):
+    records = text_pairs(4)
+    for record in records:
+        record |= {"ref_chosen_logp": -3.0, "ref_rejected_logps": [-4.0] * len(record["turns"][0]["rejected"])}
+    write_lines(home / "pairs.jsonl", records)
+    shutil.rmtree(home / "out")
+    identity(home, eval_data=None).under_way()
+    with pytest.raises(ValueError, match=r"\(reference_from='model' became 'data'\)"):
+        begin(home, eval_data=None, reference="data")
+
+
+def test_what_the_planner_chose_is_kept_in_mind(home):
+    shutil.rmtree(home / "out")
+    before = identity(home, fit="auto")
+    assert before.values["memory"] is None
+    before.keep_memory(Memory(states="8bit", master="residue"))
+    before.under_way()
+    assert begin(home, fit="auto") is None  # no plan is kept beside a checkpoint here: it is asked anew
+    with pytest.raises(ValueError, match=r"memory=.*'states': '8bit'.* became .*'states': 'float32'"):
+        begin(home, memory={"states": "float32"})
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The snapshot of a model "peers/gemma" in the cache of a hub, of which no weights were fetched."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder, commit = tmp_path / "hub" / "models--peers--gemma", "3" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (snapshot := folder / "snapshots" / commit).mkdir(parents=True)
+    return snapshot
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_hub_s_model_is_its_commit(hub, home, parts):
+    config = Gemma3TextConfig() if parts == 1 else Gemma3Config()
+    (hub / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    run = TrainRun.from_settings(run_settings(home, home / "out", model="peers/gemma"))
+    assert model_identity(run, "peers/gemma", None) == {"commit": "3" * 40}
+
+
+def test_a_model_of_unknown_commit_is_its_config(hub, home, monkeypatch):
+    (hub / "config.json").write_text(json.dumps(Gemma3TextConfig().to_dict(), default=str))
+    run = TrainRun.from_settings(run_settings(home, home / "out", model="peers/gemma"))
+    config = read_whole_config("peers/gemma")
+    config._commit_hash = None  # as of a config that code from elsewhere makes
+    monkeypatch.setattr("longpo_ops.train.identity.read_whole_config", lambda *_: config)
+    before = model_identity(run, "peers/gemma", None)
+    config.rms_norm_eps = 1e-3
+    assert before.keys() == {"config"} and model_identity(run, "peers/gemma", None) != before
+
+
 def test_what_nobody_can_tell_is_refused(home):
-    (home / "out" / "run.json").write_text('{"objective": "longpo"}')
-    with pytest.raises(ValueError, match=r"run\.json is missing, damaged or of an earlier version.*checkpoint-1"):
-        begin(home)
+    file, told = (
+        home / "out" / "run.json",
+        r"run\.json is missing, damaged or of an earlier version.* of which run {} is",
+    )
+    whole = json.loads(file.read_text())
+    without = [{n: v for n, v in whole.items() if n != gone} for gone in ("contents", "processes", "max_steps")]
+    parts = [
+        {},
+        [],
+        None,
+        whole["contents"] | {"data": {}, "model": "llama"},
+        whole["contents"] | {"data": {"records": 4}},
+    ]
+    ended = [True, {}, {"step": 4}, {"step": "4", "files": {}}, {"step": 4, "files": 3}]
+    damaged = [*without, *(whole | {"contents": part} for part in parts), *(whole | {"finished": end} for end in ended)]
+    for values in [None, [], 3, "run", {"objective": "longpo"}, *damaged]:
+        file.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=told.format("checkpoint-1")):
+            begin(home)
     assert identity(home).begin(None) is None  # there is nothing to go on from
+    shutil.copy(home / "model" / "model.safetensors", home / "out")
+    with pytest.raises(ValueError, match=told.format("model.safetensors")):
+        identity(home).begin(None)
+    file.unlink()
+    with pytest.raises(ValueError, match=told.format("model.safetensors")):
+        identity(home).begin(None)
 
 
 def test_a_finished_model_is_not_written_over_by_another_run(home):
@@ -264,7 +360,7 @@ def test_digests_of_pairs_that_are_gone_are_made_again(home):
 def test_a_finished_run_is_not_begun_with_fewer_steps_than_it_made(home):
     identity(home).end(4)
     with pytest.raises(
-        ValueError, match=r"the finished model in .*out is beyond the 2 steps .*max_steps=2, 4 are made"
+        ValueError, match=r"the finished model in .*out is beyond the 2 steps .*\(4 are made\); raise max_steps"
     ):
         begin(home, max_steps=2)
     assert begin(home) == 4

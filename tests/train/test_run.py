@@ -159,7 +159,7 @@ def test_bad_records_are_named_before_training_or_skipped_and_counted(home, tmp_
         caplog.clear()
         with caplog.at_level("INFO"):
             more = {"data": str(tmp_path / "pairs.jsonl"), "on_bad_record": "skip"}
-            _, _, pairs, _ = prepare(TrainRun.from_settings(settings(home, tmp_path / "out", **more)))
+            pairs = prepare(TrainRun.from_settings(settings(home, tmp_path / "out", **more))).pairs
         assert len(pairs) == 7
         assert "7 of 8 records kept" in caplog.text and message in caplog.text
 
