@@ -142,6 +142,12 @@ def _files(name: str) -> list[Path] | None:
     if (single := find(SAFE_WEIGHTS_NAME)) is not None:
         return [single]
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
+        if Path(name).is_dir():
+            others = ", ".join(sorted(path.name for path in Path(name).glob("*.bin")))
+            raise ValueError(
+                f"it holds {others or 'no weights'}, expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}; load it with "
+                "transformers where it is from, and model.save_pretrained(folder) writes safetensors"
+            )
         return None
     shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     paths = [find(shard) for shard in shards]

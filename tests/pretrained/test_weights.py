@@ -51,6 +51,18 @@ def test_a_checkpoint_that_is_not_whole_is_refused_from_its_headers(tmp_path, ki
             load(name, read_config(name))
 
 
+@pytest.mark.parametrize("left", ["pytorch_model.bin", None])
+def test_a_folder_without_safetensors_is_told_what_to_do(tmp_path, left):
+    save(tmp_path, llama())
+    (tmp_path / "model.safetensors").unlink()
+    if left:
+        torch.save({}, tmp_path / left)
+    told = rf"(?s){tmp_path}.*it holds {left or 'no weights'}, expected model\.safetensors .*save_pretrained\(folder\) writes"
+    for load in (check_weights, load_model):
+        with pytest.raises(ValueError, match=told):
+            load(str(tmp_path), read_config(str(tmp_path)))
+
+
 def test_what_headers_cannot_show_is_seen_after_loading(tmp_path, monkeypatch):
     """A model whose files cannot be looked at before: they come from a hub."""
     monkeypatch.setattr("longpo_ops.pretrained.weights._files", lambda name: None)
