@@ -1,4 +1,8 @@
-"""Accumulation steps, DDP and FSDP2 with `num_pairs` equal one process on the whole batch (two gloo processes)."""
+"""Accumulation steps, DDP, FSDP2 and ZeRO-3 with `num_pairs` equal one process on the whole batch (two gloo processes).
+
+DeepSpeed is no dependency of the tests: where it is not installed, as in CI, ZeRO-3 is skipped. README.md says what was
+seen by hand.
+"""
 
 import os
 import subprocess
@@ -17,6 +21,7 @@ from longpo_ops import LongPO, attach
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, T, V = 5, 14, 53
+STEPS = [(slice(0, 2), slice(2, 3)), (slice(3, 4), slice(4, 5))]  # of each rank
 
 
 def plain(tied=False):
@@ -83,15 +88,28 @@ def test_accumulation_steps_add_up_to_the_whole_batch(cuts):
 
 
 VARIANTS = [(wrapper, tied) for wrapper in ("ddp", "fsdp2", "fsdp2, then attach") for tied in (False, True)]
+ZERO3 = [(order, tied) for order in ("zero3", "zero3, then attach", "zero3 from birth") for tied in (False, True)]
 
 
 def test_two_processes_equal_one(tmp_path):
+    compare_two_processes(tmp_path, "VARIANTS")
+
+
+@pytest.mark.slow
+def test_two_processes_of_zero3_equal_one(tmp_path):
+    pytest.importorskip("deepspeed")
+    compare_two_processes(tmp_path, "ZERO3")
+
+
+def compare_two_processes(tmp_path, variants: str):
     """All variants in one pair of processes: starting them costs more than what they do."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    environment |= {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2"}
+    code = "from tests.ops import test_distributed as here; here.worker({}, {!r}, here.{})"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", f"from tests.ops.test_distributed import worker; worker({rank}, {str(tmp_path)!r})"],
-            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-c", code.format(rank, str(tmp_path), variants)], cwd=ROOT, text=True,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -102,17 +120,18 @@ def test_two_processes_equal_one(tmp_path):
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(printed)
     results = torch.load(tmp_path / "results.pt")
-    assert list(results) == VARIANTS
+    assert list(results) == globals()[variants]
     for (wrapper, tied), (loss, gradients) in results.items():
         truth, true_gradients = whole_batch(tied)
         torch.testing.assert_close(loss, truth, msg=lambda m, wrapper=wrapper: f"{wrapper}: {m}")
         compare(gradients, true_gradients)
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, variants: list) -> None:
     """One of two ranks: two accumulation steps, three pairs on rank 0 and two on rank 1."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = {variant: train(rank, *variant) for variant in VARIANTS}
+    train_as = train_zero3 if variants is ZERO3 else train
+    results = {variant: train_as(rank, *variant) for variant in variants}
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.barrier()
@@ -125,7 +144,7 @@ def train(rank: int, wrapper: str, tied: bool):
     if "then attach" in wrapper:
         attach(wrapped)  # sharded weights: measured at the first call
     total = torch.zeros(())
-    for which in [(slice(0, 2), slice(2, 3)), (slice(3, 4), slice(4, 5))][rank]:
+    for which in STEPS[rank]:
         total += step(wrapped, which, factor=2.0)  # both wrappers average over ranks: multiply by their number
     dist.all_reduce(total)
     full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
@@ -139,3 +158,39 @@ def shard(one, tied: bool):
     if not tied:
         fully_shard(one.lm_head, mesh=mesh)  # a unit of its own: gathered by its own forward
     return fully_shard(one, mesh=mesh)
+
+
+def train_zero3(rank: int, order: str, tied: bool):
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile this one for minutes
+    deepspeed.init_distributed(dist_backend="gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},  # 0: the smallest are sharded, too
+    }  # fmt: skip
+    one = plain(tied)
+    if "from birth" in order:
+        whole = one.state_dict()
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            one = plain(tied)
+        with deepspeed.zero.GatheredParameters(list(one.parameters()), modifier_rank=0):
+            if rank == 0:
+                one.load_state_dict(whole)
+        assert all(p.numel() == 0 for p in one.parameters())
+    if "then attach" not in order:
+        attach(one)
+    wrapped, *_ = deepspeed.initialize(model=one, optimizer=torch.optim.SGD(one.parameters()), config=config)
+    if "then attach" in order:
+        attach(one)
+    total = torch.zeros(())
+    for which in STEPS[rank]:
+        ids, compute = pairs(which)
+        loss = wrapped(ids, use_cache=False, compute=compute).loss
+        wrapped.backward(loss * 4.0)  # it averages over ranks and steps
+        total += loss.detach()
+        if which is not STEPS[rank][-1]:
+            wrapped.step()  # between two accumulation steps this counts, and changes nothing
+    dist.all_reduce(total)
+    return total, {name: safe_get_full_grad(p).clone() for name, p in one.named_parameters()}
