@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 
 from ..kinds import check_flag, check_number, check_object
 from .head_call import call_loss, call_with_head, one_call_at_a_time
-from .head_probe import Probed, probe
+from .head_probe import Probed, probe, settings
 from .head_weight import HeadRefused, read_head
 from .preference import fused_preference_loss
 
 log = logging.getLogger("longpo_ops.ops")
 
 _ATTACHED = "_longpo_ops_attached"
+REMEMBERED = 8  # settings, as adapters and the like are switched to and fro
 
 
 class PreferenceHead(nn.Module):
@@ -94,7 +96,10 @@ def attach(
 
     check=True measures what the model does to its head's products (logit scale, soft-cap, under whatever name), compares
     log-probs with the model's own, and sees whether it is causal: two forwards of 24 tokens, here or, where its weights
-    are not here yet (meta, sharded) or it cannot run yet, at the first call. check=False takes softcap and scale as given.
+    are not here yet (meta, sharded) or it cannot run yet, at the first call. A call under other settings than were
+    measured (numbers, flags and names in the config and in the model's own attributes; a look of some 0.3 ms) measures
+    again, also where torch.compile traces it; attach anew after a change elsewhere, as in code. check=False measures
+    nothing and takes softcap and scale as given.
 
     The head is looked up at each call: one that was resized, replaced or adapted since is the one that is used. Tied heads
     stay tied. LoRA on the head: a ValueError, or with merge_lora=True the merged weight (V, H) is formed at each call and
@@ -103,7 +108,8 @@ def attach(
 
     Raises ValueError for a model without a linear float head, one that is attached already, that is not causal,
     or whose log-probs are not those of its head under a soft-cap and a scale; for an adapter on the head that cannot be
-    merged exactly (dropout, DoRA); in a call, for labels=.
+    merged exactly (dropout, DoRA); in a call, for labels, by name or position, and for a hook on the head that needs its
+    logits or their gradients, which are not made (forward pre-hooks, and hooks that pass on any output, run as ever).
     """
     merge_lora, check = check_flag("merge_lora", merge_lora), check_flag("check", check)
     softcap, scale = _checked_map(softcap, scale)
@@ -113,8 +119,8 @@ def attach(
     if check and (softcap is not None or scale != 1.0):
         raise ValueError(f"softcap={softcap}, scale={scale}: measured with check=True; give them with check=False")
     _check_parts(causal)
-    given = None if check else Probed(softcap, scale, ends_at_head=True)
-    state = _Attached(merge_lora, check, given, _kind(causal))
+    names = _positional(causal.forward)
+    state = _Attached(merge_lora, names, check, None if check else Probed(softcap, scale, ends_at_head=True))
     if _has_weights(causal):
         read_head(causal.get_output_embeddings(), merge_lora)
         if check:
@@ -139,27 +145,27 @@ def detach(model: nn.Module) -> nn.Module:
 @dataclass
 class _Attached:
     merge_lora: bool
+    names: tuple[str, ...]  # of what forward takes by position
     check: bool
     probed: Probed | None  # None until the first call
-    kind: Callable  # of the head that was probed
+    measured: dict[tuple, Probed] = field(default_factory=dict)  # by settings, the latest last
     before: dict[str, Callable | None] = field(default_factory=dict)  # what the instance had of its own
 
 
 def _forward(causal: nn.Module, *args, compute: Callable | None = None, return_outputs: bool = False, **kwargs):
-    if kwargs.get("labels") is not None:
+    state, forward = getattr(causal, _ATTACHED), _own(causal, "forward")
+    given = {**dict(zip(state.names, args, strict=False)), **kwargs}
+    if given.get("labels") is not None:
         raise ValueError(
             f"labels: {type(causal).__name__} is attached and makes no logits, so it has no loss of its own; use "
             "compute=lambda hidden, head: head(rows, labels, loss=linear_cross_entropy), or detach(model)"
         )
-    if compute is not None and kwargs.get("return_dict") is False:
+    if compute is not None and given.get("return_dict") is False:
         raise ValueError(
             "return_dict=False: a tuple does not tell an auxiliary loss by its name; leave return_dict out"
         )
-    state, forward = getattr(causal, _ATTACHED), _own(causal, "forward")
-    with one_call_at_a_time(causal):
-        kind = _kind(causal)
-        if state.probed is None or (state.check and state.kind is not kind):  # PEFT's since, or one of the caller's own
-            state.probed, state.kind = _probe_at_last(causal, forward, state.merge_lora), kind
+    if state.check:
+        _see_settings(causal)
     if compute is None:
         return _body(causal, state.probed)(*args, **kwargs)
     result, outputs = call_with_head(causal, forward, compute, state.probed.map, state.merge_lora, args, kwargs)
@@ -204,9 +210,30 @@ def _own(causal: nn.Module, name: str) -> Callable:
     return getattr(causal, _ATTACHED).before[name] or functools.partial(getattr(type(causal), name), causal)
 
 
-def _kind(causal: nn.Module) -> Callable:
-    """What tells a kind of head from another, and nn.Linear from FSDP's class of it no more."""
-    return type(causal.get_output_embeddings()).forward
+def _positional(forward: Callable) -> tuple[str, ...]:
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _see_settings(causal: nn.Module) -> bool:
+    """Measures the model under the settings that it has now, unless it was before."""
+    state = getattr(causal, _ATTACHED)
+    with one_call_at_a_time(causal):
+        now = settings(causal)
+        if now not in state.measured:
+            if state.measured:
+                changed = sorted({str(name) for name, _ in set(now) ^ set(next(reversed(state.measured)))})
+                log.info("%s is measured again, as it has other %s", type(causal).__name__, ", ".join(changed))
+            state.measured[now] = _probe_at_last(causal, _own(causal, "forward"), state.merge_lora)
+            if len(state.measured) > REMEMBERED:
+                del state.measured[next(iter(state.measured))]
+        state.probed = state.measured[now]
+    return True
+
+
+# as by torch.compiler.assume_constant_result, which imports Dynamo: run while a graph is traced, and traced anew when what
+# the model's own forward reads has changed
+_see_settings._dynamo_marked_constant = True
 
 
 def _body(causal: nn.Module, probed: Probed) -> nn.Module:
@@ -220,7 +247,7 @@ def _body(causal: nn.Module, probed: Probed) -> nn.Module:
 
 def _probe_or_postpone(causal: nn.Module, state: _Attached) -> None:
     try:
-        state.probed = probe(causal, causal.forward, state.merge_lora)
+        state.measured[settings(causal)] = probe(causal, causal.forward, state.merge_lora)
     except HeadRefused:
         raise
     except Exception as error:

@@ -4,8 +4,9 @@
 
 Whatever the model does before its head reaches h, and whatever it does besides (auxiliary losses, recorded states) is in
 outputs. `compute` runs inside the head's own forward, where the hooks of FSDP2 and ZeRO-3 have gathered its weight, and
-its result passes through them. The head is looked up at each call. All that is changed on the model is put back before a
-call returns. Not covered: models that call their head several times in one forward, or never.
+(result, logits) passes through them. The head is looked up at each call. All that is changed on the model is put back
+before a call returns. Not covered: models that call their head several times in one forward, or never, and hooks on the
+head that want logits.
 
 Tests: tests/ops/test_head.py.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from threading import RLock
-from typing import Any
+from traceback import walk_tb
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -62,9 +64,10 @@ def call_with_head(causal: nn.Module, forward: Callable, compute: Callable, map:
 
 
 def call_in_place_of_head(causal: nn.Module, forward: Callable, compute: Callable, args, kwargs) -> tuple[Any, Any]:
-    """-> result, outputs of forward(*args, **kwargs), where result, logits = compute(hidden, the head's own forward).
+    """-> result, outputs of forward(*args, **kwargs), where result, logits = compute(hidden, the head's own forward), or
+    compute gives logits alone, which hooks on the head then see as ever, and result is None.
 
-    Raises ValueError unless forward calls its head exactly once.
+    Raises ValueError unless forward calls its head exactly once, and for a hook on it that takes only a tensor.
     """
     with one_call_at_a_time(causal):
         stand_in = _StandIn(causal, compute)
@@ -96,7 +99,13 @@ class _StandIn:
 
     def __init__(self, causal: nn.Module, compute: Callable):
         self.lm_head, self.model, self.results = causal.get_output_embeddings(), type(causal).__name__, []
-        self._compute = compute
+        self._compute, self._made = compute, None
+        if hooks := [*self.lm_head._backward_hooks.values(), *self.lm_head._backward_pre_hooks.values()]:
+            raise HeadRefused(
+                f"model: backward hook on the head of {self.model}: {', '.join(map(_name, hooks))} would not be called, as an "
+                "attached model makes no logits and no gradients of them. Remove it, move it to the body or to the head's "
+                "weight, or detach(model)"
+            )
         slot = "_old_forward" if "_old_forward" in self.lm_head.__dict__ else "forward"
         self._plain = getattr(self.lm_head, slot)
         parents = ((m.__dict__, name) for m in causal.modules() for name, c in m._modules.items() if c is self.lm_head)
@@ -109,9 +118,26 @@ class _StandIn:
                 f"model: forward of {self.model} calls its head several times; expected once. Give it shorter inputs "
                 "if it goes through them in chunks, or use PreferenceHead with its hidden states"
             )
-        result, logits = self.lm_head(*args, **kwargs)
+        try:
+            output = self.lm_head(*args, **kwargs)
+        except Exception as error:
+            if self._made is None or (hook := _hook_that_raised(error, self.lm_head)) is None:
+                raise
+            self._refuse(_name(hook), f"failed ({type(error).__name__}: {error})", error)
+        made, self._made = self._made, None
+        if not _alike(output, made):
+            hooks = ", ".join(map(_name, self.lm_head._forward_hooks.values())) or "a global one"
+            self._refuse(hooks, f"returned {type(output).__name__} in its place")
+        result, logits = output if isinstance(output, tuple) else (None, output)
         self.results.append(result)
         return logits
+
+    def _refuse(self, hook: str, what: str, error: Exception | None = None) -> NoReturn:
+        raise HeadRefused(
+            f"model: forward hook on the head of {self.model}: {hook} got a tuple of what compute returned and empty logits "
+            f"(B, 0, V), and {what}; an attached model makes no logits. Remove it, move it to the body, whose output is "
+            "hidden states, or detach(model)"
+        ) from error
 
     def __getattr__(self, name: str):
         return getattr(self.lm_head, name)
@@ -121,7 +147,8 @@ class _StandIn:
             raise HeadRefused(f"model: its head is called with {[*args, *kwargs]} beside hidden states; expected none")
         self._take()
         try:
-            return self._compute(hidden, self._plain)
+            self._made = self._compute(hidden, self._plain)
+            return self._made
         finally:
             self._put()
 
@@ -143,6 +170,27 @@ class _StandIn:
                 del attributes[name]
             else:
                 attributes[name] = own
+
+
+def _alike(output: Any, made: Any) -> bool:
+    """Whether hooks passed on what was made, a tensor or (result, logits), whatever they did to its tensors."""
+    if isinstance(made, Tensor):
+        return isinstance(output, Tensor)
+    if not isinstance(output, tuple) or len(output) != 2 or not isinstance(output[1], Tensor):
+        return False
+    same = isinstance(output[0], Tensor) if isinstance(made[0], Tensor) else type(output[0]) is type(made[0])
+    return same and output[1].shape == made[1].shape
+
+
+def _hook_that_raised(error: Exception, lm_head: nn.Module) -> Callable | None:
+    """As nn.Module's own frame has it; None where the error is no hook's."""
+    frames = (frame.f_locals for frame, _ in walk_tb(error.__traceback__))
+    return next((names["hook"] for names in frames if names.get("self") is lm_head and "hook" in names), None)
+
+
+def _name(hook: Callable) -> str:
+    named = hook if hasattr(hook, "__qualname__") else type(hook)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def call_loss(loss: Callable, hidden, weight: Tensor, labels, options: dict) -> Any:

@@ -6,6 +6,9 @@ The first forward gets its causality judged by h, and numbers of known sizes in 
 scale, the largest the soft-cap, and all of them, in every column, must come out as the equation says. The second takes
 the way that losses take, and its log-probs must be those of the first one's logits. Weights are not looked at: a soft-cap
 of 30 is found in a model whose logits are all 0.1. Nothing of the model is changed, nor the state of random numbers.
+
+What was measured holds while settings() stay as they are. Refused are models that put logits into float16, whose range the
+sizes leave, and soft-caps that 2**60 neither saturates nor leaves as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from .head_weight import HeadRefused
 from .logprobs import linear_logprobs
 
 TOKENS = 8  # of each of three sequences: twice the same, and one that differs from the middle on
+PLAIN = bool, int, float, str, type(None)
 OTHERWISE = "use PreferenceHead with its hidden states, or attach(model, check=False, softcap=..., scale=...)"
 
 
@@ -57,10 +61,13 @@ def probe(causal: nn.Module, forward: Callable, merge_lora: bool) -> Probed:
         z = products.double()
         z[2] = _sizes(z[2])
         torch.set_grad_enabled(True)  # z is a constant: logits with a gradient have it from the map
-        return (hidden, products, z), z.clone()
+        seen.append((hidden, products, z))
+        return z.clone()  # alone, as hooks on the head know it: what they make of it is part of the map
 
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
     with _undisturbed(causal), _output_of(causal.base_model) as body:
-        (hidden, products, z), outputs = call_in_place_of_head(causal, forward, measure, (), kwargs)
+        _, outputs = call_in_place_of_head(causal, forward, measure, (), kwargs)
+        hidden, products, z = seen[0]
         torch.set_grad_enabled(False)
         logits = getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor) or logits.shape != z.shape:
@@ -91,6 +98,31 @@ def _logps(causal, forward, probed: Probed, merge_lora: bool, ids: Tensor, kwarg
     return call_with_head(causal, forward, compute, probed.map, merge_lora, (), kwargs)[0]
 
 
+def settings(causal: nn.Module) -> tuple:
+    """What tells the map of a model's logits, as far as plain values do: the kind of its head and the hooks on it, and every
+    number, flag and name in its config and in its own attributes and those of the modules that it calls, dicts of them and
+    one-element constants included. Not seen: other objects, and what lies deeper in the body."""
+    lm_head = causal.get_output_embeddings()
+    found: list = [("head", type(lm_head).forward), ("hooks", tuple(lm_head._forward_hooks))]
+    for module in (causal, *causal.children()):
+        _collect(vars(module), found)
+    return tuple(found)
+
+
+def _collect(values: dict, found: list) -> None:
+    for name, value in values.items():
+        if isinstance(value, PLAIN):
+            if name != "training":
+                found.append((name, value))
+        elif isinstance(value, dict):
+            _collect(value, found)
+        elif isinstance(value, Tensor):
+            if value.numel() == 1 and not value.requires_grad:
+                found.append((name, (id(value), 0 if value.is_inference() else value._version)))
+        elif hasattr(value, "to_dict"):  # a config in a config
+            _collect(vars(value), found)
+
+
 def _tokens(causal: nn.Module) -> Tensor:
     """(3, T) int64, none of them special in the model's config."""
     config = causal.config
@@ -112,10 +144,10 @@ def _special(config: dict) -> Iterator[int]:
 
 
 def _sizes(rows: Tensor) -> Tensor:
-    """Numbers of both signs from 2**-20 (first row) to 2**15 (last), of all sizes between, another in each column."""
+    """Numbers of both signs from 2**-20 (first row) to 2**60 (last), of all sizes between, another in each column."""
     columns = torch.arange(rows.shape[1], device=rows.device)
-    pattern = 2 ** (5 * (columns * 0.6180339887).frac()) * (1 - 2 * (columns % 2))
-    return torch.logspace(-20, 10, len(rows), base=2, dtype=rows.dtype, device=rows.device)[:, None] * pattern
+    pattern = 2 ** (10 * (columns * 0.6180339887).frac()) * (1 - 2 * (columns % 2))
+    return torch.logspace(-20, 50, len(rows), base=2, dtype=rows.dtype, device=rows.device)[:, None] * pattern
 
 
 def _fit(name: str, z: Tensor, logits: Tensor) -> tuple[float | None, float]:

@@ -217,6 +217,18 @@ def test_a_failed_call_leaves_the_head_as_it_was():
     assert model(ids, use_cache=False, compute=preference(answers)).loss > 0
 
 
+def test_a_whole_graph_sees_a_changed_map():
+    """torch.compile traces anew what has changed, and what was measured with it."""
+    model, (ids, answers) = attach(make("gemma2 soft-cap")), batch()
+    run = lambda model: model(ids, use_cache=False, compute=preference(answers, backend="torch")).loss  # noqa: E731
+    compiled, before = torch.compile(model, fullgraph=True, backend="eager"), run(model)
+    torch.testing.assert_close(run(compiled), before)
+    model.config.final_logit_softcapping = 0.5
+    after = run(compiled)
+    torch.testing.assert_close(after, from_logits(detach(model), ids, answers), rtol=1e-4, atol=1e-5)
+    assert abs(after - before) > 1e-3
+
+
 def test_a_compiled_model_is_attached_inside():
     """Its compiled call runs the forward that is attached; one on the wrapper would go past the compiler."""
     model = make()
@@ -228,10 +240,69 @@ def test_a_compiled_model_is_attached_inside():
     assert "forward" not in model.__dict__
 
 
-def test_labels_are_refused():
+def test_labels_are_refused_by_name_and_by_position():
     model, (ids, answers) = attach(make()), batch()
-    with pytest.raises(ValueError, match=r"labels: LlamaForCausalLM is attached and makes no logits.*detach\(model\)"):
-        model(ids, labels=answers)
+    for args, named in (((ids,), dict(labels=answers)), ((ids, None, None, None, None, answers), {})):
+        assert detach(model)(*args, **named).loss > 0
+        for compute in (None, preference(answers)):
+            with pytest.raises(
+                ValueError, match=r"labels: LlamaForCausalLM is attached and makes no logits.*detach\(m"
+            ):
+                attach(model)(*args, **named, compute=compute)
+            detach(model)
+        attach(model)
+
+
+# -- hooks on the head -------------------------------------------------------------------------------------------------
+
+HOOKS = {  # what it does to an output, and what is told of it
+    "reads logits": (lambda *given: given[-1].mean() and None, "failed .AttributeError: 'tuple' object"),
+    "doubles them": (lambda *given: given[-1] * 2, "returned tuple in its place"),
+    "unpacks": (lambda *given: given[-1][0] if isinstance(given[-1], tuple) else None, "returned tuple in its place"),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_on_the_head_that_wants_logits_is_named(name):
+    """At attach(), and where it comes later."""
+    hook, told = HOOKS[name]
+    model, (ids, answers) = make(), batch()
+    told = rf"forward hook on the head of LlamaForCausalLM: tests\.ops\.test_head\.<lambda> got a tuple .* {told}"
+    handle = model.lm_head.register_forward_hook(hook)
+    with pytest.raises(ValueError, match=told):
+        attach(model)
+    handle.remove()
+    attach(model).lm_head.register_forward_hook(hook)
+    with pytest.raises(ValueError, match=told):
+        model(ids, use_cache=False, compute=preference(answers))
+    model.lm_head._forward_hooks.clear()
+    assert model(ids, use_cache=False, compute=preference(answers)).loss > 0
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_what_a_hook_makes_of_logits_is_part_of_the_map(later):
+    """One that lets tuples pass would lose its effect in silence."""
+    hook = lambda module, args, output: output * 2 if isinstance(output, torch.Tensor) else None  # noqa: E731
+    model, (ids, answers) = make(), batch()
+    plain = from_logits(model, ids, answers)
+    if later:
+        attach(model)
+    model.lm_head.register_forward_hook(hook)
+    if not later:
+        attach(model)
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] / 4,))
+    out = model(ids, use_cache=False, compute=preference(answers))
+    truth = from_logits(detach(model), ids, answers)
+    torch.testing.assert_close(out.loss, truth, rtol=1e-4, atol=1e-5)
+    assert abs(truth - plain) > 1e-3
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_backward_hook_on_the_head_is_named(register):
+    model, (ids, answers) = attach(make()), batch()
+    getattr(model.lm_head, register)(lambda module, *gradients: None)
+    with pytest.raises(ValueError, match=r"backward hook on the head of LlamaForCausalLM: tests.* would not be called"):
+        model(ids, use_cache=False, compute=preference(answers))
 
 
 # -- mixtures of experts ---------------------------------------------------------------------------------------------

@@ -124,6 +124,109 @@ def test_models_of_text_and_images(name):
     assert map_of(model) == (softcap, pytest.approx(1.0))
 
 
+class Mapped(LlamaForCausalLM):
+    """Any soft-cap and scale, with logits in any dtype."""
+
+    softcap, scale, dtype = None, 1.0, torch.float64
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        logits = out.logits.to(self.dtype) * self.scale
+        out.logits = logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("softcap", "scale"), [(1e5, 1.0), (30.0, 1e-4), (1e9, 1.0), (1e12, 1e-2)])
+def test_soft_caps_far_beyond_the_logits(softcap, scale, dtype):
+    model = build(Mapped, SIZES)
+    model.softcap, model.scale, model.dtype = softcap, scale, dtype
+    assert map_of(compare(model)) == (pytest.approx(softcap), pytest.approx(scale))
+
+
+def test_a_soft_cap_between_what_is_measured_and_what_makes_no_difference_is_refused():
+    model = build(Mapped, SIZES)
+    model.softcap = 1e18
+    with pytest.raises(ValueError, match="makes more of its head's products"):
+        attach(model)
+    model.softcap = 1e25
+    assert map_of(compare(model)) == (None, 1.0)
+
+
+CHANGES = {
+    "Gemma2": ("config.final_logit_softcapping", 0.5, (0.5, 1.0)),
+    "RecurrentGemma": ("config.logits_soft_cap", 0.5, (0.5, 1.0)),
+    "Cohere": ("logit_scale", 0.9, (None, 0.9)),
+    "Granite": ("config.logits_scaling", 0.5, (None, 2.0)),
+    "HyperCLOVAX": ("config.logits_scaling", 0.5, (None, 0.5)),
+    "FalconH1": ("model.lm_head_multiplier", 1.5, (None, 1.5)),
+}
+
+
+def put(model, path, value):
+    owner, _, name = path.rpartition(".")
+    setattr(getattr(model, owner) if owner else model, name, value)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_settings_that_change_later_are_measured_again(name):
+    path, value, changed = CHANGES[name]
+    settings, softcap, scale = MODELS[name]
+    model = attach(build(getattr(transformers, f"{name}ForCausalLM"), settings))
+    assert map_of(model) == (pytest.approx(softcap), pytest.approx(scale))
+    put(model, path, value)
+    assert map_of(model) == (pytest.approx(changed[0]), pytest.approx(changed[1]))
+    ours = attached_logps(model).double()
+    torch.testing.assert_close(ours, own_logps(detach(model)), rtol=1e-5, atol=2e-5)
+
+
+def test_settings_of_a_text_model_in_a_wrapper_and_a_constant_of_ones_own():
+    settings, _ = WRAPPERS["Gemma4"]
+    both = dict(text_config=SIZES | settings, vision_config=VISION)
+    model = attach(build(transformers.Gemma4ForConditionalGeneration, both))
+    model.config.get_text_config().final_logit_softcapping = None
+    assert map_of(model) == (None, pytest.approx(1.0))
+
+    class Scaled(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("logit_scale", torch.tensor(2.0))
+
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * self.logit_scale
+            return out
+
+    model = attach(build(Scaled, SIZES))
+    model.load_state_dict(model.state_dict() | {"logit_scale": torch.tensor(3.0)})
+    assert map_of(model) == (None, 3.0)
+
+
+def test_what_stays_or_comes_again_is_not_measured_again(caplog):
+    model, seen = attach(build(transformers.Gemma2ForCausalLM, SIZES)), []
+    model.model.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[:2] == (3, 8)))
+    for _ in range(3):
+        model(tokens(), compute=lambda hidden, head: None)
+        model.train(not model.training)
+    assert sum(seen) == 0
+    with caplog.at_level(logging.INFO, "longpo_ops"):
+        for flag in (False, True, False, True):
+            model.config.use_cache = flag
+            model(tokens(), compute=lambda hidden, head: None)
+    assert sum(seen) == 2
+    assert "Gemma2ForCausalLM is measured again, as it has other use_cache" in caplog.text
+    attach(detach(model), check=False, softcap=30.0)
+    model.config.final_logit_softcapping = 0.5
+    assert map_of(model) == (30.0, 1.0) and sum(seen) == 2
+
+
+def test_a_change_that_cannot_be_reproduced_is_refused():
+    model = attach(build(shaped(lambda z: z), SIZES))
+    model.config.final_logit_softcapping, model.__class__ = 1.0, shaped(SHAPES["clamp"])
+    with pytest.raises(ValueError, match="Shaped makes more of its head's products"):
+        model(tokens(), compute=lambda hidden, head: None)
+
+
 class Between(LlamaForCausalLM):
     """Divides hidden states before the head, as MiniCPM 3 does."""
 
