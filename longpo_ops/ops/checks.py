@@ -38,16 +38,17 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = 
 
 
 def check_transforms(arguments: dict[str, Tensor]) -> None:
-    """Raises ValueError under torch.func's grad and jvp and for tensors with a forward-mode tangent: torch would lose the
-    derivative in silence, or speak of an autograd.Function. vmap over plain calls is torch's own loop."""
+    """Raises ValueError for tensors that torch.func's grad or jvp differentiates or made, and for those with a forward-mode
+    tangent: torch would lose the derivative in silence, or speak of an autograd.Function. Tensors from outside a transform
+    are constants to it. vmap over plain calls is torch's own loop."""
     if torch.compiler.is_compiling():
         return
-    refused = torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp
-    if any(level.key() in refused for level in torch._C._functorch.get_interpreter_stack() or ()):
-        raise ValueError(
-            "torch.func transform around longpo_ops: expected loss.backward() or torch.autograd.grad; gradients are made "
-            "together with the loss"
-        )
+    for name, tensor in arguments.items():
+        if _is_tracked(tensor):
+            raise ValueError(
+                f"{name} is differentiated by, or made within, a torch.func transform around longpo_ops: expected "
+                "loss.backward() or torch.autograd.grad; gradients are made together with the loss"
+            )
     if forward_ad._current_level >= 0:
         for name, tensor in arguments.items():
             if forward_ad.unpack_dual(tensor).tangent is not None:
@@ -55,6 +56,15 @@ def check_transforms(arguments: dict[str, Tensor]) -> None:
                     f"{name} carries a forward-mode tangent: expected a plain tensor and loss.backward(); longpo_ops has "
                     "no forward-mode derivatives"
                 )
+
+
+def _is_tracked(tensor: Tensor) -> bool:
+    """Whether a level of torch.func's grad or jvp tracks the tensor, be it below those of vmap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_rows(hidden: Tensor, name: str = "hidden") -> None:
@@ -69,9 +79,10 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels", o
 
 
 def check_numbers(numbers: Tensor | None, shape: tuple[int, ...], name: str, note: str = "") -> None:
-    """Raises ValueError unless numbers is a floating-point tensor of that shape, or None."""
+    """Raises ValueError unless numbers is a floating-point tensor of that shape that check_transforms takes, or None."""
     if numbers is not None:
         check_tensor(name, numbers, shape=shape, note=note)
+        check_transforms({name: numbers})
 
 
 def check_reduction(reduction: str, row_weights: Tensor | None, rows: int) -> None:

@@ -294,6 +294,30 @@ def test_second_derivatives_are_refused(function):
         torch.autograd.functional.hvp(lambda w: function(inputs[0], w, inputs[2]), inputs[1], torch.ones(V, H).double())
 
 
+def test_a_loss_that_is_a_constant_to_a_transform_is_one():
+    """And its own gradients go on past it."""
+    (hidden, weight, bias), x = leaves(), torch.arange(1.0, 4.0).double()
+    labels = torch.arange(len(hidden)) % len(weight)
+    loss = lambda: linear_cross_entropy(hidden, weight, labels, bias=bias)  # noqa: E731
+    weighted = lambda x: (x**2).sum() * loss()  # noqa: E731
+    grad, truth = torch.func.grad(weighted)(x), loss().detach()
+    torch.testing.assert_close(grad.detach(), 2 * x * truth)
+    torch.testing.assert_close(torch.func.jvp(weighted, (x,), (x,))[1].detach(), 28 * truth)
+    torch.testing.assert_close(torch.func.jacrev(weighted)(x).detach(), 2 * x * truth)
+    torch.testing.assert_close(torch.autograd.grad(grad.sum(), weight)[0], 12 * torch.autograd.grad(loss(), weight)[0])
+
+
+def test_row_weights_that_a_transform_differentiates_are_refused():
+    hidden, weight, bias = (t.detach() for t in leaves())
+    labels, ones = torch.zeros(len(hidden), dtype=torch.int64), torch.ones(len(hidden)).double()
+    loss = lambda w: linear_cross_entropy(hidden, weight, labels, bias=bias, row_weights=w)  # noqa: E731
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(ValueError, match=r"row_weights is differentiated by, or made within, a torch.func"):
+            transform(loss)(ones)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="row_weights carries a forward-mode"):
+        loss(torch.autograd.forward_ad.make_dual(ones, ones))
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_transforms_that_would_lose_the_derivative_are_refused(function):
     plain = [t.detach() for t in leaves()]
@@ -302,6 +326,9 @@ def test_transforms_that_would_lose_the_derivative_are_refused(function):
             transform(lambda w: function(plain[0], w, plain[2]))(plain[1])
     with pytest.raises(ValueError, match=r"torch.func transform"):
         torch.func.jvp(lambda b: function(*plain[:2], b), (plain[2],), (plain[2],))
+    below = lambda w: torch.func.vmap(lambda b: function(plain[0], w, b))(plain[2][None]).sum()  # noqa: E731
+    with pytest.raises(ValueError, match=r"torch.func transform"):
+        torch.func.grad(below)(plain[1])
     with torch.autograd.forward_ad.dual_level():
         assert function(*plain).isfinite()
         for which, name in enumerate(("hidden", "weight", "bias")):
