@@ -14,7 +14,7 @@ WORKERS ?= 2
 BIN    := $(abspath $(VENV))/bin
 STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-FUNCTIONS := $(addprefix tests/ops/test_,operators.py preference.py logprobs.py)
+FUNCTIONS := $(addprefix tests/ops/test_,operators.py preference.py logprobs.py head.py)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Where a GPU machine is offline, its own python has all that `make gpu-check` needs.
 ANY_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))

@@ -15,8 +15,10 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..kinds import check_flag, check_number, check_object
@@ -98,7 +100,8 @@ def attach(
     log-probs with the model's own, and sees whether it is causal: two forwards of 24 tokens, here or, where its weights
     are not here yet (meta, sharded) or it cannot run yet, at the first call. A call under other settings than were
     measured (numbers, flags and names in the config and in the model's own attributes; a look of some 0.3 ms) measures
-    again, also where torch.compile traces it; attach anew after a change elsewhere, as in code. check=False measures
+    again. Compiled code sees attributes of the config and the modules alone, not dicts and constants in them, and is traced
+    anew; it is one graph from torch 2.13 on. Attach anew after a change elsewhere, as in code. check=False measures
     nothing and takes softcap and scale as given.
 
     The head is looked up at each call: one that was resized, replaced or adapted since is the one that is used. Tied heads
@@ -120,7 +123,7 @@ def attach(
         raise ValueError(f"softcap={softcap}, scale={scale}: measured with check=True; give them with check=False")
     _check_parts(causal)
     names = _positional(causal.forward)
-    state = _Attached(merge_lora, names, check, None if check else Probed(softcap, scale, ends_at_head=True))
+    state = _Attached(causal, merge_lora, names, check, None if check else Probed(softcap, scale, ends_at_head=True))
     if _has_weights(causal):
         read_head(causal.get_output_embeddings(), merge_lora)
         if check:
@@ -144,12 +147,42 @@ def detach(model: nn.Module) -> nn.Module:
 
 @dataclass
 class _Attached:
+    causal: nn.Module
     merge_lora: bool
     names: tuple[str, ...]  # of what forward takes by position
     check: bool
     probed: Probed | None  # None until the first call
     measured: dict[tuple, Probed] = field(default_factory=dict)  # by settings, the latest last
+    attributes: list[tuple[Any, str, Any]] = field(default_factory=list)  # settings of now that are some object's
     before: dict[str, Callable | None] = field(default_factory=dict)  # what the instance had of its own
+
+    def see_settings(self) -> bool:
+        """Measures the model under the settings that it has now, unless it was before."""
+        causal = self.causal
+        with one_call_at_a_time(causal):
+            found = settings(causal)
+            now = _key(found)
+            if now not in self.measured:
+                if self.measured:
+                    changed = sorted({str(name) for name, _ in set(now) ^ set(next(reversed(self.measured)))})
+                    log.info("%s is measured again, as it has other %s", type(causal).__name__, ", ".join(changed))
+                self.measured[now] = _probe_at_last(causal, _own(causal, "forward"), self.merge_lora)
+                if len(self.measured) > REMEMBERED:
+                    del self.measured[next(iter(self.measured))]
+            self.probed = self.measured[now]
+            attributes = (each for each in found if not isinstance(each[0], dict | NoneType))
+            self.attributes = [each for each in attributes if each[2] == each[2]]  # NaN differs from itself
+        return True
+
+    # As by torch.compiler.assume_constant_result, which imports Dynamo: run while a graph is traced, and not when it is called.
+    # A method, as torch 2.11 takes no module as such a function's argument.
+    see_settings._dynamo_marked_constant = True
+
+    def trace_settings(self) -> None:
+        """Traced by Dynamo, each comparison is a condition of the compiled code, which is traced anew where one fails."""
+        for owner, name, value in self.attributes:
+            if owner.__dict__[name] != value:
+                raise AssertionError(name)
 
 
 def _forward(causal: nn.Module, *args, compute: Callable | None = None, return_outputs: bool = False, **kwargs):
@@ -165,7 +198,9 @@ def _forward(causal: nn.Module, *args, compute: Callable | None = None, return_o
             "return_dict=False: a tuple does not tell an auxiliary loss by its name; leave return_dict out"
         )
     if state.check:
-        _see_settings(causal)
+        state.see_settings()
+        if torch.compiler.is_compiling():
+            state.trace_settings()
     if compute is None:
         return _body(causal, state.probed)(*args, **kwargs)
     result, outputs = call_with_head(causal, forward, compute, state.probed.map, state.merge_lora, args, kwargs)
@@ -210,30 +245,13 @@ def _own(causal: nn.Module, name: str) -> Callable:
     return getattr(causal, _ATTACHED).before[name] or functools.partial(getattr(type(causal), name), causal)
 
 
+def _key(found: list[tuple[Any, str, Any]]) -> tuple:
+    return tuple((name, value) for _, name, value in found)
+
+
 def _positional(forward: Callable) -> tuple[str, ...]:
     parameters = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-
-
-def _see_settings(causal: nn.Module) -> bool:
-    """Measures the model under the settings that it has now, unless it was before."""
-    state = getattr(causal, _ATTACHED)
-    with one_call_at_a_time(causal):
-        now = settings(causal)
-        if now not in state.measured:
-            if state.measured:
-                changed = sorted({str(name) for name, _ in set(now) ^ set(next(reversed(state.measured)))})
-                log.info("%s is measured again, as it has other %s", type(causal).__name__, ", ".join(changed))
-            state.measured[now] = _probe_at_last(causal, _own(causal, "forward"), state.merge_lora)
-            if len(state.measured) > REMEMBERED:
-                del state.measured[next(iter(state.measured))]
-        state.probed = state.measured[now]
-    return True
-
-
-# as by torch.compiler.assume_constant_result, which imports Dynamo: run while a graph is traced, and traced anew when what
-# the model's own forward reads has changed
-_see_settings._dynamo_marked_constant = True
 
 
 def _body(causal: nn.Module, probed: Probed) -> nn.Module:
@@ -247,7 +265,7 @@ def _body(causal: nn.Module, probed: Probed) -> nn.Module:
 
 def _probe_or_postpone(causal: nn.Module, state: _Attached) -> None:
     try:
-        state.measured[settings(causal)] = probe(causal, causal.forward, state.merge_lora)
+        state.measured[_key(settings(causal))] = probe(causal, causal.forward, state.merge_lora)
     except HeadRefused:
         raise
     except Exception as error:

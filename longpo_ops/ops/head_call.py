@@ -118,8 +118,10 @@ class _StandIn:
                 f"model: forward of {self.model} calls its head several times; expected once. Give it shorter inputs "
                 "if it goes through them in chunks, or use PreferenceHead with its hidden states"
             )
+        # Dynamo of torch 2.11 takes the forward of a module's class, whatever the instance has in its place
+        compiled = torch.compiler.is_compiling() and not _has_hooks(self.lm_head)
         try:
-            output = self.lm_head(*args, **kwargs)
+            output = (self._forward if compiled else self.lm_head)(*args, **kwargs)
         except Exception as error:
             if self._made is None or (hook := _hook_that_raised(error, self.lm_head)) is None:
                 raise
@@ -170,6 +172,10 @@ class _StandIn:
                 del attributes[name]
             else:
                 attributes[name] = own
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_old_forward" in module.__dict__)
 
 
 def _alike(output: Any, made: Any) -> bool:

@@ -17,6 +17,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,29 +99,32 @@ def _logps(causal, forward, probed: Probed, merge_lora: bool, ids: Tensor, kwarg
     return call_with_head(causal, forward, compute, probed.map, merge_lora, (), kwargs)[0]
 
 
-def settings(causal: nn.Module) -> tuple:
-    """What tells the map of a model's logits, as far as plain values do: the kind of its head and the hooks on it, and every
-    number, flag and name in its config and in its own attributes and those of the modules that it calls, dicts of them and
-    one-element constants included. Not seen: other objects, and what lies deeper in the body."""
+def settings(causal: nn.Module) -> list[tuple[Any, str, Any]]:
+    """-> owner (what has that attribute or entry, or None), name, value of what tells the map of a model's logits, as far as
+    plain values do: the kind of its head and the hooks on it, and every number, flag and name in its config and in its own
+    attributes and those of the modules that it calls, dicts of them and one-element constants included. Not seen: other
+    objects, and what lies deeper in the body."""
     lm_head = causal.get_output_embeddings()
-    found: list = [("head", type(lm_head).forward), ("hooks", tuple(lm_head._forward_hooks))]
+    found: list = [(None, "head", type(lm_head).forward), (None, "hooks", tuple(lm_head._forward_hooks))]
+    seen: set[int] = set()  # as modules share a config
     for module in (causal, *causal.children()):
-        _collect(vars(module), found)
-    return tuple(found)
+        _collect(module, found, seen)
+    return found
 
 
-def _collect(values: dict, found: list) -> None:
-    for name, value in values.items():
+def _collect(owner: Any, found: list, seen: set[int]) -> None:
+    if id(owner) in seen:
+        return
+    seen.add(id(owner))
+    for name, value in (owner if isinstance(owner, dict) else vars(owner)).items():
         if isinstance(value, PLAIN):
             if name != "training":
-                found.append((name, value))
-        elif isinstance(value, dict):
-            _collect(value, found)
+                found.append((owner, name, value))
         elif isinstance(value, Tensor):
             if value.numel() == 1 and not value.requires_grad:
-                found.append((name, (id(value), 0 if value.is_inference() else value._version)))
-        elif hasattr(value, "to_dict"):  # a config in a config
-            _collect(vars(value), found)
+                found.append((None, name, (id(value), 0 if value.is_inference() else value._version)))
+        elif isinstance(value, dict) or hasattr(value, "to_dict"):  # or a config
+            _collect(value, found, seen)
 
 
 def _tokens(causal: nn.Module) -> Tensor:
