@@ -99,7 +99,7 @@ def attach(
     check=True measures what the model does to its head's products (logit scale, soft-cap, under whatever name), compares
     log-probs with the model's own, and sees whether it is causal: two forwards of 24 tokens, here or, where its weights
     are not here yet (meta, sharded) or it cannot run yet, at the first call. A call under other settings than were
-    measured (numbers, flags and names in the config and in the model's own attributes; a look of some 0.3 ms) measures
+    measured (numbers, flags and names in the config and in the model's own attributes; a look of some 0.4 ms) measures
     again. Compiled code sees attributes of the config and the modules alone, not dicts and constants in them, and is traced
     anew; it is one graph from torch 2.13 on. Attach anew after a change elsewhere, as in code. check=False measures
     nothing and takes softcap and scale as given.
