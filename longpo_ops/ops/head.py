@@ -152,7 +152,7 @@ class _Attached:
     names: tuple[str, ...]  # of what forward takes by position
     check: bool
     probed: Probed | None  # None until the first call
-    measured: dict[tuple, Probed] = field(default_factory=dict)  # by settings, the latest last
+    measured: dict[tuple, Probed] = field(default_factory=dict)  # by settings, the last used last
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)  # settings of now that are some object's
     before: dict[str, Callable | None] = field(default_factory=dict)  # what the instance had of its own
 
@@ -162,14 +162,10 @@ class _Attached:
         with one_call_at_a_time(causal):
             found = settings(causal)
             now = _key(found)
-            if now not in self.measured:
-                if self.measured:
-                    changed = sorted({str(name) for name, _ in set(now) ^ set(next(reversed(self.measured)))})
-                    log.info("%s is measured again, as it has other %s", type(causal).__name__, ", ".join(changed))
-                self.measured[now] = _probe_at_last(causal, _own(causal, "forward"), self.merge_lora)
-                if len(self.measured) > REMEMBERED:
-                    del self.measured[next(iter(self.measured))]
-            self.probed = self.measured[now]
+            probed = self.measured.pop(now, None) or self._measure(now)
+            self.probed = self.measured[now] = probed
+            if len(self.measured) > REMEMBERED:
+                del self.measured[next(iter(self.measured))]
             attributes = (each for each in found if not isinstance(each[0], dict | NoneType))
             self.attributes = [each for each in attributes if each[2] == each[2]]  # NaN differs from itself
         return True
@@ -177,6 +173,15 @@ class _Attached:
     # As by torch.compiler.assume_constant_result, which imports Dynamo: run while a graph is traced, and not when it is called.
     # A method, as torch 2.11 takes no module as such a function's argument.
     see_settings._dynamo_marked_constant = True
+
+    def _measure(self, now: tuple) -> Probed:
+        probed = _probe_at_last(self.causal, _own(self.causal, "forward"), self.merge_lora)
+        if self.measured:
+            before, then = next(reversed(self.measured.items()))
+            changed = ", ".join(sorted({str(name) for name, _ in set(now) ^ set(before)}))
+            level = logging.DEBUG if probed == then else logging.INFO  # where it makes a difference
+            log.log(level, "%s is measured again, as it has other %s: %s", type(self.causal).__name__, changed, probed)
+        return probed
 
     def trace_settings(self) -> None:
         """Traced by Dynamo, each comparison is a condition of the compiled code, which is traced anew where one fails."""

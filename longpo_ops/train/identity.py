@@ -221,11 +221,8 @@ def _is_understood(values: Any) -> bool:
     try:
         contents, ended = values["contents"], values.get("finished")
         parts = {name: contents[name] for name in ("data", "eval_data", "model", "reference_model")}
-        told = {"tokenizer", "chat template"} <= contents.keys() and {
-            "objective_options",
-            *LENGTH,
-            "processes",
-        } <= values.keys()
+        told = {"tokenizer", "chat template"} <= contents.keys()
+        told &= {"objective_options", "processes", *LENGTH} <= values.keys()
         told &= all(part is None or isinstance(part, dict) for part in parts.values())
         told &= all(not part or {"records", "file"} <= part.keys() for part in (parts["data"], parts["eval_data"]))
         return told and (ended is None or (isinstance(ended["step"], int) and isinstance(ended["files"], dict | list)))

@@ -209,15 +209,21 @@ def test_what_stays_or_comes_again_is_not_measured_again(caplog):
         model(tokens(), compute=lambda hidden, head: None)
         model.train(not model.training)
     assert sum(seen) == 0
-    with caplog.at_level(logging.INFO, "longpo_ops"):
+    with caplog.at_level(logging.DEBUG, "longpo_ops"):
         for flag in (False, True, False, True):
             model.config.use_cache = flag
             model(tokens(), compute=lambda hidden, head: None)
     assert sum(seen) == 2
     assert "Gemma2ForCausalLM is measured again, as it has other use_cache" in caplog.text
+    assert {record.levelno for record in caplog.records} == {logging.DEBUG}  # it made no difference
+    with caplog.at_level(logging.INFO, "longpo_ops"):
+        model.config.final_logit_softcapping = 7.0
+        model(tokens(), compute=lambda hidden, head: None)
+    assert "as it has other final_logit_softcapping: Probed(softcap=7.0, scale=1.0" in caplog.text
+    assert sum(seen) == 4
     attach(detach(model), check=False, softcap=30.0)
     model.config.final_logit_softcapping = 0.5
-    assert map_of(model) == (30.0, 1.0) and sum(seen) == 2
+    assert map_of(model) == (30.0, 1.0) and sum(seen) == 4
 
 
 def test_a_change_that_cannot_be_reproduced_is_refused():
