@@ -9,6 +9,7 @@ Tests: tests/benchmarks/gpu/test_check.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from longpo_ops.attention.shared_prefix import plan_calls, run_plan
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
 
 from ..budget import judge, worst
-from .setting import Setting, attempt
+from .correctness import DTYPES, SEEDS
+from .rows import Row
+from .setting import Setting
 
 LAYOUTS = {  # per pair its rows: prefix, chosen tail, rejected tails
     "one pair": ((1000, 200, 300),),
@@ -28,6 +31,7 @@ LAYOUTS = {  # per pair its rows: prefix, chosen tail, rejected tails
 HEADS = {"8 of 2, size 128": (8, 2, 128), "4 of 4, size 64": (4, 4, 64)}  # query heads, key heads, head size
 SCALE = 0.07  # off the default, so that a kernel that ignores it is seen
 WINDOW = 150
+SECONDS = 0.8  # of a case: cuDNN builds a graph for each new shape
 
 
 def make_layout(*pairs: tuple[int, ...]) -> SharedPrefixLayout:
@@ -88,25 +92,27 @@ def separate_attention(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayo
     return torch.stack(out, 1)
 
 
-def rows(setting: Setting) -> Iterator[dict]:
-    """A row per kernel, layout, heads, dtype and window."""
+def rows(setting: Setting) -> Iterator[Row]:
+    """A row per kernel, layout, heads, dtype and window; bfloat16 first, other dtypes on one pair: a graph costs time."""
     shrink = 1 if setting.on_gpu else 20
-    found = (*kernels.stock_kernels(setting.device), kernels.BLOCKWISE)
-    for kernel in found:
-        for name, pairs in LAYOUTS.items():
+    stock = (kernels.CUDNN, kernels.TORCH_FLASH) if setting.elsewhere else kernels.stock_kernels(setting.device)
+    found = (*stock, kernels.BLOCKWISE)
+    for dtype in DTYPES:
+        for name, pairs in list(LAYOUTS.items())[: None if dtype == DTYPES[0] else 1]:
             layout = make_layout(*(tuple(-(-length // shrink) for length in pair) for pair in pairs))
             for shape, heads in HEADS.items():
-                for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                    for window in (None, WINDOW // shrink):
-                        about = f"{name}, {shape}, {str(dtype)[6:]}" + (f", window {window}" if window else "")
-                        row = {"what": "shared-prefix attention", "backend": kernel.name, "case": about}
-                        yield attempt(row, _case, kernel, layout, heads, dtype, window, setting)
+                for window in (None, WINDOW // shrink):
+                    about = f"{name}, {shape}, {str(dtype)[6:]}" + (f", window {window}" if window else "")
+                    for kernel in found:
+                        compute = partial(_case, kernel, layout, heads, dtype, window, setting)
+                        yield Row("shared-prefix attention", about, compute, kernel.name, SECONDS)
 
 
 def _case(
-    kernel: kernels.Kernel, layout: SharedPrefixLayout, heads: tuple[int, int, int], dtype, window, setting: Setting
-) -> dict:
-    generator, (query, key, size) = torch.Generator().manual_seed(layout.length), heads
+    kernel: kernels.Kernel, layout: SharedPrefixLayout, heads: tuple[int, int, int], dtype, window, setting: Setting,
+    seed: int,
+) -> dict:  # fmt: skip
+    generator, (query, key, size) = torch.Generator().manual_seed(layout.length + SEEDS * seed), heads
     device, shapes = setting.device, [(setting.draws, layout.length, n, size) for n in (query, key, key, query)]
     *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     inputs = [x.transpose(1, 2) for x in inputs]

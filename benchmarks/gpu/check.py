@@ -1,22 +1,18 @@
-"""make gpu-check: is everything right on this GPU, and how fast is it? It needs torch, triton and nvcc, and no install.
+"""make gpu-check: is everything right on this GPU, how fast is it, and how long a sequence fits? It needs no install.
 
-    python -m benchmarks.gpu.check [--piece NAME ...] [--rehearse]
+    python -m benchmarks.gpu.check [--deadline SECONDS] [--piece NAME ...] [--only failed] [--rehearse] [--list]
 
-Each piece runs in a process of its own under a limit of less than nine minutes and writes its rows, as they come, to
-gpu_check_PIECE.json in the folder $OUT (default: benchmarks/results), with the hardware, versions, commit, command and
-date. A piece that crashes or hangs leaves what it had; the next one still runs. Exit status 1 if any row failed.
+The questions of questions.py are asked in order of worth until the deadline. This process keeps gpu_check.json in the folder
+$OUT (default: benchmarks/results), whole after every row, and never touches the device; a worker computes the rows
+(worker.py). A worker that dies is started again behind the row that killed it; a failed row that is cheap is asked
+once more with another seed; a row for which no time or memory is left says so. Exit status 1 if any row failed.
 
-    correctness   every tile function of every back-end against float64 by error budget; public: the public functions
-    attention     every attention kernel on rows of pairs against float64
-    ceilings      what torch.mm and a copy reach at our shapes, and our products beside them
-    epilogue      tile functions against a copy           logprobs   scoring against torch.mm
-    loss          forward and backward at 6NHV            workspace  the same by size of scratch
-    peers         Liger, CCE, QuACK and torch, where they can be imported
-    step          a whole training step, its features on and off, against transformers (needs transformers and torchao)
-    offload       activation offload and tiling: gradients against plain checkpointing, slowdown, rate of copies
+--only failed   the rows that failed in the last report; the first that fails again runs under compute-sanitizer
+--rehearse      all of it on the CPU with tiny shapes: a check of this script, not of any speed; into build/rehearsal
+--list          the questions and what they cost on an H100 and an H200
 
---rehearse runs all of it on the CPU with tiny shapes: a check of this script, not of any speed. Its default folder is
-build/rehearsal. Not covered: several GPUs.
+Where .carry/ lies beside this checkout (make gpu-pack), its kernels, library and wheels are used (carried.py). Not covered:
+several GPUs.
 """
 
 from __future__ import annotations
@@ -24,67 +20,61 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
 from pathlib import Path
 
-import torch
+from ..stamp import RESULTS, ROOT, command
+from .questions import BY_NAME, LONG, QUESTIONS
+from .report import summary
+from .rows import Question, failed
+from .setting import CARDS
 
-from ..stamp import RESULTS, ROOT, stamp
-from . import attention, correctness, speed
-from .setting import FULL, REHEARSAL, Setting
-
-
-def step(setting: Setting) -> Iterator[dict]:
-    from ..training.step import rows  # here: it needs more packages than the other pieces
-
-    yield from rows(setting)
-
-
-def offload(setting: Setting) -> Iterator[dict]:
-    from ..training.offload import rows
-
-    yield from rows(setting)
+FILE = "gpu_check.json"
+GRACE = 3.0  # seconds before the deadline by which the last row must be done
+CHEAP = 10.0  # seconds up to which a failed row is asked again
+DEATHS = 5  # of workers, after which the check gives up
+STOPPED = "skipped: no time: stopped at the deadline"
 
 
-PIECES = {  # name -> (its rows, seconds it may take)
-    "correctness": (correctness.correctness, 530),
-    "public": (correctness.public, 530),
-    "attention": (attention.rows, 530),
-    "ceilings": (speed.ceilings, 240),
-    "epilogue": (speed.epilogue, 530),
-    "logprobs": (speed.logprobs, 530),
-    "loss": (speed.loss, 530),
-    "workspace": (speed.workspace, 530),
-    "peers": (speed.peers, 530),
-    "step": (step, 530),
-    "offload": (offload, 530),
-}
-
-
-def file_of(piece: str, rehearsal: bool) -> Path:
-    return (
-        Path(os.environ.get("OUT") or (ROOT / "build/rehearsal" if rehearsal else RESULTS)) / f"gpu_check_{piece}.json"
-    )
+def folder(rehearsal: bool) -> Path:
+    return Path(os.environ.get("OUT") or (ROOT / "build/rehearsal" if rehearsal else RESULTS))
 
 
 class Report:
-    """One piece's JSON, whole after every row."""
+    """gpu_check.json, whole after every change."""
 
-    def __init__(self, path: Path, head: dict):
-        self.path, self.content = path, head | {"state": "running", "rows": []}
+    def __init__(self, path: Path, **head):
+        self.path, self.content = path, head | {"state": "running", "running": None, "rows": []}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._write()
 
-    def add(self, row: dict) -> None:
-        self.content["rows"].append(row)
+    def note(self, **more) -> None:
+        self.content = more | self.content | more  # the head stays in front
         self._write()
+
+    def add(self, row: dict) -> None:
+        """The row, in the place of an earlier one of its name, whose status it keeps as "first"."""
+        rows, names = self.content["rows"], ("question", "what", "backend", "case")
+        earlier = next((i for i, old in enumerate(rows) if all(old[n] == row[n] for n in names)), None)
+        if earlier is None:
+            rows.append(row)
+        else:
+            rows[earlier] = row | {"first": rows[earlier]["status"]}
+        self.note(running=None)
         print(_line(row), flush=True)
 
-    def close(self, state: str) -> None:
-        self.content["state"] = state
-        self._write()
+    def rows(self, question: str) -> list[dict]:
+        return [row for row in self.content["rows"] if row["question"] == question]
+
+    def pace(self) -> float:
+        """Seconds that rows took, over what they should have taken."""
+        timed = [row for row in self.content["rows"] if "took" in row]
+        expected = sum(row["expected"] for row in timed)
+        return sum(row["took"] for row in timed) / expected if expected else 1.0
 
     def _write(self) -> None:
         temporary = self.path.with_suffix(".tmp")
@@ -93,9 +83,10 @@ class Report:
 
 
 def _line(row: dict) -> str:
-    name = " | ".join(str(row[key]) for key in ("what", "backend", "case") if key in row)
+    name = " | ".join(row[key] for key in ("what", "backend", "case") if row[key])
     numbers = {
         "milliseconds": "ms",
+        "seconds": "s",
         "tflops": "TFLOP/s",
         "fraction_of_matmul": "of matmul",
         "fraction_of_copy": "of copy",
@@ -104,54 +95,201 @@ def _line(row: dict) -> str:
     return f"{name}: {row['status']}" + (f", {', '.join(shown)}" if shown else "")
 
 
-def failed(row: dict) -> bool:
-    return row["status"].startswith("failed")
+class Died(Exception):
+    """A worker is gone; says how."""
 
 
-def run_piece(name: str, setting: Setting) -> bool:
-    """Rows of one piece into its file -> whether none failed."""
-    rehearsal = not setting.on_gpu
-    report = Report(file_of(name, rehearsal), stamp(piece=name, rehearsal=rehearsal))
-    for row in PIECES[name][0](setting):
-        report.add(row)
-    failures = sum(map(failed, report.content["rows"]))
-    report.close(f"finished: {len(report.content['rows'])} rows, {failures} failed")
-    return failures == 0
+class Worker:
+    """A process of worker.py, started at once, so that its imports go by while others compute."""
+
+    def __init__(self, rehearse: bool, environment: dict[str, str], wrapper: tuple[str, ...] = ()):
+        words = [*wrapper, sys.executable, "-m", "benchmarks.gpu.worker", *(["--rehearse"] if rehearse else [])]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **pipes)
+        self.messages: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.messages.put(json.loads(line))
+        self.messages.put(None)
+
+    def send(self, order: dict) -> None:
+        try:
+            print(json.dumps(order), file=self.process.stdin, flush=True)
+        except OSError:
+            pass  # it is dead: next() says how
+
+    def next(self, until: float) -> dict:
+        """The next message. Raises TimeoutError at the unix time `until`, and Died."""
+        try:
+            message = self.messages.get(timeout=max(0.0, until - time.time()))
+        except queue.Empty:
+            raise TimeoutError from None
+        if message is None:
+            status = self.process.wait()
+            raise Died(f"its process ended with {f'signal {-status}' if status < 0 else f'status {status}'}")
+        return message
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
-def run_in_process(name: str, rehearse: bool) -> bool:
-    """One piece in a fresh process under its limit -> whether it finished and none of its rows failed."""
-    limit, path = PIECES[name][1], file_of(name, rehearse)
-    path.unlink(missing_ok=True)  # rows of an earlier run must not pass for this one's
-    command = [sys.executable, "-m", "benchmarks.gpu.check", "--here", "--piece", name]
+class Check:
+    """One run of the questions into one report."""
+
+    def __init__(self, report: Report, until: float, rehearse: bool, environment: dict[str, str]):
+        self.report, self.until, self.rehearse, self.environment = report, until, rehearse, environment
+        self.workers: dict[str, Worker] = {}
+        self.deaths = 0
+
+    def start(self, questions: list[Question]) -> None:
+        for question in questions:
+            self._worker(question)
+
+    def ask(self, question: Question, only: list | None = None) -> None:
+        """All rows of a question, or those with these keys; then once more those that failed and are cheap."""
+        self._answers(question, only, seed=0)
+        again = [_key(row) for row in self.report.rows(question.name) if failed(row) and row.get("took", 0) <= CHEAP]
+        if again:
+            self._answers(question, again, seed=1)
+
+    def end(self) -> None:
+        for worker in self.workers.values():
+            worker.end()
+
+    def _name(self, question: Question) -> str:
+        return question.name if question.own_process else ""
+
+    def _worker(self, question: Question) -> Worker:
+        name = self._name(question)
+        if name not in self.workers:
+            self.workers[name] = Worker(self.rehearse, self.environment)
+        return self.workers[name]
+
+    def _answers(self, question: Question, only: list | None, seed: int) -> None:
+        done: list = []
+        while self.deaths < DEATHS and time.time() < self.until:
+            order = {"question": question.name, "only": only, "done": done, "seed": seed}
+            worker = self._worker(question)
+            worker.send(order | {"until": self.until - GRACE, "pace": self.report.pace()})
+            try:
+                self._listen(question, worker, done)
+                return
+            except Died as death:
+                self.deaths += 1
+                self._close_running(question, f"failed: {death}", done)
+            except TimeoutError:
+                self._close_running(question, STOPPED, done)
+            self.workers.pop(self._name(question)).end()
+
+    def _listen(self, question: Question, worker: Worker, done: list) -> None:
+        while "end" not in (message := worker.next(self.until)):
+            if "head" in message:
+                self.report.note(**message["head"] | {"command": self.report.content["command"]})
+            elif "start" in message:
+                self.report.note(running=[question.name, *message["start"]])
+            else:
+                done.append(_key(message["row"]))
+                self.report.add(message["row"])
+
+    def _close_running(self, question: Question, status: str, done: list) -> None:
+        """The row that a worker did not come back from, if it was at one."""
+        running = self.report.content["running"]
+        if running is None:
+            running = [question.name, "worker", "", "between rows"]
+        done.append(running[1:])
+        self.report.add(dict(zip(("question", "what", "backend", "case"), running, strict=True)) | {"status": status})
+
+
+def _key(row: dict) -> list[str]:
+    return [row["what"], row["backend"], row["case"]]
+
+
+def last_report(out: Path) -> dict:
+    """The newest gpu_check.json, of $OUT or of the results. Raises FileNotFoundError where there is none."""
+    found = [path for path in (out / FILE, *sorted(RESULTS.glob("*gpu-check*.json"), reverse=True)) if path.exists()]
+    if not found:
+        raise FileNotFoundError(f"no {FILE} in {out} and no *gpu-check*.json in {RESULTS}")
+    return json.loads(found[0].read_text())
+
+
+def sanitise(check: Check, question: Question, key: list[str]) -> None:
+    """The row once more under compute-sanitizer's memcheck, whose findings become a row of their own."""
+    log = check.report.path.with_name("sanitizer.log")
+    worker = Worker(check.rehearse, check.environment, ("compute-sanitizer", "--log-file", str(log)))
+    worker.send({"question": question.name, "only": [key], "done": [], "seed": 0, "until": check.until, "pace": 0.0})
+    told = {"question": question.name, "what": "compute-sanitizer", "backend": key[1], "case": f"{key[0]}: {key[2]}"}
     try:
-        state = subprocess.run([*command, *(["--rehearse"] if rehearse else [])], timeout=limit, cwd=ROOT).returncode
-        state = state and f"exit status {state}"
-    except subprocess.TimeoutExpired:
-        state = f"stopped after {limit} s"
-    content = json.loads(path.read_text()) if path.exists() else {"piece": name, "rows": []}
-    if not content.get("state", "").startswith("finished"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content | {"state": f"failed: {state}"}, indent=1) + "\n")
-    print(f"== {name}: {'passed' if state == 0 else 'failed'} ({json.loads(path.read_text())['state']})", flush=True)
-    return state == 0
+        while "end" not in worker.next(check.until):
+            pass
+    except (Died, TimeoutError) as error:
+        check.report.add(told | {"status": f"skipped: {error or 'no time'}"})
+    finally:
+        worker.end()
+    if log.exists():
+        lines = log.read_text().splitlines()
+        found = [line for line in lines if "=========" in line and "Invalid" in line]
+        status = f"failed: {found[0].strip('= ')}" if found else "passed"
+        check.report.add(told | {"status": status, "log": lines[:40]})
+
+
+def listing() -> str:
+    """A line for each question: seconds on an H100, on an H200, and what is asked."""
+    lines = []
+    for question in (*QUESTIONS, *LONG):
+        costs = [f"{question.seconds(setting):6.0f}" for setting in CARDS.values()]
+        lines.append(f"{question.name:12} {' '.join(costs)}   {question.asks}")
+    return "\n".join([f"{'seconds on':12} {' '.join(f'{card:>6}' for card in CARDS)}", *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:
+    start = time.time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--piece", action="append", choices=PIECES, help="only this piece (repeatable; default: all)")
+    parser.add_argument("--deadline", type=float, default=3600, help="seconds that all of it may take")
+    parser.add_argument("--piece", action="append", choices=BY_NAME, help="only this question (repeatable)")
+    parser.add_argument("--only", choices=["failed"], help="only rows that failed in the last report")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU with tiny shapes")
-    parser.add_argument("--here", action="store_true", help="in this process, without a limit")
+    parser.add_argument("--list", action="store_true", help="what is asked, and what it costs")
     options = parser.parse_args(arguments)
-    if not options.rehearse and not torch.cuda.is_available():
-        print("gpu-check needs a CUDA device, and torch sees none; --rehearse runs the script on the CPU")
-        return 1
-    setting = REHEARSAL if options.rehearse else FULL
-    results = [
-        run_piece(name, setting) if options.here else run_in_process(name, options.rehearse)
-        for name in options.piece or PIECES
-    ]
-    return 0 if all(results) else 1
+    if options.list:
+        print(listing())
+        return 0
+    out = folder(options.rehearse)
+    questions, only = _chosen(options, out)
+    report = Report(out / FILE, command=command(), rehearsal=options.rehearse, deadline=options.deadline)
+    check = Check(report, start + options.deadline, options.rehearse, {})
+    try:
+        check.start(questions)
+        for question in questions:
+            check.ask(question, only and only[question.name])
+        if only and not options.rehearse:
+            _sanitise_first(check)
+        state = "finished"
+    except KeyboardInterrupt:
+        state = "interrupted"
+    finally:
+        check.end()
+    report.note(state=state, seconds=time.time() - start)
+    print(summary(report.content), flush=True)
+    return int(state != "finished" or any(map(failed, report.content["rows"])))
+
+
+def _chosen(options: argparse.Namespace, out: Path) -> tuple[list[Question], dict[str, list] | None]:
+    """The questions, and for each the keys of the rows that are asked (None: all)."""
+    if options.only is None:
+        return [BY_NAME[name] for name in options.piece] if options.piece else list(QUESTIONS), None
+    only: dict[str, list] = {}
+    for row in filter(failed, last_report(out)["rows"]):
+        only.setdefault(row["question"], []).append(_key(row))
+    return [BY_NAME[name] for name in only], only
+
+
+def _sanitise_first(check: Check) -> None:
+    first = next(filter(failed, check.report.content["rows"]), None)
+    if first is not None:
+        sanitise(check, BY_NAME[first["question"]], _key(first))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +25,11 @@ from longpo_ops.ops.sweep import workspace_of
 from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles, TorchTiles
 
 from ..budget import judge, worst
-from .setting import Setting, attempt
+from .rows import Row, unavailable
+from .setting import Setting
 
 PLAIN = TorchTiles()
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # the first is worth most
 MAPS = {
     "plain": lambda bias: LogitMap(),
     "bias": lambda bias: LogitMap(bias),
@@ -35,6 +38,9 @@ MAPS = {
     "bias scale softcap": lambda bias: LogitMap(bias.bfloat16(), 1.5, 8.0),
 }
 ROWS = 32  # of a tile, each of them a draw
+SECONDS = 0.1  # of a case, its kernels compiled
+SEEDS = 1 << 20  # between the generators of one seed and the next
+TOKENS, WIDTH = 150, 64  # of the public functions' inputs
 LOGPROB_LIMIT = 2e-3  # nats per token, whatever plain PyTorch's own error at 16 bits is
 DIVERGENCES = (Divergence("forward"), Divergence("reverse"), Divergence("jsd", 0.3))
 
@@ -83,8 +89,8 @@ def _row_functions(tiles: Tiles, z: Tensor, labels: Tensor, g: Tensor, map: Logi
     }
 
 
-def _rows_case(tiles: Tiles, n, vocab, pitch, map_name, dtype, device, extreme=None) -> dict:
-    z = make_tile(n, vocab, pitch, device, seed=vocab + n)
+def _rows_case(tiles: Tiles, n, vocab, pitch, map_name, dtype, extreme, device, seed) -> dict:
+    z = make_tile(n, vocab, pitch, device, vocab + n + SEEDS * seed)
     labels = (torch.arange(n, device=device) * 7919 + 5) % vocab
     if extreme:
         EXTREMES[extreme](z[: (n + 1) // 2])  # the other rows must not notice
@@ -93,8 +99,8 @@ def _rows_case(tiles: Tiles, n, vocab, pitch, map_name, dtype, device, extreme=N
     return worst(_row_functions(tiles, z, labels, g, map, dtype))
 
 
-def _divergence_case(tiles: Tiles, n, vocab, pitch, divergence, map_name, dtype, need, device) -> dict:
-    student, teacher = (make_tile(n, vocab, pitch, device, seed) for seed in (1, 2))
+def _divergence_case(tiles: Tiles, n, vocab, pitch, divergence, map_name, dtype, need, device, seed) -> dict:
+    student, teacher = (make_tile(n, vocab, pitch, device, side + SEEDS * seed) for side in (1, 2))
     kappa = torch.linspace(-1, 2, n, device=device)
     maps = MAPS[map_name](torch.linspace(-1, 1, vocab, device=device)), LogitMap(None, 0.5)
     exact_maps = tuple(_exact(m) for m in maps)
@@ -110,8 +116,8 @@ def _divergence_case(tiles: Tiles, n, vocab, pitch, divergence, map_name, dtype,
     return worst({m: judge(a, b, c, draws=True) for m, a, b, c in zip(names, ours, plain, expected) if c is not None})
 
 
-def _segments_case(tiles: Tiles, n: int, count: int, device) -> dict:
-    values = torch.randn(n, generator=torch.Generator(device).manual_seed(n), device=device)
+def _segments_case(tiles: Tiles, n: int, count: int, device, seed) -> dict:
+    values = torch.randn(n, generator=torch.Generator(device).manual_seed(n + SEEDS * seed), device=device)
     segments = torch.arange(n, device=device) * 7919 % (count + 1) - 1
     start = torch.arange(count, device=device, dtype=torch.float64)
     results = [start.clone() for _ in range(3)]
@@ -127,8 +133,8 @@ def _segments_case(tiles: Tiles, n: int, count: int, device) -> dict:
     return {"status": status, "error": error, "allowed": allowed}
 
 
-def _linear_case(tiles: Tiles, n, vocab, width, map_name, dtype, device) -> dict:
-    generator = torch.Generator(device).manual_seed(width)
+def _linear_case(tiles: Tiles, n, vocab, width, map_name, dtype, device, seed) -> dict:
+    generator = torch.Generator(device).manual_seed(width + SEEDS * seed)
     h = torch.randn(n, width, generator=generator, device=device).to(dtype)
     weight = (torch.randn(vocab, width, generator=generator, device=device) * 3 / width**0.5).to(dtype)
     labels = torch.arange(n, device=device) * 7919 % vocab
@@ -139,40 +145,36 @@ def _linear_case(tiles: Tiles, n, vocab, width, map_name, dtype, device) -> dict
     return judge(logps, plain, expected, draws=True)
 
 
-def tile_rows(tiles: Tiles, setting: Setting) -> Iterator[dict]:
-    """One row of the report per case of one back-end."""
-    device, vocab = setting.device, setting.odd_vocab
+def tile_rows(tiles: Tiles, setting: Setting) -> Iterator[Row]:
+    """One row of the report per case of one back-end, all of one dtype before the next."""
+    vocab = setting.odd_vocab
 
-    def row(function: str, case: str, compute, *arguments) -> dict:
-        return attempt({"what": function, "backend": tiles.name, "case": case}, compute, tiles, *arguments, device)
+    def row(function: str, case: str, compute, *arguments) -> Row:
+        return Row(function, case, partial(compute, tiles, *arguments, setting.device), tiles.name, SECONDS)
 
     shapes = [(1, 1), (vocab, vocab), (vocab, vocab + 7), (vocab + 1, vocab + 5)]
-    for v, pitch in shapes + [(v, v) for v in setting.vocabularies]:
-        for dtype in DTYPES:
-            yield row("rows", f"V={v} pitch={pitch} {_short(dtype)}", _rows_case, ROWS, v, pitch, "plain", dtype)
-    for name in MAPS:
-        for dtype in DTYPES:
-            yield row("rows", f"{name}, {_short(dtype)}", _rows_case, ROWS, vocab, vocab + 3, name, dtype)
-    for name in EXTREMES:
-        compute = lambda *a, name=name: _rows_case(*a, extreme=name)  # noqa: E731
-        yield row("rows", f"extreme: {name}", compute, ROWS, vocab, vocab, "plain", torch.bfloat16)
-
-    for divergence in DIVERGENCES:
-        for dtype in DTYPES:
+    for dtype in DTYPES:
+        short = _short(dtype)
+        for v, pitch in shapes + [(v, v) for v in setting.vocabularies]:
+            yield row("rows", f"V={v} pitch={pitch} {short}", _rows_case, ROWS, v, pitch, "plain", dtype, None)
+        for name in MAPS:
+            yield row("rows", f"{name}, {short}", _rows_case, ROWS, vocab, vocab + 3, name, dtype, None)
+        for divergence in DIVERGENCES:
             for need in ((True, False), (True, True), (False, False)):
-                case = f"{divergence.kind} {_short(dtype)} student={need[0]} teacher={need[1]}"
-                yield row(
-                    "divergence_", case, _divergence_case, ROWS, vocab, vocab + 3, divergence, "plain", dtype, need
-                )
+                case = f"{divergence.kind} {short} student={need[0]} teacher={need[1]}"
+                shape = ROWS, vocab, vocab + 3
+                yield row("divergence_", case, _divergence_case, *shape, divergence, "plain", dtype, need)
+        if tiles.linear_logps is not None:
+            for name in MAPS:
+                yield row("linear_logps", f"{name}, {short}", _linear_case, 130, vocab, 96, name, dtype)
+    for name in EXTREMES:
+        yield row("rows", f"extreme: {name}", _rows_case, ROWS, vocab, vocab, "plain", DTYPES[0], name)
+    for divergence in DIVERGENCES:
         for name in MAPS:
             arguments = (ROWS, vocab, vocab, divergence, name, torch.float32, (True, True))
             yield row("divergence_", f"{divergence.kind} {name}", _divergence_case, *arguments)
     for n, count in ((1, 1), (1000, 3), (100_003, 17)):
         yield row("segment_sums", f"n={n} K={count}", _segments_case, n, count)
-    if tiles.linear_logps is not None:
-        for dtype in DTYPES:
-            for name in MAPS:
-                yield row("linear_logps", f"{name}, {_short(dtype)}", _linear_case, 130, vocab, 96, name, dtype)
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -200,136 +202,134 @@ def _compare(
     return worst(verdicts)
 
 
-def _inputs(setting: Setting, dtype: torch.dtype, *names_and_shapes) -> list[dict[str, Tensor]]:
-    """Draws of the same tensors."""
+def _inputs(setting: Setting, dtype: torch.dtype, seed: int, **shapes_and_spreads) -> list[dict[str, Tensor]]:
+    """Draws of the same tensors, by name their shape and spread."""
 
-    def draw(seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator(setting.device).manual_seed(seed)
+    def draw(number: int) -> dict[str, Tensor]:
+        generator = torch.Generator(setting.device).manual_seed(number)
         return {
             name: (torch.randn(*shape, generator=generator, device=setting.device) * spread).to(dtype)
-            for name, shape, spread in names_and_shapes
+            for name, (shape, spread) in shapes_and_spreads.items()
         }
 
-    return [draw(7 + number) for number in range(setting.draws)]
+    return [draw(7 + number + SEEDS * seed) for number in range(setting.draws)]
 
 
-def _public_cases(setting: Setting, backend: str, dtype: torch.dtype) -> Iterator[tuple[str, str, object]]:
-    """-> (function, case, a call that gives a verdict); few rows per chunk, so that several chunks are visited."""
-    n, width, vocab, device = 150, 64, setting.odd_vocab, setting.device
-    head = (("weight", (vocab, width), 0.3), ("bias", (vocab,), 0.5))
-    tensors = _inputs(setting, dtype, ("hidden", (n, width), 1.0), *head)
-    labels = torch.arange(n, device=device) * 7919 % vocab
-    labels[::9] = -100
-    options = {"backend": backend, "workspace_bytes": workspace_of(40, tensors[0]["weight"], dtype)}
-    weights = torch.linspace(0, 2, n, device=device)
+class _Public(NamedTuple):
+    """The public functions on one back-end in one dtype, in few rows per chunk, so that several chunks are visited."""
 
-    for case, map in {"plain": {}, "softcap scale": {"softcap": 5.0, "scale": 1.5}}.items():
-        yield (
-            "linear_logprobs",
-            case,
-            lambda map=map: _compare(
-                lambda hidden, weight, bias: longpo_ops.linear_logprobs(
-                    hidden, weight, labels, bias=bias, **map, **options
-                ),
-                lambda hidden, weight, bias: truth.logprobs(hidden, weight, labels, bias=bias, **map),
-                tensors,
-                weights - 1,
-                LOGPROB_LIMIT,
-            ),
-        )
-    for reduction in ("mean", "none"):
-        yield (
-            "linear_cross_entropy",
-            reduction,
-            lambda reduction=reduction: _compare(
-                lambda hidden, weight, bias: longpo_ops.linear_cross_entropy(
-                    hidden, weight, labels, bias=bias, row_weights=weights, reduction=reduction, **options
-                ),
-                lambda hidden, weight, bias: truth.cross_entropy(
-                    hidden, weight, labels, bias=bias, row_weights=weights, reduction=reduction
-                ),
-                tensors,
-                None if reduction == "mean" else weights - 1,
-            ),
-        )
+    setting: Setting
+    backend: str
+    dtype: torch.dtype
 
-    two_heads = _inputs(
-        setting,
-        dtype,
-        ("hidden", (n, width), 1.0),
-        ("weight", (vocab, width), 0.3),
-        ("teacher_hidden", (n, width // 2), 1.0),
-        ("teacher_weight", (vocab, width // 2), 0.4),
-    )
-    two_tiles = {"backend": backend, "workspace_bytes": workspace_of(40, tensors[0]["weight"], dtype, tiles=2)}
+    def _options(self, tensors: list[dict[str, Tensor]], tiles: int = 1) -> dict:
+        scratch = workspace_of(40, tensors[0]["weight"], self.dtype, tiles=tiles)
+        return {"backend": self.backend, "workspace_bytes": scratch}
 
-    def plain_kl(kind, hidden, weight, teacher_hidden, teacher_weight):
-        def log_p(h, w):
-            z = truth.logits(h, w)
+    def _head(self, seed: int) -> tuple[list[dict[str, Tensor]], Tensor, Tensor, dict]:
+        """Draws of hidden states, head and bias; labels, weights and options."""
+        vocab, device = self.setting.odd_vocab, self.setting.device
+        shapes = {"hidden": ((TOKENS, WIDTH), 1.0), "weight": ((vocab, WIDTH), 0.3), "bias": ((vocab,), 0.5)}
+        tensors = _inputs(self.setting, self.dtype, seed, **shapes)
+        labels = torch.arange(TOKENS, device=device) * 7919 % vocab
+        labels[::9] = -100
+        return tensors, labels, torch.linspace(0, 2, TOKENS, device=device), self._options(tensors)
+
+    def logprobs(self, map: dict, seed: int) -> dict:
+        tensors, labels, weights, options = self._head(seed)
+
+        def ours(hidden, weight, bias):
+            return longpo_ops.linear_logprobs(hidden, weight, labels, bias=bias, **map, **options)
+
+        def plain(hidden, weight, bias):
+            return truth.logprobs(hidden, weight, labels, bias=bias, **map)
+
+        return _compare(ours, plain, tensors, weights - 1, LOGPROB_LIMIT)
+
+    def cross_entropy(self, reduction: str, seed: int) -> dict:
+        tensors, labels, weights, options = self._head(seed)
+        common = {"row_weights": weights, "reduction": reduction}
+
+        def ours(hidden, weight, bias):
+            return longpo_ops.linear_cross_entropy(hidden, weight, labels, bias=bias, **common, **options)
+
+        def plain(hidden, weight, bias):
+            return truth.cross_entropy(hidden, weight, labels, bias=bias, **common)
+
+        return _compare(ours, plain, tensors, None if reduction == "mean" else weights - 1)
+
+    def kl(self, kind: str, seed: int) -> dict:
+        vocab = self.setting.odd_vocab
+        student = {"hidden": ((TOKENS, WIDTH), 1.0), "weight": ((vocab, WIDTH), 0.3)}
+        teacher = {"teacher_hidden": ((TOKENS, WIDTH // 2), 1.0), "teacher_weight": ((vocab, WIDTH // 2), 0.4)}
+        tensors = _inputs(self.setting, self.dtype, seed, **student, **teacher)
+        options = self._options(tensors, tiles=2)
+
+        def log_p(hidden, weight):
+            z = truth.logits(hidden, weight)
             return (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
 
-        return truth.divergence(log_p(hidden, weight), log_p(teacher_hidden, teacher_weight), kind, 0.3).mean()
+        def plain(hidden, weight, teacher_hidden, teacher_weight):
+            return truth.divergence(log_p(hidden, weight), log_p(teacher_hidden, teacher_weight), kind, 0.3).mean()
 
-    for kind in ("forward", "reverse", "jsd"):
-        yield (
-            "linear_kl",
-            kind,
-            lambda kind=kind: _compare(
-                lambda **t: longpo_ops.linear_kl(**t, kind=kind, beta=0.3, **two_tiles),
-                lambda **t: plain_kl(kind, **t),
-                two_heads,
-            ),
-        )
+        return _compare(lambda **t: longpo_ops.linear_kl(**t, kind=kind, beta=0.3, **options), plain, tensors)
 
-    pairs, tokens = 2, 60
-    sequences = _inputs(
-        setting,
-        dtype,
-        ("chosen_hidden", (pairs, tokens, width), 1.0),
-        ("rejected_hidden", (pairs, tokens, width), 1.0),
-        ("weight", (vocab, width), 0.3),
-    )
-    ids = torch.arange(2 * pairs * tokens, device=device).view(2, pairs, tokens) * 7919 % vocab
-    answers = torch.where(torch.arange(tokens, device=device) >= 40, ids, -100)
-    for name, objective in OBJECTIVES.items():
-        references = torch.tensor([-150.0, -160.0], dtype=torch.float64, device=device)
-        given = (
-            {"ref_chosen_logps": references, "ref_rejected_logps": references - 3} if objective.needs_reference else {}
-        )
+    def preference(self, name: str, seed: int) -> dict:
+        pairs, tokens, vocab, device = 2, 60, self.setting.odd_vocab, self.setting.device
+        hidden = ((pairs, tokens, WIDTH), 1.0)
+        shapes = {"chosen_hidden": hidden, "rejected_hidden": hidden, "weight": ((vocab, WIDTH), 0.3)}
+        tensors = _inputs(self.setting, self.dtype, seed, **shapes)
+        options, objective = self._options(tensors), OBJECTIVES[name]
+        ids = torch.arange(2 * pairs * tokens, device=device).view(2, pairs, tokens) * 7919 % vocab
+        answers = torch.where(torch.arange(tokens, device=device) >= 40, ids, -100)
         common = {
             "chosen_labels": answers[0],
             "rejected_labels": answers[1],
             "nll_labels": ids[0],
             "rejected_pair": torch.arange(pairs, device=device),
             "objective": objective(),
-        } | (given if objective.needs_reference else {})
-        yield (
-            "fused_preference_loss",
-            name,
-            lambda common=common: _compare(
-                lambda **t: longpo_ops.fused_preference_loss(**t, **common, **options).loss,
-                lambda **t: truth.preference_loss(**t, **common)[0],
-                sequences,
-            ),
+        }
+        if objective.needs_reference:
+            references = torch.tensor([-150.0, -160.0], dtype=torch.float64, device=device)
+            common |= {"ref_chosen_logps": references, "ref_rejected_logps": references - 3}
+        return _compare(
+            lambda **t: longpo_ops.fused_preference_loss(**t, **common, **options).loss,
+            lambda **t: truth.preference_loss(**t, **common)[0],
+            tensors,
         )
 
+    def rows(self) -> Iterator[Row]:
+        def row(function: str, case: str, compute, argument) -> Row:
+            about = f"{case}, {_short(self.dtype)}"
+            return Row(function, about, partial(compute, argument), self.backend, SECONDS * self.setting.draws)
 
-# ---- the pieces ------------------------------------------------------------------------------------------------------
+        for name in OBJECTIVES:
+            yield row("fused_preference_loss", name, self.preference, name)
+        for reduction in ("mean", "none"):
+            yield row("linear_cross_entropy", reduction, self.cross_entropy, reduction)
+        for case, map in {"plain": {}, "softcap scale": {"softcap": 5.0, "scale": 1.5}}.items():
+            yield row("linear_logprobs", case, self.logprobs, map)
+        for kind in ("forward", "reverse", "jsd"):
+            yield row("linear_kl", kind, self.kl, kind)
 
 
-def correctness(setting: Setting) -> Iterator[dict]:
-    for backend, tiles in setting.backends():
-        if isinstance(tiles, str):
-            yield {"what": "tiles", "backend": backend, "case": "all", "status": tiles}
+# ---- the questions ---------------------------------------------------------------------------------------------------
+
+
+def tiles(setting: Setting) -> Iterator[Row]:
+    for backend, found in setting.backends():
+        if isinstance(found, str):
+            yield unavailable("tiles", backend, "all", found)
         else:
-            yield from tile_rows(tiles, setting)
+            yield from tile_rows(found, setting)
 
 
-def public(setting: Setting) -> Iterator[dict]:
-    for backend, tiles in setting.backends():
-        if isinstance(tiles, str):
-            yield {"what": "public functions", "backend": backend, "case": "all", "status": tiles}
-            continue
-        for dtype in DTYPES:
-            for function, case, compute in _public_cases(setting, backend, dtype):
-                yield attempt({"what": function, "backend": backend, "case": f"{case}, {_short(dtype)}"}, compute)
+def public(setting: Setting) -> Iterator[Row]:
+    found = dict(setting.backends())
+    for backend, reason in found.items():
+        if isinstance(reason, str):
+            yield unavailable("public functions", backend, "all", reason)
+    for dtype in DTYPES:
+        for backend, tiles in found.items():
+            if not isinstance(tiles, str):
+                yield from _Public(setting, backend, dtype).rows()

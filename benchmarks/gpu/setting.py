@@ -1,4 +1,4 @@
-"""What `make gpu-check` runs on: the GPU at full size, or the CPU with tiny shapes to rehearse the script itself.
+"""What `make gpu-check` runs on: a GPU at full size, or the CPU with tiny shapes to rehearse the script itself.
 
 Tests: tests/benchmarks/gpu/test_check.py.
 """
@@ -8,30 +8,43 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
+from longpo_ops.memory.tiers import available_host_bytes
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.tiles import Tiles
 
 from ..budget import DRAWS
 
-BACKENDS = ("torch", "triton", "cuda")
+BACKENDS = ("triton", "cuda", "torch")  # those that only a GPU can judge first
 ON_GPU_ONLY = ("triton", "cuda")
 NO_GPU = "skipped: no GPU"
+MIB, GIB = 1 << 20, 1 << 30
+
+
+class Elsewhere(NamedTuple):
+    """A back-end of another machine, whose rows are listed and not computed."""
+
+    name: str
+    linear_logps: bool | None
 
 
 @dataclass(frozen=True)
 class Setting:
     device: torch.device
+    card: str  # whose costs are planned with: H100, H200 or CPU
+    device_bytes: int
+    host_bytes: int
     width: int  # H
-    vocabularies: tuple[int, ...]  # V of the models that matter
+    vocabularies: tuple[int, ...]  # V of the models that matter, the first worth most
     odd_vocab: int  # a V that no vector width divides
     rows: int  # N of the whole loss
+    few_rows: int  # N of a loss that is one chunk
     answers: int  # answer tokens of each of a pair's two sequences
     tile_bytes: int  # of the logits tile that epilogues and copies are timed on
-    workspaces: tuple[int, ...]  # bytes
     dtype: torch.dtype
     seconds: float  # spent on each measurement, warm-up aside
     draws: int  # of every case that is judged as a whole
@@ -40,9 +53,17 @@ class Setting:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def backends(self) -> Iterator[tuple[str, Tiles | str]]:
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is of another machine than this one."""
+        return self.on_gpu and not torch.cuda.is_available()
+
+    def backends(self) -> Iterator[tuple[str, Tiles | Elsewhere | str]]:
         """-> name and its tiles, or in words why there are none."""
         for name in BACKENDS:
+            if self.elsewhere:
+                yield name, Elsewhere(name, name == "triton" or None)
+                continue
             if name in ON_GPU_ONLY and not self.on_gpu:
                 yield name, NO_GPU
                 continue
@@ -52,43 +73,49 @@ class Setting:
                 yield name, f"failed: {error}"
 
 
-MIB = 1 << 20
-FULL = Setting(
+H100 = Setting(
     device=torch.device("cuda"),
+    card="H100",
+    device_bytes=85_017_624_576,  # 79.2 GiB, what 81,559 MiB leave
+    host_bytes=120 * GIB,
     width=4096,
-    vocabularies=(32_000, 128_256, 151_936),
+    vocabularies=(128_256, 32_000, 151_936),
     odd_vocab=4_099,
     rows=1 << 16,
+    few_rows=4096,
     answers=1024,
     tile_bytes=1 << 30,
-    workspaces=tuple(MIB << k for k in range(8, 13)),
     dtype=torch.bfloat16,
-    seconds=2.0,
+    seconds=0.3,
     draws=DRAWS,
 )
+H200 = replace(H100, card="H200", device_bytes=150_109_880_320)  # 139.8 GiB
+CARDS = {setting.card: setting for setting in (H100, H200)}
 REHEARSAL = Setting(
     device=torch.device("cpu"),
+    card="CPU",
+    device_bytes=1 << 62,
+    host_bytes=1 << 62,
     width=32,
-    vocabularies=(96, 250),
+    vocabularies=(250, 96),
     odd_vocab=131,
     rows=256,
+    few_rows=64,
     answers=16,
     tile_bytes=1 << 16,
-    workspaces=(8 * MIB, 16 * MIB),
     dtype=torch.float32,
     seconds=0.0,
     draws=2,
 )
 
 
-def attempt(row: dict, compute: Callable[..., dict], *arguments) -> dict:
-    """row | compute(*arguments), or the failure in words: one case that breaks does not hide the others."""
-    try:
-        return row | compute(*arguments)
-    except torch.OutOfMemoryError:
-        return row | {"status": "failed: out of memory"}
-    except Exception as error:  # whatever it is belongs in the report
-        return row | {"status": f"failed: {type(error).__name__}: {error}"[:500]}
+def setting_here() -> Setting:
+    """The setting of this machine's first GPU; of cards without one, that of the H100 with this card's memory."""
+    properties = torch.cuda.get_device_properties(0)
+    card = next((card for card in reversed(CARDS) if card in properties.name), "H100")
+    # A guest's memory may grow as it is used: what it may come to is known of the cards' usual hosts only.
+    host = max(available_host_bytes(), CARDS[card].host_bytes)
+    return replace(CARDS[card], device_bytes=properties.total_memory, host_bytes=host)
 
 
 def measure(setting: Setting, run: Callable, prepare: Callable = lambda: None) -> dict:
@@ -123,6 +150,11 @@ def measure(setting: Setting, run: Callable, prepare: Callable = lambda: None) -
         "repeats": len(times),
         "peak_extra_bytes": peak,
     }
+
+
+def measure_seconds(setting: Setting, one: float) -> float:
+    """What `measure` takes for a run of so many seconds, compiles aside."""
+    return 2 * one + max(5 * one, setting.seconds)
 
 
 def _cpu_seconds(run: Callable, given: tuple) -> float:
