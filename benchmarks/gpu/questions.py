@@ -8,7 +8,6 @@ from __future__ import annotations
 from . import attention, correctness
 from .rows import Question
 
-
 QUESTIONS = (
     Question("tiles", "Is every kernel right, against float64?", correctness.tiles),
     Question("public", "Is every public function right, against float64?", correctness.public),
