@@ -4,12 +4,15 @@
 #   TORCH_INDEX  one more wheel index to look in, say the one that holds torch's CPU wheels      (none)
 #   DEMO         options of `longpo demo`, such as "--compare --rounds 2"                         (none)
 #   WORKERS      test processes side by side, one thread each                                    (2)
+#   DEADLINE     seconds that gpu-check may take                                                 (3600)
+#   CHECK        options of gpu-check, such as "--piece long" or "--only failed"                 (none)
 
 PYTHON  ?= python3
 VENV    ?= .venv
 VLLM    ?= .venv-vllm
 OLDEST  ?= .venv-torch-oldest
 WORKERS ?= 2
+DEADLINE ?= 3600
 
 BIN    := $(abspath $(VENV))/bin
 STAMP  := $(VENV)/.ready
@@ -81,7 +84,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.losses.run
 
 gpu-check:
-	$(ANY_PYTHON) -m benchmarks.gpu.check
+	$(ANY_PYTHON) -m benchmarks.gpu.check --deadline $(DEADLINE) $(CHECK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

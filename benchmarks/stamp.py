@@ -1,5 +1,7 @@
 """Where, with what, when and how a result was measured: what every JSON under results/ begins with.
 
+LONGPO_COMMIT names the commit where .git did not come along. Importing this is cheap: torch is imported where it is asked.
+
 Tests: tests/benchmarks/losses/test_run.py.
 """
 
@@ -13,8 +15,6 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "numpy", "transformers", "cut-cross-entropy", "liger-kernel", "quack-kernels")
@@ -26,7 +26,7 @@ def stamp(**more) -> dict:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
-        "commit": git("rev-parse", "HEAD") or None,
+        "commit": git("rev-parse", "HEAD") or os.environ.get("LONGPO_COMMIT") or None,
         "changed_files": len(git("status", "--porcelain").splitlines()),
         "hardware": hardware(),
         "versions": versions(),
@@ -48,6 +48,8 @@ def git(*arguments: str) -> str:
 
 
 def hardware() -> dict:
+    import torch
+
     info = _cpuinfo()
     flags = info.get("flags", info.get("Features", "")).split()
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
@@ -68,6 +70,8 @@ def host_class() -> str:
 
 
 def versions() -> dict:
+    import torch
+
     found = {"python": platform.python_version(), "cuda": torch.version.cuda}
     return found | {name: _version(name) for name in PACKAGES}
 

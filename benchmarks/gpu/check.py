@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,16 +30,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..stamp import RESULTS, ROOT, command
-from .questions import BY_NAME, LONG, QUESTIONS
+from .questions import BY_NAME, LONG, QUESTIONS, Question
 from .report import summary
-from .rows import Question, failed
-from .setting import CARDS
 
 FILE = "gpu_check.json"
 GRACE = 3.0  # seconds before the deadline by which the last row must be done
 CHEAP = 10.0  # seconds up to which a failed row is asked again
-DEATHS = 5  # of workers, after which the check gives up
-STOPPED = "skipped: no time: stopped at the deadline"
+DEATHS = 3  # of workers, after which a question is given up
+WORKER = "benchmarks.gpu.worker"
+STOPPED = "skipped: no time: the deadline came"
 
 
 def folder(rehearsal: bool) -> Path:
@@ -100,19 +100,24 @@ class Died(Exception):
     """A worker is gone; says how."""
 
 
+class Refused(Exception):
+    """This machine cannot be checked; says why."""
+
+
 class Worker:
     """A process of worker.py, started at once, so that its imports go by while others compute."""
 
     def __init__(self, rehearse: bool, environment: dict[str, str], wrapper: tuple[str, ...] = ()):
-        words = [*wrapper, sys.executable, "-m", "benchmarks.gpu.worker", *(["--rehearse"] if rehearse else [])]
+        words = [*wrapper, sys.executable, "-m", WORKER, *(["--rehearse"] if rehearse else [])]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **pipes)
         self.messages: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        for line in self.process.stdout:
-            self.messages.put(json.loads(line))
+        with suppress(ValueError):  # a line that the worker's death cut off
+            for line in self.process.stdout:
+                self.messages.put(json.loads(line))
         self.messages.put(None)
 
     def send(self, order: dict) -> None:
@@ -141,7 +146,6 @@ class Check:
     def __init__(self, report: Report, until: float, rehearse: bool, environment: dict[str, str]):
         self.report, self.until, self.rehearse, self.environment = report, until, rehearse, environment
         self.workers: dict[str, Worker] = {}
-        self.deaths = 0
 
     def start(self, questions: list[Question]) -> None:
         for question in questions:
@@ -151,8 +155,10 @@ class Check:
         """All rows of a question, or those with these keys; then once more those that failed and are cheap."""
         self._answers(question, only, seed=0)
         again = [_key(row) for row in self.report.rows(question.name) if failed(row) and row.get("took", 0) <= CHEAP]
-        if again:
+        if again and time.time() < self.until:
             self._answers(question, again, seed=1)
+        if question.own_process:
+            self._end_worker(question)  # which gives back its part of the device
 
     def end(self) -> None:
         for worker in self.workers.values():
@@ -167,24 +173,36 @@ class Check:
             self.workers[name] = Worker(self.rehearse, self.environment)
         return self.workers[name]
 
+    def _end_worker(self, question: Question) -> None:
+        if (worker := self.workers.pop(self._name(question), None)) is not None:
+            worker.end()
+
     def _answers(self, question: Question, only: list | None, seed: int) -> None:
-        done: list = []
-        while self.deaths < DEATHS and time.time() < self.until:
-            order = {"question": question.name, "only": only, "done": done, "seed": seed}
+        done, deaths = [], 0
+        while deaths < DEATHS and time.time() < self.until:
             worker = self._worker(question)
+            order = {"question": question.name, "only": only, "done": done, "seed": seed}
             worker.send(order | {"until": self.until - GRACE, "pace": self.report.pace()})
             try:
                 self._listen(question, worker, done)
                 return
             except Died as death:
-                self.deaths += 1
+                deaths += 1
                 self._close_running(question, f"failed: {death}", done)
             except TimeoutError:
                 self._close_running(question, STOPPED, done)
-            self.workers.pop(self._name(question)).end()
+            self._end_worker(question)
+        self._tell_rest(question, STOPPED if deaths < DEATHS else f"skipped: {deaths} workers have died")
+
+    def _tell_rest(self, question: Question, status: str) -> None:
+        self.report.add(
+            {"question": question.name, "what": "rows", "backend": "", "case": "the rest", "status": status}
+        )
 
     def _listen(self, question: Question, worker: Worker, done: list) -> None:
         while "end" not in (message := worker.next(self.until)):
+            if "refusal" in message:
+                raise Refused(message["refusal"])
             if "head" in message:
                 self.report.note(**message["head"] | {"command": self.report.content["command"]})
             elif "start" in message:
@@ -200,6 +218,10 @@ class Check:
             running = [question.name, "worker", "", "between rows"]
         done.append(running[1:])
         self.report.add(dict(zip(("question", "what", "backend", "case"), running, strict=True)) | {"status": status})
+
+
+def failed(row: dict) -> bool:
+    return row["status"].startswith("failed")
 
 
 def _key(row: dict) -> list[str]:
@@ -236,6 +258,8 @@ def sanitise(check: Check, question: Question, key: list[str]) -> None:
 
 def listing() -> str:
     """A line for each question: seconds on an H100, on an H200, and what is asked."""
+    from .setting import CARDS
+
     lines = []
     for question in (*QUESTIONS, *LONG):
         costs = [f"{question.seconds(setting):6.0f}" for setting in CARDS.values()]
@@ -263,11 +287,15 @@ def main(arguments: list[str] | None = None) -> int:
         check.start(questions)
         for question in questions:
             check.ask(question, only and only[question.name])
-        if only and not options.rehearse:
+        if only and shutil.which("compute-sanitizer"):
             _sanitise_first(check)
         state = "finished"
     except KeyboardInterrupt:
         state = "interrupted"
+    except Refused as refusal:
+        report.path.unlink()
+        print(refusal)
+        return 1
     finally:
         check.end()
     report.note(state=state, seconds=time.time() - start)

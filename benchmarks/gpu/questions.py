@@ -1,17 +1,37 @@
-"""What the check asks, in order of worth.
+"""What the check asks, in order of worth. Knows nothing of torch: the process that keeps the report starts at once.
 
 Tests: tests/benchmarks/gpu/test_check.py.
 """
 
 from __future__ import annotations
 
-from . import attention, correctness
-from .rows import Question
+from collections.abc import Iterable
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Question(NamedTuple):
+    """What is asked, in a sentence, and where its rows are, in order of worth: "module:function", a dot for this folder."""
+
+    name: str
+    asks: str
+    place: str
+    own_process: bool = False  # where a crash must hide nothing else
+
+    def rows(self, setting) -> Iterable:
+        """The Rows (rows.py) for a Setting (setting.py)."""
+        module, function = self.place.split(":")
+        return getattr(import_module(module, __package__), function)(setting)
+
+    def seconds(self, setting) -> float:
+        """What they should take, those aside that its memory does not hold."""
+        return sum(row.seconds for row in self.rows(setting) if row.shortage(setting) is None)
+
 
 QUESTIONS = (
-    Question("tiles", "Is every kernel right, against float64?", correctness.tiles),
-    Question("public", "Is every public function right, against float64?", correctness.public),
-    Question("attention", "Is shared-prefix attention right, on every kernel that is here?", attention.rows, True),
+    Question("tiles", "Is every kernel right, against float64?", ".correctness:tiles"),
+    Question("public", "Is every public function right, against float64?", ".correctness:public"),
+    Question("attention", "Is shared-prefix attention right, on every kernel that is here?", ".attention:rows", True),
 )
 LONG = ()
 BY_NAME = {question.name: question for question in (*QUESTIONS, *LONG)}

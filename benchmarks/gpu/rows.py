@@ -1,4 +1,4 @@
-"""What a check consists of: questions, each with its rows, and what a row costs before anything of it is allocated.
+"""A row of the report: what it costs, before anything of it is allocated, and how it is computed.
 
 A Row is cheap to make and says what it will take; `perform` computes it. Results are dicts with a "status": passed | measured |
 failed: why | skipped: why. Times are of the card that the setting names.
@@ -42,18 +42,6 @@ class Row(NamedTuple):
         if self.host_bytes > setting.host_bytes:
             return f"memory: it takes {self.host_bytes / 2**30:.1f} GiB of the host"
         return None
-
-
-class Question(NamedTuple):
-    """What is asked, in a sentence, and its rows in order of worth."""
-
-    name: str
-    asks: str
-    rows: Callable[[Setting], Iterable[Row]]
-    own_process: bool = False  # where a crash must hide nothing else
-
-    def seconds(self, setting: Setting) -> float:
-        return sum(row.seconds for row in self.rows(setting) if row.shortage(setting) is None)
 
 
 def unavailable(what: str, backend: str, case: str, reason: str) -> Row:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import correctness
+from benchmarks.gpu.rows import results
 from benchmarks.gpu.setting import REHEARSAL
 from longpo_ops.ops.build import source_folder
 from longpo_ops.ops.cuda_tiles import CudaTiles, bind, find_nvcc, load_cuda
@@ -341,7 +342,7 @@ def test_a_bias_of_minus_infinity_takes_a_token_out(tiles):
 def test_what_the_gpu_check_asks_for(tiles, monkeypatch):
     """Its cases for this back-end, here on the emulation: a GPU then starts with a script that fits the kernels."""
     monkeypatch.setattr("longpo_ops.ops.cuda_tiles._divergence_tiles", TorchTiles)
-    rows = list(correctness.tile_rows(tiles.run_as(), REHEARSAL))
+    rows = list(results(correctness.tile_rows(tiles.run_as(), REHEARSAL)))
     assert {row["backend"] for row in rows} == {"cuda"}
     assert [row for row in rows if row["status"] != "passed"] == []
 

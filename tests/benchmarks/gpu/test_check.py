@@ -1,86 +1,93 @@
-"""benchmarks/gpu/check.py without a GPU: the rehearsal has every row, and a wrong kernel does not pass."""
+"""benchmarks/gpu/check.py without a GPU: the rehearsal has every row, a wrong kernel does not pass, and nothing is lost to a
+worker that dies, a deadline or a kill."""
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks.budget import judge, worst
 from benchmarks.gpu import attention, check, correctness
-from benchmarks.gpu.setting import REHEARSAL, Setting, attempt
+from benchmarks.gpu.questions import LONG, QUESTIONS
+from benchmarks.gpu.report import summary
+from benchmarks.gpu.rows import Row, perform, results
+from benchmarks.gpu.setting import CARDS, REHEARSAL
 from benchmarks.stamp import ROOT
 from longpo_ops.attention import kernels
 from longpo_ops.ops.objectives import OBJECTIVES
 from longpo_ops.ops.tiles import TorchTiles
-
-BACKENDS = ("torch", "triton", "cuda")
-
+from tests.benchmarks.gpu import trouble
 
 pytestmark = pytest.mark.xdist_group("gpu_check")  # one rehearsal for all
 
 
-def run_script(out: Path, *arguments: str) -> subprocess.CompletedProcess:
+def start_script(out: Path, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {"OUT": str(out), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu.check", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory) -> dict[str, dict]:
-    """Piece -> its report, of one run of the whole script; in one process, which saves the imports of seven."""
+def rehearsal(tmp_path_factory) -> dict:
+    """The report of one run of the whole script."""
     out = tmp_path_factory.mktemp("gpu_check")
-    done = run_script(out, "--rehearse", "--here")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return {piece: json.loads((out / f"gpu_check_{piece}.json").read_text()) for piece in check.PIECES}
+    script = start_script(out, "--rehearse")
+    said, _ = script.communicate()
+    assert script.returncode == 0, said[-3000:]
+    assert [path.name for path in out.iterdir()] == [check.FILE]
+    report = json.loads((out / check.FILE).read_text())
+    assert said.strip().endswith(summary(report))
+    return report
 
 
-def test_a_piece_in_its_own_process(tmp_path):
-    done = run_script(tmp_path, "--rehearse", "--piece", "ceilings")
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "gpu_check_ceilings.json").read_text())
-    assert report["state"].startswith("finished") and "--here --piece ceilings" in report["command"]
-    assert [path.name for path in tmp_path.iterdir()] == ["gpu_check_ceilings.json"]
+def rows_of(report: dict, question: str, **wanted) -> list[dict]:
+    rows = [row for row in report["rows"] if row["question"] == question]
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def test_every_piece_finishes_with_its_stamp(rehearsal):
-    for piece, report in rehearsal.items():
-        assert report["piece"] == piece
-        assert report["state"] == f"finished: {len(report['rows'])} rows, 0 failed"
-        assert report["rehearsal"] is True
-        assert report["versions"]["torch"] and report["date"].endswith("+00:00")
-        assert report["command"] == "python -m benchmarks.gpu.check --rehearse --here"
-        assert check.PIECES[piece][1] < 9 * 60
+def statuses(report: dict, question: str, **wanted) -> list[str]:
+    return [row["status"] for row in rows_of(report, question, **wanted)]
 
 
-def statuses(report: dict, **wanted) -> list[str]:
-    return [row["status"] for row in report["rows"] if all(row.get(key) == value for key, value in wanted.items())]
+def test_the_rehearsal_answers_every_question_with_its_stamp(rehearsal):
+    assert rehearsal["state"] == "finished" and rehearsal["running"] is None
+    assert list(dict.fromkeys(row["question"] for row in rehearsal["rows"])) == [q.name for q in QUESTIONS]
+    assert rehearsal["rehearsal"] is True and rehearsal["card"] == "CPU"
+    assert rehearsal["versions"]["torch"] and rehearsal["date"].endswith("+00:00")
+    assert rehearsal["command"] == "python -m benchmarks.gpu.check --rehearse"
+    names = [(row["question"], *check._key(row)) for row in rehearsal["rows"]]
+    assert len(set(names)) == len(names)
 
 
 def test_correctness_has_every_function_option_and_dtype(rehearsal):
-    report = rehearsal["correctness"]
-    cases = {(row["what"], row["case"]) for row in report["rows"] if row["backend"] == "torch"}
+    cases = {(row["what"], row["case"]) for row in rows_of(rehearsal, "tiles", backend="torch")}
     for dtype in ("float32", "float16", "bfloat16"):
         assert {("rows", f"{name}, {dtype}") for name in correctness.MAPS} <= cases
         for kind in ("forward", "reverse", "jsd"):
             assert ("divergence_", f"{kind} {dtype} student=True teacher=True") in cases
     assert {("rows", f"extreme: {name}") for name in correctness.EXTREMES} <= cases
     assert any(what == "segment_sums" for what, _ in cases)
-    assert set(statuses(report, backend="torch")) == {"passed"}
+    assert set(statuses(rehearsal, "tiles", backend="torch")) == {"passed"}
     for backend in ("triton", "cuda"):
-        assert statuses(report, backend=backend) == ["skipped: no GPU"]
+        assert statuses(rehearsal, "tiles", backend=backend) == ["skipped: no GPU"]
 
 
 def test_attention_is_judged_for_every_kernel(rehearsal):
-    report = rehearsal["attention"]
-    assert {row["backend"] for row in report["rows"]} == {"torch flash attention for CPU", "blockwise PyTorch"}
-    assert len(report["rows"]) == 2 * 3 * 2 * 3 * 2  # kernels, layouts, heads, dtypes, windows
-    assert set(statuses(report, backend="blockwise PyTorch")) == {"passed"}
-    told = {status.partition(":")[0] for status in statuses(report, backend="torch flash attention for CPU")}
+    rows = rows_of(rehearsal, "attention")
+    assert {row["backend"] for row in rows} == {"torch flash attention for CPU", "blockwise PyTorch"}
+    assert len(rows) == 2 * 2 * 2 * (3 + 1 + 1)  # kernels, heads, windows, layouts of each dtype
+    assert set(statuses(rehearsal, "attention", backend="blockwise PyTorch")) == {"passed"}
+    told = {
+        status.partition(":")[0] for status in statuses(rehearsal, "attention", backend="torch flash attention for CPU")
+    }
     assert told == {"passed", "skipped"}
 
 
@@ -92,47 +99,26 @@ def test_wrong_attention_is_a_failed_row(monkeypatch):
         return dq, dk * 1.05, dv
 
     monkeypatch.setattr(kernels, "BLOCKWISE", right._replace(backward=backward))
-    rows = [row for row in attention.rows(REHEARSAL) if row["backend"] == right.name]
-    assert all(row["status"].startswith("failed: error") for row in rows)
+    rows = [perform(row) for row in attention.rows(REHEARSAL) if row.backend == right.name]
+    assert rows and all(row["status"].startswith("failed: error") for row in rows)
 
 
 def test_public_functions_are_all_judged(rehearsal):
-    report = rehearsal["public"]
     for dtype in ("float32", "float16", "bfloat16"):
         wanted = {("fused_preference_loss", f"{name}, {dtype}") for name in OBJECTIVES}
         wanted |= {("linear_kl", f"{kind}, {dtype}") for kind in ("forward", "reverse", "jsd")}
         wanted |= {("linear_cross_entropy", f"mean, {dtype}"), ("linear_logprobs", f"plain, {dtype}")}
-        assert wanted <= {(row["what"], row["case"]) for row in report["rows"] if row["status"] == "passed"}
+        assert wanted <= {(row["what"], row["case"]) for row in rows_of(rehearsal, "public", status="passed")}
 
 
-def test_speeds_have_every_backend_and_size(rehearsal):
-    sizes = len(REHEARSAL.vocabularies)
-    functions = ("logps", "gradient_", "logps_gradient_", "divergence_")
-    for what in [f"epilogue: {f}" for f in functions] + ["loss: fused_preference_loss", "loss: linear_cross_entropy"]:
-        report = rehearsal[what.split(":")[0]]
-        assert statuses(report, what=what, backend="torch") == ["measured"] * sizes
-        for backend in ("triton", "cuda"):
-            assert statuses(report, what=what, backend=backend) == ["skipped: no GPU"] * sizes
-    for product in ("logits", "hidden gradient", "head gradient"):
-        assert statuses(rehearsal["ceilings"], what=f"product: {product}") == ["measured"] * sizes
-    assert len(statuses(rehearsal["ceilings"], what="ceiling: copy")) == sizes
-    assert statuses(rehearsal["logprobs"], what="linear_logprobs, forward", backend="torch") == ["measured"] * sizes
-    workspaces = statuses(rehearsal["workspace"], what="workspace: fused_preference_loss")
-    assert workspaces == ["measured"] * len(REHEARSAL.workspaces)
-    for peer in ("longpo_ops", "naive", *(["torch chunked"] if hasattr(F, "linear_cross_entropy") else [])):
-        assert statuses(rehearsal["peers"], what=f"peer: {peer}") == ["measured"] * sizes
-    for peer in ("liger", "cce", "quack"):
-        assert statuses(rehearsal["peers"], what=f"peer: {peer}") == ["skipped: no GPU"] * sizes
-
-
-def test_timed_rows_say_what_they_are_measured_against(rehearsal):
-    for piece in ("loss", "workspace"):
-        for row in rehearsal[piece]["rows"]:
-            if row["status"] == "measured":
-                assert row["milliseconds"] > 0 and row["tflops"] > 0 and row["fraction_of_matmul"] > 0
-                assert row["peak_extra_bytes"] is None  # the CPU's is not measured here
-    for row in rehearsal["epilogue"]["rows"]:
-        assert row["status"] != "measured" or row["fraction_of_copy"] > 0
+def test_what_it_costs_can_be_listed_without_a_gpu(capsys):
+    assert check.main(["--list"]) == 0
+    said = capsys.readouterr().out
+    for question in (*QUESTIONS, *LONG):
+        assert question.asks in said
+        for setting in CARDS.values():
+            assert 0 < question.seconds(setting) < 600
+            assert all(isinstance(row, Row) for row in question.rows(setting))
 
 
 # ---- a wrong kernel --------------------------------------------------------------------------------------------------
@@ -169,19 +155,10 @@ class Wrong(TorchTiles):
 @pytest.mark.parametrize("function", ["logps", "gradient_", "logps_gradient_", "divergence_", "segment_sums"])
 def test_a_wrong_result_is_a_failed_row(function):
     what = function if function in ("divergence_", "segment_sums") else "rows"
-    rows = list(correctness.tile_rows(Wrong(function), REHEARSAL))
+    rows = list(results(correctness.tile_rows(Wrong(function), REHEARSAL)))
     failures = [row for row in rows if check.failed(row)]
     assert {row["what"] for row in failures} == {what}
     assert len(failures) > len([row for row in rows if row["what"] == what]) / 3
-
-
-def test_a_wrong_result_fails_the_piece_and_the_script(tmp_path, monkeypatch):
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(Setting, "backends", lambda self: iter([("torch", Wrong("logps_gradient_"))]))
-    assert check.main(["--rehearse", "--here", "--piece", "correctness"]) == 1
-    report = json.loads((tmp_path / "gpu_check_correctness.json").read_text())
-    failures = sum(row["status"].startswith("failed: error") for row in report["rows"])
-    assert failures > 0 and report["state"].endswith(f"{failures} failed")
 
 
 def test_nan_in_the_wrong_place_fails():
@@ -198,26 +175,112 @@ def test_nan_in_the_wrong_place_fails():
     assert worst({"a": one, "b": other})["status"] == "failed: error (b)"
 
 
-def test_an_exception_is_a_failed_row():
-    def broken():
-        raise RuntimeError("an illegal memory access was encountered")
-
-    row = attempt({"what": "rows"}, broken)
-    assert row["status"] == "failed: RuntimeError: an illegal memory access was encountered"
+# ---- trouble ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_piece_that_hangs_is_stopped_and_leaves_no_older_rows(tmp_path, monkeypatch):
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """Asks questions of trouble.py -> exit status, report."""
     monkeypatch.setenv("OUT", str(tmp_path))
-    path = tmp_path / "gpu_check_peers.json"
-    path.write_text(
-        json.dumps({"piece": "peers", "state": "finished: 1 rows, 0 failed", "rows": [{"status": "measured"}]})
-    )
-    monkeypatch.setitem(check.PIECES, "peers", (check.PIECES["peers"][0], 0.05))
-    assert check.main(["--rehearse", "--piece", "peers"]) == 1
-    assert json.loads(path.read_text()) == {"piece": "peers", "rows": [], "state": "failed: stopped after 0.05 s"}
+    monkeypatch.setattr(check, "WORKER", trouble.MODULE)
+    monkeypatch.setattr(check, "BY_NAME", trouble.QUESTIONS)
+
+    def asked(*names: str, options: tuple[str, ...] = ()) -> tuple[int, dict]:
+        pieces = [word for name in names for word in ("--piece", name)]
+        status = check.main(["--rehearse", *pieces, *options])
+        return status, json.loads((tmp_path / check.FILE).read_text())
+
+    return asked
+
+
+def told(report: dict) -> dict[str, dict]:
+    return {row["case"]: row for row in report["rows"]}
+
+
+def test_a_row_that_kills_its_worker_hides_no_other(ask):
+    status, report = ask("crash", "seeds")
+    rows = told({"rows": rows_of(report, "crash")})
+    assert status == 1 and report["state"] == "finished"
+    assert rows["dies"]["status"] == "failed: its process ended with signal 11"
+    assert rows["dies"]["first"] == rows["dies"]["status"]  # it was asked again
+    assert rows["passes"]["status"] == rows["fails_once"]["status"] == "passed"
+    assert rows["raises"]["status"] == "failed: ValueError: a shape does not fit"
+    assert len(rows_of(report, "seeds")) == 3
+
+
+def test_a_failed_row_is_asked_once_more_with_another_seed(ask):
+    rows = told(ask("seeds")[1])
+    assert (rows["fails_once"]["status"], rows["fails_once"]["seed"]) == ("passed", 1)
+    assert rows["fails_once"]["first"] == "failed: error 2, allowed 1"
+    assert rows["fails"]["status"] == rows["fails"]["first"] == "failed: error 2, allowed 1"
+    assert (rows["passes"]["seed"], "first" in rows["passes"]) == (0, False)
+
+
+def test_a_row_that_hangs_is_stopped_at_the_deadline(ask):
+    start = time.monotonic()
+    status, report = ask("stuck", "seeds", options=("--deadline", "25"))
+    assert time.monotonic() - start < 60
+    rows = rows_of(report, "stuck")
+    assert [row["status"] for row in rows] == ["passed", check.STOPPED, check.STOPPED]
+    assert [row["case"] for row in rows] == ["passes", "hangs", "the rest"]
+    assert [row["status"] for row in rows_of(report, "seeds")] == [check.STOPPED]
+    assert (status, report["state"]) == (0, "finished")
+
+
+def test_what_does_not_fit_says_so(ask):
+    rows = told(ask("costs", options=("--deadline", "1000"))[1])
+    assert rows["large"]["status"].startswith("skipped: memory: it takes 8589934592.0 GiB of the device")
+    assert rows["host"]["status"].startswith("skipped: memory: it takes 8589934592.0 GiB of the host")
+    assert rows["slow"]["status"].startswith("skipped: no time: it would take")
+    assert rows["quick"]["status"] == "passed"
+
+
+def test_only_what_failed_is_asked_again(ask):
+    ask("seeds", "costs")
+    status, report = ask(options=("--only", "failed"))
+    assert status == 1
+    assert [(row["question"], row["case"]) for row in report["rows"]] == [("seeds", "fails")]
+
+
+def test_without_a_report_there_is_nothing_to_ask_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match=check.FILE):
+        check.last_report(tmp_path)
+
+
+def test_a_kill_at_any_time_leaves_a_report_and_no_worker(tmp_path):
+    """Ten kills at random moments of a rehearsal, the first seconds of which are imports."""
+    complete = 0
+    for number in range(10):
+        out = tmp_path / str(number)
+        script = start_script(out, "--rehearse")
+        path, end = out / check.FILE, time.monotonic() + 120
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 7))
+        children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
+        script.send_signal(signal.SIGKILL)
+        script.wait()
+        report = json.loads(path.read_text())
+        assert report["state"] in ("running", "finished") and report["rehearsal"] is True
+        assert isinstance(summary(report), str)
+        complete += bool(report["rows"])
+        while any(Path(f"/proc/{child}").exists() and alive(child) for child in children) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not any(alive(child) for child in children)
+    assert complete  # not all of them came before the first row
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so(capsys):
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
     assert check.main([]) == 1
     assert "--rehearse" in capsys.readouterr().out
+    assert not (tmp_path / check.FILE).exists()
