@@ -9,6 +9,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+# Arguments that change from call to call, and of which no load's width depends. Triton would compile a kernel anew for
+# 1 and for multiples of 16; V, H and the pitches keep that, as they decide whether 16 bytes are read at a time.
+PER_CALL = ("n", "splits")
+
 
 class RowConfig(NamedTuple):
     """One program per row: `block` columns at a time, spread over `warps` warps."""
@@ -27,6 +31,7 @@ class MatmulConfig(NamedTuple):
     warps: int
     stages: int
     descriptors: bool  # tensor descriptors (TMA) instead of pointers
+    flatten: bool = True  # the loops over vocab and inner run as one pipeline
 
 
 # Row kernels use no tensor cores and few bytes of shared memory: one choice serves every architecture. Registers are
@@ -42,6 +47,7 @@ ROW = RowConfig(8192, 32)  # 40-48 registers
 PAIR = RowConfig(4096, 32)  # 32-50 registers; with 16 warps the soft-capped JSD spills on sm_80
 
 # Tiles of linear_logps, by architecture: 16-bit operands, the same with a bias or soft-cap, float32 operands.
+# Registers of the flattened loops; nested they are 238, 255 and 189, and with a map 242, 172 and 210, no spill.
 # mma.sync: 229-232 registers, 50 KiB of shared memory, which also fits the 99 KiB of sm_86, sm_89 and sm_120.
 _AMPERE = MatmulConfig(128, 128, 32, 8, 8, 4, False)
 # wgmma of 256 columns, two warp groups of 64 rows: 255 registers, 192 of 227 KiB.

@@ -26,6 +26,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longpo_ops.kernels.launch import (
+    PER_CALL,
     capability,
     check,
     check_map,
@@ -38,7 +39,7 @@ from longpo_ops.kernels.launch import (
 from longpo_ops.kernels.logits import LOWEST, apply_map, load_bias, map_arguments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def partial_kernel(
     hidden,  # (n, H) descriptor, or pointer
     weight,  # (V, H) descriptor, or pointer
@@ -63,6 +64,7 @@ def partial_kernel(
     VOCAB: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     row_tiles = tl.cdiv(n, ROWS)
     vocab_tiles = tl.cdiv(V, VOCAB)
@@ -80,7 +82,7 @@ def partial_kernel(
     label_logit = tl.zeros((ROWS,), tl.float32)
 
     # Flattened, the two loops are one pipeline: the next tile's operands arrive while this one's logits are folded.
-    for tile in tl.range(split, vocab_tiles, splits, flatten=True):
+    for tile in tl.range(split, vocab_tiles, splits, flatten=FLATTEN):
         column0 = tile * VOCAB
         columns = column0 + tl.arange(0, VOCAB)
         acc = tl.zeros((ROWS, VOCAB), tl.float32)
@@ -110,7 +112,7 @@ def partial_kernel(
     tl.store(label_logits_ptr + rows, label_logit, mask=(rows < n) & met)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def join_kernel(peaks_ptr, sums_ptr, label_logits_ptr, logps_ptr, stats_ptr, n, splits, ROWS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
@@ -187,7 +189,8 @@ def linear_logps(hidden, weight, labels, map, config=None):
             *operands, labels, peaks_ptr=peaks, sums_ptr=sums, label_logits_ptr=label_logits, n=n, V=V, H=H,
             hidden_pitch=hidden.stride(0), weight_pitch=weight.stride(0), splits=splits, **map_arguments(map, logps),
             DESCRIPTORS=descriptors, PRECISION="tf32" if tf32 else "ieee", ROWS=config.rows, VOCAB=config.vocab,
-            INNER=config.inner, GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
+            INNER=config.inner, GROUP=config.group, FLATTEN=config.flatten, num_warps=config.warps,
+            num_stages=config.stages,
         )  # fmt: skip
         join_kernel[(triton.cdiv(n, 128),)](peaks, sums, label_logits, logps, stats, n, splits, ROWS=128, num_warps=4)
     return logps, stats

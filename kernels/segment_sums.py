@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from longpo_ops.kernels.launch import check, on_device
+from longpo_ops.kernels.launch import PER_CALL, check, on_device
 
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def segment_kernel(values_ptr, segments_ptr, out_ptr, n, BLOCK: tl.constexpr):
     segment = tl.program_id(0)
     sums = tl.zeros((BLOCK,), tl.float64)

@@ -22,7 +22,8 @@ if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true"
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from longpo_ops.kernels.divergence import KINDS, divergence_kernel
 from longpo_ops.kernels.launch import PAIR, linear_logps_config, row_config
@@ -30,6 +31,8 @@ from longpo_ops.kernels.linear_logps import join_kernel, partial_kernel
 from longpo_ops.kernels.row_epilogue import row_kernel
 from longpo_ops.kernels.segment_sums import BLOCK as SEGMENT_BLOCK
 from longpo_ops.kernels.segment_sums import segment_kernel
+from longpo_ops.kernels.tiles import TritonTiles
+from longpo_ops.ops.tiles import Divergence, LogitMap
 
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
@@ -59,6 +62,7 @@ REGISTERS = {
     "divergence: jsd, fp32, mapped": (42, 41, 42),
     "linear: bf16": (229, 255, 158),
     "linear: fp16": (229, 255, 158),
+    "linear: bf16, nested": (238, 255, 189),
     "linear: bf16, mapped": (232, 160, 212),
     "linear: fp16, mapped": (232, 160, 212),
     "linear: bf16, unaligned, mapped": (255, 226, 225),
@@ -130,7 +134,7 @@ def divergence_case(kind, mapped, dtype, student=True, teacher=True) -> Case:
     return Case(divergence_kernel, arguments, PAIR.warps)
 
 
-def linear_case(architecture, dtype, mapped, aligned=True, precision="ieee") -> Case:
+def linear_case(architecture, dtype, mapped, aligned=True, precision="ieee", flatten=True) -> Case:
     config = linear_logps_config(architecture if aligned else 80, FLOATS[dtype], mapped)
     unit = ":16" if aligned else ""
     arguments = dict.fromkeys(("hidden", "weight"), f"*{dtype}{unit}")
@@ -144,6 +148,7 @@ def linear_case(architecture, dtype, mapped, aligned=True, precision="ieee") -> 
     arguments |= {"hidden_pitch": f"i32{unit}", "weight_pitch": f"i32{unit}", "inner": "fp32", "cap": "fp32"}
     arguments |= {"HAS_BIAS": mapped, "CAPPED": mapped, "DESCRIPTORS": config.descriptors, "PRECISION": precision}
     arguments |= {"ROWS": config.rows, "VOCAB": config.vocab, "INNER": config.inner, "GROUP": config.group}
+    arguments |= {"FLATTEN": flatten}
     return Case(partial_kernel, arguments, config.warps, config.stages)
 
 
@@ -174,6 +179,7 @@ CASES = {
     "divergence: jsd, fp32, mapped": lambda _: divergence_case("jsd", True, "fp32"),
     "linear: bf16": lambda a: linear_case(a, "bf16", False),
     "linear: fp16": lambda a: linear_case(a, "fp16", False),
+    "linear: bf16, nested": lambda a: linear_case(a, "bf16", False, flatten=False),
     "linear: bf16, mapped": lambda a: linear_case(a, "bf16", True),
     "linear: fp16, mapped": lambda a: linear_case(a, "fp16", True),
     "linear: bf16, unaligned, mapped": lambda a: linear_case(a, "bf16", True, aligned=False),
@@ -250,3 +256,38 @@ def test_row_offsets_are_64_bit(name):
     """Pitches are 32-bit arguments here: they must be widened before anything is multiplied with them."""
     uses = [line for line in compiled(name, 80).ttir.splitlines() if re.match(r"\s*%\w+ = .*%\w*pitch", line)]
     assert uses and all("arith.extsi" in line and "i32 to i64" in line for line in uses)
+
+
+@pytest.fixture
+def variants(monkeypatch) -> set[str]:
+    """What Triton compiles for the launches of a test, which do not take place: kernel, types and specialisation."""
+    seen = set()
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+
+    def run(kernel, *arguments, grid, warmup, **options):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        seen.add(f"{kernel.fn.__name__} {bind(*arguments, **options)[1:]}")
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return seen
+
+
+def launch_all(n: int, V: int = 4096, H: int = 64) -> None:
+    """Every kernel once, on n rows of larger memory, as chunks are, and n sequences."""
+    tiles, room = TritonTiles(), 512
+    z, z_teacher = torch.empty(room, V)[:n], torch.empty(room, V)[:n]
+    labels, g, maps = torch.zeros(n, dtype=torch.int64), torch.ones(n), (LogitMap(), LogitMap())
+    _, stats = tiles.logps(z, labels, maps[0])
+    tiles.gradient_(z, labels, stats, g, maps[0], torch.bfloat16)
+    tiles.logps_gradient_(z, labels, g, maps[0], torch.bfloat16)
+    tiles.divergence_(z, z_teacher, g, Divergence("jsd"), *maps, torch.bfloat16, True, True)
+    tiles.linear_logps(torch.empty(n, H).bfloat16(), torch.empty(V, H).bfloat16(), labels, maps[0])
+    tiles.segment_sums(g, labels, torch.zeros(n, dtype=torch.float64))
+
+
+def test_the_number_of_rows_compiles_nothing_anew(variants):
+    counts = []
+    for n in (1, 15, 16, 130, 4096 // 8):
+        launch_all(n)
+        counts.append(len(variants))
+    assert counts == [7] * len(counts)  # three of rows, divergence, segments, and two of linear_logps

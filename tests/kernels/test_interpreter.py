@@ -224,6 +224,14 @@ def test_linear_logps_as_configured(capability, dtype):
     check_linear(hidden, weight, labels, LogitMap(scale=0.1), linear_logps_config(capability, dtype, False))
 
 
+@pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+def test_nested_loops_give_the_bits_of_the_flattened_one(descriptors):
+    hidden, weight, labels = torch.randn(20, 72), torch.randn(300, 72), torch.arange(20)
+    config = TINY._replace(descriptors=descriptors)
+    runs = [linear_logps(hidden, weight, labels, LogitMap(), config._replace(flatten=f)) for f in (True, False)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_linear_logps_where_descriptors_cannot_reach():
     """7 bfloat16 units: rows are not 16-byte aligned, so the kernel falls back to pointers."""
     hidden, weight = torch.randn(6, 7).bfloat16(), torch.randn(50, 7).bfloat16()
