@@ -24,6 +24,7 @@ from longpo_ops.memory.offload import Placement
 from longpo_ops.memory.quantise import CODECS
 from longpo_ops.memory.tiers import PAGE
 from longpo_ops.memory.trace import Trace, build, trace
+from longpo_ops.ops.sweep import DEFAULT_WORKSPACE, workspace_of
 
 GIB = 1 << 30
 ERROR = 0.1  # of a predicted peak, at most, in tests/memory/test_plan.py: real <= predicted / (1 - ERROR)
@@ -75,7 +76,7 @@ class Work:
     accumulation: int = 1
     max_grad_norm: float = 0.0
     dtype: torch.dtype = torch.bfloat16
-    workspace_bytes: int = 2 << 30
+    workspace_bytes: int = DEFAULT_WORKSPACE["cuda"]
     reference_bytes: int = 0
 
     def __post_init__(self):
@@ -310,8 +311,6 @@ def _phases(
 
 def _workspace(work: Work) -> int:
     """Scratch of the loss: what it may use, or all it can use."""
-    from longpo_ops.ops.sweep import workspace_of
-
     weight = torch.empty(work.config.vocab_size, work.config.hidden_size, dtype=work.dtype, device="meta")
     return min(work.workspace_bytes, workspace_of(work.length, weight, work.dtype))
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .build import BuildError, cached_library, source_folder
-from .tiles import LogitMap, TorchTiles, _narrow
+from .tiles import LogitMap, Tiles, TorchTiles, _narrow
 
 TARGETS = {"compute_80": ["sm_80", "compute_80"], "compute_90a": ["sm_90a"], "compute_100a": ["sm_100a"]}
 USUAL_PLACE = Path("/usr/local/cuda/bin/nvcc")
@@ -100,6 +100,10 @@ class CudaTiles:
         logps, g = z.new_empty(z.shape[0]), g.contiguous()
         self._rows("longpo_logps_gradient", z, labels, map, g.data_ptr(), logps.data_ptr(), DTYPES[dtype])
         return logps, _narrow(z, dtype)
+
+    @staticmethod
+    def divergence_tiles() -> Tiles:
+        return _divergence_tiles()
 
     def divergence_(self, *arguments):
         return _divergence_tiles().divergence_(*arguments)

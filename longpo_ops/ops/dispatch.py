@@ -81,12 +81,15 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> Tiles:
-    """The back-end for hidden states of `dtype` on `device`.
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, name: str | None = None, divergence: bool = False
+) -> Tiles:
+    """The back-end for hidden states of `dtype` on `device`; for a divergence the one that CUDA C++ leaves it to.
 
     Raises ValueError for an unknown name, or for a forced back-end (argument or LONGPO_OPS_BACKEND) that cannot run here.
     """
-    return _choose(device.type, dtype, _forced(name))
+    tiles = _choose(device.type, dtype, _forced(name))
+    return tiles.divergence_tiles() if divergence and tiles.name == "cuda" else tiles
 
 
 def _forced(name: str | None = None) -> str | None:

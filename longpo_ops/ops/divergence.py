@@ -29,8 +29,8 @@ from .checks import (
 from .dispatch import choose_backend
 from .operators import deliver, refuse_create_graph, scale_, scaled
 from .products import Products, result_dtype, row_major
-from .rows import WINDOW
-from .sweep import float16_scale, rows_per_chunk
+from .rows import WINDOW, sizes
+from .sweep import float16_scale, row_unit, rows_per_chunk
 from .tiles import Divergence, LogitMap, empty_tile
 
 KINDS = ("forward", "reverse", "jsd")
@@ -155,9 +155,10 @@ def _sweep(
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = heads
     n = hidden.shape[0]
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
-        tiles = choose_backend(weight.device, dtype, backend or None)
+        tiles = choose_backend(weight.device, dtype, backend or None, divergence=True)
         wider = weight if weight.shape[1] >= teacher_weight.shape[1] else teacher_weight
-        rows = max(1, min(rows_per_chunk(scratch, wider, dtype, tiles=2), n))
+        fit = rows_per_chunk(scratch, wider, dtype, tiles=2, blocks=tiles.name == "torch")
+        rows, unit = max(1, min(fit, n)), row_unit(weight.device)
         student = _Side(hidden, weight, bias, student_map, dtype, rows, need[:3], tiles.name)
         teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_map, dtype, rows, need[3:], tiles.name)
         mask, weights = (None if t is None else t.cpu() for t in (mask, weights))
@@ -173,7 +174,7 @@ def _sweep(
         for start in range(0, n, WINDOW):
             window = _counts(mask, weights, slice(start, min(start + WINDOW, n)))
             picked = window.nonzero().squeeze(-1) + start
-            for host_index in picked.split(rows) if picked.shape[0] else ():
+            for host_index in picked.split(list(sizes(picked.shape[0], rows, unit))) if picked.shape[0] else ():
                 index = host_index.to(weight.device, non_blocking=True)
                 kappa = kappa_scale.expand(index.shape[0])
                 if weights is not None:

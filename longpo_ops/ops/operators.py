@@ -15,8 +15,8 @@ from torch import Tensor
 from .dispatch import choose_backend
 from .objectives import rebuild_objective
 from .products import multiplies_natively, result_dtype
-from .rows import WINDOW, Stretch, chunks, windows
-from .sweep import HeadSweep, Options, Pairs, Result, even_rows, float16_scale, rows_per_chunk, sweep
+from .rows import WINDOW, Stretch, windows
+from .sweep import HeadSweep, Options, Pairs, Result, float16_scale, rows_per_chunk, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
 
@@ -107,16 +107,13 @@ def _check_labels(stretches: list[Stretch], vocab: int) -> None:
                     )
 
 
-def _head(
-    weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int, pairs: bool = False
-) -> HeadSweep:
-    """A sweep with room for the rows that fit, or for chunks of equal size: few rows make slow products on a CPU. Pairs
-    keep all the room, as they are visited once only if their answers fit."""
-    tiles = choose_backend(weight.device, options.compute_dtype, backend or None)
-    native = multiplies_natively(weight, options.compute_dtype, tiles.name)
-    limit = rows_per_chunk(options.workspace_bytes, weight, options.compute_dtype, native=native)
-    even = weight.device.type == "cpu" and not pairs
-    return HeadSweep(weight, bias, tiles, options, even_rows(rows, limit) if even else max(1, min(limit, rows)))
+def _head(weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int) -> HeadSweep:
+    """A sweep with room for the rows that fit."""
+    dtype = options.compute_dtype
+    tiles = choose_backend(weight.device, dtype, backend or None)
+    native = multiplies_natively(weight, dtype, tiles.name)
+    limit = rows_per_chunk(options.workspace_bytes, weight, dtype, native=native, blocks=tiles.name == "torch")
+    return HeadSweep(weight, bias, tiles, options, max(1, min(limit, rows)))
 
 
 def run_sweep(
@@ -140,7 +137,7 @@ def run_sweep(
         stretches = _stretches(hiddens, grads, *labels, batch.shift, batch.ignore_index)
         _check_labels(stretches, weight.shape[0])
         _check_segments(stretches, count + pair.shape[0])
-        head = _head(weight, bias, options, backend, sum(map(len, stretches)), pairs=count > 0)
+        head = _head(weight, bias, options, backend, sum(map(len, stretches)))
         pairs = None
         if count:
             objective = rebuild_objective(batch.objective, batch.parameters)
@@ -359,7 +356,7 @@ def logps_op(
         stretches = _token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
         _check_labels(stretches, weight.shape[0])
         head = _head(weight, bias, options, backend, hidden.shape[0])
-        for chunk in chunks(windows(stretches), Stretch.nll_mask, head.rows):
+        for chunk in head.chunks(windows(stretches), Stretch.nll_mask):
             chunk.write(head.logps(chunk), out)
     return out
 

@@ -84,7 +84,7 @@ def fused_preference_loss(
         make their summed gradients equal one large batch; DDP averages over ranks, so multiply the loss by the world size.
     softcap, scale: logits are softcap * tanh(scale * (h W^T + bias) / softcap), or scale * (h W^T + bias).
     workspace_bytes: scratch beyond inputs, delivered gradients and the float32 head gradient; default 64 MiB on CPU,
-        2 GiB on CUDA. The same for any length and batch.
+        2.75 GiB on CUDA. The same for any length and batch.
     reuse_hidden: write the hidden gradients over the hidden states, whose values are then gone (not under torch.compile).
     backend: torch, cpu, triton or cuda; default: explain_backend().
 

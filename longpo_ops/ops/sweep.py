@@ -21,6 +21,7 @@ the softmax otherwise. Its gradients are therefore swept after all pairs are dec
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,45 +31,57 @@ from torch import Tensor
 from .objectives import Objective, PairLogps, Terms
 from .products import UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, windows
-from .tiles import BLOCK_BYTES, LogitMap, Tiles, empty_tile
+from .tiles import BLOCK_BYTES, BLOCK_SHARE, LogitMap, Tiles, empty_tile
 
-DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 2 << 30}
+# On CUDA 2.75 GiB: 4,096 rows of the widest common heads, V = 151,936 at H = 4,096 (2.51 GiB) and V = 152,064 at H = 8,192
+# (2.70). Fewer rows a chunk would read and write the head's gradient more often: docs/mathematics.md.
+DEFAULT_WORKSPACE = {"cpu": 64 << 20, "cuda": 11 << 28}
+CUDA_ROWS = 128  # what rows per chunk are a multiple of: the products' tiles have as many
 
 
 def default_workspace(device: torch.device) -> int:
-    """Bytes of scratch when the caller names none: 64 MiB on CPU, 2 GiB elsewhere (docs/mathematics.md has the reason)."""
+    """Bytes of scratch when the caller names none: 64 MiB on CPU, 2.75 GiB elsewhere."""
     return DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cuda"])
 
 
-def scratch_bytes(weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bool = False) -> tuple[int, int]:
+def scratch_bytes(
+    weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bool = False, blocks: bool = False
+) -> tuple[int, int]:
     """-> fixed bytes, bytes per row: a row costs `tiles` logits rows, its hidden state gathered and converted, and its
     hidden gradient; fixed are the blocks of the tile functions, the host's window of labels and the block of a 16-bit
-    weight that a CPU upcasts, unless its products are `native`."""
+    weight that a CPU upcasts, unless its products are `native`. `blocks`: the tile functions are the PyTorch form, which
+    on other devices than a CPU makes six blocks of a share of the tile."""
     vocab, width = weight.shape
-    wide = 8 if dtype == torch.float64 else 4
-    upcast = UPCAST_BYTES if weight.device.type == "cpu" and weight.dtype.itemsize == 2 and not native else 0
+    on_cpu, wide = weight.device.type == "cpu", 8 if dtype == torch.float64 else 4
+    upcast = UPCAST_BYTES if on_cpu and weight.dtype.itemsize == 2 and not native else 0
     fixed = 6 * tiles * max(BLOCK_BYTES, vocab * wide) + 64 * WINDOW + tiles * upcast
-    return fixed, tiles * (vocab * wide + width * (2 * dtype.itemsize + 2 * wide) + 64)
+    shares = 6 * vocab * wide // BLOCK_SHARE if blocks and not on_cpu else 0
+    return fixed, tiles * (vocab * wide + shares + width * (2 * dtype.itemsize + 2 * wide) + 64)
 
 
 def workspace_of(rows: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:
-    """Bytes that hold the scratch of so many rows at a time."""
+    """Bytes that hold the scratch of so many rows at a time, or of fewer with the PyTorch form on another device than a CPU."""
     fixed, row = scratch_bytes(weight, dtype, tiles)
     return fixed + rows * row
 
 
 def rows_per_chunk(
-    workspace_bytes: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bool = False
+    workspace_bytes: int,
+    weight: Tensor,
+    dtype: torch.dtype,
+    tiles: int = 1,
+    native: bool = False,
+    blocks: bool = False,
 ) -> int:
-    """Rows whose scratch fits in workspace_bytes, at least 1; on CUDA a multiple of 64 where that many fit."""
-    fixed, row = scratch_bytes(weight, dtype, tiles, native)
-    rows = max(1, (workspace_bytes - fixed) // row)
-    return rows if rows < 64 or weight.device.type == "cpu" else rows // 64 * 64
+    """Rows whose scratch fits in workspace_bytes, at least 1; a multiple of the device's row_unit where that many fit."""
+    fixed, row = scratch_bytes(weight, dtype, tiles, native, blocks)
+    rows, unit = max(1, (workspace_bytes - fixed) // row), row_unit(weight.device)
+    return rows if rows < unit else rows // unit * unit
 
 
-def even_rows(total: int, limit: int) -> int:
-    """Rows per chunk, at most `limit`, such that `total` rows fall into the fewest chunks and these are alike."""
-    return max(1, -(-total // max(1, -(-total // limit))))
+def row_unit(device: torch.device) -> int:
+    """What rows per chunk should be a multiple of."""
+    return 1 if device.type == "cpu" else CUDA_ROWS
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,10 @@ class HeadSweep:
             torch.ops.longpo_cpu.large_pages(self.dw)
         self.gathered = False  # until then dw holds nothing
         self.db = torch.zeros_like(bias, dtype=torch.float64) if options.need_bias else None  # many chunks, few numbers
+
+    def chunks(self, places: list[tuple[Stretch, int]], select) -> Iterator[Chunk]:
+        """The selected rows of these windows, at most as many at a time as the tile has."""
+        return chunks(places, select, self.rows, row_unit(self.device))
 
     @functools.cached_property
     def tile(self) -> Tensor:
@@ -215,7 +232,7 @@ class _Sweep:
         wants_gradient = self.head.options.need_any
         visited = torch.zeros_like(large)
         if bool(large.any()):
-            for chunk in chunks(self._windows_of(large), self._answers_of(large), self.head.rows):
+            for chunk in self.head.chunks(self._windows_of(large), self._answers_of(large)):
                 logps = self.head.logps(chunk)
                 self._add_sums(chunk, logps)
                 if not wants_gradient:
@@ -226,9 +243,9 @@ class _Sweep:
             self.grad_scale = self._float16_scale()
         for group in groups:
             visited = visited | group
-            (chunk,) = chunks(self._windows_of(group), self._answers_of(group), self.head.rows)
+            (chunk,) = self.head.chunks(self._windows_of(group), self._answers_of(group))
             self._visit_pairs(chunk, group, wants_gradient)
-        for chunk in chunks(self.windows, self._rest(visited), self.head.rows):
+        for chunk in self.head.chunks(self.windows, self._rest(visited)):
             logps = self.head.visit(chunk, self._weights(chunk)) if wants_gradient else self.head.logps(chunk)
             self._add_nll(chunk, logps)
         return Result(

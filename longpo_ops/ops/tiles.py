@@ -21,7 +21,7 @@ Contract, the same for every back-end (torch | cpu | triton | cuda):
   A row with a NaN (or +inf) logit gives a NaN logp and NaN gradients; -inf logits have probability 0 and gradient 0.
   Functions ending in _ overwrite z. With `dtype` float16 or bfloat16 the result is written into the first half of each
   float32 row and returned as a view (n, V) whose row pitch is twice z's, so that no second tile exists.
-Scratch: O(n) numbers, or one block of rows of about 1 MiB for the PyTorch form.
+Scratch: O(n) numbers; for the PyTorch form blocks of rows, of about 1 MiB on a CPU and a 16th of the tile elsewhere.
 
 Products and chunks are not a tile's matter: products.py, sweep.py.
 
@@ -36,7 +36,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # of the PyTorch form on a CPU: its caches hold them
+BLOCK_SHARE = 16  # of a tile per block elsewhere: what a launch costs, an H200 reads 20 MB in
 
 
 class LogitMap(NamedTuple):
@@ -122,6 +123,8 @@ def _narrow(z: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _row_blocks(z: Tensor):
     rows = max(1, BLOCK_BYTES // max(1, z.shape[1] * z.element_size()))
+    if z.device.type != "cpu":
+        rows = max(rows, z.shape[0] // BLOCK_SHARE)
     return (slice(i, i + rows) for i in range(0, z.shape[0], rows))
 
 
@@ -135,7 +138,7 @@ def _log_softmax(z: Tensor, map: LogitMap) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TorchTiles:
-    """The PyTorch form: every device, float32 and float64, block by block of about 1 MiB."""
+    """The PyTorch form: every device, float32 and float64, block by block."""
 
     name = "torch"
     linear_logps = None
@@ -164,15 +167,19 @@ class TorchTiles:
 
     def divergence_(self, z, z_teacher, kappa, divergence, map, map_teacher, dtype, need_student, need_teacher):
         values = z.new_empty(z.shape[0])
-        for rows in _row_blocks(z):
-            student, log_p, _ = _log_softmax(z[rows], map)
-            teacher, log_q, _ = _log_softmax(z_teacher[rows], map_teacher)
-            values[rows], dl, dl_teacher = _divergence_rows(log_p, log_q, divergence)
-            k = kappa[rows, None]
+
+        def visit(z, z_teacher, k):  # a block's temporaries end with it
+            student, log_p, _ = _log_softmax(z, map)
+            teacher, log_q, _ = _log_softmax(z_teacher, map_teacher)
+            block_values, dl, dl_teacher = _divergence_rows(log_p, log_q, divergence)
             if need_student:
-                _narrow(z[rows], dtype).copy_(map.chain_(dl.mul_(k), student))
+                _narrow(z, dtype).copy_(map.chain_(dl.mul_(k), student))
             if need_teacher:
-                _narrow(z_teacher[rows], dtype).copy_(map_teacher.chain_(dl_teacher.mul_(k), teacher))
+                _narrow(z_teacher, dtype).copy_(map_teacher.chain_(dl_teacher.mul_(k), teacher))
+            return block_values
+
+        for rows in _row_blocks(z):
+            values[rows] = visit(z[rows], z_teacher[rows], kappa[rows, None])
         return (
             values,
             _narrow(z, dtype) if need_student else None,
@@ -181,7 +188,8 @@ class TorchTiles:
 
     def segment_sums(self, values, segments, out):
         numbers = torch.arange(out.shape[0], device=out.device)[:, None]  # (K, 1) against (1, n): K n numbers at a time
-        block = max(1, BLOCK_BYTES // (8 * max(1, out.shape[0])))
+        room = BLOCK_BYTES if out.device.type == "cpu" else 4 * BLOCK_BYTES  # of the six blocks that a tile may take
+        block = max(1, room // (8 * max(1, out.shape[0])))
         for part, of in zip(values.split(block), segments.split(block), strict=True):
             out.add_(torch.where(of == numbers, part.double(), 0.0).sum(1))
 
@@ -204,10 +212,11 @@ def _divergence_rows(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tu
     p, q = log_p.exp(), log_q.exp()
 
     def expected(weight: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """sum w * r, and w * (r - that sum)."""
-        log_ratio = torch.where(weight == 0, 0.0, log_ratio)
+        """sum w * r, and w * (r - that sum), in the memory of r."""
+        absent = weight == 0
+        log_ratio.masked_fill_(absent, 0.0)
         mean = (weight * log_ratio).sum(-1, keepdim=True)
-        return mean.squeeze(-1), torch.where(weight == 0, 0.0, weight * (log_ratio - mean))
+        return mean.squeeze(-1), log_ratio.sub_(mean).mul_(weight).masked_fill_(absent, 0.0)
 
     if divergence.kind == "forward":
         value, dl_teacher = expected(q, log_q - log_p)
@@ -238,4 +247,4 @@ def _log_ratios_to_mixture(log_a: Tensor, log_b: Tensor, share: float) -> tuple[
     log_near = (e - 1).mul_(share).log1p_()
     log_far = e.reciprocal_().mul_(1 - share).add_(share).log_()
     far = v > -math.log(share)
-    return torch.where(far, log_far + v, log_near).neg_(), torch.where(far, log_far, log_near - v).neg_()
+    return torch.where(far, log_far + v, log_near).neg_(), torch.where(far, log_far, log_near.sub_(v)).neg_()

@@ -21,6 +21,7 @@ from benchmarks.gpu.rows import results
 from benchmarks.gpu.setting import REHEARSAL
 from longpo_ops.ops.build import source_folder
 from longpo_ops.ops.cuda_tiles import CudaTiles, bind, find_nvcc, load_cuda
+from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.tiles import LogitMap, TorchTiles
 from tests.budget import check_budget
 
@@ -345,6 +346,15 @@ def test_what_the_gpu_check_asks_for(tiles, monkeypatch):
     rows = list(results(correctness.tile_rows(tiles.run_as(), REHEARSAL)))
     assert {row["backend"] for row in rows} == {"cuda"}
     assert [row for row in rows if row["status"] != "passed"] == []
+
+
+def test_divergences_are_those_of_another_back_end(tiles, monkeypatch):
+    """Whose scratch is counted: without triton that of the PyTorch form."""
+    monkeypatch.setattr("longpo_ops.ops.dispatch._choose", lambda *_: tiles.run_as())
+    monkeypatch.setattr("longpo_ops.ops.cuda_tiles._divergence_tiles", TorchTiles)
+    device = torch.device("cuda")
+    assert choose_backend(device, torch.float32, "cuda").name == "cuda"
+    assert choose_backend(device, torch.float32, "cuda", divergence=True).name == "torch"
 
 
 def test_no_rows(tiles):

@@ -42,7 +42,7 @@ def test_every_row_once_in_order_and_back_to_its_place(lengths, limit, window):
             assert chunk.nll_weights(torch.device("cpu"), torch.float64).tolist() == [float(x) for x in weights]
             chunk.write(hidden + 0.5)
         if seen:
-            assert all(len(h) == limit for h in seen[:-1])
+            assert [len(h) for h in seen] == list(rows.sizes(sum(map(len, seen)), limit))
             together = torch.cat(seen)
             expected = torch.cat([s.hidden[used(s, slice(0, len(s)))] for s in stretches])
             assert torch.equal(together, expected)
@@ -51,6 +51,15 @@ def test_every_row_once_in_order_and_back_to_its_place(lengths, limit, window):
             assert torch.equal(s.grad[mask], s.hidden[mask] + 0.5) and not s.grad[~mask].any()
     finally:
         rows.WINDOW = before
+
+
+@given(st.integers(0, 3000), st.integers(1, 700), st.integers(1, 200))
+def test_sizes_are_few_and_alike(total, limit, unit):
+    found = list(rows.sizes(total, limit, unit))
+    unit = 1 if limit % unit else unit
+    assert sum(found) == total and len(found) == -(-total // limit)
+    assert all(0 < size <= limit for size in found) and all(size % unit == 0 for size in found[:-1])
+    assert not found or max(found) - min(found) < 2 * unit
 
 
 def test_contiguous_rows_are_views_and_others_copies():

@@ -11,7 +11,16 @@ from longpo_ops import linear_cross_entropy
 from longpo_ops.ops import products
 from longpo_ops.ops.operators import Batch, run_sweep
 from longpo_ops.ops.products import UPCAST_BYTES, Products
-from longpo_ops.ops.sweep import Options, even_rows, float16_scale, rows_per_chunk, scratch_bytes, workspace_of
+from longpo_ops.ops.rows import sizes
+from longpo_ops.ops.sweep import (
+    Options,
+    default_workspace,
+    float16_scale,
+    row_unit,
+    rows_per_chunk,
+    scratch_bytes,
+    workspace_of,
+)
 
 from .preference_cases import OBJECTIVES, Case
 
@@ -32,9 +41,9 @@ def test_rows_fit_in_what_is_asked_for():
     for V, H, dtype in ((7, 3, torch.float32), (32_000, 64, torch.bfloat16), (1_000, 8, torch.float64)):
         weight = torch.empty(V, H, dtype=dtype, device="meta")
         fixed, row = scratch_bytes(weight, dtype)
-        for rows in (1, 5, 63, 64, 100, 1000):
+        for rows in (1, 5, 127, 128, 200, 1000):
             fit = rows_per_chunk(fixed + rows * row, weight, dtype)
-            assert fit <= rows and (fit == rows or (fit % 64 == 0 and rows - fit < 64))
+            assert fit <= rows and (fit == rows or (fit % 128 == 0 and rows - fit < 128))
             assert rows_per_chunk(fixed + rows * row + row - 1, weight, dtype) == fit
 
 
@@ -94,13 +103,30 @@ def test_objectives_that_mix_pairs_and_float16_score_everything_first(visits):
         assert visits == [sum(answers(case))]
 
 
-def test_chunks_of_tokens_are_alike():
-    for total, limit in ((1, 413), (413, 413), (414, 413), (2048, 413), (10, 3), (0, 5)):
-        rows = even_rows(total, limit)
-        assert 1 <= rows <= limit
-        assert -(-total // rows) == -(-total // limit)  # as few chunks as with the limit
-        lacking = rows - ((total - 1) % rows + 1)  # of the last chunk
-        assert total == 0 or lacking < -(-total // rows)
+@pytest.mark.parametrize("V", [32_000, 128_256, 151_936, 262_144])
+@pytest.mark.parametrize("N", [4096, 65_536])
+def test_chunks_of_the_default_workspace_are_alike(N, V):
+    """Those of a GPU, from shapes alone. One more chunk reads and writes the whole gradient of the head once more."""
+    weight = torch.empty(V, 4096, dtype=torch.bfloat16, device="meta")
+    limit = rows_per_chunk(default_workspace(weight.device), weight, weight.dtype)
+    found = list(sizes(N, limit, row_unit(weight.device)))
+    assert sum(found) == N and max(found) <= limit and len(found) == -(-N // limit)
+    assert all(n % 128 == 0 for n in found[:-1]) and max(found) <= 2 * min(found)
+    assert len(found) == 1 or N > 4096 or V > 151_936
+
+
+def test_the_default_workspace_holds_4096_rows_of_the_widest_common_heads():
+    for V, H in ((151_936, 4096), (152_064, 8192)):
+        weight = torch.empty(V, H, dtype=torch.bfloat16, device="meta")
+        assert workspace_of(4096, weight, weight.dtype) <= default_workspace(weight.device)
+
+
+def test_the_head_meets_chunks_that_are_alike(visits, workspace):
+    """Rows without a label are not visited, and do not make the last chunk small."""
+    hidden, weight, labels = torch.randn(1000, 8), torch.randn(64, 8), torch.arange(1000) % 64
+    labels[500:] = -100
+    linear_cross_entropy(hidden, weight, labels, backend="torch", workspace_bytes=workspace(weight, 240))
+    assert visits == [167, 167, 166]
 
 
 class Transfers(TorchDispatchMode):
