@@ -2,11 +2,13 @@
 
     bits(master) = (bits(weight) << 16) + residue      weight bfloat16, the nearest (ties away from 0); residue int16
 
-A step runs over pieces of at most PIECE numbers: a piece's master is joined in float32, stepped by a well-kept inner optimizer
-(torch's fused AdamW, or torchao's with 8-bit states) and split again. The inner optimizers never see the 16-bit weights.
+A step runs over pieces of at most PIECE numbers: a piece's master is joined in float32, stepped by well-kept code (torch's
+fused AdamW, or torchao's with 8-bit states) and split again, on a CPU in blocks that stay in its caches: there a pass over
+memory is what a step costs. The inner optimizers never see the 16-bit weights. Weights on a device that step on the host cross
+in their own dtype while the host steps the piece before (host_step.py).
 
 Bytes per weight: 2 residue or 4 float32 master (none for float32 weights), 8 float32 states or 2.03 8-bit ones.
-Scratch: about five float32 pieces. Residue and full master give bitwise the same weights. Not covered: algorithms other
+Scratch: about four float32 pieces. Residue and full master give bitwise the same weights. Not covered: algorithms other
 than AdamW.
 """
 
@@ -15,15 +17,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from longpo_ops.kinds import check_choice, check_each, check_flag, check_number, refusal
+from longpo_ops.memory.host_step import Crossing, HostSteps, room_bytes
+from longpo_ops.memory.tiers import lane_of
 
 PIECE = 1 << 24  # numbers: 64 MiB of float32, and few enough shapes for what torchao compiles per shape
+BLOCK = 1 << 20  # numbers that a CPU steps at once: 4 MiB of float32, some 24 MiB with all that belongs to them
 STATES = ("float32", "8bit")
 MASTERS = ("residue", "float32")
 _COMPARED: set[tuple] = set()  # kinds of pieces whose compiled step this process has compared
@@ -31,16 +39,15 @@ HALF = 1 << 15  # of the unit in the last place of bfloat16, in float32 bits
 
 
 def split(master: Tensor, weight: Tensor, residue: Tensor) -> None:
-    """master (n,) float32 -> weight (n,) bfloat16 and residue (n,) int16, written in place; exact for every number.
+    """master (n,) float32 -> weight (n,) bfloat16 and residue (n,) int16, written in place; exact for every number. Leaves no
+    numbers in master.
 
     The largest numbers round to an infinite weight, as in any conversion, and are still exact; NaN becomes the plain NaN.
     """
-    bits = master.view(torch.int32)
-    bits.masked_fill_(master.isnan(), 0x7FC00000)  # a NaN of all ones would carry into the sign and look like 0
-    high = (bits + HALF).bitwise_right_shift_(16)
-    weight.view(torch.int16).copy_(high)
-    torch.sub(bits, high.bitwise_left_shift_(16), out=high)
-    residue.copy_(high)
+    # A NaN of all ones would carry into the sign and look like 0.
+    bits = master.nan_to_num_(torch.nan, torch.inf, -torch.inf).view(torch.int32)
+    residue.copy_(bits)  # the low half: what the conversion to int16 keeps
+    weight.view(torch.int16).copy_(bits.add_(HALF).bitwise_right_shift_(16))
 
 
 def join(weight: Tensor, residue: Tensor) -> Tensor:
@@ -75,17 +82,20 @@ class AdamW(Optimizer):
     params, lr, betas, eps, weight_decay: as in torch.optim.AdamW; learning-rate schedulers work as they do there.
     states: "float32" (torch, fused) or "8bit" (torchao, blocks of 256; tensors of under 4,096 numbers stay in float32).
     master: "residue", for bfloat16 weights, or "float32", for any 16-bit ones. float32 weights are their own master.
-    host: master and states live and step in host memory; gradients go there and weights come back, a piece at a time.
+    host: master and states live and step in host memory; weights and gradients go there and weights come back, piece by piece,
+        through two rooms of up to 6 bytes for each of PIECE numbers, page-locked for a GPU, from the first step on.
     step_in_backward: a weight steps as soon as its gradient is there, and the gradient is freed. Backward then equals backward
         and step(), which is left to do nothing. One backward per step: another one before step() raises RuntimeError.
         Clipping needs all gradients at once (refuse_step_in_backward).
 
     The first 8-bit step of each size in a process is compared with the same step uncompiled, on copies of one piece.
 
-    state_dict is exact: loading it, and the weights it was saved with, goes on bitwise.
+    state_dict is exact: loading it, and the weights it was saved with, goes on bitwise. A step that raised may have moved some
+    weights and not others: until a state is loaded, step() and state_dict() raise RuntimeError.
 
-    Raises ValueError for unknown settings, for weights that do not fit them, and without torchao where it is needed;
-    RuntimeError, in a step, where inductor's code gives wrong numbers.
+    Raises ValueError for unknown settings, for weights that do not fit them, and without torchao where it is needed; in a step
+    RuntimeError where inductor's code gives wrong numbers, and MemoryError, before anything has moved, where the host refuses
+    the memory of the rooms.
     """
 
     def __init__(
@@ -112,6 +122,9 @@ class AdamW(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._weights[parameter] = _Weight(parameter, states, master, host)
+        self._host = host
+        self._hosts: dict[torch.device, HostSteps] = {}  # by the device that weights are on
+        self._broken = False  # a step raised midway
         self._stepped: set[nn.Parameter] = set()  # in the backward passes since the last step()
         if step_in_backward:
             self._step_in_backward()
@@ -124,11 +137,39 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._stepped.clear()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._weights[parameter].step(group)
+        self._step((p, group) for group in self.param_groups for p in group["params"] if p.grad is not None)
         return loss
+
+    def _step(self, stepping: Iterable[tuple[nn.Parameter, dict]]) -> None:
+        crossings: dict[torch.device, list[Iterator[Crossing]]] = {}
+        for parameter, group in stepping:
+            crossings.setdefault(parameter.device, []).append(self._weights[parameter].crossings(group))
+        for device in crossings if self._host else ():
+            if device not in self._hosts:
+                self._hosts[device] = HostSteps(lane_of(device), max(w.room for w in self._weights.values()))
+        with self._whole():
+            for device, of_device in crossings.items():
+                pieces = (crossing for weight in of_device for crossing in weight)
+                if self._host:
+                    self._hosts[device].run(pieces)
+                else:
+                    for piece in pieces:
+                        piece.step(piece.weight, piece.gradient)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Nothing goes on from a step that raised within it: some weights may have moved, and others not."""
+        self._refuse_broken()
+        self._broken = True
+        yield
+        self._broken = False
+
+    def _refuse_broken(self) -> None:
+        if self._broken:
+            raise RuntimeError(
+                "a step raised midway, so that some weights have moved and others have not: load the weights and the "
+                "optimizer's state of before it"
+            )
 
     def _step_in_backward(self) -> None:
         if torch.distributed.is_initialized():
@@ -146,13 +187,14 @@ class AdamW(Optimizer):
                 "moved; call step() after each backward, or switch step_in_backward off to accumulate gradients"
             )
         self._stepped.add(parameter)
-        self._weights[parameter].step(self.param_groups[number])
+        self._step([(parameter, self.param_groups[number])])
         parameter.grad = None
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, param_groups as torch has them, and per weight its master and the inner optimizers' states."""
+        """Settings, param_groups as torch has them, and per weight its master and its pieces' states."""
+        self._refuse_broken()
         weights = {i: weight.state_dict() for i, weight in enumerate(self._weights.values())}
         return super().state_dict() | {"state": weights, "settings": dict(self.settings)}
 
@@ -166,6 +208,7 @@ class AdamW(Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for i, weight in enumerate(self._weights.values()):
             weight.load_state_dict(state_dict["state"][i])
+        self._broken = False
 
 
 def _check_rates(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -182,7 +225,7 @@ def _check_rates(lr: float | Tensor, betas: tuple[float, float], eps: float, wei
 
 
 class _Weight:
-    """One parameter: its master, and an inner optimizer for each piece of it."""
+    """One parameter: its master, and states for each piece of it. room: bytes that a piece and its gradient take at most."""
 
     def __init__(self, parameter: nn.Parameter, states: str, master: str, host: bool):
         if not parameter.is_contiguous() or hasattr(parameter, "to_local"):
@@ -203,29 +246,34 @@ class _Weight:
         elif parameter.dtype != self.dtype:
             self.master = parameter.detach().flatten().to(self.device, torch.float32)
         count = math.ceil(parameter.numel() / PIECE)
-        self.pieces = [_Piece(self.device, self.dtype, states) for _ in range(count)]
+        kind = _CompiledPiece if states == "8bit" else _Piece
+        self.pieces = [kind(self.device, self.dtype) for _ in range(count)]
+        self.room = room_bytes(min(PIECE, parameter.numel()), parameter.itemsize, self.dtype.itemsize)
 
-    def step(self, group: dict) -> None:
-        weights, gradients = self.parameter.detach().view(-1), self.parameter.grad.reshape(-1)
-        for piece, here in zip(self.pieces, self._slices(), strict=True):
-            weight = weights[here]
-            low = weight.to(self.device)
-            gradient = gradients[here].to(self.device, self.dtype)
-            if self.master is None:
-                piece.step(low, gradient, group)
-            elif self.master.dtype == torch.int16:
-                master = join(low, self.master[here])
-                piece.step(master, gradient, group)
-                split(master, low, self.master[here])
-            else:
-                piece.step(self.master[here], gradient, group)
-                low.copy_(self.master[here])
-            if low is not weight:  # it stepped elsewhere
-                weight.copy_(low)
+    def crossings(self, group: dict) -> Iterator[Crossing]:
+        """What a step does, piece by piece. Each is to be stepped before the next but one is asked for."""
         torch.autograd.graph.increment_version(self.parameter)  # who saved the weight for a later backward must be told
+        weights, gradients = self.parameter.detach().view(-1), self.parameter.grad.reshape(-1)
+        if gradients.itemsize > self.dtype.itemsize:
+            gradients = gradients.to(self.dtype)
+        for number, start in enumerate(range(0, weights.numel(), PIECE)):
+            here = slice(start, start + PIECE)
+            yield Crossing(weights[here], gradients[here], partial(self._step, number, here, group))
 
-    def _slices(self) -> Iterator[slice]:
-        return (slice(start, start + PIECE) for start in range(0, self.parameter.numel(), PIECE))
+    def _step(self, number: int, here: slice, group: dict, weight: Tensor, gradient: Tensor) -> None:
+        """Steps a piece's weight (n,), where master and states live, in place."""
+        master, piece = None if self.master is None else self.master[here], self.pieces[number]
+        for block in piece.blocks(weight.numel()):
+            low, grad = weight[block], gradient[block].to(self.dtype)
+            if master is None:
+                piece.step(low, grad, block, group)
+            elif master.dtype == torch.int16:
+                value = join(low, master[block])
+                piece.step(value, grad, block, group)
+                split(value, low, master[block])
+            else:
+                piece.step(master[block], grad, block, group)
+                low.copy_(master[block])
 
     def state_dict(self) -> dict[str, Any]:
         return {"master": self.master, "pieces": [piece.state() for piece in self.pieces]}
@@ -246,22 +294,56 @@ class _Weight:
 
 
 class _Piece:
-    """An inner optimizer over one stand-in parameter, which holds numbers only while it steps."""
+    """torch's AdamW over one piece: {step, exp_avg (n,), exp_avg_sq (n,)}, none before the first step."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, states: str):
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.states: dict[str, Tensor] = {}
+
+    def blocks(self, n: int) -> Iterator[slice]:
+        """The parts that make up a step, each of which is to be stepped once, in turn."""
+        if not self.states:
+            zeros = {name: torch.zeros(n, dtype=self.dtype, device=self.device) for name in ("exp_avg", "exp_avg_sq")}
+            self.states = {"step": torch.zeros((), dtype=torch.float32, device=self.device)} | zeros
+        size = BLOCK if self.device.type == "cpu" else n
+        for start in range(0, n, size):
+            yield slice(start, start + size)
+        self.states["step"] += 1
+
+    def step(self, value: Tensor, grad: Tensor, block: slice, group: dict) -> None:
+        """Steps `value` (n,), the numbers of a block, in place."""
+        states, (beta1, beta2) = self.states, group["betas"]
+        rates = {"lr": float(group["lr"]), "eps": group["eps"], "weight_decay": group["weight_decay"]}
+        adamw(
+            *([value], [grad], [states["exp_avg"][block]], [states["exp_avg_sq"][block]], []),
+            [states["step"].clone()],  # which it counts on
+            **(rates | {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "fused": True}),
+        )
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.states)
+
+    def load(self, state: dict[str, Any]) -> None:
+        kinds = {"step": torch.float32, "exp_avg": self.dtype, "exp_avg_sq": self.dtype}
+        self.states = {name: state[name].to(self.device, dtype, copy=True) for name, dtype in kinds.items() if state}
+
+
+class _CompiledPiece:
+    """torchao's AdamW over one piece, in one block: a stand-in parameter holds its numbers only while it steps."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
         self.stand_in = nn.Parameter(torch.empty(0, device=device, dtype=dtype))
-        self.compiled = states == "8bit"
-        if self.compiled:
-            self.inner = _torchao().AdamW8bit([self.stand_in])
-        else:
-            self.inner = torch.optim.AdamW([self.stand_in], fused=True)
+        self.inner = _torchao().AdamW8bit([self.stand_in])
 
-    def step(self, value: Tensor, grad: Tensor, group: dict) -> None:
-        """Steps `value` (n,) in place. Raises RuntimeError where a compiled step gives other numbers than an uncompiled one."""
+    def blocks(self, n: int) -> Iterator[slice]:
+        yield slice(0, n)
+
+    def step(self, value: Tensor, grad: Tensor, block: slice, group: dict) -> None:
+        """Steps `value` (n,) in place. Raises RuntimeError where compiled code gives other numbers than uncompiled code."""
         kind = value.numel(), value.dtype, value.device
-        if not self.compiled or kind in _COMPARED:
+        if kind in _COMPARED:
             return self._step(value, grad, group)
-        before, expected, twin = value.clone(), value.clone(), _Piece(value.device, value.dtype, "8bit")
+        before, expected, twin = value.clone(), value.clone(), _CompiledPiece(value.device, value.dtype)
         twin.load(self.state())
         with torch.compiler.set_stance("force_eager"):
             twin._step(expected, grad, group)
@@ -275,10 +357,7 @@ class _Piece:
     def _step(self, value: Tensor, grad: Tensor, group: dict) -> None:
         inner = self.inner.param_groups[0]
         inner.update({name: group[name] for name in ("betas", "eps", "weight_decay")})
-        if isinstance(inner["lr"], Tensor):  # torchao compiles it in, unless it is a tensor
-            inner["lr"].fill_(float(group["lr"]))
-        else:
-            inner["lr"] = float(group["lr"])
+        inner["lr"].fill_(float(group["lr"]))  # a tensor, as torchao would compile a number in
         empty = self.stand_in.data
         self.stand_in.data, self.stand_in.grad = value, grad
         try:

@@ -2,7 +2,6 @@
 
 import threading
 import weakref
-from collections import deque
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from hypothesis import strategies as st
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import Placement, offload, offload_activations, place, tiers
 from longpo_ops.memory.stored import WORKERS
-from longpo_ops.memory.tiers import Lane
 
+from .lanes import LateLane
 from .models import (
     INPUT_BYTES,
     LAYERS,
@@ -219,34 +218,6 @@ def test_no_grad_and_eval_offload_nothing():
         assert handle.moves == [] and handle.host_bytes == 0
         model.train()
         assert same(step(model), plain_step(make_model()))
-
-
-class LateLane(Lane):
-    """A side stream at its slowest: a copy happens when somebody waits for it, not before."""
-
-    def __init__(self):
-        self.queue, self.lock, self.done = deque(), threading.RLock(), 0
-
-    def now(self):
-        return "computed"
-
-    def copy(self, pairs, after):
-        assert after == "computed"
-        with self.lock:
-            self.queue.extend(pairs)
-            return self.done + len(self.queue)
-
-    def hold(self, event):
-        with self.lock:
-            while self.done < event:
-                to, origin = self.queue.popleft()
-                to.copy_(origin)
-                self.done += 1
-
-    wait = hold
-
-    def drain(self):
-        self.hold(self.done + len(self.queue))
 
 
 @pytest.mark.parametrize("store", ["exact", "int8"])

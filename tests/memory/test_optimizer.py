@@ -371,9 +371,13 @@ def test_a_compiled_step_with_wrong_numbers_is_refused(monkeypatch):
         skipped = torch.arange(4096) % 32 >= 16
         piece.stand_in.data.copy_(torch.where(skipped, before, piece.stand_in.data))
 
+    before = optimizer.state_dict()
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="compiled step of 8-bit states differs"):
         patch.setattr(piece.inner, "step", halves)
         optimizer.step()
+    with pytest.raises(RuntimeError, match=r"a step raised midway.*: load the weights and the optimizer's state"):
+        optimizer.step()
+    optimizer.load_state_dict(before)
     optimizer.step()  # and the code of this machine is right
     assert {(4096, torch.float32, torch.device("cpu"))} == module._COMPARED
 
