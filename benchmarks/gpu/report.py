@@ -90,7 +90,7 @@ def _headline(table: Table | None, columns: int) -> list[str]:
     """The first columns of a table whose second is the case, names before numbers."""
     if table is None:
         return []
-    cut = lambda line: (f"{line[0]}: {line[1]}", *(cell[:40] for cell in line[2:columns]))  # noqa: E731
+    cut = lambda line: (f"{line[0]}: {line[1]}", *(cell[:28] for cell in line[2:columns]))  # noqa: E731
     return Table(cut(table.header), [cut(line) for line in table.lines]).aligned(70)
 
 

@@ -259,10 +259,10 @@ def step_table(rows: list[dict]) -> Table | None:
         "tokens/s": lambda row: down(row.get("tokens_per_s")),
         "TFLOP/s": lambda row: down(row.get("tflops")),
         "peak, GiB": lambda row: up(row.get("peak_device_bytes"), GIB),
-        "planned": lambda row: up(row.get("predicted_peak_bytes"), GIB),
-        "error": lambda row: percent(planner_error(row, "peak")),
+        "planned, GiB": lambda row: up(row.get("predicted_peak_bytes"), GIB),
+        "peak error": lambda row: percent(planner_error(row, "peak")),
         "planned, s": lambda row: up(row.get("predicted_seconds")),
-        "error, s": lambda row: percent(planner_error(row, "seconds")),
+        "time error": lambda row: percent(planner_error(row, "seconds")),
         "host, GiB": lambda row: up(row.get("peak_host_bytes"), GIB),
     }
     return _table(steps(rows), columns)
