@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .tables import GIB, is_ours, label, losses, number, steps
+from .tables import GIB, is_ours, label, loss_label, losses, number, steps
 
 
 def draw(card: str, rows: list[dict], path: Path) -> bool:
     """Whether there was something to draw, and something to draw with."""
-    timed = [row for row in losses(rows) if number(row, "milliseconds")]
-    cases = list(dict.fromkeys(row["case"] for row in timed))
+    timed = {size: [row for row in own if number(row, "milliseconds")] for size, own in losses(rows).items()}
+    sizes = [size for size, own in timed.items() if own]
     whole = [row for row in steps(rows) if number(row, "peak_device_bytes") and number(row, "predicted_peak_bytes")]
-    panels = len(cases) + bool(whole)
+    panels = len(sizes) + bool(whole)
     try:
         import matplotlib
     except ImportError:
@@ -28,8 +28,8 @@ def draw(card: str, rows: list[dict], path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(panels, 1, figsize=(9, 1 + 2.2 * panels), squeeze=False, layout="constrained")
-    for axis, case in zip(axes[:, 0], cases):
-        _losses(axis, case, [row for row in timed if row["case"] == case])
+    for axis, size in zip(axes[:, 0], sizes):
+        _losses(axis, size, timed[size])
     if whole:
         _steps(axes[-1, 0], whole)
     figure.suptitle(card)
@@ -39,15 +39,15 @@ def draw(card: str, rows: list[dict], path: Path) -> bool:
     return True
 
 
-def _losses(axis, case: str, rows: list[dict]) -> None:
+def _losses(axis, size: str, rows: list[dict]) -> None:
     """Milliseconds of each; the dashed line is what the matrix products alone take at the measured ceiling."""
-    names = [label(row, "what", "backend") for row in rows]
+    names = [loss_label(row) for row in rows]
     axis.barh(names, [row["milliseconds"] for row in rows], color=["C0" if is_ours(row) else "C7" for row in rows])
     shares = [(row["milliseconds"], share) for row in rows if (share := number(row, "fraction_of_matmul"))]
     if shares:
         axis.axvline(min(ms * share for ms, share in shares), color="k", linestyle="--", label="products alone")
         axis.legend(fontsize=7)
-    axis.set_title(f"loss, forward and backward, ms: {case}", fontsize=9)
+    axis.set_title(f"loss, forward and backward, ms: {size}", fontsize=9)
     axis.invert_yaxis()
     axis.tick_params(labelsize=7)
 

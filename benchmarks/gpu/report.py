@@ -64,10 +64,10 @@ def summary(content: dict, path: Path | None = None) -> str:
     """At most 40 lines: failures with their reasons, counts, the headline numbers, what was skipped, what it took."""
     rows = tables.merged([content])
     parts = [
-        _capped(_failed_lines(rows), 9),
-        _capped(tables.questions(rows).aligned(), 11) if rows else ["no rows"],
-        _capped(_headline(tables.loss_table(rows), 6), 8),
-        _capped(_headline(tables.step_table(rows), 10), 6),
+        _capped(_failed_lines(rows), 7),
+        _capped(tables.questions(rows).aligned(), 9) if rows else ["no rows"],
+        _capped(_shown(tables.loss_headline(rows)), 11),
+        _capped(_shown(tables.step_table(rows)), 8),
     ]
     tail = [*_skipped_lines(rows), *_ending(content, rows), *([f"report: {path}"] if path else [])]
     return "\n".join(line for part in (*parts, tail) for line in part)
@@ -86,12 +86,8 @@ def _failed_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
-def _headline(table: Table | None, columns: int) -> list[str]:
-    """The first columns of a table whose second is the case, names before numbers."""
-    if table is None:
-        return []
-    cut = lambda line: (f"{line[0]}: {line[1]}", *(cell[:28] for cell in line[2:columns]))  # noqa: E731
-    return Table(cut(table.header), [cut(line) for line in table.lines]).aligned(70)
+def _shown(table: Table | None) -> list[str]:
+    return table.aligned() if table else []
 
 
 def _skipped_lines(rows: list[dict]) -> list[str]:
@@ -247,7 +243,7 @@ def readme_block(cards: dict[str, list[Run]]) -> str:
         dates = " and ".join(dict.fromkeys(run.date[:10] for run in runs))
         commits = " and ".join(dict.fromkeys(str(run.content.get("commit") or "unknown")[:12] for run in runs))
         told = f"{card}, {dates}, commit {commits}: {_failed_of(rows)} ([all numbers](docs/measured.md))."
-        numbers = (part.markdown() for part in (tables.loss_table(rows), tables.step_table(rows)) if part)
+        numbers = (part.markdown() for part in (tables.loss_headline(rows), tables.step_table(rows)) if part)
         blocks.append(_paragraphs(told, *numbers))
     return "\n\n".join(blocks)
 

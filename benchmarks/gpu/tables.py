@@ -19,6 +19,7 @@ from typing import NamedTuple
 MIB, GIB = 1 << 20, 1 << 30
 NAMES = ("question", "what", "backend", "case")
 STATES = ("passed", "measured", "skipped", "failed")
+OURS = ("fused_preference_loss", "linear_cross_entropy")
 
 
 class Table(NamedTuple):
@@ -29,9 +30,9 @@ class Table(NamedTuple):
         cells = [self.header, ("---",) * len(self.header), *(tuple(map(_escaped, line)) for line in self.lines)]
         return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
-    def aligned(self, first: int = 60) -> list[str]:
-        """Lines for a terminal; the first column to the left and at most `first` wide, the others to the right."""
-        lines = [(_cut(line[0], first), *line[1:]) for line in (self.header, *self.lines)]
+    def aligned(self) -> list[str]:
+        """Lines for a terminal: the first column to the left and at most 60 wide, the others to the right and 16."""
+        lines = [(_cut(line[0], 60), *(_cut(cell, 16) for cell in line[1:])) for line in (self.header, *self.lines)]
         widths = [max(map(len, column)) for column in zip(*lines)]
         return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
 
@@ -169,8 +170,8 @@ Columns = dict[str, Callable[[dict], str]]
 
 
 def _table(rows: list[dict], columns: Columns) -> Table | None:
-    """The rows and what `columns` say of each; with the number of its run, where rows are of several."""
-    if len({row.get("run") for row in rows}) > 1:
+    """The rows and what `columns` say of each; with the number of its run, unless all are of the first."""
+    if any(row["run"] > 1 for row in rows):
         columns = columns | {"run": lambda row: str(row["run"])}
     lines = [tuple(cell(row) for cell in columns.values()) for row in rows]
     return Table(tuple(columns), lines) if lines else None
@@ -181,28 +182,32 @@ def _or_status(key: str) -> Callable[[dict], str]:
     return lambda row: up(row.get(key)) or row["status"]
 
 
+def _size(row: dict) -> str:
+    """The size of a loss that a case begins with, "" where it begins otherwise."""
+    found = re.match(r"N=\d+ H=\d+ V=\d+", row["case"])
+    return found[0] if found else ""
+
+
 def is_loss(row: dict) -> bool:
-    return row["what"].startswith(("loss: ", "peer: "))
+    """Of ours or a peer's, be it timed or not."""
+    return bool(_size(row)) and ("delivered_gradient_bytes" in row or row["question"] == "loss")
 
 
 def is_ours(row: dict) -> bool:
-    return row["what"].startswith("loss: ") or row["what"] == "peer: longpo_ops"
+    return row["what"] in OURS
 
 
-def losses(rows: list[dict]) -> list[dict]:
-    """The rows of losses, ours and peers', case by case in the order of the report, the fastest of a case first."""
-    found = [row for row in rows if is_loss(row)]
-    cases = list(dict.fromkeys(row["case"] for row in found))
-    return sorted(found, key=lambda row: (cases.index(row["case"]), number(row, "milliseconds") or math.inf))
+def losses(rows: list[dict]) -> dict[str, list[dict]]:
+    """size -> the losses of that size, the fastest first; sizes as the report has them."""
+    sizes: dict[str, list[dict]] = {}
+    for row in filter(is_loss, rows):
+        sizes.setdefault(_size(row), []).append(row)
+    return {size: sorted(own, key=lambda row: number(row, "milliseconds") or math.inf) for size, own in sizes.items()}
 
 
-def fastest_peers(rows: list[dict]) -> dict[str, float]:
-    """case -> milliseconds of the fastest loss that is not ours."""
-    fastest: dict[str, float] = {}
-    for row in losses(rows):
-        if not is_ours(row) and (ms := number(row, "milliseconds")):
-            fastest.setdefault(row["case"], ms)
-    return fastest
+def loss_label(row: dict) -> str:
+    """Whose loss, on which back-end, with which options."""
+    return label(row | {"option": row["case"].removeprefix(_size(row)).strip()}, "what", "backend", "option")
 
 
 def extra_bytes(row: dict) -> float | None:
@@ -212,15 +217,19 @@ def extra_bytes(row: dict) -> float | None:
 
 
 def loss_table(rows: list[dict]) -> Table | None:
-    fastest = fastest_peers(rows)
+    """A line per size and implementation."""
+    fastest: dict[str, float] = {}  # of the peers, by size
+    for size, own in losses(rows).items():
+        peers = [ms for row in own if not is_ours(row) and (ms := number(row, "milliseconds"))]
+        fastest |= {size: peers[0]} if peers else {}
 
     def against_peers(row: dict) -> str:
-        ms, peer = number(row, "milliseconds"), fastest.get(row["case"])
+        ms, peer = number(row, "milliseconds"), fastest.get(_size(row))
         return down(peer / ms) if ms and peer else ""
 
     columns: Columns = {
-        "loss, forward and backward": lambda row: label(row, "what", "backend"),
-        "case": lambda row: row["case"],
+        "loss, forward and backward": lambda row: f"{loss_label(row)} {row.get('version') or ''}".strip(),
+        "size": _size,
         "ms": _or_status("milliseconds"),
         "TFLOP/s": lambda row: down(row.get("tflops")),
         "share of matmul": lambda row: down(row.get("fraction_of_matmul")),
@@ -228,7 +237,28 @@ def loss_table(rows: list[dict]) -> Table | None:
         "extra, MiB": lambda row: up(extra_bytes(row), MIB),
         "gradients, MiB": lambda row: up(row.get("delivered_gradient_bytes"), MIB),
     }
-    return _table(losses(rows), columns)
+    return _table([row for own in losses(rows).values() for row in own], columns)
+
+
+def loss_headline(rows: list[dict]) -> Table | None:
+    """A line per implementation, ours first; the first two lengths of the first vocabulary beside each other."""
+    sizes = losses(rows)
+    if not sizes:
+        return None
+    common = next(iter(sizes)).partition(" ")[2]
+    shown = {size.partition(" ")[0]: own for size, own in sizes.items() if size.endswith(" " + common)}
+    shown = dict(list(shown.items())[:2])
+    cells: dict[str, dict[str, tuple[str, ...]]] = {}
+    for length, own in shown.items():
+        for row in sorted(own, key=is_ours, reverse=True):
+            ms = up(row.get("milliseconds")) or state(row)
+            rates = down(row.get("tflops")), down(row.get("fraction_of_matmul"))
+            cells.setdefault(loss_label(row), {})[length] = (ms, *rates, up(extra_bytes(row), MIB))
+    header = [name for length in shown for name in (f"{length}: ms", "TFLOP/s", "of matmul", "extra MiB")]
+    lines = [
+        (name, *(cell for length in shown for cell in found.get(length, ("",) * 4))) for name, found in cells.items()
+    ]
+    return Table((f"loss, {common}", *header), lines)
 
 
 STEP_NUMBERS = ("seconds", "predicted_seconds", "peak_device_bytes", "predicted_peak_bytes")
@@ -253,8 +283,7 @@ def planner_error(row: dict, kind: str) -> float | None:
 
 def step_table(rows: list[dict]) -> Table | None:
     columns: Columns = {
-        "step": lambda row: label(row, "what", "backend"),
-        "case": lambda row: row["case"],
+        "step": lambda row: label(row, "what", "backend", "case"),
         "seconds": _or_status("seconds"),
         "tokens/s": lambda row: down(row.get("tokens_per_s")),
         "TFLOP/s": lambda row: down(row.get("tflops")),

@@ -46,13 +46,16 @@ ROWS = [
         first="failed: error 1.000e-02, allowed 9.000e-03"),
     row("attention", "shared-prefix attention", "one pair", "skipped: no time: it would take 3 s", "cuDNN"),
     row("attention", "shared-prefix attention", "two pairs", "skipped: no time: it would take 12 s", "cuDNN"),
-    row("speed", "ceiling: copy", "(2093, 128256) float32", "measured", milliseconds=0.71239, gigabytes_per_second=3014.9),
-    row("speed", "loss: fused_preference_loss", SMALL, "measured", "triton",
+    row("loss", "ceiling: copy", "(2093, 128256) float32", "measured", milliseconds=0.71239, gigabytes_per_second=3014.9),
+    row("loss", "fused_preference_loss", SMALL, "measured", "triton",
         **timed(18.4411, 700.099, 0.94999, 3100 * MIB, 1100 * MIB)),
-    row("speed", "peer: liger", SMALL, "measured", **timed(20.01, 645.3, 0.8759, 2 * GIB, 1100 * MIB)),
-    row("speed", "peer: cce", SMALL, "skipped: ImportError: No module named 'cut_cross_entropy'"),
-    row("speed", "loss: fused_preference_loss", LARGE, "measured", "triton",
+    row("loss", "Liger", SMALL, "measured", version="0.6.4", **timed(20.01, 645.3, 0.8759, 2 * GIB, 1100 * MIB)),
+    row("loss", "CCE", SMALL, "skipped: cut-cross-entropy is not installed"),
+    row("loss", "fused_preference_loss", LARGE, "measured", "triton",
         **timed(291.01, 709.8, 0.9631, 3600 * MIB, 1600 * MIB)),
+    row("loss", "linear_cross_entropy", LARGE + " workspace=2 GiB", "skipped: no time: it would take 5 s"),
+    row("loss", "fused_preference_loss", "N=4096 H=4096 V=32000", "measured", "triton",
+        **timed(5.0, 640.0, 0.9, 600 * MIB, 300 * MIB)),
     row("step", "step", "llama-3-8b 65536", "measured", seconds=12.3401, tokens_per_s=5310.8, tflops=405.55, took=40.0,
         peak_device_bytes=int(69.301 * GIB), peak_host_bytes=70 * GIB, predicted_peak_bytes=70 * GIB, predicted_seconds=12.0),
     row("step", "step", "llama-3-8b 131072", "skipped: memory: it takes 83.1 GiB of the device"),
@@ -135,12 +138,13 @@ def test_the_figures_of_a_card(shown):
     assert "### NVIDIA H100 80GB HBM3" in text
 
     ours = ["18.5", "700", "0.949", "1.08", "2,000", "1,100"]
-    assert cells(text, "loss: fused_preference_loss, triton", SMALL)[2:] == ours
-    assert cells(text, "peer: liger", SMALL)[2:] == ["20.1", "645", "0.875", "1.00", "948", "1,100"]
-    assert cells(text, "loss: fused_preference_loss, triton", LARGE)[2:6] == ["292", "709", "0.963", ""]
-    assert cells(text, "peer: cce", SMALL)[2].startswith("skipped: ImportError")
-    step = cells(text, "step", "llama-3-8b 65536")
-    assert step[2:] == ["12.4", "5,310", "405", "69.4", "70.0", "-0.999 %", "12.0", "+2.84 %", "70.0"]
+    assert cells(text, "fused_preference_loss, triton", SMALL)[2:] == ours
+    assert cells(text, "Liger 0.6.4", SMALL)[2:] == ["20.1", "645", "0.875", "1.00", "948", "1,100"]
+    assert cells(text, "fused_preference_loss, triton", LARGE)[2:6] == ["292", "709", "0.963", ""]
+    assert cells(text, "CCE", SMALL)[2] == "skipped: cut-cross-entropy is not installed"
+    assert cells(text, "linear_cross_entropy, workspace=2 GiB", LARGE)[2].startswith("skipped: no time")
+    step = cells(text, "step, llama-3-8b 65536")
+    assert step[1:] == ["12.4", "5,310", "405", "69.4", "70.0", "-0.999 %", "12.0", "+2.84 %", "70.0"]
     assert cells(text, "ceiling: copy")[2:] == ["0.713", "", "", "3,014", "", ""]
     assert cells(text, "tiles", "rows", "triton") == [
         "tiles", "rows", "triton", "2", "0.750", "V=128256, bfloat16, logps"
@@ -151,10 +155,16 @@ def test_the_figures_of_a_card(shown):
     assert cells(text, "step", "step", "1")[4] == "memory: it takes 83.1 GiB of the device"
 
     readme = block(shown / report.README)
-    told = "NVIDIA H100 80GB HBM3, 2026-12-01, commit 0123456789ab: **1 of 13 rows failed** ([all numbers](docs/measured.md))."
+    told = "NVIDIA H100 80GB HBM3, 2026-12-01, commit 0123456789ab: **1 of 15 rows failed** ([all numbers](docs/measured.md))."
     assert readme.startswith(told)
-    assert cells(readme, "loss: fused_preference_loss, triton", SMALL)[2:] == ours
-    assert cells(readme, "step", "llama-3-8b 65536") == step
+    large = ["292", "709", "0.963", "2,000"]
+    assert cells(readme, "loss, H=4096 V=128256")[1:] == [
+        "N=4096: ms", "TFLOP/s", "of matmul", "extra MiB", "N=65536: ms", "TFLOP/s", "of matmul", "extra MiB"
+    ]  # fmt: skip
+    assert cells(readme, "fused_preference_loss, triton")[1:] == ["18.5", "700", "0.949", "2,000", *large]
+    assert cells(readme, "Liger")[1:] == ["20.1", "645", "0.875", "948", "", "", "", ""]
+    assert cells(readme, "CCE")[1:] == ["skipped", "", "", "", "", "", "", ""]
+    assert "V=32000" not in readme and cells(readme, "step, llama-3-8b 65536") == step
 
 
 def test_failures_are_shown_first(shown):
@@ -164,7 +174,7 @@ def test_failures_are_shown_first(shown):
     assert cells(text, "tiles", "divergence_, triton")[3:] == ["passed", "error 1.000e-02, allowed 9.000e-03"]
     order = [
         "### NVIDIA",
-        "**1 of 13 rows failed**",
+        "**1 of 15 rows failed**",
         "Failures:",
         "Failed first",
         "Questions:",
@@ -313,8 +323,14 @@ def test_a_report_is_readable_however_far_it_came(tmp_path):
 def test_rows_without_numbers_and_numbers_nobody_knows():
     bare = [{"question": r["question"], "what": r["what"], "status": r["status"]} for r in ROWS]
     odd = [
-        {"question": "new", "what": "peer: other", "case": SMALL, "status": "measured", "milliseconds": None},
-        {"question": "new", "what": "loss: ours", "case": SMALL, "status": "measured", "milliseconds": float("nan")},
+        {"question": "new", "what": "Liger", "case": SMALL, "status": "measured", "milliseconds": None},
+        {
+            "question": "new",
+            "what": "fused_preference_loss",
+            "case": SMALL,
+            "status": "measured",
+            "milliseconds": float("nan"),
+        },
         {
             "question": "new",
             "what": "x",
@@ -342,19 +358,19 @@ def test_rows_without_numbers_and_numbers_nobody_knows():
 
 def test_what_a_person_needs_is_printed_last():
     lines = report.summary(content(), Path("out/gpu_check.json")).splitlines()
-    assert lines[0] == "FAILED: 1 of 13 rows"
+    assert lines[0] == "FAILED: 1 of 15 rows"
     assert lines[1] == '1 more failed first and not when asked again: their "first" says why'
     assert lines[2] == "tiles, rows, cuda, bias | scale: error 2.000e-02, allowed 4.000e-03"
     assert lines[3].split() == ["question", "passed", "measured", "skipped", "failed", "seconds", "kernels", "compiled"]
     assert lines[4].split() == ["tiles", "3", "1", "7.52", "3"]
-    (ours,) = [line for line in lines if line.startswith("loss: fused_preference_loss, triton: N=4096")]
-    assert ours.split()[-4:] == ["18.5", "700", "0.949", "1.08"]
-    (step,) = [line for line in lines if line.startswith("step: llama-3-8b 65536")]
-    assert step.split()[-10:] == ["12.4", "5,310", "405", "69.4", "70.0", "-0.999", "%", "12.0", "+2.84", "%"]
+    (ours,) = [line for line in lines if line.startswith("fused_preference_loss, triton")]
+    assert ours.split()[-8:] == ["18.5", "700", "0.949", "2,000", "292", "709", "0.963", "2,000"]
+    (step,) = [line for line in lines if line.startswith("step, llama-3-8b 65536")]
+    assert step.split()[-11:] == ["12.4", "5,310", "405", "69.4", "70.0", "-0.999", "%", "12.0", "+2.84", "%", "70.0"]
     assert lines[-6:] == [
-        "skipped, no time: 2 of attention",
+        "skipped, no time: 2 of attention, 1 of loss",
         "skipped, memory: 1 of step",
-        "skipped, other reasons: 1 of speed",
+        "skipped, other reasons: 1 of loss",
         "kernels compiled on this machine: 3",
         "finished after 402 s of 470",
         "report: out/gpu_check.json",
@@ -364,5 +380,5 @@ def test_what_a_person_needs_is_printed_last():
 def test_many_failures_leave_room_for_the_rest():
     many = [row("tiles", "rows", f"V={v}", "failed: error " + "x" * 400, "triton") for v in range(300)]
     lines = report.summary(content(many + ROWS)).splitlines()
-    assert lines[0] == "FAILED: 301 of 313 rows" and len(lines) <= 40 and max(map(len, lines)) <= 160
-    assert any(line.startswith("step: llama-3-8b 65536") for line in lines)
+    assert lines[0] == "FAILED: 301 of 315 rows" and len(lines) <= 40 and max(map(len, lines)) <= 160
+    assert any(line.startswith("step, llama-3-8b 65536") for line in lines)
