@@ -5,8 +5,8 @@
 
 It writes between the markers <!-- NAME --> and <!-- end NAME --> of README.md and docs/measured.md, and a picture per card into
 docs/pictures/. The pages show all of benchmarks/results/*gpu-check*.json, where a file that is given is filed first, as
-DATE-gpu-check-CARD.json; where there are none they say that nothing was measured. Reports of one card are merged in the order
-of their dates: the check, `--only failed`, `--piece long`. A report that was cut off is read as far as it goes.
+DATE-TIME-gpu-check-CARD.json; where there are none they say that nothing was measured. Reports of one card are merged in
+the order of their dates: the check, `--only failed`, `--piece long`. A report that was cut off is read as far as it goes.
 
 --docs FOLDER   writes the files that are given into FOLDER/README.md and FOLDER/docs/, copies of the pages where it has none:
                 for rehearsals, which the project's own pages refuse
@@ -28,7 +28,6 @@ from ..stamp import RESULTS, ROOT
 from . import tables
 from .picture import draw
 from .questions import LONG, QUESTIONS
-from .setting import CARDS
 from .tables import Table, label, reason, state, up
 
 README, MEASURED = "README.md", "docs/measured.md"
@@ -151,15 +150,12 @@ def refuse_for_docs(run: Run) -> None:
 
 
 def filed(run: Run) -> Path:
-    """Its file in benchmarks/results, copied there under its date and card unless it has such a name already."""
+    """Its file in benchmarks/results. Names sort by time, and a run that was filed before it ended is replaced by its end."""
     path = run.path.resolve()
     if path in reports():
         return path
-    stem, number = f"{run.date[:10]}-gpu-check-{short(run.card)}", 1
-    target = RESULTS / f"{stem}.json"
-    while target.exists() and target.read_bytes() != path.read_bytes():
-        number += 1
-        target = RESULTS / f"{stem}-{number}.json"
+    moment = f"{run.date[:10]}-{re.sub(':', '', run.date[11:19])}"
+    target = RESULTS / f"{moment}-gpu-check-{short(run.card)}.json"
     shutil.copyfile(path, target)
     return target
 
@@ -169,8 +165,8 @@ def reports() -> list[Path]:
 
 
 def short(card: str) -> str:
-    """H100 of "NVIDIA H100 80GB HBM3"; of other cards the whole name, as a file's name."""
-    return next((name for name in CARDS if name in card), re.sub(r"\W+", "-", card))
+    """A card's name as part of a file's: H100-80GB-HBM3."""
+    return re.sub(r"\W+", "-", card.removeprefix("NVIDIA "))
 
 
 def by_card(runs: list[Run]) -> dict[str, list[Run]]:
@@ -250,6 +246,8 @@ def readme_block(cards: dict[str, list[Run]]) -> str:
 
 def costs() -> str:
     """The questions in order of worth: seconds on each card, alone and with those before."""
+    from .setting import CARDS  # brings torch, which the process that prints `summary` does without
+
     cards = [column for card in CARDS for column in (f"{card}, s", "until")]
     lines, until = [], dict.fromkeys(CARDS, 0.0)
     for question in QUESTIONS:

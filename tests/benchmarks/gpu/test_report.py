@@ -130,7 +130,7 @@ def test_no_figure_looks_better_than_what_was_measured():
 
 def test_the_figures_of_a_card(shown):
     text = block(shown / report.MEASURED)
-    name = "2026-12-01-gpu-check-H100.json"
+    name = "2026-12-01-102030-gpu-check-H100-80GB-HBM3.json"
     assert json.loads((shown / "benchmarks/results" / name).read_text()) == content()
     run = cells(text, "1", "2026-12-01")
     assert run[2:5] == [f"[{name}](../benchmarks/results/{name})", f"`{HEAD['command']}`", "0123456789ab"]
@@ -185,7 +185,8 @@ def test_failures_are_shown_first(shown):
 
 
 def test_runs_of_one_card_are_merged_and_cards_are_not(project, tmp_path):
-    report.main([str(save(tmp_path / "gpu_check.json", content(UNTIMED)))])
+    for given in (content(UNTIMED[:3], state="running", seconds=None), content(UNTIMED)):  # one run, filed twice
+        report.main([str(save(tmp_path / "gpu_check.json", given))])
     mended = [ROWS[2] | {"status": "passed", "error": 1e-3}, ROWS[0] | {"status": "skipped: no time"}]
     later = content(
         mended, date="2026-12-01T11:00:00+00:00", command=HEAD["command"] + " --only failed", commit="f" * 40
@@ -193,9 +194,11 @@ def test_runs_of_one_card_are_merged_and_cards_are_not(project, tmp_path):
     other = content(ROWS[:2], hardware={"gpu": {"name": "NVIDIA H200"}}, card="H200")
     files = [save(tmp_path / f"{name}.json", given) for name, given in {"later": later, "other": other}.items()]
     assert report.main(list(map(str, files))) == 0
-    assert {path.name for path in report.reports()} == {
-        f"2026-12-01-gpu-check-{name}.json" for name in ("H100", "H100-2", "H200")
-    }
+    assert [path.name for path in report.reports()] == [
+        "2026-12-01-102030-gpu-check-H100-80GB-HBM3.json",
+        "2026-12-01-102030-gpu-check-H200.json",
+        "2026-12-01-110000-gpu-check-H100-80GB-HBM3.json",
+    ]
     text = block(project / report.MEASURED)
     h100, h200 = re.split("### NVIDIA H200", text)
     assert "No row failed, of 6." in h100 and "No row failed, of 2." in h200
@@ -212,9 +215,9 @@ def test_runs_of_one_card_are_merged_and_cards_are_not(project, tmp_path):
 
 def test_a_picture_of_a_card(shown):
     pytest.importorskip("matplotlib")
-    picture = shown / "docs/pictures/gpu-H100.png"
+    picture = shown / "docs/pictures/gpu-H100-80GB-HBM3.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "(pictures/gpu-H100.png)" in block(shown / report.MEASURED)
+    assert "(pictures/gpu-H100-80GB-HBM3.png)" in block(shown / report.MEASURED)
 
 
 def test_without_a_report_the_pages_stay_as_they_are(project, capsys):
