@@ -62,14 +62,16 @@ class Run(NamedTuple):
 def summary(content: dict, path: Path | None = None) -> str:
     """At most 40 lines: failures with their reasons, counts, the headline numbers, what was skipped, what it took."""
     rows = tables.merged([content])
-    parts = [
-        _capped(_failed_lines(rows), 7),
-        _capped(tables.questions(rows).aligned(), 9) if rows else ["no rows"],
-        _capped(_shown(tables.loss_headline(rows)), 11),
-        _capped(_shown(tables.step_table(rows)), 8),
+    if not rows:
+        return "\n".join(["no rows", *_ending(content, rows, path)])
+    rest = [
+        *_capped(tables.questions(rows).aligned(), 10),
+        *_capped(_shown(tables.loss_headline(rows)), 11),
+        *_capped(_shown(tables.step_table(rows)), 9),
+        *_skipped_lines(rows),
+        *_ending(content, rows, path),
     ]
-    tail = [*_skipped_lines(rows), *_ending(content, rows), *([f"report: {path}"] if path else [])]
-    return "\n".join(line for part in (*parts, tail) for line in part)
+    return "\n".join([*_capped(_failed_lines(rows), max(5, 40 - len(rest))), *rest])
 
 
 def _capped(lines: list[str], most: int) -> list[str]:
@@ -86,7 +88,7 @@ def _failed_lines(rows: list[dict]) -> list[str]:
 
 
 def _shown(table: Table | None) -> list[str]:
-    return table.aligned() if table else []
+    return table.without("planned, s", "host, GiB", "also").aligned() if table else []
 
 
 def _skipped_lines(rows: list[dict]) -> list[str]:
@@ -103,9 +105,10 @@ def _skipped_lines(rows: list[dict]) -> list[str]:
     ]
 
 
-def _ending(content: dict, rows: list[dict]) -> list[str]:
+def _ending(content: dict, rows: list[dict], path: Path | None) -> list[str]:
     compiled = sum(tables.number(row, "compiled") or 0 for row in rows)
-    return [f"kernels compiled on this machine: {compiled}", _state(content)]
+    told = f"{_state(content)}; kernels compiled on this machine: {compiled}"
+    return [told, *([f"report: {path}"] if path else [])]
 
 
 def _state(content: dict) -> str:
@@ -182,7 +185,7 @@ def by_card(runs: list[Run]) -> dict[str, list[Run]]:
 
 def _failed_of(rows: list[dict]) -> str:
     bad = sum(state(row) == "failed" for row in rows)
-    return f"**{bad} of {len(rows)} rows failed**" if bad else f"No row failed, of {len(rows)}"
+    return f"**{bad} of {len(rows)} rows failed**" if bad else f"No row failed, of {len(rows)} that were finished"
 
 
 def _paragraphs(*parts: str | tuple[str, Table | None]) -> str:
@@ -239,8 +242,8 @@ def readme_block(cards: dict[str, list[Run]]) -> str:
         dates = " and ".join(dict.fromkeys(run.date[:10] for run in runs))
         commits = " and ".join(dict.fromkeys(str(run.content.get("commit") or "unknown")[:12] for run in runs))
         told = f"{card}, {dates}, commit {commits}: {_failed_of(rows)} ([all numbers](docs/measured.md))."
-        numbers = (part.markdown() for part in (tables.loss_headline(rows), tables.step_table(rows)) if part)
-        blocks.append(_paragraphs(told, *numbers))
+        found = tables.loss_headline(rows), tables.step_table(rows)
+        blocks.append(_paragraphs(told, *(table.without("also").markdown() for table in found if table)))
     return "\n\n".join(blocks)
 
 

@@ -31,10 +31,15 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
     def aligned(self) -> list[str]:
-        """Lines for a terminal: the first column to the left and at most 60 wide, the others to the right and 16."""
-        lines = [(_cut(line[0], 60), *(_cut(cell, 16) for cell in line[1:])) for line in (self.header, *self.lines)]
+        """Lines for a terminal: the first column to the left and at most 60 wide, the others to the right and 28."""
+        lines = [(_cut(line[0], 60), *(_cut(cell, 28) for cell in line[1:])) for line in (self.header, *self.lines)]
         widths = [max(map(len, column)) for column in zip(*lines)]
         return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+
+    def without(self, *names: str) -> Table:
+        keep = [place for place, name in enumerate(self.header) if name not in names]
+        header, *lines = ([line[place] for place in keep] for line in (self.header, *self.lines))
+        return Table(tuple(header), list(map(tuple, lines)))
 
 
 def _escaped(cell: str) -> str:
@@ -270,18 +275,8 @@ def steps(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["question"] in asked and "milliseconds" not in row]
 
 
-def planner_error(row: dict, kind: str) -> float | None:
-    """measured / planned - 1 of "peak" or "seconds", as the row says it or its numbers do."""
-    if (told := number(row, f"planner_error_{kind}")) is not None:
-        return told
-    measured, planned = {
-        "peak": (number(row, "peak_device_bytes"), number(row, "predicted_peak_bytes")),
-        "seconds": (number(row, "seconds"), number(row, "predicted_seconds")),
-    }[kind]
-    return measured / planned - 1 if measured and planned else None
-
-
 def step_table(rows: list[dict]) -> Table | None:
+    """Planner's errors are measured / planned - 1, where the row says what of a plan it can be held against."""
     columns: Columns = {
         "step": lambda row: label(row, "what", "backend", "case"),
         "seconds": _or_status("seconds"),
@@ -289,12 +284,60 @@ def step_table(rows: list[dict]) -> Table | None:
         "TFLOP/s": lambda row: down(row.get("tflops")),
         "peak, GiB": lambda row: up(row.get("peak_device_bytes"), GIB),
         "planned, GiB": lambda row: up(row.get("predicted_peak_bytes"), GIB),
-        "peak error": lambda row: percent(planner_error(row, "peak")),
+        "peak error": lambda row: percent(row.get("planner_error_peak")),
         "planned, s": lambda row: up(row.get("predicted_seconds")),
-        "time error": lambda row: percent(planner_error(row, "seconds")),
+        "time error": lambda row: percent(row.get("planner_error_seconds")),
         "host, GiB": lambda row: up(row.get("peak_host_bytes"), GIB),
+        "compared": compared,
+        "also": also,
     }
     return _table(steps(rows), columns)
+
+
+def compared(row: dict) -> str:
+    """With the same work done the other way: a pair as two sequences, nothing offloaded, one copy."""
+    shares = row.get("share_of_one_copy")
+    told = {
+        "faster": down(row.get("faster")),
+        "memory": up(row.get("memory")),
+        "the kept one's time": up(row.get("times_kept")),
+    } | {f"copy {way}": down(share) for way, share in (shares.items() if isinstance(shares, dict) else ())}
+    return ", ".join(f"{value}x {name}" for name, value in told.items() if value)
+
+
+TOLD = (  # what has a column, or is of no interest beside a step
+    *NAMES, "status", "at", "took", "expected", "compiled", "first", "run", "seconds", "tokens_per_s", "tflops",
+    "peak_device_bytes", "predicted_peak_bytes", "planner_error_peak", "predicted_seconds", "planner_error_seconds",
+    "peak_host_bytes", "faster", "memory", "times_kept", "share_of_one_copy",
+)  # fmt: skip
+
+
+def also(row: dict) -> str:
+    """The other numbers of a row, those in groups too, to four digits; its settings; why something could not be had."""
+    others = {key: value for key, value in row.items() if key not in (*TOLD, "settings")}
+    groups = {
+        f"{key} {name}": x for key, group in others.items() if isinstance(group, dict) for name, x in group.items()
+    }
+    told = [
+        f"{key.replace('_', ' ')} {_plain(key, value)}"
+        for key, value in (others | groups).items()
+        if _plain(key, value)
+    ]
+    settings = row.get("settings")
+    chosen = settings.items() if isinstance(settings, dict) else ()
+    told += [f"{key.replace('_', ' ')} {value}" for key, value in chosen if value not in (None, False, 0)]
+    return ", ".join([*told, *filter(None, [str(row.get("no_8bit_states") or "")])])
+
+
+def _plain(key: str, value) -> str:
+    """A number with its unit, as its name tells it; "" for what is none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
+        return ""
+    if "bytes_per_second" in key:
+        return f"{value / 1e9:.4g} GB/s"
+    return f"{value / GIB:.4g} GiB" if key.endswith("bytes") else f"{value:.4g}"
 
 
 def speed_table(rows: list[dict]) -> Table | None:

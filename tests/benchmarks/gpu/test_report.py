@@ -57,8 +57,16 @@ ROWS = [
     row("loss", "fused_preference_loss", "N=4096 H=4096 V=32000", "measured", "triton",
         **timed(5.0, 640.0, 0.9, 600 * MIB, 300 * MIB)),
     row("step", "step", "llama-3-8b 65536", "measured", seconds=12.3401, tokens_per_s=5310.8, tflops=405.55, took=40.0,
-        peak_device_bytes=int(69.301 * GIB), peak_host_bytes=70 * GIB, predicted_peak_bytes=70 * GIB, predicted_seconds=12.0),
+        peak_device_bytes=int(69.301 * GIB), peak_host_bytes=70 * GIB, predicted_peak_bytes=70 * GIB, predicted_seconds=12.0,
+        planner_error_peak=69.301 / 70 - 1, planner_error_seconds=12.3401 / 12 - 1, planned_device_bytes=72 * GIB,
+        settings={"tile_rows": 8192, "offload": True, "kept": 0, "states": "8bit", "host": False}),
     row("step", "step", "llama-3-8b 131072", "skipped: memory: it takes 83.1 GiB of the device"),
+    row("long", "long", "backward of the last 4 layers", "measured", seconds=30.0, peak_device_bytes=70 * GIB,
+        predicted_peak_bytes=70 * GIB, predicted_seconds=90.0, planner_error_peak=0.0),  # no time to compare
+    row("pairs", "one sequence against two", "32768", "measured", seconds=4.0, faster=1.9199, memory=0.5411,
+        one={"seconds": 4.0, "peak_device_bytes": 3 * GIB}),
+    row("offload", "copy rates", "pages", "measured", bytes_per_second={"out": 51.2e9}, share_of_one_copy={"out": 0.9399}),
+    row("offload", "offload", "host", "measured", seconds=2.0, times_kept=1.0101, gradients="0f3a"),
 ]  # fmt: skip
 UNTIMED = ROWS[:6]  # of which no picture is drawn, which takes a second
 
@@ -144,7 +152,14 @@ def test_the_figures_of_a_card(shown):
     assert cells(text, "CCE", SMALL)[2] == "skipped: cut-cross-entropy is not installed"
     assert cells(text, "linear_cross_entropy, workspace=2 GiB", LARGE)[2].startswith("skipped: no time")
     step = cells(text, "step, llama-3-8b 65536")
-    assert step[1:] == ["12.4", "5,310", "405", "69.4", "70.0", "-0.999 %", "12.0", "+2.84 %", "70.0"]
+    assert step[1:-2] == ["12.4", "5,310", "405", "69.4", "70.0", "-0.999 %", "12.0", "+2.84 %", "70.0"]
+    assert step[-1] == "planned device bytes 72 GiB, tile rows 8192, offload True, states 8bit"
+    assert cells(text, "long, backward of the last 4 layers")[-5:-2] == ["90.0", "", ""]
+    pair = cells(text, "one sequence against two, 32768")
+    assert pair[-2:] == ["1.91x faster, 0.542x memory", "one seconds 4, one peak device bytes 3 GiB"]
+    copies = cells(text, "copy rates, pages")
+    assert copies[1:2] + copies[-2:] == ["measured", "0.939x copy out", "bytes per second out 51.2 GB/s"]
+    assert cells(text, "offload, host")[-2:] == ["1.02x the kept one's time", ""]
     assert cells(text, "ceiling: copy")[2:] == ["0.713", "", "", "3,014", "", ""]
     assert cells(text, "tiles", "rows", "triton") == [
         "tiles", "rows", "triton", "2", "0.750", "V=128256, bfloat16, logps"
@@ -155,7 +170,7 @@ def test_the_figures_of_a_card(shown):
     assert cells(text, "step", "step", "1")[4] == "memory: it takes 83.1 GiB of the device"
 
     readme = block(shown / report.README)
-    told = "NVIDIA H100 80GB HBM3, 2026-12-01, commit 0123456789ab: **1 of 15 rows failed** ([all numbers](docs/measured.md))."
+    told = "NVIDIA H100 80GB HBM3, 2026-12-01, commit 0123456789ab: **1 of 19 rows failed** ([all numbers](docs/measured.md))."
     assert readme.startswith(told)
     large = ["292", "709", "0.963", "2,000"]
     assert cells(readme, "loss, H=4096 V=128256")[1:] == [
@@ -164,7 +179,7 @@ def test_the_figures_of_a_card(shown):
     assert cells(readme, "fused_preference_loss, triton")[1:] == ["18.5", "700", "0.949", "2,000", *large]
     assert cells(readme, "Liger")[1:] == ["20.1", "645", "0.875", "948", "", "", "", ""]
     assert cells(readme, "CCE")[1:] == ["skipped", "", "", "", "", "", "", ""]
-    assert "V=32000" not in readme and cells(readme, "step, llama-3-8b 65536") == step
+    assert "V=32000" not in readme and cells(readme, "step, llama-3-8b 65536") == step[:-1]
 
 
 def test_failures_are_shown_first(shown):
@@ -174,7 +189,7 @@ def test_failures_are_shown_first(shown):
     assert cells(text, "tiles", "divergence_, triton")[3:] == ["passed", "error 1.000e-02, allowed 9.000e-03"]
     order = [
         "### NVIDIA",
-        "**1 of 15 rows failed**",
+        "**1 of 19 rows failed**",
         "Failures:",
         "Failed first",
         "Questions:",
@@ -201,7 +216,7 @@ def test_runs_of_one_card_are_merged_and_cards_are_not(project, tmp_path):
     ]
     text = block(project / report.MEASURED)
     h100, h200 = re.split("### NVIDIA H200", text)
-    assert "No row failed, of 6." in h100 and "No row failed, of 2." in h200
+    assert "No row failed, of 6 that" in h100 and "No row failed, of 2 that" in h200
     assert cells(h100, "tiles", "rows, cuda")[3:] == ["passed", "error 2.000e-02, allowed 4.000e-03"]
     assert cells(h100, "2", "2026-12-01")[4] == "f" * 12
     assert cells(h100, "tiles", "rows", "triton")[3] == "2"  # a skipped row says nothing new
@@ -361,7 +376,7 @@ def test_rows_without_numbers_and_numbers_nobody_knows():
 
 def test_what_a_person_needs_is_printed_last():
     lines = report.summary(content(), Path("out/gpu_check.json")).splitlines()
-    assert lines[0] == "FAILED: 1 of 15 rows"
+    assert lines[0] == "FAILED: 1 of 19 rows"
     assert lines[1] == '1 more failed first and not when asked again: their "first" says why'
     assert lines[2] == "tiles, rows, cuda, bias | scale: error 2.000e-02, allowed 4.000e-03"
     assert lines[3].split() == ["question", "passed", "measured", "skipped", "failed", "seconds", "kernels", "compiled"]
@@ -369,13 +384,12 @@ def test_what_a_person_needs_is_printed_last():
     (ours,) = [line for line in lines if line.startswith("fused_preference_loss, triton")]
     assert ours.split()[-8:] == ["18.5", "700", "0.949", "2,000", "292", "709", "0.963", "2,000"]
     (step,) = [line for line in lines if line.startswith("step, llama-3-8b 65536")]
-    assert step.split()[-11:] == ["12.4", "5,310", "405", "69.4", "70.0", "-0.999", "%", "12.0", "+2.84", "%", "70.0"]
-    assert lines[-6:] == [
+    assert step.split()[-9:] == ["12.4", "5,310", "405", "69.4", "70.0", "-0.999", "%", "+2.84", "%"]
+    assert lines[-5:] == [
         "skipped, no time: 2 of attention, 1 of loss",
         "skipped, memory: 1 of step",
         "skipped, other reasons: 1 of loss",
-        "kernels compiled on this machine: 3",
-        "finished after 402 s of 470",
+        "finished after 402 s of 470; kernels compiled on this machine: 3",
         "report: out/gpu_check.json",
     ]
 
@@ -383,5 +397,5 @@ def test_what_a_person_needs_is_printed_last():
 def test_many_failures_leave_room_for_the_rest():
     many = [row("tiles", "rows", f"V={v}", "failed: error " + "x" * 400, "triton") for v in range(300)]
     lines = report.summary(content(many + ROWS)).splitlines()
-    assert lines[0] == "FAILED: 301 of 315 rows" and len(lines) <= 40 and max(map(len, lines)) <= 160
+    assert lines[0] == "FAILED: 301 of 319 rows" and len(lines) <= 40 and max(map(len, lines)) <= 160
     assert any(line.startswith("step, llama-3-8b 65536") for line in lines)
