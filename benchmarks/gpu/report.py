@@ -67,7 +67,7 @@ def summary(content: dict, path: Path | None = None) -> str:
     rest = [
         *_capped(tables.questions(rows).aligned(), 10),
         *_capped(_shown(tables.loss_headline(rows)), 11),
-        *_capped(_shown(tables.step_table(rows)), 9),
+        *_capped(_shown(tables.step_table(rows), "TFLOP/s", "planned, s", "host, GiB", "also"), 9),
         *_skipped_lines(rows),
         *_ending(content, rows, path),
     ]
@@ -87,8 +87,8 @@ def _failed_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
-def _shown(table: Table | None) -> list[str]:
-    return table.without("planned, s", "host, GiB", "also").aligned() if table else []
+def _shown(table: Table | None, *left_out: str) -> list[str]:
+    return table.without(*left_out).aligned() if table else []
 
 
 def _skipped_lines(rows: list[dict]) -> list[str]:
