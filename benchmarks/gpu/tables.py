@@ -246,7 +246,7 @@ def loss_table(rows: list[dict]) -> Table | None:
 
 
 def loss_headline(rows: list[dict]) -> Table | None:
-    """A line per implementation without options, ours first; the first two lengths of the first vocabulary beside each other."""
+    """A line per implementation, without options, ours first; two lengths of the first vocabulary beside each other."""
     sizes = losses([row for row in rows if row["case"] == _size(row)])
     if not sizes:
         return None
