@@ -33,7 +33,7 @@ from ..stamp import RESULTS, ROOT, command
 from .questions import BY_NAME, LONG, QUESTIONS, Question
 from .report import summary
 
-FILE = "gpu_check.json"
+FILE, BEFORE = "gpu_check.json", "gpu_check_before.json"  # the report, and the one that it found in its place
 GRACE = 3.0  # seconds before the deadline by which the last row must be done
 CHEAP = 10.0  # seconds up to which a failed row is asked again
 DEATHS = 3  # of workers, after which a question is given up
@@ -51,6 +51,8 @@ class Report:
     def __init__(self, path: Path, **head):
         self.path, self.content = path, head | {"state": "running", "running": None, "rows": []}
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.replace(path.with_name(BEFORE))
         self._write()
 
     def note(self, **more) -> None:
@@ -299,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         check.end()
     report.note(state=state, seconds=time.time() - start)
-    print(summary(report.content), flush=True)
+    print(summary(report.content, report.path), flush=True)
     return int(state != "finished" or any(map(failed, report.content["rows"])))
 
 

@@ -44,7 +44,7 @@ def rehearsal(tmp_path_factory) -> dict:
     assert script.returncode == 0, said[-3000:]
     assert [path.name for path in out.iterdir()] == [check.FILE]
     report = json.loads((out / check.FILE).read_text())
-    assert said.strip().endswith(summary(report))
+    assert said.strip().endswith(summary(report, out / check.FILE))
     return report
 
 
@@ -235,10 +235,10 @@ def test_what_does_not_fit_says_so(ask):
     assert rows["quick"]["status"] == "passed"
 
 
-def test_only_what_failed_is_asked_again(ask):
-    ask("seeds", "costs")
+def test_only_what_failed_is_asked_again(ask, tmp_path):
+    first = ask("seeds", "costs")[1]
     status, report = ask(options=("--only", "failed"))
-    assert status == 1
+    assert status == 1 and json.loads((tmp_path / check.BEFORE).read_text()) == first
     assert [(row["question"], row["case"]) for row in report["rows"]] == [("seeds", "fails")]
 
 
