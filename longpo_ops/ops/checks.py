@@ -73,9 +73,11 @@ def check_rows(hidden: Tensor, name: str = "hidden") -> None:
         raise ValueError(f"{name}.shape={tuple(hidden.shape)}: expected (N, H); use {name}.flatten(0, -2)")
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels", of: str = "hidden") -> None:
-    """Raises ValueError unless labels is an int64 tensor of that shape; its device is free."""
+def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels", of: str = "hidden") -> Tensor:
+    """-> the labels on the host, where rows are planned: those of a device cross here, once. Raises ValueError unless they
+    are an int64 tensor of that shape."""
     check_tensor(name, labels, (torch.int64,), shape, f", one label per row of {of}")
+    return labels.cpu()
 
 
 def check_numbers(numbers: Tensor | None, shape: tuple[int, ...], name: str, note: str = "") -> None:

@@ -29,7 +29,7 @@ from .checks import (
 from .dispatch import choose_backend
 from .operators import deliver, refuse_create_graph, scale_, scaled
 from .products import Products, result_dtype, row_major
-from .rows import WINDOW, sizes
+from .rows import WINDOW, sizes, to_device
 from .sweep import float16_scale, row_unit, rows_per_chunk
 from .tiles import Divergence, LogitMap, empty_tile
 
@@ -88,6 +88,7 @@ def linear_kl(
     check_reduction(reduction, row_weights, n)
     if mask is not None:
         check_tensor("mask", mask, (torch.bool,), (n,))
+        mask = mask.cpu()
     dtype = compute_dtype(hidden, weight)
     if compute_dtype(teacher_hidden, teacher_weight, "teacher_hidden", "teacher_weight") != dtype:
         raise ValueError(f"teacher tensors are {teacher_hidden.dtype}, student tensors {dtype}: expected one dtype")
@@ -103,7 +104,7 @@ def linear_kl(
     if reduction == "none":
         values = _values_op(*heads, mask, *options)
         return values if row_weights is None else values * row_weights.to(values.device)
-    weights = None if row_weights is None else row_weights.detach()
+    weights = None if row_weights is None else row_weights.detach().cpu()
     total = torch.ones((), dtype=torch.float64)
     if reduction == "mean":
         total = _weight_of_rows(n, mask, weights)
@@ -116,7 +117,7 @@ def _weight_of_rows(n: int, mask: Tensor | None, weights: Tensor | None) -> Tens
     """() the sum of the weights of masked rows."""
     if weights is None:
         return torch.full((), float(n), dtype=torch.float64) if mask is None else mask.sum()
-    counted = weights if mask is None else torch.where(mask.to(weights.device), weights, 0.0)
+    counted = weights if mask is None else torch.where(mask, weights, 0.0)
     return counted.sum(dtype=torch.float64)
 
 
@@ -162,23 +163,23 @@ def _sweep(
         student = _Side(hidden, weight, bias, student_map, dtype, rows, need[:3], tiles.name)
         teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_map, dtype, rows, need[3:], tiles.name)
         mask, weights = (None if t is None else t.cpu() for t in (mask, weights))
-        total = total.to(weight.device, torch.float64, non_blocking=True)
+        total = to_device(total, weight.device, torch.float64)
         kappa_scale = torch.where(total != 0, 1 / total, 0.0)
         summed, grad_scale = torch.zeros_like(total), torch.ones((), device=weight.device)
         if dtype == torch.float16 and n:
             largest = 1.0
             if weights is not None:
                 counted = weights if mask is None else torch.where(mask, weights, 0.0)
-                largest = counted.abs().amax().to(weight.device, torch.float64, non_blocking=True)
+                largest = to_device(counted.abs().amax(), weight.device, torch.float64)
             grad_scale = float16_scale(kappa_scale.abs() * largest)
         for start in range(0, n, WINDOW):
             window = _counts(mask, weights, slice(start, min(start + WINDOW, n)))
             picked = window.nonzero().squeeze(-1) + start
             for host_index in picked.split(list(sizes(picked.shape[0], rows, unit))) if picked.shape[0] else ():
-                index = host_index.to(weight.device, non_blocking=True)
+                index = to_device(host_index, weight.device)
                 kappa = kappa_scale.expand(index.shape[0])
                 if weights is not None:
-                    kappa = kappa * weights[host_index].to(weight.device, torch.float64, non_blocking=True)
+                    kappa = kappa * to_device(weights[host_index], weight.device, torch.float64)
                 rows_of, dz, dz_teacher = tiles.divergence_(
                     student.logits(index), teacher.logits(index), (kappa * grad_scale).to(student.tile.dtype),
                     Divergence(kind, beta), student.map, teacher.map, student.products.dtype, student.need, teacher.need,

@@ -50,7 +50,7 @@ def linear_logprobs(
     """
     check_head(hidden, weight, bias)
     check_rows(hidden)
-    check_labels(labels, (hidden.shape[0],))
+    labels = check_labels(labels, (hidden.shape[0],))
     ignore_index, backend = check_ignore_index(ignore_index), check_backend(backend)
     dtype = compute_dtype(hidden, weight)
     scratch = check_workspace(workspace_bytes, weight, dtype)
@@ -82,7 +82,7 @@ def linear_cross_entropy(
     """
     check_head(hidden, weight, bias)
     check_rows(hidden)
-    check_labels(labels, (hidden.shape[0],))
+    labels = check_labels(labels, (hidden.shape[0],))
     check_reduction(reduction, row_weights, hidden.shape[0])
     ignore_index = check_ignore_index(ignore_index)
     if reduction == "none":
@@ -96,10 +96,10 @@ def linear_cross_entropy(
     dtype = compute_dtype(hidden, weight)
     scratch = check_workspace(workspace_bytes, weight, dtype)
     map = logit_map(scale, softcap, temperature)
-    weights = torch.ones(1, 1, dtype=torch.float64) if row_weights is None else row_weights.detach()[None]
+    weights = torch.ones(1, 1, dtype=torch.float64) if row_weights is None else row_weights.detach().cpu()[None]
     total = torch.ones((), dtype=torch.float64)
     if reduction == "mean":
-        labelled = (labels != ignore_index).to(weights.device)
+        labelled = labels != ignore_index
         total = (
             labelled.sum() if row_weights is None else torch.where(labelled, weights[0], 0.0).sum(dtype=torch.float64)
         )

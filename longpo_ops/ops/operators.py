@@ -15,7 +15,7 @@ from torch import Tensor
 from .dispatch import choose_backend
 from .objectives import rebuild_objective
 from .products import multiplies_natively, result_dtype
-from .rows import WINDOW, Stretch, windows
+from .rows import WINDOW, Stretch, to_device, windows
 from .sweep import HeadSweep, Options, Pairs, Result, float16_scale, rows_per_chunk, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
@@ -167,7 +167,7 @@ def _references(batch: Batch, device: torch.device) -> list[Tensor | None]:
         if given is not None and given.device.type == "cpu" and not bool(given.isfinite().all()):
             at = int((~given.isfinite()).nonzero()[0])
             raise ValueError(f"{name}: {float(given[at])} at {at}: expected finite log-probs, sums over answer tokens")
-        given = None if given is None else given.to(device, torch.float64, non_blocking=True)
+        given = None if given is None else to_device(given, device, torch.float64)
         moved.append(None if given is None else torch.where(given.isfinite(), given, torch.nan))
     return moved
 
@@ -189,7 +189,7 @@ def _clear_unvisited(stretches: list[Stretch], grads: list[Tensor], shift: bool)
         for start in range(0, len(s), WINDOW):
             window = slice(start, start + WINDOW)
             unvisited = ~(s.nll_mask(window) | (s.segments_at(window) >= 0))
-            s.grad.index_fill_(0, (unvisited.nonzero().squeeze(-1) + start).to(s.grad.device), 0.0)
+            s.grad.index_fill_(0, to_device(unvisited.nonzero().squeeze(-1) + start, s.grad.device), 0.0)
     for grad in grads if shift else ():
         grad[:, -1:].zero_()
 

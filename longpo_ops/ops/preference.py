@@ -102,10 +102,10 @@ def fused_preference_loss(
             f"rejected_hidden is {rejected_hidden.dtype}, chosen_hidden {chosen_hidden.dtype}: expected one"
         )
     (b, tc, _), (r, tr, _) = chosen_hidden.shape, rejected_hidden.shape
-    check_labels(chosen_labels, (b, tc), "chosen_labels", "chosen_hidden")
-    check_labels(rejected_labels, (r, tr), "rejected_labels", "rejected_hidden")
+    chosen_labels = check_labels(chosen_labels, (b, tc), "chosen_labels", "chosen_hidden")
+    rejected_labels = check_labels(rejected_labels, (r, tr), "rejected_labels", "rejected_hidden")
     if nll_labels is not None:
-        check_labels(nll_labels, (b, tc), "nll_labels", "chosen_hidden")
+        nll_labels = check_labels(nll_labels, (b, tc), "nll_labels", "chosen_hidden")
     shift, ignore_index = check_flag("shift", shift), check_ignore_index(ignore_index)
     pairs = _check_pairs(objective, b, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
 
@@ -165,8 +165,8 @@ def packed_preference_loss(
     check_rows(hidden)
     n = hidden.shape[0]
     num_chosen = check_whole("num_chosen", num_chosen, 0, "the number of chosen sequences, an int >= 0")
-    check_labels(labels, (n,))
-    check_labels(sequences, (n,), "sequences")
+    labels = check_labels(labels, (n,))
+    sequences = check_labels(sequences, (n,), "sequences")
     check_numbers(nll_weights, (n,), "nll_weights")
     if nll_weights is not None and nll_weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("nll_weights requires a gradient, and none would reach it: expected nll_weights.detach()")
@@ -184,7 +184,7 @@ def packed_preference_loss(
         answers=[labels[None]],
         segments=[sequences[None]],
         nll=[torch.empty(0, dtype=torch.int64) if nll_weights is None else labels[None]],
-        nll_weights=[torch.zeros(1, 1) if nll_weights is None else nll_weights.detach()[None]],
+        nll_weights=[torch.zeros(1, 1) if nll_weights is None else nll_weights.detach().cpu()[None]],
         pairs=pairs,
         shift=False,
         ignore_index=check_ignore_index(ignore_index),
@@ -213,7 +213,7 @@ def _check_pairs(objective, b: int, r: int, pair, ref_chosen, ref_rejected, num_
                 f"{r} rejected sequences for {b} chosen ones: expected as many, or rejected_pair=(R,) indices"
             )
         pair = torch.arange(b)
-    check_labels(pair, (r,), "rejected_pair", "rejected sequence")
+    pair = check_labels(pair, (r,), "rejected_pair", "rejected sequence")
     if objective.one_rejected and r != b:
         raise ValueError(f"objective {objective.name}: takes one rejected sequence per pair, got {r} for {b} pairs")
     for kind, reference, length in (("chosen", ref_chosen, b), ("rejected", ref_rejected, r)):

@@ -19,6 +19,14 @@ from .products import row_major
 WINDOW = 1 << 14
 
 
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on the device, without waiting for it: CUDA reads pinned memory only by itself, so numbers of the host are
+    converted and pinned there first. Torch keeps pinned memory until the stream has passed the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.to(dtype or tensor.dtype).contiguous().pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
+
+
 class Stretch(NamedTuple):
     hidden: Tensor  # (T, H) a view
     grad: Tensor | None  # (T, H) where the gradient of hidden goes
@@ -65,14 +73,14 @@ class Piece(NamedTuple):
         run = self.run()
         if run is not None:
             return tensor[run]
-        return tensor.index_select(0, self.index.to(tensor.device, non_blocking=True))
+        return tensor.index_select(0, to_device(self.index, tensor.device))
 
     def write(self, tensor: Tensor, rows: Tensor) -> None:
         run = self.run()
         if run is not None:
             tensor[run] = rows
         else:
-            tensor.index_copy_(0, self.index.to(tensor.device, non_blocking=True), rows.to(tensor.dtype))
+            tensor.index_copy_(0, to_device(self.index, tensor.device), rows.to(tensor.dtype))
 
 
 class Chunk:
@@ -122,8 +130,8 @@ def _nll_weights(piece: Piece, device: torch.device, dtype: torch.dtype) -> Tens
     if s.nll is None:
         return torch.zeros(count, device=device, dtype=dtype)
     weights = s.nll_weights if s.nll_weights.shape[0] == 1 else piece.read(s.nll_weights)
-    carries = s.nll_mask(piece.index).to(device, non_blocking=True)
-    return torch.where(carries, weights.to(device, dtype, non_blocking=True).expand(count), 0.0)
+    carries = to_device(s.nll_mask(piece.index), device)
+    return torch.where(carries, to_device(weights, device, dtype).expand(count), 0.0)
 
 
 def sizes(total: int, limit: int, unit: int = 1) -> Iterator[int]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .objectives import Objective, PairLogps, Terms
 from .products import UPCAST_BYTES, Products, is_row_major
-from .rows import WINDOW, Chunk, Stretch, chunks, windows
+from .rows import WINDOW, Chunk, Stretch, chunks, to_device, windows
 from .tiles import BLOCK_BYTES, BLOCK_SHARE, LogitMap, Tiles, empty_tile
 
 # On CUDA 2.75 GiB: 4,096 rows of the widest common heads, V = 151,936 at H = 4,096 (2.51 GiB) and V = 152,064 at H = 8,192
@@ -139,7 +139,7 @@ class HeadSweep:
 
     def _logits(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         h = chunk.hidden(self.products.dtype)
-        labels = chunk.labels().to(self.device, non_blocking=True)
+        labels = to_device(chunk.labels(), self.device)
         return h, labels, self.products.logits_(h, self.tile[: h.shape[0]])
 
     def logps(self, chunk: Chunk) -> Tensor:
@@ -148,7 +148,7 @@ class HeadSweep:
         if self.tiles.linear_logps is None or self.products.blockwise or not is_row_major(weight):
             h, labels, z = self._logits(chunk)
             return self.tiles.logps(z, labels, self.map)[0]
-        h, labels = chunk.hidden(self.products.dtype), chunk.labels().to(self.device, non_blocking=True)
+        h, labels = chunk.hidden(self.products.dtype), to_device(chunk.labels(), self.device)
         return self.tiles.linear_logps(h, weight, labels, self.map)[0]
 
     def score(self, chunk: Chunk) -> tuple[Tensor, Held]:
@@ -220,7 +220,7 @@ class _Sweep:
         b, r = (0, 0) if pairs is None else (pairs.count, pairs.pair.shape[0])
         self.sums, self.slopes, self.nll = double(b + r), double(b + r), double(1)
         self.losses, self.chosen_rewards, self.rejected_rewards = double(b), double(b), double(r)
-        nll_total = nll_total.to(head.device, torch.float64, non_blocking=True)
+        nll_total = to_device(nll_total, head.device, torch.float64)
         self.nll_scale = torch.where(nll_total != 0, 1 / nll_total, 0.0)
         self.windows = windows(stretches)
         self.lengths = torch.zeros(b + r, dtype=torch.int64)  # answer rows of each sequence, on the host
@@ -337,7 +337,7 @@ class _Sweep:
     # -- numbers on the device ---------------------------------------------------------------------------------------
 
     def _add_sums(self, chunk: Chunk, logps: Tensor) -> None:
-        segments = chunk.segments().to(self.head.device, non_blocking=True)
+        segments = to_device(chunk.segments(), self.head.device)
         self.head.tiles.segment_sums(logps, segments, self.sums)
 
     def _add_nll(self, chunk: Chunk, logps: Tensor) -> None:
@@ -350,7 +350,7 @@ class _Sweep:
         dtype = self.head.dtype
         g = -chunk.nll_weights(self.head.device, torch.float64) * self.nll_scale
         if self.pairs is not None:
-            segments = chunk.segments().to(self.head.device, non_blocking=True)
+            segments = to_device(chunk.segments(), self.head.device)
             g = g + torch.cat([self.slopes, self.slopes.new_zeros(1)])[segments]
         return (g * self.grad_scale).to(dtype)
 
@@ -362,7 +362,7 @@ class _Sweep:
         local[chosen] = torch.arange(chosen.shape[0])
         pair = local[pairs.pair[rejected]]
         numbers = self.lengths.double(), chosen, rejected, pair
-        lengths, chosen, rejected, pair = (t.to(self.head.device, non_blocking=True) for t in numbers)
+        lengths, chosen, rejected, pair = (to_device(t, self.head.device) for t in numbers)
         sums = torch.where(self.sums.isfinite(), self.sums, torch.nan)
         terms: Terms = pairs.objective.terms(
             PairLogps(
@@ -385,7 +385,7 @@ class _Sweep:
         bound = self.slopes.abs().amax() if self.slopes.shape[0] else self.nll.new_zeros(())
         for stretch in self.stretches:
             if stretch.nll is not None and stretch.nll_weights.shape[0]:
-                largest = stretch.nll_weights.abs().amax().to(bound, non_blocking=True)
+                largest = to_device(stretch.nll_weights.abs().amax(), bound.device, bound.dtype)
                 bound = torch.maximum(bound, largest * self.nll_scale.abs())
         return float16_scale(bound)
 

@@ -1,17 +1,18 @@
 """What the sweep plans: which pairs share a visit, how many rows fit, and float16's power of two."""
 
 import math
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longpo_ops import linear_cross_entropy
-from longpo_ops.ops import products
+from longpo_ops import fused_preference_loss, linear_cross_entropy, linear_kl, linear_logprobs, packed_preference_loss
+from longpo_ops.ops import divergence, products
 from longpo_ops.ops.operators import Batch, run_sweep
 from longpo_ops.ops.products import UPCAST_BYTES, Products
-from longpo_ops.ops.rows import sizes
+from longpo_ops.ops.rows import sizes, to_device
 from longpo_ops.ops.sweep import (
     Options,
     default_workspace,
@@ -129,17 +130,27 @@ def test_the_head_meets_chunks_that_are_alike(visits, workspace):
     assert visits == [167, 167, 166]
 
 
+def is_called_by(function) -> bool:
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 class Transfers(TorchDispatchMode):
-    """Copies from one device to another for which the host waits."""
+    """Copies from one device to another: how many to_device makes, and those that the host waits for or others make."""
 
     def __init__(self):
         super().__init__()
-        self.waited_for = []
+        self.made, self.wrong = 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function.name() == "aten::_to_copy" and args[0].device != out.device and not kwargs.get("non_blocking"):
-            self.waited_for.append(args[0].shape)
+        if function.name() == "aten::_to_copy" and args[0].device != out.device:
+            by_helper = is_called_by(to_device)
+            self.made += by_helper
+            if not (by_helper and kwargs.get("non_blocking")):
+                self.wrong.append(args[0].shape)
         return out
 
 
@@ -163,4 +174,91 @@ def test_labels_on_the_host_cost_no_synchronisation(objective, dtype, rows, monk
     options = Options(1.0, 0.0, workspace_of(rows, weight, dtype), dtype, True, True, False)
     with Transfers() as transfers:
         run_sweep(hiddens, [torch.empty_like(h) for h in hiddens], weight, None, batch, options, "torch")
-    assert transfers.waited_for == []
+    assert transfers.wrong == [] and transfers.made > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_divergence_does_not_wait_for_numbers_of_the_host(dtype, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(products, "_addmm_takes_float32", lambda *_: True)
+    heads = (torch.empty(50, 8, dtype=dtype, device="meta"), torch.empty(60, 8, dtype=dtype, device="meta"), None) * 2
+    scratch, maps = workspace_of(20, heads[1], dtype, 2), ((1.0, 0.0), (1.0, 0.0))
+    numbers = torch.arange(50) % 3 > 0, torch.rand(50), torch.ones(())
+    with Transfers() as transfers:
+        divergence._sweep(heads, *numbers, "jsd", 0.5, *maps, scratch, dtype, "torch", [True, True, False] * 2)
+    assert transfers.wrong == [] and transfers.made > 0
+
+
+def test_numbers_of_the_host_are_pinned_on_their_way_to_cuda(monkeypatch):
+    """They are converted before: CUDA would convert into memory that is not pinned."""
+    way = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: way.append(("pinned", x.dtype, x.is_contiguous())) or x)
+    plain = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, *to, **how: plain(x, *to) if len(to) == 1 else way.append((*to, how))
+    )
+    to_device(torch.arange(6)[::2], torch.device("cuda"), torch.float64)
+    assert way == [("pinned", torch.float64, True), (torch.device("cuda"), torch.float64, {"non_blocking": True})]
+
+
+crossed = []
+
+
+class Afar(torch.Tensor):
+    """A tensor that stands for one of a device: whatever reads its numbers is recorded, and what crosses is plain."""
+
+    HARMLESS = ("shape", "layout", "dtype", "device", "dim", "requires_grad", "is_nested", "detach", "__getitem__")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = function.__name__ if function.__name__ != "__get__" else function.__self__.__name__
+        out = super().__torch_function__(function, types, args, kwargs)
+        if name in cls.HARMLESS:
+            return out
+        crossed.append(name)
+        return out.as_subclass(torch.Tensor) if isinstance(out, torch.Tensor) else out
+
+
+def afar(tensor):
+    return tensor.as_subclass(Afar)
+
+
+def call_cross_entropy(hidden, weight, tokens, numbers, **more):
+    return linear_cross_entropy(hidden, weight, afar(tokens), row_weights=afar(numbers), **more)
+
+
+def call_logprobs(hidden, weight, tokens, numbers, **more):
+    return linear_logprobs(hidden, weight, afar(tokens), **more).sum()
+
+
+def call_kl(hidden, weight, tokens, numbers, **more):
+    other = hidden.detach() + 1
+    return linear_kl(hidden, weight, other, weight, mask=afar(tokens > 1), row_weights=afar(numbers), **more)
+
+
+def call_fused(hidden, weight, tokens, numbers, **more):
+    chosen, rejected = hidden.view(2, 2, -1, hidden.shape[1])
+    labels = tokens.view(2, 2, -1)
+    nll = afar(labels[0])
+    return fused_preference_loss(
+        chosen, rejected, weight, afar(labels[0]), afar(labels[1]), nll_labels=nll, objective="simpo", **more
+    ).loss
+
+
+def call_packed(hidden, weight, tokens, numbers, **more):
+    sequences, pair = torch.arange(hidden.shape[0]) // 5, torch.tensor([1, 0])
+    return packed_preference_loss(
+        hidden, weight, afar(tokens), afar(sequences), num_chosen=2, rejected_pair=afar(pair),
+        nll_weights=afar(numbers), objective="simpo", **more,
+    ).loss  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "given"), [(call_cross_entropy, 2), (call_logprobs, 1), (call_kl, 2), (call_fused, 3), (call_packed, 4)]
+)
+def test_what_is_on_the_device_crosses_to_the_host_once(call, given):
+    """Forward and backward: each crossing waits for all that was queued before."""
+    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    crossed.clear()
+    call(hidden, weight, torch.arange(20) % 30, torch.ones(20), backend="torch").backward()
+    assert crossed == ["cpu"] * given
