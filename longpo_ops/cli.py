@@ -47,6 +47,9 @@ def train(
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="LoRA of this rank; 0 is full fine-tuning.")] = None,
     fit: Annotated[str | None, typer.Option(help="auto: choose memory settings that fit this machine.")] = None,
+    host_bytes: Annotated[
+        int | None, typer.Option(help="Of fit: memory of the host, where more can be had than is available now.")
+    ] = None,
     on_bad_record: Annotated[
         str | None, typer.Option(help="raise, or skip: leave bad records out and count them.")
     ] = None,

@@ -17,6 +17,7 @@ gradients and optimizer states (optimizer.py).
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,6 +35,8 @@ from longpo_ops.memory.attention_outputs import recall_contexts
 from longpo_ops.memory.quantise import CODECS, Exact
 from longpo_ops.memory.stored import Move, Mover, Stored
 from longpo_ops.memory.tiers import DEVICE, DISK, HOST, PAGE, HostPages, SpillPages, available_host_bytes, gib, lane_of
+
+log = logging.getLogger("longpo_ops.memory")
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what a layer's checkpointing is set by
 
@@ -281,8 +284,10 @@ def offload_activations(
     """Checkpoints every layer of a transformers model (or a PEFT model of one) and offloads what that saves.
 
     device_bytes: of layer inputs that stay on the device. host_bytes: of host memory to use, page-locked for a GPU;
-    default four fifths of what is available. spill_dir: folder for what the host does not hold; its disk should be
-    local. store: "exact", or "int8" for half the bytes of bfloat16 at an error of 1/254 of the largest of 128 neighbours.
+    default four fifths of what is available. More than is available is taken at its word, with a warning, as the memory of
+    a guest may grow when it is used; pages are made when a forward pass first needs them. spill_dir: folder for what the
+    host does not hold; its disk should be local. store: "exact", or "int8" for half the bytes of bfloat16 at an error of
+    1/254 of the largest of 128 neighbours.
     save_attention: also stores attention outputs and logsumexps, exactly, as far as host and disk have room beside the
     inputs, first layers first; the backward of those layers does not run the attention forward again. For kernels that are
     one PyTorch operator: flash, cuDNN and memory-efficient attention, CPU flash, the flash-attn package.
@@ -293,8 +298,8 @@ def offload_activations(
     first layer. Host memory that the system refuses is a MemoryError, a disk that fails or is full, and a file that was
     cut short, an OSError; weights and optimizer are untouched then.
 
-    Raises ValueError for a model without checkpointable layers or on several devices, budgets that the host does not
-    have, a folder that takes no file, and an unknown store.
+    Raises ValueError for a model without checkpointable layers or on several devices, a folder that takes no file, and an
+    unknown store.
     """
     layers = _layers(check_object("model", model, nn.Module, "a transformers model"))
     _check(store, device_bytes, host_bytes, page_bytes)
@@ -307,9 +312,10 @@ def offload_activations(
     available = available_host_bytes()
     host_bytes = available * 4 // 5 if host_bytes is None else host_bytes
     if host_bytes > available:
-        raise ValueError(
-            f"host_bytes is {gib(host_bytes)}, of which the host has {gib(available)} available: set it to {available} or "
-            f"less, and give a spill_dir or device_bytes for the rest"
+        log.warning(
+            "host_bytes is %s, of which the host has %s available now: unless its memory grows as it is used, set host_bytes "
+            "to %d or less, and give a spill_dir or device_bytes for the rest",
+            *(gib(host_bytes), gib(available), available),
         )
     disk = None if spill_dir is None else SpillPages(page_bytes, spill_dir)
     mover = Mover(lane, HostPages(page_bytes, host_bytes, lane), disk)

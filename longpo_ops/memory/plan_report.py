@@ -6,9 +6,13 @@ Tests: tests/memory/test_plan.py.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 
-from longpo_ops.memory.plan import GIB, Plan
+import torch
+
+from longpo_ops.memory.plan import DEVICE_RESERVE, GIB, Plan
 from longpo_ops.memory.search import lossy_offers
 
 LAST = ("weights", "master", "optimizer states", "gradients", "layer inputs", "layer", "loss")  # drawn first, lowest
@@ -36,6 +40,21 @@ def as_json(plan: Plan, allow_lossy: str) -> dict:
         "seconds": plan.seconds,
         "phases": [{"name": phase.name} | phase.parts for phase in plan.phases],
     }
+
+
+def allocator_advice() -> str | None:
+    """What to set so that the reserve of a plan does for the gaps between blocks of CUDA memory; None where it is set, and
+    without CUDA. Of two names torch reads the older one alone where both are set."""
+    older, newer = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    name = older if older in os.environ else newer
+    given = os.environ.get(name, "")
+    if not torch.cuda.is_available() or re.search(r"expandable_segments\s*:\s*True", given):
+        return None
+    value = ",".join(filter(None, [given, "expandable_segments:True"]))
+    return (
+        f"the plan leaves {DEVICE_RESERVE / GIB:g} GiB for gaps between blocks of device memory: set {name}={value} in the "
+        "environment before Python starts, as they may grow larger without"
+    )
 
 
 def describe_settings(plan: Plan) -> str:
@@ -96,6 +115,8 @@ def print_plan(plan: Plan, title: str, allow_lossy: str) -> None:
     console.print(f"Settings: {describe_settings(plan)}.", soft_wrap=True)
     for offer in lossy_offers(plan, allow_lossy):
         console.print(f"Lossy storage: {offer}.", soft_wrap=True)
+    if advice := allocator_advice():
+        console.print(f"Allocator: {advice}.", soft_wrap=True)
 
 
 def draw_plan(plan: Plan, title: str, path: Path) -> None:

@@ -102,11 +102,17 @@ class Memory:
         return optimizer.AdamW(groups, **options, **ours)
 
 
-def machine_here(device: torch.device, spill_dir: str | None = None) -> plan.Machine:
-    """What this machine has. Without a GPU the host's memory is the device's, and only disk is further away."""
+def machine_here(device: torch.device, spill_dir: str | None = None, host_bytes: int | None = None) -> plan.Machine:
+    """What this machine has. Without a GPU the host's memory is the device's, and only disk is further away.
+
+    host_bytes: of the host in all. Default: what is available now, which is too little in a guest whose memory grows as it
+    is used. Of that the system already has its part, so that half of the reserve does.
+    """
     disk = shutil.disk_usage(spill_dir).free * 9 // 10 if spill_dir else 0
-    host = available_host_bytes()
+    host = available_host_bytes() if host_bytes is None else host_bytes
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return plan.Machine(total, host, disk, host_reserve=plan.HOST_RESERVE // 2)
+        card = torch.cuda.get_device_properties(device)
+        rates = next((rates for name, rates in plan.CARDS.items() if name in card.name), {})
+        reserve = plan.HOST_RESERVE // (2 if host_bytes is None else 1)
+        return plan.Machine(card.total_memory, host, disk, host_reserve=reserve, **rates)
     return plan.Machine(host, 0, disk, device_reserve=plan.GIB, host_reserve=0)

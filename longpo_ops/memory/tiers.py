@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -192,13 +192,28 @@ def make_page(nbytes: int, pinned: bool) -> Tensor:
     """(nbytes,) uint8, straight from the system, so that freeing gives it back at once."""
     page = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
     if pinned:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(page.data_ptr(), nbytes, 0)))
+        _check_cuda(int(torch.cuda.cudart().cudaHostRegister(page.data_ptr(), nbytes, 0)))
     return page
 
 
 def free_page(page: Tensor, pinned: bool) -> None:
     if pinned:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(page.data_ptr())))
+        _check_cuda(int(torch.cuda.cudart().cudaHostUnregister(page.data_ptr())))
+
+
+def _check_cuda(code: int) -> None:
+    """Raises for a call of the runtime that was refused, and leaves nothing of it behind."""
+    if code:
+        _clear_cuda_error()
+        torch.cuda.check_error(code)
+
+
+def _clear_cuda_error() -> None:
+    """The runtime keeps a refusal as this thread's last error, and torch asks for that after each launch: the next kernel
+    would fail for it. torch has no binding of cudaGetLastError, and a library opened by name need not be the runtime that
+    torch is linked with. So a kernel is launched here, whose check reads the error and thereby clears it."""
+    with suppress(RuntimeError):
+        torch.ones((), device="cuda")
 
 
 class SpillPages(Pages):

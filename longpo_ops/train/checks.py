@@ -180,4 +180,4 @@ def plan_memory(
         workspace_bytes=config.workspace_bytes or default_workspace(config.device),
         reference_bytes=sum(p.nbytes for p in reference.parameters()) if online else 0,
     )
-    return search.fit(work, machine_here(config.device), config.allow_lossy)
+    return search.fit(work, machine_here(config.device, host_bytes=config.host_bytes), config.allow_lossy)

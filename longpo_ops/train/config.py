@@ -35,6 +35,8 @@ class LongPOConfig(TrainingArguments):
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
     fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose
         for the run's checkpoints.
+    host_bytes: the host's memory, for fit="auto". Default: what is available now; say it where a guest's memory grows as it is
+        used.
     allow_lossy: what fit="auto" may store in 8 bits: "nothing", optimizer "states", or "all", layer inputs as well.
 
     warmup_steps: a number of steps, or below 1 the part of all steps, rounded up as transformers has it, but 0 where it comes
@@ -68,6 +70,7 @@ class LongPOConfig(TrainingArguments):
     memory: dict | None = field(default=None, metadata={"help": "settings of memory/settings.py, as JSON"})
     fit: str = field(default="off", metadata={"help": "auto: choose memory settings that fit this machine"})
 
+    host_bytes: int | None = field(default=None, metadata={"help": "of fit: memory of the host, which may still grow"})
     allow_lossy: str = field(default="nothing", metadata={"help": "of fit: nothing | states | all"})
 
     def __post_init__(self):
@@ -86,7 +89,8 @@ class LongPOConfig(TrainingArguments):
                     f"{name}={getattr(self, name)}: expected 1, as a pack is a batch; use pack_tokens to put "
                     "several pairs in one and gradient_accumulation_steps for larger steps"
                 )
-        leasts = {"pack_tokens": 1, "target_length": 0, "workspace_bytes": 1, "gradient_accumulation_steps": 1}
+        leasts = {"pack_tokens": 1, "target_length": 0, "workspace_bytes": 1, "host_bytes": 1}
+        leasts["gradient_accumulation_steps"] = 1
         for name, least in leasts.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -103,6 +107,10 @@ class LongPOConfig(TrainingArguments):
         if self.allow_lossy != "nothing" and self.fit != "auto":
             raise ValueError(
                 f"allow_lossy={self.allow_lossy!r} is of fit='auto'; by hand, name states and store in memory"
+            )
+        if self.host_bytes is not None and self.fit != "auto":
+            raise ValueError(
+                f"host_bytes={self.host_bytes} is of fit='auto'; by hand, give the host_bytes of memory for layer inputs"
             )
         if self.fit == "auto" and self.memory:
             raise ValueError("fit='auto' chooses what memory names: expected one of the two")

@@ -33,7 +33,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..data import TokenizedPair
 from ..memory import search
 from ..memory.optimizer import float32_gradients
-from ..memory.plan_report import describe_settings
+from ..memory.plan_report import allocator_advice, describe_settings
 from ..memory.settings import Memory
 from ..ops.divergence import linear_kl
 from ..ops.logprobs import linear_cross_entropy
@@ -143,6 +143,8 @@ class LongPOTrainer(CheckpointedTrainer):
         planned = plan_memory(model, args, datasets, reference_model)
         told = "; ".join([describe_settings(planned), *search.lossy_offers(planned, args.allow_lossy)])
         log.info("%d tokens, %.3g GiB predicted: %s", planned.work.length, planned.peak.total / 2**30, told)
+        if advice := allocator_advice():
+            log.warning("%s", advice)
         memory = Memory.from_plan(planned)
         if args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, place, tile_layers
-from longpo_ops.memory.optimizer import AdamW
-from longpo_ops.memory.plan import ERROR, Machine, Settings, Work, attention_pairs, predict, weights_of
+from longpo_ops.memory.optimizer import BLOCK, PIECE, AdamW
+from longpo_ops.memory.plan import (
+    ERROR,
+    HOST_STEP,
+    STEP_BYTES,
+    Machine,
+    Settings,
+    Work,
+    attention_pairs,
+    predict,
+    weights_of,
+)
+from longpo_ops.memory.plan_report import allocator_advice
 from longpo_ops.memory.search import fit, longest, lossy_offers, placed
 from longpo_ops.memory.tiers import gib
 from longpo_ops.memory.trace import carried_models, read_config, trace
@@ -328,6 +339,27 @@ def test_longest_length_fits_and_the_next_does_not():
         fit(dataclasses.replace(work, length=plan.work.length + 512 + plan.work.length // 16), limits)
 
 
+def test_a_step_on_the_host_takes_its_work_or_its_copies_whichever_is_slower():
+    config = small(num_hidden_layers=8, hidden_size=512, vocab_size=1 << 17)  # its embedding has four pieces
+    work, total = Work(config, 4096), weights_of(config).total
+    here = Machine(64 * GIB, 64 * GIB, copy=50e9, host_memory=100e9)
+    on_host = Settings(host=True)
+    plan = predict(work, on_host, here)
+    assert plan.seconds["optimizer"] == pytest.approx(HOST_STEP["float32"] * total / 100e9)
+    slow = dataclasses.replace(here, copy=1e9)
+    assert predict(work, on_host, slow).seconds["optimizer"] == pytest.approx(6 * total / 1e9)
+    summed = dataclasses.replace(work, accumulation=2)  # gradients in float32
+    assert predict(summed, on_host, slow).seconds["optimizer"] == pytest.approx(8 * total / 1e9)
+    rooms = 2 * PIECE * (2 + 4)
+    assert plan.host["optimizer scratch"] == rooms + STEP_BYTES * BLOCK
+    compiled = predict(work, dataclasses.replace(on_host, states="8bit"), here)
+    assert compiled.host["optimizer scratch"] == rooms + STEP_BYTES * PIECE
+    assert not any(phase.parts.get("optimizer scratch") for phase in plan.phases)
+    on_device = predict(work, Settings(), here)
+    assert on_device.phases[-1].parts["optimizer scratch"] == STEP_BYTES * PIECE
+    assert on_device.seconds["optimizer"] == pytest.approx(94 * total / here.device_memory)
+
+
 def test_bad_lengths_are_refused():
     with pytest.raises(ValueError, match="longer than its rejected tails"):
         Work(small(), 100, tails=(60, 40))
@@ -407,6 +439,34 @@ def test_command_says_what_is_missing(folder):
     )
     assert result.exit_code == 1 and "device is short of" in result.output
     assert run("--model", str(folder / "model"), "--length", "0").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "told"),
+    [
+        (None, None, "PYTORCH_ALLOC_CONF=expandable_segments:True"),
+        (None, "expandable_segments:True", None),
+        ("max_split_size_mb:128,expandable_segments:True", None, None),
+        (None, "expandable_segments:False", "PYTORCH_ALLOC_CONF=expandable_segments:False,expandable_segments:True"),
+        (
+            "backend:native",
+            "expandable_segments:True",
+            "PYTORCH_CUDA_ALLOC_CONF=backend:native,expandable_segments:True",
+        ),
+    ],
+)
+def test_the_allocator_setting_that_a_plan_rests_on_is_told_where_it_is_off(older, newer, told, monkeypatch, folder):
+    for name, value in (("PYTORCH_CUDA_ALLOC_CONF", older), ("PYTORCH_ALLOC_CONF", newer)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert allocator_advice() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    advice = allocator_advice()
+    assert advice is None if told is None else f"set {told} in the environment" in advice
+    result = run("--model", str(folder / "model"), "--length", "512", "--device-gib", "8")
+    assert ("Allocator: the plan leaves 2 GiB" in result.output) == (told is not None), result.output
 
 
 def test_command_writes_json(folder):

@@ -1,15 +1,16 @@
 """Memory settings in the trainer: the same training, chosen by hand or by the planner, and resumed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from longpo_ops.memory.optimizer import AdamW
-from longpo_ops.memory.plan import Machine, Settings, Work, predict
+from longpo_ops.memory.plan import HOST_RESERVE, Machine, Settings, Work, predict
 from longpo_ops.memory.settings import Memory, machine_here
 from longpo_ops.memory.trace import trace
-from longpo_ops.train import LongPOConfig
+from longpo_ops.train import LongPOConfig, checks
 
 from ..train.tiny import make_model, make_pair, make_trainer
 
@@ -93,6 +94,26 @@ def test_this_machine():
     assert here.device_bytes > 0 and here.host_bytes == 0
 
 
+def test_a_stated_host_is_taken_at_its_word(monkeypatch):
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    device = torch.device("cuda")
+    here, stated = machine_here(device), machine_here(device, host_bytes=1 << 50)
+    assert here.host_bytes < 1 << 45 and here.host_reserve == HOST_RESERVE // 2  # the system has had its part
+    assert stated.host_bytes == 1 << 50 and stated.host_reserve == HOST_RESERVE
+    assert here.device_bytes == 79 << 30 and here.device_memory == 3.0e12
+    card.name = "NVIDIA H200"
+    assert machine_here(device).device_memory == Machine(1).device_memory == 4.3e12
+    assert machine_here(torch.device("cpu"), host_bytes=1 << 50).device_bytes == 1 << 50
+
+
+def test_the_host_that_a_run_states_reaches_its_plan(tmp_path, monkeypatch):
+    seen, real = [], checks.machine_here
+    monkeypatch.setattr(checks, "machine_here", lambda *a, **k: seen.append(k) or real(*a, **k))
+    trained(tmp_path, fit="auto", host_bytes=8 << 30)
+    assert seen == [{"host_bytes": 8 << 30}]
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -107,6 +128,9 @@ def test_this_machine():
         ({"fit": "best"}, "expected 'off' or 'auto'"),
         ({"fit": "auto", "allow_lossy": "some"}, "allow_lossy='some': expected one of nothing, states, all"),
         ({"allow_lossy": "states"}, "allow_lossy='states' is of fit='auto'"),
+        ({"host_bytes": 1 << 30}, "host_bytes=1073741824 is of fit='auto'"),
+        ({"fit": "auto", "host_bytes": 0}, "host_bytes=0: expected a whole number of at least 1"),
+        ({"fit": "auto", "host_bytes": "80 GB"}, "host_bytes='80 GB': expected a whole number of at least 1"),
     ],
 )
 def test_refusals(tmp_path, settings, match):

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longpo_ops.memory import tiers
 from longpo_ops.memory.quantise import BLOCK, CHUNK, Exact, Int8
-from longpo_ops.memory.tiers import HostPages, Lane, SpillPages, available_host_bytes, lane_of
+from longpo_ops.memory.tiers import HostPages, Lane, SpillPages, available_host_bytes, free_page, lane_of, make_page
 
 PAGE = 4096
 
@@ -33,6 +34,70 @@ def test_host_pages_in_use_outlive_closing():
     assert pages.made == 1 and pages.view(one, PAGE).unique().tolist() == [7]
     pages.give([one])
     assert pages.made == 0
+
+
+class Runtime:
+    """A CUDA runtime that refuses all but the first `pages` pages, and keeps the refusal as its last error, as CUDA does."""
+
+    def __init__(self, pages=0, frees=True):
+        self.pages, self.frees, self.last, self.launches = pages, frees, 0, 0
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.pages -= 1
+        return 0 if self.pages >= 0 else self.refuse()
+
+    def cudaHostUnregister(self, address):
+        return 0 if self.frees else self.refuse()
+
+    def refuse(self):
+        self.last = 2
+        return 2
+
+    def launch(self, *size, device):
+        """What torch does after each launch: it asks for the last error, which clears it, and raises it."""
+        assert device == "cuda"
+        self.launches += 1
+        last, self.last = self.last, 0
+        if last:
+            raise RuntimeError("an error of another call")
+
+    def check_error(self, code):
+        assert self.last == 0  # cleared before anything is raised
+        raise RuntimeError(f"CUDA error: out of memory ({code})")
+
+
+def run_on(monkeypatch, runtime) -> Runtime:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", runtime.check_error)
+    monkeypatch.setattr(tiers.torch, "ones", runtime.launch)
+    return runtime
+
+
+class PinnedLane(Lane):
+    pinned = True
+
+
+def test_a_refused_page_leaves_no_error_for_the_next_launch(monkeypatch):
+    runtime = run_on(monkeypatch, Runtime(pages=1))
+    pages = HostPages(PAGE, 10 * PAGE, PinnedLane())
+    with pytest.raises(MemoryError) as refused:
+        pages.take(3)
+    assert str(refused.value) == (
+        "the host gave 0.00391 MiB of offload memory and refused the next 0.00781 MiB (CUDA error: out of memory (2)): lower "
+        "host_bytes from 0.0391 MiB and raise device_bytes or give a spill_dir"
+    )
+    assert (runtime.last, runtime.launches) == (0, 1)
+    pages.close()
+    assert runtime.launches == 1  # what is not refused launches nothing
+
+
+def test_a_page_that_cannot_be_unlocked_leaves_no_error_for_the_next_launch(monkeypatch):
+    runtime = run_on(monkeypatch, Runtime(pages=1, frees=False))
+    page = make_page(PAGE, True)
+    assert runtime.launches == 0
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        free_page(page, True)
+    assert (runtime.last, runtime.launches) == (0, 1)
 
 
 def test_spill_file_has_no_name_and_keeps_pages_apart(tmp_path):

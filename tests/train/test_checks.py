@@ -137,7 +137,7 @@ def test_a_dry_run_prints_the_plan_that_the_run_takes(home, tmp_path, monkeypatc
     assert (f"tiles of {memory.tile_rows} rows" if memory.tile_rows else "no tiling") in done.output
     assert f"AdamW with {memory.states} states" in done.output
     monkeypatch.setattr(
-        "longpo_ops.train.checks.machine_here", lambda _: __import__("longpo_ops").memory.plan.Machine(1)
+        "longpo_ops.train.checks.machine_here", lambda *_, **__: __import__("longpo_ops").memory.plan.Machine(1)
     )
     done = CliRunner().invoke(app, ["train", *as_options(settings(home, tmp_path / "new", fit="auto")), "--dry-run"])
     assert done.exit_code == 1 and "nothing fits" in str(done.exception)
