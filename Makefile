@@ -1,4 +1,4 @@
-# make demo | venv | test | test-torch | test-vllm | quick | bench | gpu-check | lint
+# make demo | venv | test | test-torch | test-vllm | quick | bench | gpu-pack | gpu-check | gpu-rehearse | lint
 #
 #   PYTHON       the interpreter .venv is made from; a fitting torch it already has is used      (python3)
 #   TORCH_INDEX  one more wheel index to look in, say the one that holds torch's CPU wheels      (none)
@@ -18,14 +18,19 @@ BIN    := $(abspath $(VENV))/bin
 STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 FUNCTIONS := $(addprefix tests/ops/test_,operators.py preference.py logprobs.py head.py)
+REHEARSE := $(OLDEST)/bin/python -m benchmarks.gpu.check --rehearse
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# GPU machines have Python 3.12, and kernels are packed for one Python: taken where it is found.
+PYTHONS_312 = python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python3.12
+PYTHON_312 = $(or $(firstword $(shell for p in $(PYTHONS_312); do $$p -c '' 2>/dev/null && echo $$p; done)),$(PYTHON))
 # Where a GPU machine is offline, its own python has all that `make gpu-check` needs.
 ANY_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14))'
 
 export PATH := $(BIN):$(PATH):/usr/local/cuda/bin
 
-.PHONY: demo venv test test-library test-interpreter test-compile test-torch test-vllm quick bench gpu-check lint clean
+.PHONY: demo venv test test-library test-interpreter test-compile test-torch test-vllm quick bench gpu-pack gpu-check \
+        gpu-rehearse lint clean
 
 venv: $(STAMP)
 
@@ -53,15 +58,15 @@ test-interpreter: $(STAMP)
 test-compile: $(STAMP)
 	$(PYTEST) tests/kernels/test_compile.py tests/kernels/test_cuda_source.py
 
-# The functions with the oldest torch that we take, which GPU machines often have: an environment of its own (4.6 GB, as that
-# release brings CUDA along). Only if that cannot be made is this no test.
+# The functions and the rehearsal of gpu-check with the oldest torch that we take, which GPU machines often have: an environment
+# of its own (4.6 GB, as that release brings CUDA along). Only if that cannot be made is this no test.
 test-torch:
 	if $(MAKE) --no-print-directory $(OLDEST)/.ready; \
-	then OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(FUNCTIONS); \
+	then OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(FUNCTIONS) && $(REHEARSE); \
 	else echo "test-torch: not run, as its environment cannot be installed; the lines above say why"; fi
 
 $(OLDEST)/.ready: requirements/torch-oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON_312) -m venv $(OLDEST)
 	$(subst $(BIN),$(abspath $(OLDEST))/bin,$(PIP)) -r requirements/torch-oldest.txt
 	touch $@
 
@@ -82,6 +87,15 @@ quick: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.losses.run
+
+# What travels with the tree to a GPU machine that is offline, into .carry.
+gpu-pack: $(STAMP) $(OLDEST)/.ready
+	rm -rf .carry
+	LONGPO_OPS_CACHE=$(abspath .carry)/native $(BIN)/python -c 'from longpo_ops.ops import cuda_tiles; cuda_tiles.load_cuda()'
+	$(OLDEST)/bin/python -m benchmarks.gpu.pack
+
+gpu-rehearse: $(OLDEST)/.ready
+	$(REHEARSE)
 
 gpu-check:
 	$(ANY_PYTHON) -m benchmarks.gpu.check --deadline $(DEADLINE) $(CHECK)

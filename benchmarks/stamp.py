@@ -33,6 +33,15 @@ def stamp(**more) -> dict:
     } | more
 
 
+def revision() -> dict:
+    """The commit and how many files differ from it; of a tree without .git, what LONGPO_COMMIT and LONGPO_CHANGED_FILES say."""
+    commit = git("rev-parse", "HEAD")
+    if commit:
+        return {"commit": commit, "changed_files": len(git("status", "--porcelain").splitlines())}
+    changed = os.environ.get("LONGPO_CHANGED_FILES")
+    return {"commit": os.environ.get("LONGPO_COMMIT") or None, "changed_files": int(changed) if changed else None}
+
+
 def command() -> str:
     """The command line from the checkout's root, without the paths of this machine."""
     words = [word.replace(f"{ROOT}{os.sep}", "") for word in sys.orig_argv[1:]]  # sys.argv has no `-m module`
