@@ -7,7 +7,7 @@
     .carry/native/*.so       the compiled csrc/cuda
     .carry/wheels/*.whl      packages that such machines lack
 
-Triton looks kernels up by a key of its own (pretended.triton_key). Where that differs here, or kernels/ is not what was
+Triton looks kernels up by a key of its own (triton_key). Where that differs here, or kernels/ is not what was
 packed, the kernels that are missing are compiled at once, in as many processes as there are cores. Whatever cannot be
 unpacked becomes a fact, and the check runs without it. Not covered: another processor than x86-64, another Python than 3.12.
 
@@ -54,8 +54,6 @@ def _pack(carry: Path, into: Path, facts: dict) -> dict[str, str]:
     facts |= {name: pack[name] for name in ("commit", "changed_files", "kernels")}
     facts["kernels_folder"] = "as packed" if pack["sources"] == kernel_sources() else "changed since it was packed"
     facts["triton_key"] = "not known"
-    from .pretended import triton_key
-
     facts["triton_key"] = "the same" if pack["triton_key"] == triton_key() else "differs"
     return {"LONGPO_COMMIT": pack["commit"], "LONGPO_CHANGED_FILES": str(pack["changed_files"])}
 
@@ -91,6 +89,18 @@ def kernel_sources() -> str:
     for file in sorted((ROOT / "kernels").glob("*.py")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def triton_key() -> str:
+    """What Triton's cache goes by beside a kernel: its sources, its binary, ptxas, the environment. Needs no torch."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime import cache
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    parts = cache.triton_key(), backend.hash(), sorted(get_cache_invalidating_env_vars().items())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def need_compiling(facts: dict) -> bool:

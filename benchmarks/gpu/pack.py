@@ -34,7 +34,7 @@ from triton import knobs
 
 from ..stamp import ROOT, git, revision
 from . import carried
-from .pretended import DEVICE, Kernel, collected_kernels, load_launchers, pretended_gpu, triton_key
+from .pretended import DEVICE, Kernel, collected_kernels, load_launchers, pretended_gpu
 from .questions import LONG, QUESTIONS
 from .rows import Row
 from .setting import H100, Setting
@@ -140,7 +140,7 @@ def pack_kernels(carry: Path, processes: int, rows: Iterable[tuple[str, Row]] | 
             archive.add(folder, arcname=".", filter=_anonymous)
     return {
         "kernels": len(kernels),
-        "triton_key": triton_key(),
+        "triton_key": carried.triton_key(),
         "sources": carried.kernel_sources(),
         "seconds": {"collect": round(collected, 1), "compile": round(time.monotonic() - start - collected, 1)},
     }

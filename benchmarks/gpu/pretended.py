@@ -19,7 +19,6 @@ import atexit
 import contextlib
 import ctypes
 import functools
-import hashlib
 import re
 import shutil
 import subprocess
@@ -37,12 +36,11 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 from triton import knobs
-from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia_driver
 from triton.backends.nvidia.driver import CudaLauncher, make_launcher, ty_to_cpp
-from triton.compiler import ASTSource, make_backend
-from triton.runtime import cache, driver
+from triton.compiler import ASTSource
+from triton.runtime import driver
 
 aten = torch.ops.aten
 CAPABILITY = (9, 0)
@@ -56,6 +54,7 @@ PROPERTIES = SimpleNamespace(
     warp_size=32,
     L2_cache_size=50 << 20,
 )
+TARGET = GPUTarget("cuda", 90, 32)
 ADDRESS = 1 << 40  # where every allocation begins, as far as alignment goes
 
 
@@ -244,7 +243,7 @@ class Driver:
     )
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return TARGET
 
     def get_current_device(self) -> int:
         return 0
@@ -296,13 +295,6 @@ def collected_kernels() -> Iterator[list[Kernel]]:
 
     with mock.patch.object(triton.compiler, "compile", compile):
         yield kernels
-
-
-def triton_key() -> str:
-    """What Triton's cache goes by beside a kernel itself: its own sources and binary, ptxas, the environment."""
-    backend = make_backend(Driver().get_current_target())
-    parts = cache.triton_key(), backend.hash(), sorted(get_cache_invalidating_env_vars().items())
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @functools.cache
