@@ -13,6 +13,7 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+import torch._dynamo  # torch would import it in every forked process anew
 
 from benchmarks.gpu import carried, pack
 from benchmarks.gpu.pretended import DEVICE, pretended_gpu
@@ -34,21 +35,18 @@ def apart(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def few_rows():
+def few_rows(cases=("n=1 K=1", "n=1000 K=3", "V=1 pitch=1 bfloat16")):
     """Three rows that launch KERNELS kernels, of the cheapest."""
-    for question, row in pack.rows_of_triton():
-        if row.case in ("n=1 K=1", "n=1000 K=3") or row.case == "V=1 pitch=1 bfloat16":
-            yield question, row
+    return ((question, row) for question, row in pack.rows_of_triton() if row.case in cases)
 
 
 def pack_few(carry: Path) -> None:
     pack.describe(carry, pack.pack_kernels(carry, 2, few_rows()))
 
 
-def prove_few(folder: str) -> dict:
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
-        return pack.prove(few_rows())
+def prove_few(folder: str, *cases) -> dict:
+    triton.knobs.cache.dir = folder
+    return pack.prove(few_rows(*cases))
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +86,8 @@ def test_another_triton_compiles_and_is_told(carry, tmp_path, monkeypatch):
         carry, tmp_path, compile=lambda environment: {"asked": asked.append(environment)}
     )
     assert facts["triton_key"] == "differs" and asked == [environment]
-    found = apart(prove_few, environment["TRITON_CACHE_DIR"])
-    assert found["hits"] == 0 and len(found["compiled"]) == KERNELS
+    found = apart(prove_few, environment["TRITON_CACHE_DIR"], ["n=1 K=1"])
+    assert found["hits"] == 0 and found["compiled"] == ["segment_kernel"]
 
 
 def test_changed_kernels_are_compiled_there(carry, tmp_path, monkeypatch):
@@ -163,5 +161,5 @@ def test_the_pretended_gpu_takes_the_way_of_cuda():
         assert torch.where(labels > 4, labels, -1).cpu().tolist() == [[-1, -1, -1], [6, 8, 10]]
         leaf = torch.zeros(2, 3, device=DEVICE, requires_grad=True)
         (leaf * labels).sum().backward()
-        assert leaf.grad.device == DEVICE and leaf.grad.shape == (2, 3) and float(leaf.sum()) == 1.0
+        assert leaf.grad.device == DEVICE and leaf.grad.shape == (2, 3) and float(leaf.detach().sum()) == 1.0
         assert json.dumps((leaf.detach().cpu() + labels.cpu()).tolist()) == "[[1.0, 3.0, 5.0], [7.0, 9.0, 11.0]]"
