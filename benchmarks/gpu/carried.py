@@ -32,6 +32,7 @@ from pathlib import Path
 
 from ..stamp import ROOT
 
+CARRY = ROOT / ".carry"
 LIMIT = 90.0  # seconds that compiling what is missing may take
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 

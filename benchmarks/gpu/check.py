@@ -30,6 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..stamp import RESULTS, ROOT, command
+from .carried import CARRY, prepare
 from .questions import BY_NAME, LONG, QUESTIONS, Question
 from .report import summary
 
@@ -284,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = folder(options.rehearse)
     questions, only = _chosen(options, out)
     report = Report(out / FILE, command=command(), rehearsal=options.rehearse, deadline=options.deadline)
-    check = Check(report, start + options.deadline, options.rehearse, {})
+    check = Check(report, start + options.deadline, options.rehearse, {} if options.rehearse else _carried(report))
     try:
         check.start(questions)
         for question in questions:
@@ -303,6 +304,16 @@ def main(arguments: list[str] | None = None) -> int:
     report.note(state=state, seconds=time.time() - start)
     print(summary(report.content, report.path), flush=True)
     return int(state != "finished" or any(map(failed, report.content["rows"])))
+
+
+def _carried(report: Report) -> dict[str, str]:
+    """The environment in which what gpu-pack sent along is used; what came of it is told."""
+    if not CARRY.is_dir():
+        return {}
+    environment, facts = prepare(CARRY, ROOT / "build" / "carried")
+    report.note(carried=facts)
+    print(f"carried: {json.dumps(facts)}", flush=True)
+    return environment
 
 
 def _chosen(options: argparse.Namespace, out: Path) -> tuple[list[Question], dict[str, list] | None]:

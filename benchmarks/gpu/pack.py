@@ -39,7 +39,6 @@ from .questions import LONG, QUESTIONS
 from .rows import Row
 from .setting import H100, Setting
 
-CARRY = ROOT / ".carry"
 WHEELS = ROOT / "requirements" / "carried.txt"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 PRETENDED = replace(H100, device=DEVICE, draws=1)
@@ -243,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         compiled = compile_all(kernels, options.processes)
         print(json.dumps({"kernels": len(kernels), "compiled": compiled, "seconds": time.monotonic() - start}))
     else:
-        pack(CARRY, options.processes)
+        pack(carried.CARRY, options.processes)
     return 0
 
 
