@@ -1,6 +1,6 @@
 """Where, with what, when and how a result was measured: what every JSON under results/ begins with.
 
-LONGPO_COMMIT names the commit where .git did not come along. Importing this is cheap: torch is imported where it is asked.
+Importing this is cheap: torch is imported where it is asked.
 
 Tests: tests/benchmarks/losses/test_run.py.
 """
@@ -17,7 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "numpy", "transformers", "cut-cross-entropy", "liger-kernel", "quack-kernels")
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "torchao"),
+    *("cut-cross-entropy", "liger-kernel", "quack-kernels", "trl"),
+)
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides how fast a matrix product is
 
 
@@ -26,8 +29,7 @@ def stamp(**more) -> dict:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
-        "commit": git("rev-parse", "HEAD") or os.environ.get("LONGPO_COMMIT") or None,
-        "changed_files": len(git("status", "--porcelain").splitlines()),
+        **revision(),
         "hardware": hardware(),
         "versions": versions(),
     } | more

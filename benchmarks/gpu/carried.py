@@ -39,15 +39,19 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 def unpack(carry: Path, into: Path) -> tuple[dict[str, str], dict]:
     """The folder `carry` into the folder `into`. Raises nothing: what fails is told in facts["failures"]."""
-    start, facts, environment = time.monotonic(), {}, {}
-    if not any(os.environ.get(name) for name in ALLOCATOR):
-        environment[ALLOCATOR[0]] = "expandable_segments:True"
+    start, facts, environment = time.monotonic(), {}, allocator()
     for step in (_pack, _kernels, _native, _wheels):
         try:
             environment |= step(carry, into, facts)
         except Exception as error:  # the check runs without it
             facts.setdefault("failures", {})[step.__name__.strip("_")] = f"{type(error).__name__}: {error}"[:300]
     return environment, facts | {"seconds": time.monotonic() - start}
+
+
+def allocator() -> dict[str, str]:
+    """Segments that grow, unless the user has chosen: without them the gaps between blocks are memory lost."""
+    chosen = any(os.environ.get(name) for name in ALLOCATOR)
+    return {} if chosen else {ALLOCATOR[0]: "expandable_segments:True"}
 
 
 def _pack(carry: Path, into: Path, facts: dict) -> dict[str, str]:

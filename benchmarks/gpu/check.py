@@ -30,7 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..stamp import RESULTS, ROOT, command
-from .carried import CARRY, prepare
+from .carried import CARRY, allocator, prepare
 from .questions import BY_NAME, LONG, QUESTIONS, Question
 from .report import summary
 
@@ -309,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _carried(report: Report) -> dict[str, str]:
     """The environment in which what gpu-pack sent along is used; what came of it is told."""
     if not CARRY.is_dir():
-        return {}
+        return allocator()
     environment, facts = prepare(CARRY, ROOT / "build" / "carried")
     report.note(carried=facts)
     print(f"carried: {json.dumps(facts)}", flush=True)
