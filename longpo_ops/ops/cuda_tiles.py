@@ -56,15 +56,21 @@ def find_nvcc() -> Path | None:
 @functools.cache
 def load_cuda() -> ctypes.CDLL:
     """The library, compiled where no earlier process did so. Raises BuildError when there is no nvcc or it fails."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise BuildError("no nvcc: set CUDA_HOME, put nvcc on PATH, or pip install " + " ".join(PACKAGES))
+    nvcc = find_nvcc()  # a library that is there needs none
     folder = source_folder("cuda")
-    command = [str(nvcc), "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
+    command = [str(nvcc or "nvcc"), "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
     command += [f"-gencode=arch={virtual},code=[{','.join(real)}]" for virtual, real in TARGETS.items()]
-    if (library := nvcc.parents[1] / "lib").is_dir():  # where the pip packages keep the runtime; others use lib64
+    if (
+        nvcc and (library := nvcc.parents[1] / "lib").is_dir()
+    ):  # where the pip packages keep the runtime; others use lib64
         command.append(f"-L{library}")
-    return bind(cached_library("cuda", [folder / "row_epilogue.cu", folder / "row_math.h"], command))
+    try:
+        return bind(cached_library("cuda", [folder / "row_epilogue.cu", folder / "row_math.h"], command))
+    except BuildError as error:
+        if nvcc:
+            raise
+        how = "set CUDA_HOME, put nvcc on PATH, or pip install " + " ".join(PACKAGES)
+        raise BuildError(f"no nvcc: {how}") from error
 
 
 def bind(path: Path) -> ctypes.CDLL:

@@ -19,7 +19,7 @@ import torch
 from benchmarks.gpu import correctness
 from benchmarks.gpu.rows import results
 from benchmarks.gpu.setting import REHEARSAL
-from longpo_ops.ops.build import source_folder
+from longpo_ops.ops.build import BuildError, source_folder
 from longpo_ops.ops.cuda_tiles import CudaTiles, bind, find_nvcc, load_cuda
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.tiles import LogitMap, TorchTiles
@@ -132,6 +132,19 @@ def test_library_loads_without_a_gpu_and_a_launch_says_what_is_wrong(nvcc):
     with pytest.raises(RuntimeError, match=r"longpo_logps_gradient on cpu: .*(CUDA|driver|device)"):
         tiles.logps_gradient_(z, labels, torch.ones(3), LogitMap(), torch.bfloat16)
     assert tiles.logps(z[:0], labels[:0], LogitMap())[0].shape == (0,)  # nothing to launch, nothing to fail
+
+
+def test_a_library_that_is_there_needs_no_nvcc(nvcc, tmp_path, monkeypatch):
+    """As on a machine that gpu-pack's library came to: its name holds no path of the compiler's."""
+    here = Path(load_cuda()._name)
+    monkeypatch.setattr("longpo_ops.ops.cuda_tiles.find_nvcc", lambda: None)
+    monkeypatch.setattr("longpo_ops.ops.build.NATIVE", tmp_path / "none")
+    monkeypatch.setenv("LONGPO_OPS_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match="no nvcc: set CUDA_HOME"):
+        load_cuda.__wrapped__()
+    shutil.copy(here, tmp_path)
+    assert Path(load_cuda.__wrapped__()._name) == tmp_path / here.name
 
 
 def test_nvcc_is_found_where_it_may_be(tmp_path, monkeypatch):
