@@ -79,13 +79,18 @@ def _native(carry: Path, into: Path, facts: dict) -> dict[str, str]:
 
 
 def _wheels(carry: Path, into: Path, facts: dict) -> dict[str, str]:
-    """A wheel without scripts is an archive of what is imported."""
-    site, wheels = (into / "site").resolve(), sorted((carry / "wheels").glob("*.whl"))
+    site = (into / "site").resolve()
+    facts["wheels"] = unpack_wheels(carry, site)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
+
+
+def unpack_wheels(carry: Path, site: Path) -> list[str]:
+    """A wheel without scripts is an archive of what is imported -> names and versions."""
+    wheels = sorted((carry / "wheels").glob("*.whl"))
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-    facts["wheels"] = ["-".join(wheel.name.split("-")[:2]) for wheel in wheels]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
+    return ["-".join(wheel.name.split("-")[:2]) for wheel in wheels]
 
 
 def kernel_sources() -> str:

@@ -4,9 +4,9 @@
     python -m benchmarks.gpu.pack --compile    only what Triton's cache lacks, into it (carried.compile_missing)
     python -m benchmarks.gpu.pack --prove      run the rows on Triton's cache: how many kernels are found, how many compiled
 
-The kernels are those that the rows of `make gpu-check` launch on the triton back-end: the rows are run on a GPU that is not
-there (pretended.py). A row that raises stops the packing by its name. Run it with the Python, torch and triton of the GPU
-machine: Triton's cache goes by its own binary. Not covered: kernels of other packages.
+The kernels are those that the rows of `make gpu-check` launch through Triton, ours and those of the peers carried as wheels:
+the rows are run on a GPU that is not there (pretended.py). A row that raises stops the packing by its name. Run it with the
+Python, torch and triton of the GPU machine: Triton's cache goes by its own binary.
 
 Tests: tests/benchmarks/gpu/test_pack.py.
 """
@@ -25,6 +25,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -44,13 +45,15 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 PRETENDED = replace(H100, device=DEVICE, draws=1)
 MOST_CARRIED = 40_000_000
 MOST_WITH_TREE = 64 << 20
+LAUNCHING = ("tiles", "public", "loss", "kernels")  # attention has no Triton kernel, whole steps have those of the loss
 SLOW = ("partial_kernel",)  # compiled first, as they take longest
 
 
-def rows_of_triton(setting: Setting = PRETENDED) -> Iterator[tuple[str, Row]]:
-    """-> question and row, of those that launch kernels of this library through Triton."""
+def launching_rows(setting: Setting = PRETENDED) -> Iterator[tuple[str, Row]]:
+    """-> question and row, of those that may launch Triton's kernels."""
     for question in (*QUESTIONS, *LONG):
-        yield from ((question.name, row) for row in question.rows(setting) if row.backend == "triton")
+        if question.name in LAUNCHING:
+            yield from ((question.name, row) for row in question.rows(setting) if row.backend not in ("cuda", "torch"))
 
 
 def run(rows: Iterable[tuple[str, Row]]) -> int:
@@ -69,7 +72,7 @@ def run(rows: Iterable[tuple[str, Row]]) -> int:
 def collect(rows: Iterable[tuple[str, Row]] | None = None) -> list[Kernel]:
     """The kernels that the rows launch. Raises RuntimeError."""
     with pretended_gpu(), collected_kernels() as kernels:
-        run(rows_of_triton() if rows is None else rows)
+        run(launching_rows() if rows is None else rows)
     return kernels
 
 
@@ -86,6 +89,7 @@ def _compile(number: int) -> bool:
 
 def compile_all(kernels: list[Kernel], processes: int) -> int:
     """Into Triton's cache, in so many processes -> how many it lacked."""
+    load_launchers()
     _work[:] = sorted(kernels, key=lambda kernel: kernel.name not in SLOW)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         return sum(done.result() for done in as_completed(pool.submit(_compile, n) for n in range(len(kernels))))
@@ -114,7 +118,7 @@ def prove(rows: Iterable[tuple[str, Row]] | None = None) -> dict:
     try:
         load_launchers()
         with pretended_gpu():
-            counts["rows"] = run(rows_of_triton() if rows is None else rows)
+            counts["rows"] = run(launching_rows() if rows is None else rows)
     finally:
         knobs.compilation.listener = knobs.build.impl = None
     return counts
@@ -124,21 +128,27 @@ def prove(rows: Iterable[tuple[str, Row]] | None = None) -> dict:
 
 
 def pack_kernels(carry: Path, processes: int, rows: Iterable[tuple[str, Row]] | None = None) -> dict:
-    """The kernels of the rows into carry/triton.tar.xz, by way of an empty cache -> what pack.json says of them."""
+    """The kernels of the rows into carry/triton.tar.xz, by way of an empty cache -> what pack.json says of them.
+
+    Peers are imported from carry's wheels, which this process can import meanwhile.
+    """
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as site:
+        carried.unpack_wheels(carry, Path(site))
+        sys.path.append(site)
         knobs.cache.dir = folder
         try:
-            load_launchers()
             kernels = collect(rows)
             collected = time.monotonic() - start
             compile_all(kernels, processes)
         finally:
             del knobs.cache.dir
+            sys.path.remove(site)
         with tarfile.open(carry / "triton.tar.xz", "w:xz") as archive:
             archive.add(folder, arcname=".", filter=_anonymous)
     return {
         "kernels": len(kernels),
+        "names": dict(Counter(sorted(kernel.name for kernel in kernels))),
         "triton_key": carried.triton_key(),
         "sources": carried.kernel_sources(),
         "seconds": {"collect": round(collected, 1), "compile": round(time.monotonic() - start - collected, 1)},
@@ -216,9 +226,11 @@ def pack(carry: Path, processes: int) -> None:
             f"gpu-pack: no compiled csrc/cuda in {carry.name}/native: expected what the Makefile puts there"
         )
     download_wheels(carry)
-    describe(carry, pack_kernels(carry, processes))
+    kernels = pack_kernels(carry, processes)
+    describe(carry, kernels)
     check_sizes(carry, tree := tree_bytes())
     proof = check_proof(carry)
+    print("gpu-pack: " + ", ".join(f"{name} {count}" for name, count in kernels["names"].items()))
     print(f"gpu-pack: {proof['rows']} rows launch {proof['kernels']} kernels: {proof['hits']} found, none compiled")
     for path in sorted(carry.iterdir()):
         size = folder_bytes(path) if path.is_dir() else path.stat().st_size

@@ -37,7 +37,7 @@ def apart(function, *arguments):
 
 def few_rows(cases=("n=1 K=1", "n=1000 K=3", "V=1 pitch=1 bfloat16")):
     """Three rows that launch KERNELS kernels, of the cheapest."""
-    return ((question, row) for question, row in pack.rows_of_triton() if row.case in cases)
+    return ((question, row) for question, row in pack.launching_rows() if row.case in cases)
 
 
 def pack_few(carry: Path) -> None:
