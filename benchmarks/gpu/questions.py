@@ -32,6 +32,8 @@ QUESTIONS = (
     Question("tiles", "Is every kernel right, against float64?", ".correctness:tiles"),
     Question("public", "Is every public function right, against float64?", ".correctness:public"),
     Question("attention", "Is shared-prefix attention right, on every kernel that is here?", ".attention:rows", True),
+    Question("loss", "How fast is the loss beside the ceiling, plain PyTorch and other libraries?", ".speed:rows"),
+    Question("kernels", "How fast are the parts of the loss beside copies and torch.mm?", ".kernels:rows"),
 )
 LONG = ()
 BY_NAME = {question.name: question for question in (*QUESTIONS, *LONG)}

@@ -1,326 +1,328 @@
-"""How fast, beside what the machine can do: ceilings, epilogues, log-probs, the whole loss, workspaces, peers.
+"""How fast is the loss beside the ceiling, plain PyTorch and other libraries?
 
-Operations are counted, not executed: a product of (n, H) and (H, V) is 2nHV; the loss with both gradients 6NHV over the
-N rows that carry weight; log-probs alone 2NHV. Ceilings are measured in the process of what is set against them:
+Operations are counted, not executed: a product of (n, H) and (H, V) is 2nHV; a loss with both gradients 6NHV over the N
+rows that carry weight. Ceilings are measured once, in the process of what is set against them:
 
-    matmul   6nHV / the time of plain 16-bit torch.mm at the three products' shapes, the best of two chunk sizes n
-    copy     bytes read and written / time of Tensor.copy_ of the logits tile
+    matmul   6nHV / the time of plain torch.mm at the three products' shapes, the best of a few chunk sizes n
+    copy     bytes read and written / time of Tensor.copy_ of a float32 tile of logits
 
-Whether results are right is correctness.py's matter.
+A time alone is no comparison: before it is timed, each cross-entropy's loss and a part of both its gradients are held
+against plain PyTorch in float32. One that computes something else gets no time; of another library it is "skipped".
 
-Tests: tests/benchmarks/gpu/test_check.py.
+Tests: tests/benchmarks/gpu/test_speed.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import longpo_ops
 from longpo_ops.ops.checks import check_workspace
-from longpo_ops.ops.products import Products
-from longpo_ops.ops.sweep import rows_per_chunk
-from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles
+from longpo_ops.ops.dispatch import choose_backend
+from longpo_ops.ops.sweep import even_rows, rows_per_chunk
 
-from .setting import NO_GPU, Setting, attempt, measure
+from .peers import PEERS, Peer, Run, backwards
+from .rows import Row, failed, perform, unavailable
+from .setting import GIB, Setting, measure, measure_seconds
+
+RATE = 600e12  # operations a second that are planned with
+RATE_FLOAT32 = 40e12
+TIMES = 1.0  # what the products take at that rate, for all of a loss of ours
+SETUP = 0.1  # seconds in which a row makes its inputs
+LOSS_LIMIT = (
+    0.1  # nats per token that it may be off: a loss of 12 that is kept in bfloat16 is rounded to multiples of 0.06
+)
+GRADIENT_LIMIT = 0.05  # of the gradient's norm
+BLOCK = 1024  # rows that the truth looks at at once
+PART = 64  # rows whose hidden gradients, and labels whose rows of the head's gradient, are compared
+OTHER_WORKSPACE = 2 * GIB
+
 
 # ---- ceilings --------------------------------------------------------------------------------------------------------
 
 
-def _random(setting: Setting, *shape: int, spread: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device=setting.device) * spread).to(setting.dtype)
+def normal(setting: Setting, source: torch.Generator, *shape: int, spread: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=source, device=setting.device, dtype=setting.dtype).mul_(spread)
 
 
-def _head(setting: Setting, vocab: int) -> Tensor:
-    return _random(setting, vocab, setting.width, spread=setting.width**-0.5)
+def generator(setting: Setting, seed: int = 0) -> torch.Generator:
+    return torch.Generator(setting.device).manual_seed(seed)
 
 
-def _rate(timing: dict, operations: float) -> dict:
+def planned_head(setting: Setting, vocab: int) -> Tensor:
+    """A head (V, H) to plan with: its device and shape, and no memory."""
+    device = "meta" if setting.elsewhere else setting.device
+    return torch.empty(1, 1, device=device, dtype=setting.dtype).expand(vocab, setting.width)
+
+
+def chunk_rows(setting: Setting, vocab: int, rows: int) -> int:
+    """The rows that a sweep over so many multiplies at once with its default workspace."""
+    weight, dtype = planned_head(setting, vocab), setting.dtype
+    return min(rows, even_rows(rows, rows_per_chunk(check_workspace(None, weight, dtype), weight, dtype)))
+
+
+def ceiling_sizes(setting: Setting, vocab: int) -> list[int]:
+    """Chunk sizes n: those of the sweep, and for the first vocabulary one more, which may suit the vendor's library."""
+    if vocab != setting.vocabularies[0]:
+        return [chunk_rows(setting, vocab, setting.few_rows)]
+    swept = {chunk_rows(setting, vocab, rows) for rows in (setting.few_rows, setting.rows)}
+    return sorted(swept | {min(setting.rows, 8192)})
+
+
+@functools.cache
+def matmul_rate(setting: Setting, vocab: int, n: int) -> dict:
+    """The three products by torch.mm, results in the operands' dtype."""
+    source, width = generator(setting), setting.width
+    weight = normal(setting, source, vocab, width, spread=width**-0.5)
+    h, dz = normal(setting, source, n, width), normal(setting, source, n, vocab)
+    factors = {"logits": (h, weight.T), "hidden gradient": (dz, weight), "head gradient": (dz.T, h)}
+    timings = {name: measure(setting, functools.partial(torch.mm, *pair)) for name, pair in factors.items()}
+    each = {name: timing["milliseconds"] for name, timing in timings.items()}
+    total = {"status": "measured", "milliseconds": sum(each.values()), "milliseconds_each": each}
+    return rate(total, 6 * n * width * vocab)
+
+
+@functools.cache
+def copy_rate(setting: Setting, vocab: int) -> dict:
+    source = torch.empty(tile_rows(setting, vocab), vocab, device=setting.device).normal_()
+    timing = measure(setting, torch.empty_like(source).copy_, lambda: (source,))
+    return timing | {"gigabytes_per_second": 2 * 4 * source.numel() / timing["milliseconds"] / 1e6}
+
+
+def tile_rows(setting: Setting, vocab: int) -> int:
+    return max(1, setting.tile_bytes // (4 * vocab))
+
+
+def rate(timing: dict, operations: float) -> dict:
     return timing | {"tflops": operations / timing["milliseconds"] / 1e9}
 
 
-def _chunk_rows(setting: Setting, weight: Tensor) -> int:
-    """The rows that the sweep multiplies at once with its default workspace."""
-    default = check_workspace(None, weight, setting.dtype)
-    return min(setting.rows, rows_per_chunk(default, weight, setting.dtype))
+def against_matmul(setting: Setting, vocab: int, operations: float, run: Callable, prepare=lambda: None) -> dict:
+    """The time of run(*prepare()), its rate, and that over the best ceiling's."""
+    timing = rate(measure(setting, run, prepare), operations)
+    best = max(matmul_rate(setting, vocab, n)["tflops"] for n in ceiling_sizes(setting, vocab))
+    return timing | {"fraction_of_matmul": timing["tflops"] / best}
 
 
-@functools.cache
-def matmul_ceiling(setting: Setting, vocab: int) -> tuple[dict, ...]:
-    """One row per chunk size: the three products by torch.mm with 16-bit results."""
-    weight, rows = _head(setting, vocab), []
-    for n in sorted({_chunk_rows(setting, weight), min(setting.rows, 8192)}):
-        h, dz = _random(setting, n, setting.width), _random(setting, n, vocab)
-        factors = ((h, weight.T), (dz, weight), (dz.T, h))
-        timings = [measure(setting, functools.partial(torch.mm, *pair)) for pair in factors]
-        total = sum(t["milliseconds"] for t in timings)
-        row = {"what": "ceiling: matmul", "case": f"n={n} H={setting.width} V={vocab}", "status": "measured"}
-        each = {name: t["milliseconds"] for name, t in zip(("logits", "hidden gradient", "head gradient"), timings)}
-        rows.append(_rate(row | {"milliseconds": total, "milliseconds_each": each}, 6 * n * setting.width * vocab))
-    return tuple(rows)
+def ceilings(setting: Setting, vocab: int) -> Iterator[Row]:
+    width, size = setting.width, setting.dtype.itemsize
+    for n in ceiling_sizes(setting, vocab):
+        seconds = SETUP + 3 * measure_seconds(setting, 2 * n * width * vocab / RATE)
+        taken = size * (vocab * width * 2 + n * width * 2 + n * vocab * 2)
+        about = f"n={n} H={width} V={vocab}"
+        yield Row("ceiling: matmul", about, lambda seed, n=n: matmul_rate(setting, vocab, n), "", seconds, taken)
 
 
-def _best_matmul(setting: Setting, vocab: int) -> float:
-    return max(row["tflops"] for row in matmul_ceiling(setting, vocab))
+def copy_ceiling(setting: Setting, vocab: int) -> Row:
+    about = f"({tile_rows(setting, vocab)}, {vocab}) float32"
+    seconds = SETUP + measure_seconds(setting, 1e-3)
+    return Row("ceiling: copy", about, lambda seed: copy_rate(setting, vocab), "", seconds, 2 * setting.tile_bytes)
 
 
-def _tile(setting: Setting, vocab: int) -> Tensor:
-    return torch.empty(max(1, setting.tile_bytes // (4 * vocab)), vocab, device=setting.device)
+# ---- what is asked of all -------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def copy_ceiling(setting: Setting, vocab: int) -> dict:
-    source = _tile(setting, vocab).normal_()
-    timing = measure(setting, torch.empty_like(source).copy_, lambda: (source,))
-    row = {"what": "ceiling: copy", "case": f"({source.shape[0]}, {vocab}) float32"}
-    return row | timing | {"gigabytes_per_second": 2 * 4 * source.numel() / timing["milliseconds"] / 1e6}
+class Size(NamedTuple):
+    """N rows of H hidden units over V tokens."""
 
-
-def _against_matmul(setting: Setting, vocab: int, operations: float, run, prepare=lambda: None) -> dict:
-    timing = _rate(measure(setting, run, prepare), operations)
-    return timing | {"fraction_of_matmul": timing["tflops"] / _best_matmul(setting, vocab)}
-
-
-def ceilings(setting: Setting) -> Iterator[dict]:
-    """The ceilings themselves, and the sweep's own products (float32 results) beside them."""
-    for vocab in setting.vocabularies:
-        yield from matmul_ceiling(setting, vocab)
-        yield copy_ceiling(setting, vocab)
-        weight = _head(setting, vocab)
-        products, n = Products(weight, setting.dtype), _chunk_rows(setting, weight)
-        h = _random(setting, n, setting.width).to(products.dtype)
-        dz = _random(setting, n, vocab).to(products.dtype)
-        z = torch.empty(n, vocab, device=setting.device, dtype=products.tile_dtype)
-        dw = torch.zeros(vocab, setting.width, device=setting.device, dtype=products.tile_dtype)
-        for name, run in {
-            "logits": functools.partial(products.logits_, h, z),
-            "hidden gradient": functools.partial(products.hidden_gradient, dz),
-            "head gradient": functools.partial(products.add_weight_gradient_, dw, dz, h),
-        }.items():
-            row = {"what": f"product: {name}", "case": f"n={n} H={setting.width} V={vocab}"}
-            yield attempt(row, _against_matmul, setting, vocab, 2 * n * setting.width * vocab, run)
-
-
-# ---- epilogues -------------------------------------------------------------------------------------------------------
-
-
-def _epilogue_case(tiles: Tiles, function: str, vocab: int, setting: Setting) -> dict:
-    """Bytes are the least that can move: a tile read once, 16-bit gradients written once."""
-    source = _tile(setting, vocab).normal_()
-    n = source.shape[0]
-    z = torch.empty_like(source)
-    labels = torch.randint(vocab, (n,), device=setting.device)
-    g, map = torch.ones(n, device=setting.device), LogitMap()
-    stats = tiles.logps(source, labels, map)[1]
-    dtype = setting.dtype
-    fill = lambda: (z.copy_(source),)  # noqa: E731
-    if function == "logps":
-        timing, moved = measure(setting, lambda: tiles.logps(source, labels, map)), 4
-    elif function == "gradient_":
-        timing = measure(setting, lambda z: tiles.gradient_(z, labels, stats, g, map, dtype), fill)
-        moved = 4 + dtype.itemsize
-    elif function == "logps_gradient_":
-        timing = measure(setting, lambda z: tiles.logps_gradient_(z, labels, g, map, dtype), fill)
-        moved = 4 + dtype.itemsize
-    else:
-        teacher = torch.empty_like(source).normal_()
-        arguments = (teacher, g, Divergence("reverse"), map, map, dtype, True, False)
-        timing = measure(setting, lambda z: tiles.divergence_(z, *arguments), fill)
-        moved = 8 + dtype.itemsize
-    rate = moved * source.numel() / timing["milliseconds"] / 1e6
-    copy = copy_ceiling(setting, vocab)
-    return timing | {
-        "gigabytes_per_second": rate,
-        "fraction_of_copy": rate / copy["gigabytes_per_second"],
-        "times_a_copy_of_the_tile": timing["milliseconds"] / copy["milliseconds"],
-    }
-
-
-def epilogue(setting: Setting) -> Iterator[dict]:
-    for vocab in setting.vocabularies:
-        for backend, tiles in setting.backends():
-            for function in ("logps", "gradient_", "logps_gradient_", "divergence_"):
-                row = {"what": f"epilogue: {function}", "backend": backend, "case": f"V={vocab}"}
-                if isinstance(tiles, str):
-                    yield row | {"status": tiles}
-                elif function == "divergence_" and backend == "cuda":
-                    yield row | {"status": "skipped: csrc/cuda leaves divergences to triton"}
-                else:
-                    yield attempt(row, _epilogue_case, tiles, function, vocab, setting)
-
-
-# ---- log-probs, the whole loss, workspaces ---------------------------------------------------------------------------
-
-
-def logprobs(setting: Setting) -> Iterator[dict]:
-    """Scoring alone, 2NHV: straight from hidden states, and through tiles of logits."""
-    n = setting.rows // 4
-    for vocab in setting.vocabularies:
-        weight, h = _head(setting, vocab), _random(setting, n, setting.width)
-        labels = torch.randint(vocab, (n,))
-        on_device = labels.to(setting.device)
-        operations = 2 * n * setting.width * vocab
-        for backend, tiles in setting.backends():
-            case = {"backend": backend, "case": f"N={n} H={setting.width} V={vocab}"}
-            runs = {
-                "linear_logps": functools.partial(_linear_logps, tiles, h, weight, on_device),
-                "linear_logprobs, forward": functools.partial(
-                    longpo_ops.linear_logprobs, h, weight, labels, backend=backend
-                ),
-            }
-            for what, run in runs.items():
-                if isinstance(tiles, str):
-                    yield {"what": what, **case, "status": tiles}
-                elif what == "linear_logps" and tiles.linear_logps is None:
-                    yield {"what": what, **case, "status": "skipped: this back-end has no such function"}
-                else:
-                    yield attempt({"what": what, **case}, _against_matmul, setting, vocab, operations, run)
-
-
-def _linear_logps(tiles: Tiles, h: Tensor, weight: Tensor, labels: Tensor):
-    return tiles.linear_logps(h, weight, labels, LogitMap())
-
-
-class Problem:
-    """Hidden states, a head and labels of N weighted rows: one pair, every row of its chosen sequence in the NLL."""
-
-    def __init__(self, setting: Setting, vocab: int):
-        self.setting, self.vocab, answers = setting, vocab, setting.answers
-        rows = setting.rows - answers  # the chosen sequence's; the rejected answer has the others
-        self.rows = setting.rows
-        self.weight = _head(setting, vocab).requires_grad_()
-        self.chosen = _random(setting, 1, rows, setting.width).requires_grad_()
-        self.rejected = _random(setting, 1, answers, setting.width).requires_grad_()
-        self.nll_labels = torch.randint(vocab, (1, rows))
-        self.rejected_labels = torch.randint(vocab, (1, answers))
-        self.chosen_labels = torch.full((1, rows), -100)
-        self.chosen_labels[:, -answers:] = self.nll_labels[:, -answers:]
-        self.reference = torch.full((1,), -10.0 * answers)
-
-    def forget(self) -> None:
-        self.weight.grad = self.chosen.grad = self.rejected.grad = None
-
-    def preference(self, **options) -> Tensor:
-        """LongPO's loss, forward and backward."""
-        out = longpo_ops.fused_preference_loss(
-            self.chosen, self.rejected, self.weight, self.chosen_labels, self.rejected_labels,
-            ref_chosen_logps=self.reference, ref_rejected_logps=self.reference, nll_labels=self.nll_labels,
-            shift=False, **options,
-        )  # fmt: skip
-        out.loss.backward()
-        return out.loss.detach()
-
-    @functools.cached_property
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """All N rows as one batch for the cross-entropies: hidden (N, H), labels (N,) on the device."""
-        hidden = torch.cat([self.chosen.detach()[0], self.rejected.detach()[0]]).requires_grad_()
-        return hidden, torch.cat([self.nll_labels[0], self.rejected_labels[0]]).to(self.setting.device)
-
-    def cross_entropy(self, loss) -> Tensor:
-        """loss(hidden, weight, labels), forward and backward."""
-        hidden, labels = self.flat
-        hidden.grad = None
-        value = loss(hidden, self.weight, labels)
-        value.backward()
-        return value.detach()
-
-    def time(self, run) -> dict:
-        """Time and rate at 6NHV; memory beside what must be there: gradients, and the head's in float32."""
-        delivered = sum(t.numel() * t.element_size() for t in (self.weight, self.chosen, self.rejected))
-        sizes = {"delivered_gradient_bytes": delivered, "float32_head_gradient_bytes": 4 * self.weight.numel()}
-        operations = 6 * self.rows * self.setting.width * self.vocab
-        return _against_matmul(self.setting, self.vocab, operations, run, self.forget) | sizes
+    setting: Setting
+    vocab: int
+    rows: int
 
     @property
     def case(self) -> str:
         return f"N={self.rows} H={self.setting.width} V={self.vocab}"
 
+    @property
+    def operations(self) -> float:
+        return 6.0 * self.rows * self.setting.width * self.vocab
 
-def loss(setting: Setting) -> Iterator[dict]:
-    for vocab in setting.vocabularies:
-        problem = Problem(setting, vocab)
-        for backend, tiles in setting.backends():
-            runs = {
-                "loss: fused_preference_loss": functools.partial(problem.preference, backend=backend),
-                "loss: linear_cross_entropy": functools.partial(
-                    problem.cross_entropy, functools.partial(longpo_ops.linear_cross_entropy, backend=backend)
-                ),
-            }
-            for what, run in runs.items():
-                row = {"what": what, "backend": backend, "case": problem.case}
-                yield row | {"status": tiles} if isinstance(tiles, str) else attempt(row, problem.time, run)
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the hidden states' and the head's gradient, as they are delivered."""
+        return self.setting.dtype.itemsize * (self.rows + self.vocab) * self.setting.width
 
+    def bytes(self, scratch: int) -> int:
+        """On the device at most: inputs, gradients, the head in float32 (its gradient, or the truth's) and scratch."""
+        truth = 3 * 4 * min(BLOCK, self.rows) * self.vocab
+        return 2 * self.gradient_bytes + 4 * self.vocab * self.setting.width + max(scratch, truth)
 
-def workspace(setting: Setting) -> Iterator[dict]:
-    """The whole loss by workspace, at the middle vocabulary, on the back-end a user gets."""
-    vocab = setting.vocabularies[len(setting.vocabularies) // 2]
-    problem = Problem(setting, vocab)
-    for size in setting.workspaces:
-        row = {"what": "workspace: fused_preference_loss", "case": f"{problem.case} workspace_bytes={size}"}
-        yield attempt(row, problem.time, functools.partial(problem.preference, workspace_bytes=size))
+    def seconds(self, times: float, each: float = 0.0, compiles: float = 0.0) -> float:
+        """Of a row whose run takes `times` the planned rate's time and `each` seconds beside: one to judge, then measured."""
+        one = times * self.operations / RATE + each
+        return SETUP + compiles + one + measure_seconds(self.setting, one)
 
-
-# ---- peers -----------------------------------------------------------------------------------------------------------
+    def time(self, run: Callable, prepare: Callable = lambda: None) -> dict:
+        timing = against_matmul(self.setting, self.vocab, self.operations, run, prepare)
+        return timing | {"delivered_gradient_bytes": self.gradient_bytes}
 
 
-def _naive(hidden, weight, labels):
-    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+class Inputs:
+    """Hidden states (N, H), a head (V, H) whose logits are spread like a model's, and labels (N,) on the host."""
+
+    def __init__(self, size: Size, seed: int):
+        setting, source = size.setting, generator(size.setting, seed)
+        self.weight = normal(setting, source, size.vocab, setting.width, spread=setting.width**-0.5).requires_grad_()
+        self.hidden = normal(setting, source, size.rows, setting.width).requires_grad_()
+        self.labels = torch.randint(size.vocab, (size.rows,), generator=torch.Generator().manual_seed(seed))
+
+    def forget(self) -> None:
+        self.weight.grad = self.hidden.grad = None
 
 
-def _torch_chunked():
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError("torch has no F.linear_cross_entropy: expected torch 2.13")
-    return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())  # None: not chunked
+# ---- cross-entropy: what it must be, and how long it takes -----------------------------------------------------------
 
 
-def _liger():
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+class Truth(NamedTuple):
+    """Mean cross-entropy by plain PyTorch in float32, and parts of both gradients: of the first PART rows and their labels."""
 
-    function = LigerFusedLinearCrossEntropyLoss()
-    return lambda hidden, weight, labels: function(weight, hidden, labels)
+    loss: float
+    hidden: Tensor  # (PART, H)
+    head: Tensor  # (PART, H)
 
+    def compare(self, loss: Tensor, inputs: Inputs) -> dict:
+        labels = inputs.labels[:PART].to(inputs.weight.device)
 
-def _cce():
-    from cut_cross_entropy import linear_cross_entropy
+        def error(found: Tensor | None, places: Tensor | slice, true: Tensor) -> float:
+            return 1.0 if found is None else float((found[places].float() - true).norm() / true.norm())
 
-    return linear_cross_entropy
-
-
-def _quack():
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return functools.partial(chunked_linear_cross_entropy, reduction="mean")
-
-
-PEERS = {  # name -> (how to import it, whether it needs a GPU)
-    "naive": (lambda: _naive, False),
-    "torch chunked": (_torch_chunked, False),
-    "liger": (_liger, True),
-    "cce": (_cce, True),
-    "quack": (_quack, True),
-}
+        off = {
+            "loss_difference": (float(loss) - self.loss, LOSS_LIMIT),
+            "hidden_gradient_error": (error(inputs.hidden.grad, slice(PART), self.hidden), GRADIENT_LIMIT),
+            "head_gradient_error": (error(inputs.weight.grad, labels, self.head), GRADIENT_LIMIT),
+        }
+        numbers = {"loss": float(loss)} | {name: value for name, (value, _) in off.items()}
+        other = [f"{name.replace('_', ' ')} {v:.2g}" for name, (v, limit) in off.items() if not abs(v) <= limit]
+        return numbers | ({"status": f"failed: it computes something else: {', '.join(other)}"} if other else {})
 
 
-def peers(setting: Setting) -> Iterator[dict]:
-    """Mean cross-entropy of the same rows, forward and backward; ours, on the back-end a user gets, first."""
-    for vocab in setting.vocabularies:
-        problem, ours = Problem(setting, vocab), longpo_ops.linear_cross_entropy
-        yield attempt({"what": "peer: longpo_ops", "case": problem.case}, _cross_entropy_case, problem, ours)
-        for name, (load, needs_gpu) in PEERS.items():
-            row = {"what": f"peer: {name}", "case": problem.case}
-            if needs_gpu and not setting.on_gpu:
-                yield row | {"status": NO_GPU}
-                continue
-            row = attempt(row, lambda problem=problem, load=load: _cross_entropy_case(problem, load()))
-            # What keeps a peer from running is no failure of ours.
-            yield row | {"status": row["status"].replace("failed", "skipped")}
+@functools.cache
+def truth(size: Size, seed: int) -> Truth:
+    inputs = Inputs(size, seed)
+    labels, weight = inputs.labels.to(inputs.hidden.device), inputs.weight.detach().float()
+    loss, hidden, head = 0.0, weight[:0], torch.zeros_like(weight[:PART])
+    for start in range(0, size.rows, BLOCK):
+        h, y = inputs.hidden.detach()[start : start + BLOCK].float(), labels[start : start + BLOCK, None]
+        logps = (h @ weight.T).log_softmax(1)
+        loss -= float(logps.gather(1, y).sum(dtype=torch.float64))
+        dz = logps.exp_().scatter_add_(1, y, logps.new_full(y.shape, -1.0)).div_(size.rows)
+        hidden = dz[:PART] @ weight if start == 0 else hidden
+        head += dz[:, labels[:PART]].T @ h
+    return Truth(loss / size.rows, hidden, head)
 
 
-def _cross_entropy_case(problem: Problem, function) -> dict:
-    """Its time, beside the loss it computed."""
-    value = float(problem.cross_entropy(function))
-    return problem.time(functools.partial(problem.cross_entropy, function)) | {"loss": value}
+def _cross_entropy(size: Size, load: Callable[[], Run], seed: int) -> dict:
+    """Time of a run's forward and backward, if it is the cross-entropy."""
+    expected, run = truth(size, seed), load()
+    inputs = Inputs(size, seed)
+    arguments = inputs.hidden, inputs.weight, inputs.labels.to(inputs.hidden.device)
+    told = expected.compare(run(*arguments), inputs)
+    if "status" in told:
+        return told
+    return told | size.time(functools.partial(run, *arguments), inputs.forget)
+
+
+def _preference(size: Size, options: dict, seed: int) -> dict:
+    """LongPO's loss, forward and backward, of one pair: every row of the chosen sequence is in the NLL, `answers` of each
+    sequence in the preference."""
+    inputs, answers = Inputs(size, seed), size.setting.answers
+    chosen = inputs.hidden.detach()[None, :-answers].requires_grad_()
+    rejected = inputs.hidden.detach()[None, -answers:].requires_grad_()
+    nll_labels, rejected_labels = inputs.labels[None, :-answers], inputs.labels[None, -answers:]
+    chosen_labels = nll_labels.clone()
+    chosen_labels[:, :-answers] = -100
+    reference = torch.full((1,), -12.0 * answers)
+
+    def run() -> Tensor:
+        out = longpo_ops.fused_preference_loss(
+            chosen, rejected, inputs.weight, chosen_labels, rejected_labels, ref_chosen_logps=reference,
+            ref_rejected_logps=reference, nll_labels=nll_labels, shift=False, **options,
+        )  # fmt: skip
+        out.loss.backward()
+        return out.loss.detach()
+
+    def forget() -> None:
+        inputs.weight.grad = chosen.grad = rejected.grad = None
+
+    return {"loss": float(run())} | size.time(run, forget)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def preference(size: Size, backend: str | None = None, workspace: int | None = None) -> Row:
+    """Ours, on a back-end or on the one that a user gets, with the default workspace or another."""
+    compute = functools.partial(_preference, size, {"backend": backend, "workspace_bytes": workspace})
+    return _our_row("fused_preference_loss", size, compute, backend, workspace)
+
+
+def cross_entropy(size: Size, workspace: int | None = None) -> Row:
+    """Ours, on the back-end that a user gets, with the default workspace or another."""
+    ours = backwards(functools.partial(longpo_ops.linear_cross_entropy, workspace_bytes=workspace))
+    row = _our_row("linear_cross_entropy", size, functools.partial(_cross_entropy, size, lambda: ours), None, workspace)
+    return (
+        row if workspace else row._replace(seconds=row.seconds + size.operations / 3 / RATE_FLOAT32)
+    )  # with the truth
+
+
+def _our_row(what: str, size: Size, compute: Callable, backend: str | None, workspace: int | None) -> Row:
+    setting, about = size.setting, size.case + (f" workspace={workspace / GIB:g} GiB" if workspace else "")
+    scratch = check_workspace(workspace, planned_head(setting, size.vocab), setting.dtype)
+
+    def with_choice(seed: int) -> dict:
+        return compute(seed) | {"chosen_backend": choose_backend(setting.device, setting.dtype, backend).name}
+
+    return Row(what, about, with_choice, backend or "", size.seconds(TIMES), size.bytes(scratch))
+
+
+def _peer(size: Size, peer: Peer, compiled: bool) -> Row:
+    if (reason := peer.absence(size.setting)) is not None:
+        return unavailable(peer.name, "", size.case, reason)
+    row = Row(
+        peer.name, size.case, functools.partial(_cross_entropy, size, peer.load),
+        seconds=size.seconds(peer.times, peer.each, 0.0 if compiled else peer.compiles),
+        device_bytes=size.bytes(peer.scratch(size.rows, size.vocab)),
+    )  # fmt: skip
+    return row._replace(compute=functools.partial(_excused, row, peer))
+
+
+def _excused(row: Row, peer: Peer, seed: int) -> dict:
+    """What keeps another library from its result is no failure of ours."""
+    result = perform(row, seed) | {"version": peer.version}
+    return result | {"status": result["status"].replace("failed", "skipped", 1)} if failed(result) else result
+
+
+def timed_backends(setting: Setting) -> Iterator[tuple[str, object]]:
+    """The back-ends to time, or why not. PyTorch's works in small blocks: on a GPU nobody should choose it for speed."""
+    return ((name, tiles) for name, tiles in setting.backends() if not (name == "torch" and setting.on_gpu))
+
+
+def _ours(size: Size) -> Iterator[Row]:
+    """On every back-end."""
+    for backend, tiles in timed_backends(size.setting):
+        if isinstance(tiles, str):
+            yield unavailable("fused_preference_loss", backend, size.case, tiles)
+        else:
+            yield preference(size, backend)
+    yield cross_entropy(size)
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    first, *others = setting.vocabularies
+    yield from ceilings(setting, first)
+    yield copy_ceiling(setting, first)
+    few, many = (Size(setting, first, n) for n in (setting.few_rows, setting.rows))
+    for size, peers in ((few, PEERS), (many, [peer for peer in PEERS if peer.long])):
+        yield from _ours(size)
+        yield cross_entropy(size, OTHER_WORKSPACE)
+        yield from (_peer(size, peer, compiled=size is many) for peer in peers)
+    for vocab in others:
+        size = Size(setting, vocab, setting.few_rows)
+        yield from ceilings(setting, vocab)
+        yield from _ours(size)
+        yield from (_peer(size, peer, compiled=True) for peer in PEERS if not peer.needs_gpu)
