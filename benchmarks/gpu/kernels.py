@@ -32,11 +32,11 @@ from .speed import (
     preference,
     tile_rows,
     timed_backends,
+    with_truth,
 )
 
 WORKSPACES = tuple(int(gibibytes * GIB) for gibibytes in (1, 2, 2.75, 4))
 FUNCTIONS = ("logps", "gradient_", "logps_gradient_", "divergence_")
-COMPILE = 8.0  # seconds of a kernel of linear_logps, where its twin was not carried
 
 # ---- tile functions --------------------------------------------------------------------------------------------------
 
@@ -120,8 +120,8 @@ def _mm(hidden, weight, labels, on_device):
 
 
 def _scoring(size: Size) -> Iterator[Row]:
-    def row(what: str, score: Callable, backend: str = "", detail: str = "", compiles: float = 0.0) -> Row:
-        seconds = size.seconds(1.3 / 3, compiles=compiles)
+    def row(what: str, score: Callable, backend: str = "", detail: str = "") -> Row:
+        seconds = size.seconds(1.3 / 3)
         logits = size.setting.dtype.itemsize * size.rows * size.vocab if score is _mm else 4 * GIB
         compute = functools.partial(_score, size, score)
         return Row(what, size.case + detail, compute, backend, seconds, size.bytes(logits))
@@ -134,8 +134,7 @@ def _scoring(size: Size) -> Iterator[Row]:
         yield row("linear_logprobs, forward", _public(backend), backend)
         if tiles.linear_logps is not None:
             for flatten in (True, False):
-                detail = f" flatten={flatten}"
-                yield row("linear_logps", _straight(flatten), backend, detail, 0.0 if flatten else COMPILE)
+                yield row("linear_logps", _straight(flatten), backend, f" flatten={flatten}")
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -169,4 +168,4 @@ def rows(setting: Setting) -> Iterator[Row]:
     yield from _tile_functions(setting, vocab)
     yield from _scoring(some)
     yield from _products(setting, vocab)
-    yield from (preference(some, workspace=workspace) for workspace in WORKSPACES)
+    yield from with_truth(some, (preference(some, workspace=workspace) for workspace in WORKSPACES))

@@ -6,8 +6,8 @@ rows that carry weight. Ceilings are measured once, in the process of what is se
     matmul   6nHV / the time of plain torch.mm at the three products' shapes, the best of a few chunk sizes n
     copy     bytes read and written / time of Tensor.copy_ of a float32 tile of logits
 
-A time alone is no comparison: before it is timed, each cross-entropy's loss and a part of both its gradients are held
-against plain PyTorch in float32. One that computes something else gets no time; of another library it is "skipped".
+A time alone is no comparison: before it is timed, a loss and parts of its gradients are held against plain PyTorch in
+float32. One that computes something else gets no time; of another library it is "skipped".
 
 Tests: tests/benchmarks/gpu/test_speed.py.
 """
@@ -15,10 +15,11 @@ Tests: tests/benchmarks/gpu/test_speed.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import longpo_ops
@@ -175,68 +176,69 @@ class Inputs:
         self.weight.grad = self.hidden.grad = None
 
 
-# ---- cross-entropy: what it must be, and how long it takes -----------------------------------------------------------
+# ---- losses: what they must be, and how long they take ---------------------------------------------------------------
 
 
 class Truth(NamedTuple):
-    """Mean cross-entropy by plain PyTorch in float32, and parts of both gradients: of the first PART rows and their labels."""
+    """Plain PyTorch in float32: log-probs, and of their mean's negative parts of both gradients: of the first PART rows, and
+    of these rows' labels."""
 
-    loss: float
+    logps: Tensor  # (N,)
     hidden: Tensor  # (PART, H)
     head: Tensor  # (PART, H)
-
-    def compare(self, loss: Tensor, inputs: Inputs) -> dict:
-        labels = inputs.labels[:PART].to(inputs.weight.device)
-
-        def error(found: Tensor | None, places: Tensor | slice, true: Tensor) -> float:
-            return 1.0 if found is None else float((found[places].float() - true).norm() / true.norm())
-
-        off = {
-            "loss_difference": (float(loss) - self.loss, LOSS_LIMIT),
-            "hidden_gradient_error": (error(inputs.hidden.grad, slice(PART), self.hidden), GRADIENT_LIMIT),
-            "head_gradient_error": (error(inputs.weight.grad, labels, self.head), GRADIENT_LIMIT),
-        }
-        numbers = {"loss": float(loss)} | {name: value for name, (value, _) in off.items()}
-        other = [f"{name.replace('_', ' ')} {v:.2g}" for name, (v, limit) in off.items() if not abs(v) <= limit]
-        return numbers | ({"status": f"failed: it computes something else: {', '.join(other)}"} if other else {})
 
 
 @functools.cache
 def truth(size: Size, seed: int) -> Truth:
     inputs = Inputs(size, seed)
     labels, weight = inputs.labels.to(inputs.hidden.device), inputs.weight.detach().float()
-    loss, hidden, head = 0.0, weight[:0], torch.zeros_like(weight[:PART])
+    found, hidden, head = [], weight[:0], torch.zeros_like(weight[: len(labels[:PART])])
     for start in range(0, size.rows, BLOCK):
         h, y = inputs.hidden.detach()[start : start + BLOCK].float(), labels[start : start + BLOCK, None]
         logps = (h @ weight.T).log_softmax(1)
-        loss -= float(logps.gather(1, y).sum(dtype=torch.float64))
+        found.append(logps.gather(1, y)[:, 0])
         dz = logps.exp_().scatter_add_(1, y, logps.new_full(y.shape, -1.0)).div_(size.rows)
         hidden = dz[:PART] @ weight if start == 0 else hidden
         head += dz[:, labels[:PART]].T @ h
-    return Truth(loss / size.rows, hidden, head)
+    return Truth(torch.cat(found), hidden, head)
+
+
+def compare(loss: Tensor, true_loss: Tensor, **gradients: tuple[Tensor | None, Tensor]) -> dict:
+    """The loss and how far it and parts of its gradients are off; with a status where that is too far."""
+    off = {"loss_difference": (float(loss.double() - true_loss), LOSS_LIMIT)}
+    for name, (found, true) in gradients.items():
+        error = 1.0 if found is None else float((found.float() - true).norm() / true.norm())
+        off[f"{name}_gradient_error"] = error, GRADIENT_LIMIT
+    numbers = {"loss": float(loss)} | {name: value for name, (value, _) in off.items()}
+    other = [f"{name.replace('_', ' ')} {value:.2g}" for name, (value, limit) in off.items() if not abs(value) <= limit]
+    return numbers | ({"status": f"failed: it computes something else: {', '.join(other)}"} if other else {})
 
 
 def _cross_entropy(size: Size, load: Callable[[], Run], seed: int) -> dict:
     """Time of a run's forward and backward, if it is the cross-entropy."""
-    expected, run = truth(size, seed), load()
+    true, run = truth(size, seed), load()
     inputs = Inputs(size, seed)
-    arguments = inputs.hidden, inputs.weight, inputs.labels.to(inputs.hidden.device)
-    told = expected.compare(run(*arguments), inputs)
-    if "status" in told:
-        return told
-    return told | size.time(functools.partial(run, *arguments), inputs.forget)
+    hidden, weight, labels = inputs.hidden, inputs.weight, inputs.labels.to(inputs.hidden.device)
+    loss = run(hidden, weight, labels)
+    told = compare(
+        loss, -true.logps.double().mean(),
+        hidden=(None if hidden.grad is None else hidden.grad[:PART], true.hidden),
+        head=(None if weight.grad is None else weight.grad[labels[:PART]], true.head),
+    )  # fmt: skip
+    return told if "status" in told else told | size.time(lambda: run(hidden, weight, labels), inputs.forget)
 
 
 def _preference(size: Size, options: dict, seed: int) -> dict:
-    """LongPO's loss, forward and backward, of one pair: every row of the chosen sequence is in the NLL, `answers` of each
-    sequence in the preference."""
-    inputs, answers = Inputs(size, seed), size.setting.answers
+    """LongPO's loss, forward and backward, of one pair, if it is that: every row of the chosen sequence is in the NLL,
+    `answers` of each sequence in the preference."""
+    true = truth(size, seed)
+    inputs, answers, prompt = Inputs(size, seed), size.setting.answers, size.rows - 2 * size.setting.answers
     chosen = inputs.hidden.detach()[None, :-answers].requires_grad_()
     rejected = inputs.hidden.detach()[None, -answers:].requires_grad_()
     nll_labels, rejected_labels = inputs.labels[None, :-answers], inputs.labels[None, -answers:]
     chosen_labels = nll_labels.clone()
-    chosen_labels[:, :-answers] = -100
-    reference = torch.full((1,), -12.0 * answers)
+    chosen_labels[:, :prompt] = -100
+    reference = torch.full((1,), -12.0 * answers)  # of both: it cancels
 
     def run() -> Tensor:
         out = longpo_ops.fused_preference_loss(
@@ -249,7 +251,14 @@ def _preference(size: Size, options: dict, seed: int) -> dict:
     def forget() -> None:
         inputs.weight.grad = chosen.grad = rejected.grad = None
 
-    return {"loss": float(run())} | size.time(run, forget)
+    logps, longpo = true.logps.double(), longpo_ops.LongPO()
+    advantage = longpo.beta * (logps[prompt:-answers].sum() - logps[-answers:].sum())
+    expected = -longpo.preference_weight * F.logsigmoid(advantage) - logps[:-answers].mean()
+    part = min(PART, prompt)  # rows that only the NLL reads, a mean over fewer rows than the truth's
+    told = compare(
+        run(), expected, hidden=(chosen.grad[0, :part], true.hidden[:part] * (size.rows / (size.rows - answers)))
+    )
+    return told if "status" in told else told | size.time(run, forget)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -264,10 +273,9 @@ def preference(size: Size, backend: str | None = None, workspace: int | None = N
 def cross_entropy(size: Size, workspace: int | None = None) -> Row:
     """Ours, on the back-end that a user gets, with the default workspace or another."""
     ours = backwards(functools.partial(longpo_ops.linear_cross_entropy, workspace_bytes=workspace))
-    row = _our_row("linear_cross_entropy", size, functools.partial(_cross_entropy, size, lambda: ours), None, workspace)
-    return (
-        row if workspace else row._replace(seconds=row.seconds + size.operations / 3 / RATE_FLOAT32)
-    )  # with the truth
+    return _our_row(
+        "linear_cross_entropy", size, functools.partial(_cross_entropy, size, lambda: ours), None, workspace
+    )
 
 
 def _our_row(what: str, size: Size, compute: Callable, backend: str | None, workspace: int | None) -> Row:
@@ -312,17 +320,25 @@ def _ours(size: Size) -> Iterator[Row]:
     yield cross_entropy(size)
 
 
+def with_truth(size: Size, rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of a size, the first that is computed with the truth's time."""
+    owed = size.operations / 3 / RATE_FLOAT32
+    for row in rows:
+        yield row._replace(seconds=row.seconds + owed) if row.seconds else row
+        owed = 0.0 if row.seconds else owed
+
+
 def rows(setting: Setting) -> Iterator[Row]:
     first, *others = setting.vocabularies
     yield from ceilings(setting, first)
     yield copy_ceiling(setting, first)
     few, many = (Size(setting, first, n) for n in (setting.few_rows, setting.rows))
     for size, peers in ((few, PEERS), (many, [peer for peer in PEERS if peer.long])):
-        yield from _ours(size)
+        yield from with_truth(size, _ours(size))
         yield cross_entropy(size, OTHER_WORKSPACE)
         yield from (_peer(size, peer, compiled=size is many) for peer in peers)
     for vocab in others:
         size = Size(setting, vocab, setting.few_rows)
         yield from ceilings(setting, vocab)
-        yield from _ours(size)
+        yield from with_truth(size, _ours(size))
         yield from (_peer(size, peer, compiled=True) for peer in PEERS if not peer.needs_gpu)

@@ -24,7 +24,7 @@ import torch
 
 from ..stamp import stamp
 from .questions import BY_NAME, Question
-from .rows import Row, failed, perform
+from .rows import Row, perform
 from .setting import REHEARSAL, Setting, setting_here
 
 BROKEN = 3
@@ -73,7 +73,7 @@ def _result(row: Row, order: dict, setting: Setting, compiled: Callable[[], int]
     result = perform(row, order["seed"])
     if row.device_bytes >= LARGE:
         gc.collect()
-        if setting.on_gpu:
+        if setting.on_gpu and not device_is_broken(setting):  # else the row could not be told
             torch.cuda.empty_cache()
     return result | {"took": time.monotonic() - start, "expected": row.seconds, "compiled": compiled() - before}
 
@@ -108,7 +108,7 @@ def main() -> None:
         order = json.loads(line)
         for message in answer(BY_NAME[order["question"]], order, setting, compiled):
             tell(message)
-            if failed(message.get("row", {"status": ""})) and device_is_broken(setting):
+            if "row" in message and device_is_broken(setting):  # also after a peer that is only "skipped"
                 os._exit(BROKEN)
 
 

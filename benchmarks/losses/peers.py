@@ -1,7 +1,7 @@
 """Who is compared: for each op, functions of a case and its inputs that return the loss.
 
 Ours is called through its public functions, once per back-end that this machine can run. A peer that is not installed
-raises ImportError, which the table reports. Peers on a GPU are in gpu/speed.py.
+raises ImportError, which the table reports. Peers on a GPU are in gpu/peers.py.
 
 Tests: tests/benchmarks/losses/test_run.py.
 """
