@@ -17,6 +17,7 @@ import longpo_ops
 from longpo_ops.ops.products import Products
 from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles
 
+from .correctness import LOGPROB_LIMIT
 from .rows import Row, unavailable
 from .setting import GIB, Setting, measure, measure_seconds
 from .speed import (
@@ -32,6 +33,7 @@ from .speed import (
     preference,
     tile_rows,
     timed_backends,
+    truth,
     with_truth,
 )
 
@@ -91,11 +93,15 @@ def _tile_functions(setting: Setting, vocab: int) -> Iterator[Row]:
 
 
 def _score(size: Size, score: Callable, seed: int) -> dict:
-    """score(hidden, weight, labels on the host, on the device), without gradients."""
+    """Time of score(hidden, weight, labels on the host, on the device) without gradients, if its log-probs (N,) are right."""
     inputs = Inputs(size, seed)
     arguments = inputs.hidden.detach(), inputs.weight.detach(), inputs.labels, inputs.labels.to(inputs.hidden.device)
-    operations = 2.0 * size.rows * size.setting.width * size.vocab
-    return against_matmul(size.setting, size.vocab, operations, functools.partial(score, *arguments))
+    operations, told = 2.0 * size.rows * size.setting.width * size.vocab, {}
+    if (logps := score(*arguments)).dim() == 1:
+        told["logp_difference"] = difference = float((logps - truth(size, seed).logps).abs().max())
+        if not difference <= LOGPROB_LIMIT:
+            return told | {"status": f"failed: log-probs are up to {difference:.2g} off, allowed {LOGPROB_LIMIT}"}
+    return told | against_matmul(size.setting, size.vocab, operations, functools.partial(score, *arguments))
 
 
 def _straight(flatten: bool) -> Callable:
@@ -106,7 +112,7 @@ def _straight(flatten: bool) -> Callable:
         from longpo_ops.kernels.linear_logps import linear_logps
 
         config = linear_logps_config(capability(hidden.device), hidden.dtype, False)._replace(flatten=flatten)
-        return linear_logps(hidden, weight, on_device, LogitMap(), config=config)
+        return linear_logps(hidden, weight, on_device, LogitMap(), config=config)[0]
 
     return score
 
@@ -166,6 +172,6 @@ def rows(setting: Setting) -> Iterator[Row]:
     vocab = setting.vocabularies[0]
     some = Size(setting, vocab, setting.rows // 4)
     yield from _tile_functions(setting, vocab)
-    yield from _scoring(some)
+    yield from with_truth(some, _scoring(some))
     yield from _products(setting, vocab)
-    yield from with_truth(some, (preference(some, workspace=workspace) for workspace in WORKSPACES))
+    yield from (preference(some, workspace=workspace) for workspace in WORKSPACES)

@@ -25,7 +25,8 @@ from torch import Tensor
 import longpo_ops
 from longpo_ops.ops.checks import check_workspace
 from longpo_ops.ops.dispatch import choose_backend
-from longpo_ops.ops.sweep import even_rows, rows_per_chunk
+from longpo_ops.ops.rows import sizes
+from longpo_ops.ops.sweep import row_unit, rows_per_chunk
 
 from .peers import PEERS, Peer, Run, backwards
 from .rows import Row, failed, perform, unavailable
@@ -64,7 +65,8 @@ def planned_head(setting: Setting, vocab: int) -> Tensor:
 def chunk_rows(setting: Setting, vocab: int, rows: int) -> int:
     """The rows that a sweep over so many multiplies at once with its default workspace."""
     weight, dtype = planned_head(setting, vocab), setting.dtype
-    return min(rows, even_rows(rows, rows_per_chunk(check_workspace(None, weight, dtype), weight, dtype)))
+    limit = min(rows, rows_per_chunk(check_workspace(None, weight, dtype), weight, dtype))
+    return max(sizes(rows, limit, row_unit(weight.device)))
 
 
 def ceiling_sizes(setting: Setting, vocab: int) -> list[int]:

@@ -60,6 +60,7 @@ def test_the_parts_are_timed_on_every_backend(rehearsal):
         assert statuses(rows, what=f"product: {product}") == {"measured": 1}
     assert statuses(rows, what="fused_preference_loss") == {"measured": len(kernels.WORKSPACES)}
     assert statuses(rows, what="torch.mm") == {"measured": 1}
+    assert all(row["logp_difference"] < 1e-5 for row in rows if row["what"].startswith("linear_") and "tflops" in row)
 
 
 def test_timed_rows_say_what_they_are_measured_against(rehearsal):
@@ -116,6 +117,12 @@ def test_rows_come_in_order_of_worth_and_pytorch_s_backend_is_not_timed():
     order = list(dict.fromkeys(row.case.partition(" workspace")[0] for row in rows if row.case.startswith("N=")))
     assert order == [f"N={n} H=4096 V={v}" for n, v in ((4096, 128256), (65536, 128256), (4096, 32000), (4096, 151936))]
     assert not [row for question in (speed, kernels) for row in question.rows(H100) if row.backend == "torch"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_ceiling_is_measured_at_the_chunks_of_the_sweep():
+    assert speed.ceiling_sizes(H100, 128_256) == [4096, 5120, 8192]  # of 4,096 rows, of 65,536, and another
+    assert speed.ceiling_sizes(H100, 151_936) == [4096]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -180,6 +187,16 @@ def test_of_ours_that_would_be_a_failure():
     for compute in (partial(speed._cross_entropy, SMALL, lambda: peers.backwards(other_labels)), other_objective):
         row = perform(speed.Row("ours", "", compute))
         assert row["status"].startswith("failed: it computes something else: ") and "milliseconds" not in row
+
+
+def test_scoring_that_is_wrong_gets_no_time():
+    size = SMALL._replace(rows=48)
+
+    def low(hidden, weight, labels, on_device):
+        return (hidden @ weight.T).log_softmax(1).gather(1, on_device[:, None])[:, 0] - 0.01
+
+    row = kernels._score(size, low, 0)
+    assert row["status"] == "failed: log-probs are up to 0.01 off, allowed 0.002" and "milliseconds" not in row
 
 
 def broken(*arguments):
