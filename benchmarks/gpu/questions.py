@@ -34,6 +34,10 @@ QUESTIONS = (
     Question("attention", "Is shared-prefix attention right, on every kernel that is here?", ".attention:rows", True),
     Question("loss", "How fast is the loss beside the ceiling, plain PyTorch and other libraries?", ".speed:rows"),
     Question("kernels", "How fast are the parts of the loss beside copies and torch.mm?", ".kernels:rows"),
+    Question("step", "What does a step of a Llama-3-8B take at 65,536 tokens?", ".steps:step"),
+    Question("longest", "And at 131,072?", ".steps:longest"),
+    Question("pairs", "What does a pair take as one sequence, what as two?", ".steps:pairs"),
+    Question("offload", "What do offload, its copies and the optimizer on the host cost?", ".steps:offload"),
 )
-LONG = ()
+LONG = (Question("long", "Is a step of 262,144 tokens, or 524,288 on an H200, as planned?", ".steps:long"),)
 BY_NAME = {question.name: question for question in (*QUESTIONS, *LONG)}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -28,7 +29,6 @@ import torch
 
 from longpo_ops.memory.tiers import PAGE, HostPages, lane_of
 
-from ..gpu.setting import attempt
 from ..measure import Peak, fresh
 from ..stamp import RESULTS, host_class, stamp
 
@@ -40,11 +40,16 @@ SETTINGS = {  # name -> offload's tier (None: plain checkpointing), tiled, atten
     "offload to host + tiles": ("host", True, False),
     "offload to host + tiles + attention saved": ("host", True, True),
 }
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what repeatable() needs, and as much as there is without it
 REQUIRED = 0.5  # of plain checkpointing's peak, on a CPU, with disk as the far tier
 SLOWDOWN = 1.03  # on a GPU, of offload to the host against keeping all on the device, at
 LONG = 65536  # tokens and up
 RATE = 0.9  # on a GPU, of one large pinned copy's rate
-PATIENCE = 500  # seconds for all settings of gpu_check's piece, which at its own limit would leave the last one running
+COMPARED = (  # by make gpu-check (benchmarks/gpu/steps.py), in one process: the first keeps what the others offload
+    "checkpointing + tiles",
+    "offload to host + tiles",
+    "offload to host + tiles + attention saved",
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ def make_model(shape: Shape):
         max_position_embeddings=shape.tokens,
         sliding_window=shape.window or None,
     )
-    return MistralForCausalLM(config).to(shape.device, getattr(torch, shape.dtype)).train()
+    with torch.device(shape.device):
+        return MistralForCausalLM._from_config(config, dtype=getattr(torch, shape.dtype)).train()
 
 
 def clear_gradients(model) -> None:
@@ -135,6 +141,7 @@ def clear_gradients(model) -> None:
 @contextmanager
 def repeatable() -> Iterator[None]:
     """Kernels that give the same bits every time: the fastest backward of attention adds in whatever order blocks end."""
+    os.environ.update(CUBLAS)
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -177,9 +184,8 @@ def measure(shape: Shape, setting: str, seconds: float | None = None) -> dict:
     """One setting, in a process of its own."""
     order = json.dumps([asdict(shape), setting])
     heap = {"MALLOC_MMAP_THRESHOLD_": str(1 << 22), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-    cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what repeatable() asks for, and as much as there is without it
     try:
-        return fresh("benchmarks.training.offload", "--order", order, seconds=seconds, environment=heap | cublas)
+        return fresh("benchmarks.training.offload", "--order", order, seconds=seconds, environment=heap | CUBLAS)
     except RuntimeError as error:
         raise RuntimeError(f"{setting}: {error}") from None
     except subprocess.TimeoutExpired:
@@ -241,31 +247,6 @@ def verdict(results: dict[str, dict], rates: dict[str, float], shape: Shape) -> 
 def settings_for(shape: Shape) -> list[str]:
     """Those that run: windowed attention on a CPU is no single operator whose output could be saved."""
     return [name for name, (_, _, saves) in SETTINGS.items() if not (saves and shape.window and shape.device == "cpu")]
-
-
-def rows(setting) -> Iterator[dict]:
-    """gpu_check's piece: every setting, in this process in a rehearsal; then whether gradients, time and copies are right."""
-    if setting.on_gpu:
-        shape = Shape(65536, layers=4, width=4096, window=0, rows=8192, device="cuda", dtype="bfloat16")
-    else:
-        shape = Shape(512, layers=2, width=32, window=64, rows=64, steps=1, page_bytes=1 << 14)
-    results, end = {}, time.monotonic() + PATIENCE
-    for name in settings_for(shape):
-        row = {"what": "offload", "case": name, "status": "passed"}
-        if setting.on_gpu:
-            row = attempt(row, measure, shape, name, max(1.0, end - time.monotonic()))
-        else:
-            row = attempt(row, perform, shape, name)
-        if row["status"] == "passed":
-            results[name] = row
-        yield row
-    if len(results) < len(settings_for(shape)):
-        return  # nothing to compare
-    rates = copy_rates(shape.device, 1 << 30 if setting.on_gpu else 1 << 20, shape.page_bytes)
-    status = verdict(results, rates, shape)
-    if not setting.on_gpu and status.startswith("failed: the peak"):
-        status = "passed"  # a rehearsal is too small for shares of a peak to mean anything
-    yield {"what": "offload", "case": "verdict", "status": status, "bytes_per_second": rates}
 
 
 def main() -> None:

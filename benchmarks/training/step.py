@@ -11,36 +11,39 @@ sequences, (b) its own checkpoint offload, (c) our step on two separate sequence
 operations a weight and row and 3.5 attention forwards, in every variant alike: recomputation and a prefix read twice are
 not achievements.
 --layers keeps the first layers only; --backward-layers stops after that many layers' backward (a proof of the peak).
+--steps 1 pays what a first step pays (compiles, states, pages, graphs) before the one that is measured.
 --detach returns at once: a step of ten minutes tells its layers as they pass in step_*.progress. Each row holds the
 planner's prediction beside the measurement, where the planner models the variant. Results: dated JSON in
-benchmarks/results. Not covered: reading data and the reference's pass, which a run pays once.
+benchmarks/results. Not covered: reading data and the reference's pass, which a run pays once. make gpu-check measures
+chosen ones of these steps (benchmarks/gpu/steps.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import functools
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
-from longpo_ops.memory.optimizer import AdamW
+from longpo_ops.memory.optimizer import PIECE, AdamW
 from longpo_ops.memory.plan import GIB, Machine, Plan, Settings, Work, attention_pairs, predict, weights_of
 from longpo_ops.memory.search import placed
 from longpo_ops.memory.settings import Memory, machine_here
 from longpo_ops.memory.tiers import available_host_bytes
-from longpo_ops.memory.trace import read_config, trace
+from longpo_ops.memory.trace import first_layers, read_config, trace
 from longpo_ops.ops.head import attach
 from longpo_ops.ops.preference import packed_preference_loss
 
@@ -88,11 +91,7 @@ class Shape:
             config = AutoConfig.for_model("llama", **sizes, num_attention_heads=4, num_key_value_heads=2)
         else:
             config = read_config(self.model)
-        if self.layers:
-            config.num_hidden_layers = self.layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[: self.layers]
-        return config
+        return first_layers(config, self.layers) if self.layers else config
 
     def work(self) -> Work:
         return Work(
@@ -173,55 +172,111 @@ def logits_loss(model, shape: Shape) -> torch.Tensor:
 
 def perform(shape: Shape, name: str, tell=lambda text: None) -> dict:
     """Measures a variant. Never raises for what does not fit or does not run: that is its result."""
+    variant = VARIANTS[name]
+    settings = variant if isinstance(variant, Settings) else ALL
+    if settings.states == "8bit" and (reason := no_8bit_states(shape.device)):
+        return {"status": f"skipped: {reason}"}
+    settings = replace(settings, tile_rows=settings.tile_rows and shape.tile_rows)
     try:
-        # A rehearsal on the CPU is of this script: compiling the 8-bit step takes longer than all of it.
-        with torch.compiler.set_stance("force_eager" if shape.device == "cpu" else "default"):
-            return _perform(shape, name, tell)
+        if str(variant).startswith("logits"):
+            return _measure_logits(shape, offload=variant == "logits+offload", tell=tell)
+        shared = variant != "two"
+        plan = _planned(shape, settings, torch.device(shape.device), doubled=not shared)
+        return measure_plan(shape, plan, tell, shared)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return {"status": f"out of memory: {str(error).splitlines()[0]}"}
     except Exception as error:  # whatever it is belongs in the report
         return {"status": f"failed: {type(error).__name__}: {error}"[:500]}
 
 
-def _perform(shape: Shape, name: str, tell) -> dict:
+@functools.cache
+def no_8bit_states(device: str) -> str | None:
+    """Why the optimizer's states cannot have 8 bits here, found by a step of one weight; None if they can."""
+    weight = nn.Parameter(torch.zeros(PIECE if device != "cpu" else 4096, device=device, dtype=torch.bfloat16))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        with compiled_on(device):
+            AdamW([weight], states="8bit").step()
+    except Exception as error:  # torchao's and inductor's
+        return f"no 8-bit states: {error}"[:300]
+
+
+def compiled_on(device: str):
+    """A rehearsal on the CPU is of the script: compiling the 8-bit step takes longer than all of it."""
+    return torch.compiler.set_stance("force_eager" if device == "cpu" else "default")
+
+
+def measure_plan(shape: Shape, plan: Plan, tell=lambda text: None, shared: bool = True) -> dict:
+    """The last of shape.steps whole steps under a plan, beside what was planned; of a pair as two sequences (shared=False),
+    which the planner does not model, alone.
+
+    Raises what a step raises, torch.OutOfMemoryError among it.
+    """
+    device = torch.device(shape.device)
+    before, start = _allocated(device), time.perf_counter()
+    model, memory = make_model(shape), Memory.from_plan(plan)
+    use_shared_prefix(model)
+    attach(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with compiled_on(shape.device), memory.attached(model) as offloaded:
+        optimizer = memory.make_optimizer(model.parameters(), lr=5e-7)
+        loss = partial(our_loss, model, shape, shared)
+        times = {"build_seconds": time.perf_counter() - start}
+        if shape.steps == 1:
+            tell("warm-up")
+            times["warm_up_seconds"] = _warm_up(model, optimizer, loss, offloaded, device)
+        measured = _steps(shape, model, optimizer, loss, tell)
+    if device.type == "cuda":
+        measured["peak_device_bytes"] -= before
+    row = _rated(shape, measured) | times
+    return row | compare_with_plan(plan, measured, part=bool(shape.backward_layers)) if shared else row
+
+
+def _measure_logits(shape: Shape, offload: bool, tell) -> dict:
+    model = make_model(shape)
+    model.gradient_checkpointing_enable({"use_reentrant": False} | ({"offload": True} if offload else {}))
+    with compiled_on(shape.device):
+        optimizer = AdamW(model.parameters(), lr=5e-7, states="8bit")
+        return _rated(shape, _steps(shape, model, optimizer, partial(logits_loss, model, shape), tell))
+
+
+def make_model(shape: Shape) -> nn.Module:
+    """At random weights, straight on the device."""
     from transformers import AutoModelForCausalLM
 
-    variant, device = VARIANTS[name], torch.device(shape.device)
-    settings = variant if isinstance(variant, Settings) else ALL
-    settings = replace(settings, tile_rows=settings.tile_rows and shape.tile_rows)
     torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(shape.config(), dtype=shape.torch_dtype).train()
-    ours = not str(variant).startswith("logits")
-    planned: Plan | None = None
-    with ExitStack() as stack:
-        if ours:
-            planned = _planned(shape, settings, device, doubled=variant == "two")
-            memory = Memory.from_plan(planned)
-            use_shared_prefix(model)
-            attach(model)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            stack.enter_context(memory.attached(model))
-            optimizer = memory.make_optimizer(model.parameters(), lr=5e-7)
-            loss = partial(our_loss, model, shape, variant != "two")
-        else:
-            options = {"use_reentrant": False} | ({"offload": True} if variant == "logits+offload" else {})
-            model.gradient_checkpointing_enable(options)
-            optimizer = AdamW(model.parameters(), lr=5e-7, states="8bit")
-            loss = partial(logits_loss, model, shape)
-        _watch(model, shape, tell)
-        for number in range(shape.steps):
-            tell(f"step {number}")
-            measured = _measured(partial(_step, loss, optimizer), device)
+    with torch.device(shape.device):
+        return AutoModelForCausalLM.from_config(shape.config(), dtype=shape.torch_dtype).train()
+
+
+def _rated(shape: Shape, measured: dict) -> dict:
     row = {"status": "measured"} | measured
-    row["tokens_per_s"] = shape.length / row["seconds"]
-    row["tflops"] = useful_operations(shape) / row["seconds"] / 1e12
-    if shape.backward_layers:  # a part of a step has no rate
-        del row["tokens_per_s"], row["tflops"]
-    if planned is not None and variant != "two":
-        row |= {"predicted_peak_bytes": planned.peak.total, "predicted_seconds": planned.step_seconds}
-        row["settings"] = asdict(planned.settings)
+    if not shape.backward_layers:  # a part of a step has no rate
+        row["tokens_per_s"] = shape.length / row["seconds"]
+        row["tflops"] = useful_operations(shape) / row["seconds"] / 1e12
     return row
+
+
+def planned(plan: Plan) -> dict:
+    """What a plan says. predicted_*: what it expects; planned_*: that with room for its error and the reserves."""
+    peak = plan.peak.parts
+    return {
+        "predicted_seconds": plan.step_seconds,
+        "predicted_peak_bytes": plan.peak.total - peak.get("reserve", 0) - peak.get("error", 0),
+        "planned_device_bytes": plan.peak.total,
+        "planned_host_bytes": sum(plan.host.values()),
+        "settings": asdict(plan.settings),
+    }
+
+
+def compare_with_plan(plan: Plan, measured: dict, part: bool = False) -> dict:
+    """planned(plan) and its errors, as shares: 0.1 is a tenth more than predicted. part: of a step, whose time says nothing."""
+    told = planned(plan)
+    if measured["peak_device_bytes"]:
+        told["planner_error_peak"] = measured["peak_device_bytes"] / told["predicted_peak_bytes"] - 1
+    if not part:
+        told["planner_error_seconds"] = measured["seconds"] / told["predicted_seconds"] - 1
+    return told
 
 
 def _planned(shape: Shape, settings: Settings, device: torch.device, doubled: bool) -> Plan:
@@ -239,6 +294,15 @@ def _planned(shape: Shape, settings: Settings, device: torch.device, doubled: bo
     return plan if settings.offload else predict(work, settings, here)
 
 
+def _steps(shape: Shape, model: nn.Module, optimizer, loss, tell) -> dict:
+    """All steps of a shape; the last one's seconds and peaks."""
+    _watch(model, shape, tell)
+    for number in range(shape.steps):
+        tell(f"step {number}")
+        measured = _measured(partial(_step, loss, optimizer), torch.device(shape.device))
+    return measured
+
+
 def _step(loss, optimizer) -> None:
     with suppress(Enough):
         loss().backward()
@@ -246,35 +310,76 @@ def _step(loss, optimizer) -> None:
     optimizer.zero_grad()
 
 
+def _warm_up(model: nn.Module, optimizer, loss, offloaded, device: torch.device) -> float:
+    """Seconds of what only a first step pays: states and their code, pages of the host, and by a step through the first layer
+    alone, at full length, every kernel's code and graph. Weights stay close to where they were."""
+    start = time.perf_counter()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        parameter.grad = None
+    if offloaded is not None:
+        offloaded.reserve()
+    with only_first_layer(model):
+        _step(loss, optimizer)
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def only_first_layer(model: nn.Module) -> Iterator[None]:
+    """Within it the model's body is its first layer."""
+    body = model.get_decoder()
+    layers, body.layers = body.layers, nn.ModuleList([body.layers[0]])
+    try:
+        yield
+    finally:
+        body.layers = layers
+
+
 def _measured(step, device: torch.device) -> dict:
-    """Seconds and peaks; device memory beyond nothing, that is with weights and states."""
+    """Seconds and peaks; device memory with weights and states."""
     cuda = device.type == "cuda"
+    _synchronize(device)
     if cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     with Peak() as host:
         start = time.perf_counter()
         step()
-        if cuda:
-            torch.cuda.synchronize()
+        _synchronize(device)
         seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if cuda else None
     return {"seconds": seconds, "peak_device_bytes": peak, "peak_host_bytes": host.start + host.bytes}
 
 
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def _watch(model, shape: Shape, tell) -> None:
-    """Tells layers as they pass, and ends the backward where it is to end."""
+    """Tells layers as they are launched, once each way, and ends the backward where it is to end."""
     layers = model.get_decoder().layers
     first = len(layers) - shape.backward_layers
+    waiting: set[int] = set()  # for their backward, in which they run again
 
     def before(number, _, args):
+        if number in waiting:
+            return
         if torch.is_grad_enabled() and args and args[0].requires_grad:
+            waiting.add(number)
             args[0].register_hook(partial(after, number))
         tell(f"forward of layer {number} of {len(layers)}")
 
     def after(number, grad):
+        waiting.discard(number)
         tell(f"backward of layer {number} done")
         if shape.backward_layers and number == first:
+            waiting.clear()
             raise Enough
 
     for number, layer in enumerate(layers):
@@ -292,21 +397,7 @@ def useful_operations(shape: Shape) -> float:
     return w.layers * (3 * products + 3.5 * attention) + 6 * shape.length * w.embedding
 
 
-# -- rows, files, command ----------------------------------------------------------------------------------------------
-
-
-def rows(setting) -> Iterator[dict]:
-    """For gpu_check: every variant of four layers of the 1.5B shape at 64K tokens, or the tiny one on the CPU."""
-    shape = Shape("qwen2.5-1.5b", 65536, layers=4) if setting.on_gpu else TINY
-    for name in VARIANTS:
-        row = perform(shape, name)
-        status = (
-            "failed: " + row["status"] if row["status"].startswith("out of memory") and "logits" not in name else None
-        )
-        yield {"what": "step", "case": name, **asdict(shape)} | row | ({"status": status} if status else {})
-        gc.collect()  # a model with features refers to itself: its memory must not count for the next variant
-        if setting.on_gpu:
-            torch.cuda.empty_cache()
+# -- files, command ------------------------------------------------------------------------------------------------------
 
 
 def file_of(shape: Shape, out: Path) -> Path:

@@ -249,6 +249,14 @@ class OffloadHandle:
         mover = self._offloader.mover
         return sum(store.used * store.page_bytes for store in (mover.host, mover.disk) if store)
 
+    def reserve(self) -> None:
+        """Allocates, and for a GPU page-locks, all of host_bytes now; otherwise steps do so as they first need it.
+
+        Raises MemoryError if the system refuses.
+        """
+        host = self._offloader.mover.host
+        host.reserve(host.room())
+
     def remove(self) -> None:
         """Gives the layers their former checkpointing back and frees all memory and the spill file.
 

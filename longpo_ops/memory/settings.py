@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from longpo_ops.memory import optimizer, plan
-from longpo_ops.memory.offload import offload_activations
+from longpo_ops.memory.offload import OffloadHandle, offload_activations
 from longpo_ops.memory.quantise import CODECS
 from longpo_ops.memory.tiers import available_host_bytes
 from longpo_ops.memory.tiling import tile_layers
@@ -85,16 +85,17 @@ class Memory:
         )
 
     @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
-        """Within it the model is tiled and offloaded."""
+    def attached(self, model: nn.Module) -> Iterator[OffloadHandle | None]:
+        """Within it the model is tiled and offloaded. -> the handle of what is offloaded."""
         with ExitStack() as stack:
+            handle = None
             if self.tile_rows is not None:
                 stack.enter_context(tile_layers(model, self.tile_rows))
             if self.offload:
                 where = {"device_bytes": self.device_bytes, "host_bytes": self.host_bytes, "spill_dir": self.spill_dir}
                 how = {"store": self.store, "save_attention": self.save_attention}
-                stack.enter_context(offload_activations(model, **where, **how))
-            yield
+                handle = stack.enter_context(offload_activations(model, **where, **how))
+            yield handle
 
     def make_optimizer(self, groups, **options) -> optimizer.AdamW:
         """AdamW over parameter groups. options: lr, betas, eps, weight_decay."""

@@ -196,13 +196,20 @@ def build(config, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
 
     require_causal_lm(config)
     AttentionInterface.register(NAME, _attend)
-    config = copy.deepcopy(config)
-    if layers is not None:
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-        config.num_hidden_layers = layers
+    config = copy.deepcopy(config) if layers is None else first_layers(config, layers)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+
+
+def first_layers(config, layers: int):
+    """A copy of a config that has its first layers only."""
+    import copy
+
+    config = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    return config
 
 
 def trace(
@@ -218,6 +225,7 @@ def trace(
     gradients: "new" appear in this backward, "held" were there before (accumulation), "freed" go as soon as they are there.
     Raises ValueError for a model that cannot run without data (a RoPE that reads its positions, say).
     """
+    config = first_layers(config, 1)  # however many there are, this one is traced
     key = config.to_json_string(use_diff=False)
     return _trace(_Config(key, config), rows, tile_rows, dtype, gradients, float32_gradients)
 

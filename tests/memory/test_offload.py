@@ -110,6 +110,19 @@ def test_pages_are_reused_across_steps_and_lengths(monkeypatch):
         assert handle.host_bytes == HOST_ALL and handle.used_bytes == 0
 
 
+def test_all_pages_can_be_made_ahead(monkeypatch):
+    made, make_page = [], tiers.make_page
+    monkeypatch.setattr(tiers, "make_page", lambda *args: made.append(args) or make_page(*args))
+    model = make_model()
+    with attach(model, host=HOST_ALL + 2 * PAGE) as handle:
+        handle.reserve()
+        assert handle.host_bytes == HOST_ALL + 2 * PAGE and handle.used_bytes == 0
+        count = len(made)
+        step(model)
+        handle.reserve()
+        assert len(made) == count == LAYERS * PAGES + 2
+
+
 def test_gradient_accumulation_and_two_graphs_at_once(tmp_path):
     model, plain = make_model(), make_model()
     first, second = make_ids(seed=1), make_ids(31, seed=2)

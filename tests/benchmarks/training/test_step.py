@@ -1,18 +1,18 @@
 """benchmarks/training/step.py and plot.py in rehearsal: every variant runs, the layouts are what they say, the figure draws."""
 
-import gc
 import json
-import weakref
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from benchmarks import plot
-from benchmarks.gpu.setting import REHEARSAL
 from benchmarks.training import step
 from benchmarks.training.step import TINY, VARIANTS, pair_rows, perform, useful_operations
+from longpo_ops.memory import optimizer
 from longpo_ops.memory.optimizer import AdamW
+from longpo_ops.memory.plan import GIB, Machine
+from longpo_ops.memory.search import placed
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +111,58 @@ def test_plot_draws_measured_steps_and_no_rehearsals(report, tmp_path, capsys):
     assert [p["length"] for p in plot.read(tmp_path)["tiny: all features"]] == [256, 512]
 
 
-def test_a_variant_is_gone_before_the_next_one_is_measured(monkeypatch):
-    models = []
+def test_without_torchao_variants_are_skipped_and_the_command_passes(tmp_path, monkeypatch):
+    def missing():
+        raise ValueError("states='8bit' needs torchao")
 
-    def perform(shape, name):
-        assert all(model() is None for model in models)
-        model = torch.nn.Module()
-        model.forward = model.train  # as tiling and attach() do, by which a model refers to itself
-        models.append(weakref.ref(model))
-        return {"status": "measured"}
-
-    monkeypatch.setattr(step, "perform", perform)
-    gc.disable()
+    step.no_8bit_states.cache_clear()
+    monkeypatch.setattr(optimizer, "_torchao", missing)
     try:
-        assert len(list(step.rows(REHEARSAL))) == len(models) == len(VARIANTS)
+        assert (
+            step.main(
+                ["--rehearse", "--variant", "all features", "--variant", "float32 states", "--out", str(tmp_path)]
+            )
+            == 0
+        )
     finally:
-        gc.enable()
+        step.no_8bit_states.cache_clear()
+    (file,) = tmp_path.glob("step_*.json")
+    skipped, measured = json.loads(file.read_text())["rows"]
+    assert skipped["status"] == "skipped: no 8-bit states: states='8bit' needs torchao"
+    assert measured["status"] == "measured"
+
+
+def test_a_single_step_has_states_and_pages_before_it(monkeypatch):
+    shape, told, seen = replace(TINY, steps=1), [], {}
+    plan = placed(shape.work(), replace(step.ALL, tile_rows=64, states="float32"), Machine(1, GIB, host_reserve=0))
+    warm_up = step._warm_up
+
+    def watched(model, optimizer, loss, offloaded, device):
+        seconds = warm_up(model, optimizer, loss, offloaded, device)
+        seen["states"] = [bool(piece.state()) for weight in optimizer._weights.values() for piece in weight.pieces]
+        seen["bytes"] = offloaded.host_bytes, offloaded.used_bytes
+        return seconds
+
+    monkeypatch.setattr(step, "_warm_up", watched)
+    row = step.measure_plan(shape, plan, told.append)
+    assert told[:2] == ["warm-up", "step 0"] and row["warm_up_seconds"] > 0
+    assert all(seen["states"]) and len(seen["states"]) > 3
+    assert seen["bytes"] == (plan.host["layer inputs"] + plan.host["attention outputs"], 0)
+    assert told[2:] == [f"forward of layer {n} of 3" for n in range(3)] + [
+        f"backward of layer {n} done" for n in (2, 1, 0)
+    ]
+
+
+def test_each_step_of_a_part_ends_where_it_is_to_end():
+    told = []
+    assert perform(replace(TINY, backward_layers=1, steps=3), "float32 states", told.append)["status"] == "measured"
+    assert told.count("backward of layer 2 done") == told.count("forward of layer 0 of 3") == 3
+    assert "backward of layer 1 done" not in told
+
+
+def test_only_the_first_layer_and_then_all_again():
+    model = step.make_model(TINY)
+    with pytest.raises(ZeroDivisionError), step.only_first_layer(model):
+        assert len(model.get_decoder().layers) == 1
+        raise ZeroDivisionError
+    assert len(model.get_decoder().layers) == 3
