@@ -12,7 +12,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from types import ModuleType
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ class Peer(NamedTuple):
     name: str
     load: Callable[[], Run]
     package: str  # its distribution
-    module: str
+    module: str  # or module:function, where only newer versions have that
     times: float
     each: float = 0.0
     compiles: float = 0.0  # seconds of the first call, with the import
@@ -56,8 +56,12 @@ class Peer(NamedTuple):
         """Why it cannot be asked. Of another machine that is what is expected there."""
         if self.needs_gpu and not setting.on_gpu:
             return NO_GPU
-        there = self.expected if setting.elsewhere else util.find_spec(self.module) is not None
-        return None if there else f"skipped: {self.package} is not installed"
+        module, _, function = self.module.partition(":")
+        if not (self.expected if setting.elsewhere else util.find_spec(module)):
+            return f"skipped: {self.package} is not installed"
+        if function and not hasattr(import_module(module), function):
+            return f"skipped: {self.package} {self.version} has no {function}"
+        return None
 
     @property
     def version(self) -> str | None:
@@ -74,9 +78,10 @@ def _naive() -> Run:
     return backwards(lambda hidden, weight, labels: F.cross_entropy(F.linear(hidden, weight).float(), labels))
 
 
+CHUNKED = "torch.nn.functional:linear_cross_entropy"
+
+
 def _torch_chunked() -> Run:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy: expected torch 2.13")
     return backwards(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))  # None: not chunked
 
 
@@ -146,7 +151,7 @@ PEERS = (
     Peer("Liger", _liger, "liger-kernel", "liger_kernel", 1.4, each=0.12, compiles=6.0),
     Peer("CCE", _cce, *CCE, 2.0, compiles=14.0),
     Peer("CCE, all probabilities", partial(_cce, filter_eps=None), *CCE, 2.5, compiles=3.0, long=False),
-    Peer("PyTorch chunked", _torch_chunked, "torch", "torch", 2.0, needs_gpu=False, expected=False),
+    Peer("PyTorch chunked", _torch_chunked, "torch", CHUNKED, 2.0, needs_gpu=False, expected=False),
     Peer(
         "QuACK", _quack, "quack-kernels", "quack", 1.2, compiles=30.0, expected=False,
         scratch=lambda n, vocab: 4 * min(n, 4096) * vocab + (2 << 30),

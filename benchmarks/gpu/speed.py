@@ -36,9 +36,7 @@ RATE = 600e12  # operations a second that are planned with
 RATE_FLOAT32 = 40e12
 TIMES = 1.0  # what the products take at that rate, for all of a loss of ours
 SETUP = 0.1  # seconds in which a row makes its inputs
-LOSS_LIMIT = (
-    0.1  # nats per token that it may be off: a loss of 12 that is kept in bfloat16 is rounded to multiples of 0.06
-)
+LOSS_LIMIT = 0.1  # nats per token that it may be off: bfloat16 rounds a loss of 12 to multiples of 0.06
 GRADIENT_LIMIT = 0.05  # of the gradient's norm
 BLOCK = 1024  # rows that the truth looks at at once
 PART = 64  # rows whose hidden gradients, and labels whose rows of the head's gradient, are compared
@@ -257,9 +255,8 @@ def _preference(size: Size, options: dict, seed: int) -> dict:
     advantage = longpo.beta * (logps[prompt:-answers].sum() - logps[-answers:].sum())
     expected = -longpo.preference_weight * F.logsigmoid(advantage) - logps[:-answers].mean()
     part = min(PART, prompt)  # rows that only the NLL reads, a mean over fewer rows than the truth's
-    told = compare(
-        run(), expected, hidden=(chosen.grad[0, :part], true.hidden[:part] * (size.rows / (size.rows - answers)))
-    )
+    loss, true_hidden = run(), true.hidden[:part] * (size.rows / (size.rows - answers))
+    told = compare(loss, expected, hidden=(chosen.grad[0, :part], true_hidden))
     return told if "status" in told else told | size.time(run, forget)
 
 
@@ -275,9 +272,8 @@ def preference(size: Size, backend: str | None = None, workspace: int | None = N
 def cross_entropy(size: Size, workspace: int | None = None) -> Row:
     """Ours, on the back-end that a user gets, with the default workspace or another."""
     ours = backwards(functools.partial(longpo_ops.linear_cross_entropy, workspace_bytes=workspace))
-    return _our_row(
-        "linear_cross_entropy", size, functools.partial(_cross_entropy, size, lambda: ours), None, workspace
-    )
+    compute = functools.partial(_cross_entropy, size, lambda: ours)
+    return _our_row("linear_cross_entropy", size, compute, None, workspace)
 
 
 def _our_row(what: str, size: Size, compute: Callable, backend: str | None, workspace: int | None) -> Row:
@@ -308,7 +304,7 @@ def _excused(row: Row, peer: Peer, seed: int) -> dict:
 
 
 def timed_backends(setting: Setting) -> Iterator[tuple[str, object]]:
-    """The back-ends to time, or why not. PyTorch's works in small blocks: on a GPU nobody should choose it for speed."""
+    """The back-ends to time, or why not: on a GPU nobody should choose PyTorch's for speed."""
     return ((name, tiles) for name, tiles in setting.backends() if not (name == "torch" and setting.on_gpu))
 
 

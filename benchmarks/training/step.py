@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import subprocess
 import sys
@@ -306,6 +307,12 @@ def _steps(shape: Shape, model: nn.Module, optimizer, loss, tell) -> dict:
 def _step(loss, optimizer) -> None:
     with suppress(Enough):
         loss().backward()
+        return _finish(optimizer)
+    gc.collect()  # the rest of the graph refers to itself, and holds its pages
+    _finish(optimizer)
+
+
+def _finish(optimizer) -> None:
     optimizer.step()
     optimizer.zero_grad()
 

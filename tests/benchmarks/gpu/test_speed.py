@@ -4,6 +4,7 @@ what cannot be is told."""
 import sys
 from collections import Counter
 from functools import partial
+from importlib import metadata
 
 import pytest
 import torch
@@ -164,8 +165,8 @@ def frozen_head(hidden, weight, labels):
     return F.cross_entropy(hidden @ weight.T.detach(), labels)
 
 
-def a_peer(loss, load=None) -> peers.Peer:
-    return peers.Peer("other", load or (lambda: peers.backwards(loss)), "torch", "torch", 1.0, needs_gpu=False)
+def a_peer(loss) -> peers.Peer:
+    return peers.Peer("other", lambda: peers.backwards(loss), "torch", "torch", 1.0, needs_gpu=False)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +204,6 @@ def broken(*arguments):
     raise RuntimeError("no kernel image is available")
 
 
-def missing():
-    raise ImportError("expected torch 2.13")
-
-
 def out_of_memory(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -215,9 +212,9 @@ def out_of_memory(*arguments):
     "peer, status",
     [
         (a_peer(broken), "skipped: RuntimeError: no kernel image is available"),
-        (a_peer(None, missing), "skipped: ImportError: expected torch 2.13"),
         (a_peer(out_of_memory), "skipped: out of memory"),
         (a_peer(broken)._replace(package="a-peer", module="no_such_module"), "skipped: a-peer is not installed"),
+        (a_peer(broken)._replace(module="torch:no_such"), f"skipped: torch {metadata.version('torch')} has no no_such"),
     ],
 )
 def test_a_peer_that_does_not_run_is_no_failure(peer, status):
