@@ -1,6 +1,7 @@
 """make gpu-check: is everything right on this GPU, how fast is it, and how long a sequence fits? It needs no install.
 
-    python -m benchmarks.gpu.check [--deadline SECONDS] [--piece NAME ...] [--only failed] [--rehearse] [--list]
+    python -m benchmarks.gpu.check [--deadline SECONDS] [--piece NAME ...] [--only failed] [--host-bytes N]
+                                   [--rehearse] [--list]
 
 The questions of questions.py are asked in order of worth until the deadline. This process keeps gpu_check.json in the folder
 $OUT (default: benchmarks/results), whole after every row, and never touches the device; a worker computes the rows
@@ -110,8 +111,8 @@ class Refused(Exception):
 class Worker:
     """A process of worker.py, started at once, so that its imports go by while others compute."""
 
-    def __init__(self, rehearse: bool, environment: dict[str, str], wrapper: tuple[str, ...] = ()):
-        words = [*wrapper, sys.executable, "-m", WORKER, *(["--rehearse"] if rehearse else [])]
+    def __init__(self, options: list[str], environment: dict[str, str], wrapper: tuple[str, ...] = ()):
+        words = [*wrapper, sys.executable, "-m", WORKER, *options]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **pipes)
         self.messages: queue.SimpleQueue = queue.SimpleQueue()
@@ -146,8 +147,8 @@ class Worker:
 class Check:
     """One run of the questions into one report."""
 
-    def __init__(self, report: Report, until: float, rehearse: bool, environment: dict[str, str]):
-        self.report, self.until, self.rehearse, self.environment = report, until, rehearse, environment
+    def __init__(self, report: Report, until: float, options: list[str], environment: dict[str, str]):
+        self.report, self.until, self.options, self.environment = report, until, options, environment
         self.workers: dict[str, Worker] = {}
 
     def start(self, questions: list[Question]) -> None:
@@ -173,7 +174,7 @@ class Check:
     def _worker(self, question: Question) -> Worker:
         name = self._name(question)
         if name not in self.workers:
-            self.workers[name] = Worker(self.rehearse, self.environment)
+            self.workers[name] = Worker(self.options, self.environment)
         return self.workers[name]
 
     def _end_worker(self, question: Question) -> None:
@@ -242,7 +243,7 @@ def last_report(out: Path) -> dict:
 def sanitise(check: Check, question: Question, key: list[str]) -> None:
     """The row once more under compute-sanitizer's memcheck, whose findings become a row of their own."""
     log = check.report.path.with_name("sanitizer.log")
-    worker = Worker(check.rehearse, check.environment, ("compute-sanitizer", "--log-file", str(log)))
+    worker = Worker(check.options, check.environment, ("compute-sanitizer", "--log-file", str(log)))
     worker.send({"question": question.name, "only": [key], "done": [], "seed": 0, "until": check.until, "pace": 0.0})
     told = {"question": question.name, "what": "compute-sanitizer", "backend": key[1], "case": f"{key[0]}: {key[2]}"}
     try:
@@ -276,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--deadline", type=float, default=3600, help="seconds that all of it may take")
     parser.add_argument("--piece", action="append", choices=BY_NAME, help="only this question (repeatable)")
     parser.add_argument("--only", choices=["failed"], help="only rows that failed in the last report")
+    parser.add_argument("--host-bytes", type=int, help="of the host, where more can be had than is available now")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU with tiny shapes")
     parser.add_argument("--list", action="store_true", help="what is asked, and what it costs")
     options = parser.parse_args(arguments)
@@ -285,7 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
     out = folder(options.rehearse)
     questions, only = _chosen(options, out)
     report = Report(out / FILE, command=command(), rehearsal=options.rehearse, deadline=options.deadline)
-    check = Check(report, start + options.deadline, options.rehearse, {} if options.rehearse else _carried(report))
+    words = ["--rehearse"] * options.rehearse
+    words += ["--host-bytes", str(options.host_bytes)] if options.host_bytes else []
+    check = Check(report, start + options.deadline, words, {} if options.rehearse else _carried(report))
     try:
         check.start(questions)
         for question in questions:

@@ -109,12 +109,12 @@ REHEARSAL = Setting(
 )
 
 
-def setting_here() -> Setting:
-    """The setting of this machine's first GPU; of cards without one, that of the H100 with this card's memory."""
+def setting_here(host_bytes: int | None = None) -> Setting:
+    """The setting of this machine's first GPU; of cards without one, that of the H100 with this card's memory. host_bytes: of
+    the host in all, where more can be had than is available now."""
     properties = torch.cuda.get_device_properties(0)
     card = next((card for card in reversed(CARDS) if card in properties.name), "H100")
-    # A guest's memory may grow as it is used: what it may come to is known of the cards' usual hosts only.
-    host = max(available_host_bytes(), CARDS[card].host_bytes)
+    host = host_bytes or available_host_bytes()
     return replace(CARDS[card], device_bytes=properties.total_memory, host_bytes=host)
 
 

@@ -91,6 +91,7 @@ def device_is_broken(setting: Setting) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--host-bytes", type=int)
     options = parser.parse_args()
     _die_with_parent()
     out = os.fdopen(os.dup(1), "w")
@@ -102,8 +103,9 @@ def main() -> None:
     if not options.rehearse and not torch.cuda.is_available():
         tell({"refusal": "gpu-check needs a CUDA device, and torch sees none; --rehearse runs the script on the CPU"})
         return
-    setting, compiled = REHEARSAL if options.rehearse else setting_here(), count_compiles()
-    tell({"head": stamp() | {"card": setting.card, "device_bytes": setting.device_bytes}})
+    setting, compiled = REHEARSAL if options.rehearse else setting_here(options.host_bytes), count_compiles()
+    memory = {"device_bytes": setting.device_bytes, "host_bytes": setting.host_bytes}
+    tell({"head": stamp() | {"card": setting.card} | memory})
     for line in sys.stdin:
         order = json.loads(line)
         for message in answer(BY_NAME[order["question"]], order, setting, compiled):
