@@ -79,9 +79,8 @@ def lossy_offers(plan: Plan, allow_lossy: str) -> list[str]:
         unplaced = replace(changed[level], kept=0, on_host=0, on_disk=0, attention_layers=0)
         faster = plan.step_seconds - placed(plan.work, unplaced, plan.machine).step_seconds
         if less >= 2**20 or faster >= 1e-3:
-            offers.append(
-                f"allow_lossy={level!r}, {alone[level]}, would take {gib(less)} less and {faster:.2g} s less a step"
-            )
+            pace = f"{abs(faster):.2g} s {'less' if faster >= 0 else 'more'} a step"
+            offers.append(f"allow_lossy={level!r}, {alone[level]}, would take {gib(less)} less and {pace}")
     return offers
 
 

@@ -325,6 +325,9 @@ def test_a_plan_says_what_lossy_storage_would_buy(work):
     assert lossy_offers(plan, "states") == [inputs] and lossy_offers(plan, "all") == []
     plan = placed(work, Settings(offload=True), machine(2**20 * GIB))  # every layer input stays on the device
     offers = lossy_offers(plan, "nothing")
+    on_host = predict(work, Settings(host=True), machine(64 * GIB, 64 * GIB))
+    slower = (HOST_STEP["8bit"] - HOST_STEP["float32"]) * total / on_host.machine.host_memory
+    assert lossy_offers(on_host, "nothing")[0].endswith(f" less and {slower:.2g} s more a step")
     assert [offer.split(",")[0] for offer in offers] == ["allow_lossy='states'"]
     with pytest.raises(ValueError, match="allow_lossy='some': expected one of nothing, states, all"):
         fit(work, machine(GIB), "some")
