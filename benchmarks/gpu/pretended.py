@@ -114,6 +114,11 @@ def _compute(function, args, kwargs):
     if function.namespace == "longpo_ops":  # its Python body, whose own operators come here again
         with _OnGpu():
             return OPDEFS[function._schema.name]._init_fn(*args, **kwargs)
+    name = function.overloadpacket
+    if name is aten.is_pinned:  # all of the host's memory: then nobody asks the driver to pin it
+        return True
+    if name in (aten.pin_memory, aten._pin_memory):
+        return args[0]
     if function._can_decompose():  # outside of autograd, such an operator comes here before its parts
         with _OnGpu():
             return function.decompose(*args, **kwargs)
@@ -123,8 +128,7 @@ def _compute(function, args, kwargs):
     if target in ("cuda", "meta"):  # C++ asks for tensors on the device that it thinks those at hand are on
         return _make(function, args, kwargs)
     if not on_gpu:
-        return function(*args, **kwargs)
-    name = function.overloadpacket
+        return function(*args, **kwargs | ({"pin_memory": False} if kwargs.get("pin_memory") else {}))
     if name is aten._local_scalar_dense:
         return _to_host(args[0].known).item()
     if name is aten.equal:

@@ -159,6 +159,8 @@ def test_the_pretended_gpu_takes_the_way_of_cuda():
         assert choose_backend(DEVICE, torch.bfloat16).name == "triton"
         labels = torch.arange(6, device=DEVICE).view(2, 3) * 2
         assert torch.where(labels > 4, labels, -1).cpu().tolist() == [[-1, -1, -1], [6, 8, 10]]
+        pinned = torch.arange(3).pin_memory(), torch.zeros(3, pin_memory=True)
+        assert all(host.is_pinned() and host.to(DEVICE, non_blocking=True).is_cuda for host in pinned)
         leaf = torch.zeros(2, 3, device=DEVICE, requires_grad=True)
         (leaf * labels).sum().backward()
         assert leaf.grad.device == DEVICE and leaf.grad.shape == (2, 3) and float(leaf.detach().sum()) == 1.0
