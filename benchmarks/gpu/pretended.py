@@ -117,8 +117,6 @@ def _compute(function, args, kwargs):
     name = function.overloadpacket
     if name is aten.is_pinned:  # all of the host's memory: then nobody asks the driver to pin it
         return True
-    if name in (aten.pin_memory, aten._pin_memory):
-        return args[0]
     if function._can_decompose():  # outside of autograd, such an operator comes here before its parts
         with _OnGpu():
             return function.decompose(*args, **kwargs)
