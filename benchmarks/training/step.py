@@ -369,18 +369,16 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _watch(model, shape: Shape, tell) -> None:
-    """Tells layers as they are launched, once each way, and ends the backward where it is to end."""
+    """Tells layers of a step as they are launched, once each way, and ends the backward where it is to end."""
     layers = model.get_decoder().layers
     first = len(layers) - shape.backward_layers
     waiting: set[int] = set()  # for their backward, in which they run again
 
     def before(number, _, args):
-        if number in waiting:
-            return
-        if torch.is_grad_enabled() and args and args[0].requires_grad:
+        if number not in waiting and torch.is_grad_enabled() and args and args[0].requires_grad:
             waiting.add(number)
             args[0].register_hook(partial(after, number))
-        tell(f"forward of layer {number} of {len(layers)}")
+            tell(f"forward of layer {number} of {len(layers)}")
 
     def after(number, grad):
         waiting.discard(number)
