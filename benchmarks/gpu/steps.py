@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from longpo_ops.memory.optimizer import PIECE, AdamW
-from longpo_ops.memory.plan import GIB, Machine, Plan, Settings, predict, weights_of
+from longpo_ops.memory.plan import CARDS, GIB, Machine, Plan, Settings, predict, weights_of
 from longpo_ops.memory.search import placed
-from longpo_ops.memory.tiers import PAGE, available_host_bytes
+from longpo_ops.memory.tiers import PAGE
 
 from ..training import offload as offloading
 from ..training.step import ALL, TINY, Shape, compiled_on, measure_plan, no_8bit_states, planned
@@ -63,7 +63,7 @@ def shape_of(setting: Setting, length: int, layers: int = 0, backward_layers: in
 
 def machine_of(setting: Setting) -> Machine:
     if setting.on_gpu:
-        return Machine(setting.device_bytes, setting.host_bytes)
+        return Machine(setting.device_bytes, setting.host_bytes, **CARDS.get(setting.card, {}))
     return Machine(1, GIB, device_reserve=0, host_reserve=0)  # all that can leave the device leaves it
 
 
@@ -125,8 +125,6 @@ def measured(setting: Setting, shape: Shape, plan: Plan, shared: bool = True) ->
         print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
 
     forget(setting)
-    if setting.on_gpu:
-        grow_host(host_bytes(plan))
     quiet = shape.steps > 1 or not setting.on_gpu
     try:
         row = measure_plan(shape, plan, (lambda text: None) if quiet else tell, shared)
@@ -141,13 +139,6 @@ def forget(setting: Setting) -> None:
     gc.collect()
     if setting.on_gpu:
         torch.cuda.empty_cache()
-
-
-def grow_host(nbytes: int) -> None:
-    """Takes host memory until nbytes can be had, and gives it back: a virtual machine's may grow only as it is used."""
-    held: list[torch.Tensor] = []
-    while (taken := len(held) * GIB) < nbytes and available_host_bytes() + taken < nbytes + GIB:
-        held.append(torch.ones(GIB, dtype=torch.uint8))
 
 
 def step(setting: Setting) -> Iterator[Row]:

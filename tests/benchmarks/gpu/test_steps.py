@@ -12,7 +12,7 @@ from benchmarks.gpu.rows import perform
 from benchmarks.gpu.setting import H100, H200, REHEARSAL
 from benchmarks.training import step as training
 from longpo_ops.memory import optimizer
-from longpo_ops.memory.plan import Phase
+from longpo_ops.memory.plan import CARDS, Phase
 
 QUESTIONS = (steps.step, steps.longest, steps.pairs, steps.offload, steps.long)
 
@@ -61,6 +61,14 @@ def test_a_longest_step_has_float32_states_where_they_fit():
     plans = [steps.plan_for(card, steps.shape_of(card, 131_072), settings) for card in (H200, H100)]
     assert [(plan.settings.states, plan.settings.host) for plan in plans] == [("float32", False), ("8bit", False)]
     assert not any(plan.shortfalls for plan in plans)
+
+
+def test_plans_are_made_with_the_rates_of_the_card():
+    machines = [steps.machine_of(card) for card in (H100, H200)]
+    assert [machine.device_memory for machine in machines] == [
+        CARDS[card]["device_memory"] for card in ("H100", "H200")
+    ]
+    assert machines[0].device_memory < machines[1].device_memory
 
 
 @pytest.mark.parametrize("length", [65_536, 131_072, 262_144])
