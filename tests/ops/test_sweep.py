@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longpo_ops import fused_preference_loss, linear_cross_entropy, linear_kl, linear_logprobs, packed_preference_loss
-from longpo_ops.ops import divergence, products
+from longpo_ops.ops import divergence
 from longpo_ops.ops.operators import Batch, run_sweep
 from longpo_ops.ops.products import UPCAST_BYTES, Products
 from longpo_ops.ops.rows import sizes, to_device
@@ -22,6 +22,7 @@ from longpo_ops.ops.sweep import (
     scratch_bytes,
     workspace_of,
 )
+from tests.meta import add_products_on_meta
 
 from .preference_cases import OBJECTIVES, Case
 
@@ -160,7 +161,7 @@ class Transfers(TorchDispatchMode):
 def test_labels_on_the_host_cost_no_synchronisation(objective, dtype, rows, monkeypatch):
     """Tensors on the meta device stand for a GPU's: whoever reads one of them on the host raises."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has none
-    monkeypatch.setattr(products, "_addmm_takes_float32", lambda *_: True)  # asked once per process
+    add_products_on_meta(dtype, monkeypatch)
     labels = torch.arange(60).view(2, 30)
     weight = torch.empty(60, 8, dtype=dtype, device="meta")
     hiddens = [torch.empty(2, 30, 8, dtype=dtype, device="meta") for _ in range(2)]
@@ -180,7 +181,7 @@ def test_labels_on_the_host_cost_no_synchronisation(objective, dtype, rows, monk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_divergence_does_not_wait_for_numbers_of_the_host(dtype, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(products, "_addmm_takes_float32", lambda *_: True)
+    add_products_on_meta(dtype, monkeypatch)
     heads = (torch.empty(50, 8, dtype=dtype, device="meta"), torch.empty(60, 8, dtype=dtype, device="meta"), None) * 2
     scratch, maps = workspace_of(20, heads[1], dtype, 2), ((1.0, 0.0), (1.0, 0.0))
     numbers = torch.arange(50) % 3 > 0, torch.rand(50), torch.ones(())

@@ -21,9 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from longpo_ops import fused_preference_loss, linear_cross_entropy, linear_kl, linear_logprobs, packed_preference_loss
 from longpo_ops.memory.trace import Ledger
-from longpo_ops.ops import divergence, products
+from longpo_ops.ops import divergence
 from longpo_ops.ops.operators import Batch, run_sweep
 from longpo_ops.ops.sweep import Options, default_workspace, scratch_bytes
+from tests.meta import add_products_on_meta
 
 ROOT = Path(__file__).resolve().parents[2]
 V, H = 64, 8
@@ -142,10 +143,10 @@ class Launches(Ledger):
 
 
 @pytest.fixture
-def like_a_gpu(monkeypatch):
+def like_a_gpu(dtype, monkeypatch):
     """Lets the sweeps run on the meta device, which has no autocast and adds no products."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(products, "_addmm_takes_float32", lambda *_: True)
+    add_products_on_meta(dtype, monkeypatch)
 
 
 def cross_entropy_on_meta(hidden, weight, softcap, scratch):

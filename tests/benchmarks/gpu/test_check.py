@@ -16,7 +16,7 @@ import torch
 from benchmarks.budget import judge, worst
 from benchmarks.gpu import attention, check, correctness
 from benchmarks.gpu.questions import LONG, QUESTIONS
-from benchmarks.gpu.report import summary
+from benchmarks.gpu.report import read, summary
 from benchmarks.gpu.rows import perform, results
 from benchmarks.gpu.setting import CARDS, REHEARSAL
 from benchmarks.stamp import ROOT
@@ -261,7 +261,7 @@ def test_a_kill_at_any_time_leaves_a_report_and_no_worker(tmp_path):
         children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
         script.send_signal(signal.SIGKILL)
         script.wait()
-        report = json.loads(path.read_text())
+        report = read(path).content
         assert report["state"] in ("running", "finished") and report["rehearsal"] is True
         assert isinstance(summary(report), str)
         complete += bool(report["rows"])
