@@ -27,19 +27,22 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from ..stamp import RESULTS, ROOT, command
 from .carried import CARRY, allocator, prepare
 from .questions import BY_NAME, LONG, QUESTIONS, Question
-from .report import summary
+from .report import read, summary
+from .tables import failed
 
 FILE, BEFORE = "gpu_check.json", "gpu_check_before.json"  # the report, and the one that it found in its place
 GRACE = 3.0  # seconds before the deadline by which the last row must be done
 CHEAP = 10.0  # seconds up to which a failed row is asked again
 DEATHS = 3  # of workers, after which a question is given up
 WORKER = "benchmarks.gpu.worker"
+PROBE = "import torch; raise SystemExit(not torch.cuda.is_available())"
 STOPPED = "skipped: no time: the deadline came"
 
 
@@ -102,10 +105,6 @@ def _line(row: dict) -> str:
 
 class Died(Exception):
     """A worker is gone; says how."""
-
-
-class Refused(Exception):
-    """This machine cannot be checked; says why."""
 
 
 class Worker:
@@ -205,8 +204,6 @@ class Check:
 
     def _listen(self, question: Question, worker: Worker, done: list) -> None:
         while "end" not in (message := worker.next(self.until)):
-            if "refusal" in message:
-                raise Refused(message["refusal"])
             if "head" in message:
                 self.report.note(**message["head"] | {"command": self.report.content["command"]})
             elif "start" in message:
@@ -224,20 +221,21 @@ class Check:
         self.report.add(dict(zip(("question", "what", "backend", "case"), running, strict=True)) | {"status": status})
 
 
-def failed(row: dict) -> bool:
-    return row["status"].startswith("failed")
-
-
 def _key(row: dict) -> list[str]:
     return [row["what"], row["backend"], row["case"]]
 
 
 def last_report(out: Path) -> dict:
-    """The newest gpu_check.json, of $OUT or of the results. Raises FileNotFoundError where there is none."""
+    """The newest gpu_check.json, of $OUT or of the results. Raises ValueError where there is none that can be read."""
     found = [path for path in (out / FILE, *sorted(RESULTS.glob("*gpu-check*.json"), reverse=True)) if path.exists()]
     if not found:
-        raise FileNotFoundError(f"no {FILE} in {out} and no *gpu-check*.json in {RESULTS}")
-    return json.loads(found[0].read_text())
+        raise ValueError(f"--only failed: no {FILE} in {out} and no *gpu-check*.json in {RESULTS}: run the check first")
+    return read(found[0]).content
+
+
+def sees_gpu() -> bool:
+    """Whether torch sees a GPU: asked of another process, as this one never touches the device."""
+    return subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT).returncode == 0
 
 
 def sanitise(check: Check, question: Question, key: list[str]) -> None:
@@ -274,10 +272,16 @@ def listing() -> str:
 def main(arguments: list[str] | None = None) -> int:
     start = time.time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deadline", type=float, default=3600, help="seconds that all of it may take")
+    parser.add_argument(
+        "--deadline", type=_number(float, "seconds above 0"), default=3600.0, help="seconds that all of it may take"
+    )
     parser.add_argument("--piece", action="append", choices=BY_NAME, help="only this question (repeatable)")
     parser.add_argument("--only", choices=["failed"], help="only rows that failed in the last report")
-    parser.add_argument("--host-bytes", type=int, help="of the host, where more can be had than is available now")
+    parser.add_argument(
+        "--host-bytes",
+        type=_number(int, "bytes, 1 or more"),
+        help="of the host, where more can be had than is available now",
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU with tiny shapes")
     parser.add_argument("--list", action="store_true", help="what is asked, and what it costs")
     options = parser.parse_args(arguments)
@@ -285,7 +289,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(listing())
         return 0
     out = folder(options.rehearse)
-    questions, only = _chosen(options, out)
+    try:
+        questions, only = _chosen(options, out)
+    except ValueError as error:
+        parser.error(str(error))
+    if not questions:
+        print("--only failed: no row failed in the last report")
+        return 0
+    if not options.rehearse and not sees_gpu():
+        print("gpu-check needs a CUDA device, and torch sees none; --rehearse runs the script on the CPU")
+        return 1
     report = Report(out / FILE, command=command(), rehearsal=options.rehearse, deadline=options.deadline)
     words = ["--rehearse"] * options.rehearse
     words += ["--host-bytes", str(options.host_bytes)] if options.host_bytes else []
@@ -299,15 +312,23 @@ def main(arguments: list[str] | None = None) -> int:
         state = "finished"
     except KeyboardInterrupt:
         state = "interrupted"
-    except Refused as refusal:
-        report.path.unlink()
-        print(refusal)
-        return 1
     finally:
         check.end()
     report.note(state=state, seconds=time.time() - start)
     print(summary(report.content, report.path), flush=True)
     return int(state != "finished" or any(map(failed, report.content["rows"])))
+
+
+def _number(kind: type, expected: str) -> Callable:
+    """What argparse turns a word into a number with."""
+
+    def number(text: str):
+        with suppress(ValueError):
+            if 0 < (value := kind(text)) < float("inf"):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return number
 
 
 def _carried(report: Report) -> dict[str, str]:

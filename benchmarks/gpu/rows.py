@@ -62,7 +62,3 @@ def perform(row: Row, seed: int = 0) -> dict:
 def results(rows: Iterable[Row]) -> Iterator[dict]:
     """Every row computed, here and now."""
     return (row.name | perform(row) for row in rows)
-
-
-def failed(row: dict) -> bool:
-    return row["status"].startswith("failed")

@@ -29,8 +29,9 @@ from longpo_ops.ops.rows import sizes
 from longpo_ops.ops.sweep import row_unit, rows_per_chunk
 
 from .peers import PEERS, Peer, Run, backwards
-from .rows import Row, failed, perform, unavailable
+from .rows import Row, perform, unavailable
 from .setting import GIB, Setting, measure, measure_seconds
+from .tables import failed
 
 RATE = 600e12  # operations a second that are planned with
 RATE_FLOAT32 = 40e12

@@ -100,6 +100,10 @@ def state(row: dict) -> str:
     return row["status"].partition(":")[0]
 
 
+def failed(row: dict) -> bool:
+    return state(row) == "failed"
+
+
 def reason(row: dict) -> str:
     return row["status"].partition(":")[2].strip() or row["status"]
 

@@ -1,7 +1,7 @@
 """The process that answers: orders come in as lines of JSON, rows go out as they are done.
 
     in   {"question": name, "only": keys or null, "done": keys, "seed": n, "until": unix time, "pace": measured/expected}
-    out  {"head": ...} once, or {"refusal": why};  {"start": key} and {"row": {...}} for each row;  {"end": question}
+    out  {"head": ...} once;  {"start": key} and {"row": {...}} for each row;  {"end": question}
 
 It dies with its parent. A row that leaves the device unusable ends it with status BROKEN, after the row is told.
 
@@ -100,9 +100,6 @@ def main() -> None:
     def tell(message: dict) -> None:
         print(json.dumps(message), file=out, flush=True)
 
-    if not options.rehearse and not torch.cuda.is_available():
-        tell({"refusal": "gpu-check needs a CUDA device, and torch sees none; --rehearse runs the script on the CPU"})
-        return
     setting, compiled = REHEARSAL if options.rehearse else setting_here(options.host_bytes), count_compiles()
     memory = {"device_bytes": setting.device_bytes, "host_bytes": setting.host_bytes}
     tell({"head": stamp() | {"card": setting.card} | memory})

@@ -242,10 +242,31 @@ def test_only_what_failed_is_asked_again(ask, tmp_path):
     assert [(row["question"], row["case"]) for row in report["rows"]] == [("seeds", "fails")]
 
 
-def test_without_a_report_there_is_nothing_to_ask_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "RESULTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=check.FILE):
-        check.last_report(tmp_path)
+def test_where_nothing_failed_nothing_is_asked_and_the_report_stays(ask, tmp_path, capsys):
+    first = ask("costs")[1]
+    assert ask(options=("--only", "failed")) == (0, first)
+    assert "no row failed" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [check.FILE]
+
+
+@pytest.mark.parametrize("content, told", [(None, "run the check first"), ("{broken", "no report of `make gpu-check`")])
+def test_a_last_report_that_is_not_there_or_broken_is_wrong_usage(content, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(check, "RESULTS", tmp_path / "none")
+    if content:
+        (tmp_path / check.FILE).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        check.main(["--only", "failed"])
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--deadline=-5", "--deadline=nan", "--deadline=soon", "--host-bytes=-1", "--host-bytes=1.5"]
+)
+def test_wrong_numbers_are_wrong_usage(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check.main(["--rehearse", option])
+    assert stop.value.code == 2 and option.partition("=")[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -280,9 +301,10 @@ def alive(pid: str) -> bool:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_it_says_so_before_anything_is_unpacked_or_set_aside(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(check, "CARRY", tmp_path / "nothing was carried")
+    monkeypatch.setattr(check, "_carried", None)
+    (tmp_path / check.FILE).write_text("an earlier one")
     assert check.main([]) == 1
     assert "--rehearse" in capsys.readouterr().out
-    assert not (tmp_path / check.FILE).exists()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier one"]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import kernels, peers, speed
-from benchmarks.gpu.rows import failed, perform, results
+from benchmarks.gpu.rows import perform, results
 from benchmarks.gpu.setting import CARDS, NO_GPU, REHEARSAL
+from benchmarks.gpu.tables import failed
 
 H100, H200 = CARDS["H100"], CARDS["H200"]
 BACKENDS = ("triton", "cuda", "torch")
