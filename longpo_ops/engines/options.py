@@ -39,13 +39,14 @@ def engine_fields(given: dict[str, Any]) -> dict[str, Any]:
         "engine": rest["engine"] or ("server" if endpoints else "transformers"),
         "endpoints": endpoints,
         "key_variable": rest.pop("api_key_variable"),
-        "rope": _json("--rope", rest["rope"]),
-        "template_kwargs": _json("--template-kwargs", rest["template_kwargs"]),
+        "rope": from_json("--rope", rest["rope"]),
+        "template_kwargs": from_json("--template-kwargs", rest["template_kwargs"]),
         "engine_options": dict(_assignment(each) for each in options) or None,
     }
 
 
-def _json(name: str, text: str | None) -> dict | None:
+def from_json(name: str, text: str | None) -> dict | None:
+    """An option's names and values. Raises typer.BadParameter for what is no JSON object."""
     try:
         value = None if text is None else json.loads(text)
     except ValueError as error:

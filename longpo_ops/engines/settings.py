@@ -49,11 +49,16 @@ class EngineSettings:
                 f"engine {self.engine!r} with endpoints {list(self.endpoints)}; expected endpoints for 'server' only"
             )
         self.require_positive("concurrency", "timeout", "patience")
-        _check_rope(self.rope or {})
-        if self.rope and self.engine == "server":
-            flag = json.dumps({"rope_parameters": self.rope})
+        self.check_rope("rope")
+
+    def check_rope(self, name: str) -> None:
+        """Raises ValueError for entries with which no model reads anything, and for a server, which has its own."""
+        rope = getattr(self, name)
+        _check_rope(rope or {})
+        if rope and self.engine == "server":
+            flag = json.dumps({"rope_parameters": rope})
             raise ValueError(
-                f"rope: a running server keeps its own; start it with them: vllm serve --hf-overrides '{flag}'"
+                f"{name}: a running server keeps its own; start it with them: vllm serve --hf-overrides '{flag}'"
             )
 
     @property

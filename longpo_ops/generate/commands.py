@@ -9,15 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..engines import options
 from ..pretrained import load_tokenizer
+from ..recipes import DEFAULT, OFFICIAL, RECIPES
 from ..runs import terminal
 
 Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", exists=True)]
+
+
+def _of(name: str, what: str, otherwise: str = "none") -> Any:
+    """The option of a number that the recipes have."""
+    ours, published = (RECIPES[recipe]["generate"].get(name, otherwise) for recipe in (DEFAULT, OFFICIAL))
+    return typer.Option(help=f"{what}: {ours}; in the official recipe {published}.")
+
+
 pairs = typer.Typer(no_args_is_help=True, help="Look at, check and join preference pairs.")
 
 
@@ -33,31 +42,46 @@ def generate(
     concurrency: options.Concurrency = 64,
     timeout: options.Timeout = 1800.0,
     patience: options.Patience = 300.0,
-    chunks: Annotated[int, typer.Option(help="Chunks per document: turns of a pair at most.")] = 4,
-    questions: Annotated[int, typer.Option(help="Questions in the pool of a chunk.")] = 4,
-    min_chunk: Annotated[int | None, typer.Option(help="Tokens; default half of the most.")] = None,
-    max_chunk: Annotated[int | None, typer.Option(help="Tokens; default length / 4, at most 32768.")] = None,
-    min_document: Annotated[
-        int | None, typer.Option(help="Documents must have more tokens; default length / 2.")
+    long_endpoint: Annotated[
+        list[str] | None, typer.Option(help="URL of a server that reads whole documents; --endpoint then reads chunks.")
     ] = None,
-    max_document: Annotated[int | None, typer.Option(help="Tokens; default what questions and answers leave.")] = None,
+    recipe: Annotated[
+        str, typer.Option(help="default, or official: the published one. Its numbers can be changed.")
+    ] = DEFAULT,
+    chunks: Annotated[int | None, _of("chunks", "Chunks per document: turns of a pair at most")] = None,
+    questions: Annotated[int | None, _of("questions", "Questions in the pool of a chunk")] = None,
+    min_chunk: Annotated[int | None, _of("min_chunk", "Tokens", "half of the most")] = None,
+    max_chunk: Annotated[int | None, _of("max_chunk", "Tokens", "length / 4, at most 30000")] = None,
+    min_document: Annotated[int | None, _of("min_document", "Documents must have more tokens", "length / 2")] = None,
+    max_document: Annotated[
+        int | None,
+        typer.Option(help="Tokens; what questions and answers leave, in the official recipe below the length."),
+    ] = None,
     max_documents: Annotated[int | None, typer.Option(help="Stop after this many selected documents.")] = None,
     column: Annotated[str, typer.Option(help="Text column of JSON Lines and Parquet.")] = "text",
-    answer_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
-    question_tokens: Annotated[int, typer.Option(help="Longest pool of questions.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Of the questions; answers are greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Of the questions.")] = 0.9,
-    min_words: Annotated[int, typer.Option(help="Shorter answers are left out.")] = 3,
+    answer_tokens: Annotated[int | None, _of("answer_tokens", "Longest answer")] = None,
+    question_tokens: Annotated[int | None, _of("question_tokens", "Longest pool of questions")] = None,
+    temperature: Annotated[float | None, _of("temperature", "Of the questions")] = None,
+    top_p: Annotated[float | None, _of("top_p", "Of the questions")] = None,
+    answer_temperature: Annotated[float | None, _of("answer_temperature", "Of both answers")] = None,
+    answer_top_p: Annotated[float | None, _of("answer_top_p", "Of both answers")] = None,
+    min_words: Annotated[int | None, _of("min_words", "Shorter answers are left out")] = None,
     max_repeated: Annotated[
-        float, typer.Option(help="Share of repeated 4-grams from which an answer is left out.")
-    ] = 0.4,
+        float | None, _of("max_repeated", "Share of repetition from which a chosen answer is left out")
+    ] = None,
+    max_repeated_rejected: Annotated[float | None, _of("max_repeated_rejected", "The same of rejected answers")] = None,
     max_overlap: Annotated[
-        float, typer.Option(help="Share in common from which chosen and rejected are too alike.")
-    ] = 0.9,
+        float | None, _of("max_overlap", "Share in common from which chosen and rejected are too alike")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
     prompts: Annotated[Path | None, typer.Option(help="Folder with questions.txt, lead_ins.txt, refusals.txt.")] = None,
     reference_logps: Annotated[bool, typer.Option(help="Store the reference's log-probs with the pairs.")] = False,
-    rope: options.Rope = None,
+    rope: Annotated[
+        str | None, typer.Option(help='RoPE entries for reading whole documents, as JSON: {"rope_theta": 1e7}.')
+    ] = None,
+    short_rope: Annotated[
+        str | None, typer.Option(help="RoPE entries for reading chunks; default the model's own, as the reference has.")
+    ] = None,
     template_kwargs: options.TemplateKwargs = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -66,11 +90,14 @@ def generate(
 ) -> None:
     """Make short-to-long preference pairs from long documents, or go on with a run that was stopped."""
     given = dict(locals())
-    given.pop("dry_run")
+    for name in ("dry_run", "long_endpoint"):
+        given.pop(name)
     from .run import GenerateRun
 
     given = options.engine_fields(given) | {
         "documents": tuple(documents),
+        "short_rope": options.from_json("--short-rope", short_rope),
+        "long_endpoints": tuple(long_endpoint or ()),
         "out": str(out),
         "prompts": None if prompts is None else str(prompts),
     }

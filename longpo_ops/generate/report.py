@@ -38,9 +38,9 @@ def summarise(outcomes: Iterable[dict]) -> dict:
     }
 
 
-def write_summary(result, pairs: Iterable[Pair], folder: Path) -> dict:
-    """summary.json, lengths.png and summary.html, with three of the pairs; returns the summary."""
-    summary = summarise(result.outcomes)
+def write_summary(result, pairs: Iterable[Pair], folder: Path, recipe: str) -> dict:
+    """summary.json, lengths.png and summary.html, with three of the pairs; returns the summary. recipe: its title."""
+    summary = {"recipe": recipe} | summarise(result.outcomes)
     figure = draw_lengths(summary["lengths"])
     counted = {name: value for name, value in summary.items() if name != "lengths"}
     counted["lengths"] = {kind: describe(values) for kind, values in summary["lengths"].items() if values}
@@ -62,7 +62,7 @@ def values_of(result, summary: dict) -> list[tuple[str, str]]:
     found += [(f"turns left out: {reason}", count) for reason, count in summary["left_out"].items()]
     found += [("requests now", tally.requests), ("tokens read now", tally.prompt_tokens)]
     found += [("of them from the prefix cache", tally.cached_tokens), ("tokens written now", tally.tokens)]
-    lines = [(name, f"{value:,}") for name, value in found]
+    lines = [("recipe", summary["recipe"]), *((name, f"{value:,}") for name, value in found)]
     lines += [("tokens per second", f"{(tally.prompt_tokens + tally.tokens) / seconds:,.0f}")]
     return [*lines, ("seconds", f"{seconds:,.1f}")]
 

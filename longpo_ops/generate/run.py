@@ -2,7 +2,13 @@
 
     files -> Listing, Task (a thread ahead) -> Steps (documents side by side) -> Store -> summary
 
-Only documents under way are in memory: two texts more than the engine's concurrency at most. Not covered: several
+Chunks are read at the model's own RoPE (`short_rope`), whole documents at a raised one (`rope`): questions and chosen
+answers come from the model that is the reference. A local engine has one RoPE at a time, so where the two differ the run
+goes over the documents twice: first all that chunks are asked, then, with an engine of its own, what whole documents are.
+The journal stands between, some 20 kB a document, which are in memory until the document is finished. Two sets of servers
+are asked side by side.
+
+Else only documents under way are in memory: two texts more than the engine's concurrency at most. Not covered: several
 processes in one folder, which its lock refuses.
 """
 
@@ -10,71 +16,92 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import ChatFormat, read_pairs, tokenizer_fingerprint
-from ..documents.chunks import Chunker
-from ..documents.listing import Listing, find_files, read_documents
+from ..data import ChatFormat, join_context, read_pairs, tokenizer_fingerprint
+from ..documents.listing import Document, Listing, find_files, read_documents
 from ..documents.readers import TOO_LONG
-from ..engines import Sampling
+from ..engines import Engine, Request, Sampling, render
 from ..engines.concurrency import side_by_side
 from ..engines.settings import EngineSettings
+from ..pretrained import read_config
+from ..recipes import DEFAULT, fill, tell, title
 from ..runs.journal import check_folder
-from .filters import Filters
+from .makers import MAKERS, Maker, Parted, Parting
 from .prompts import Prompts
 from .report import write_summary
-from .steps import Steps, Tally, Task
+from .steps import Asked, Steps, Tally, Task
 from .store import Store
 
 TOO_SHORT = "shorter than wanted"
+OWN_CONTEXT = 30000  # tokens of the longest chunk: with its question and answer it fits the 32,768 of many models
+
+log = logging.getLogger("longpo_ops.generate")
 
 
 @dataclass(frozen=True)
 class GenerateRun(EngineSettings):
-    """One run's settings: those of the engine, and these.
+    """One run's settings: those of the engine, and these. None is what the recipe has (recipes.py).
 
     documents: folders, files, globs. length: tokens of the longest training sequence, document, questions and
-    answers. chunks: turns of a pair at most. questions: pool per chunk. min_chunk, max_chunk: tokens; default a
-    quarter of the length, at most 32768, and half of that. min_document, max_document: tokens; default more than half
-    the length, and as many as leave room for all questions and answers. temperature, top_p: of the questions; answers
-    are greedy. prompts: folder with files of your own.
+    answers; in the official recipe a bound of the documents alone. recipe: "default" or "official". chunks: turns of a
+    pair at most. questions: pool per chunk. min_chunk, max_chunk: tokens; by default a quarter of the length, at most
+    30,000, and half of that. min_document, max_document: tokens; by default more than half the length, and as many as
+    leave room for all questions and answers. temperature, top_p: of the questions; answer_temperature, answer_top_p: of both answers.
+    max_repeated: of chosen answers, max_repeated_rejected of the others. prompts: folder with files of your own.
+    rope: of local engines while they read whole documents, short_rope: while they read chunks; default the model's own.
+    long_endpoints: servers that read the whole documents, where those at `endpoints` read chunks alone.
     """
 
     model: str  # again, as the first of those that may be given by position
     documents: tuple[str, ...]
     length: int
     out: str
-    chunks: int = 4
-    questions: int = 4
+    recipe: str = DEFAULT
+    chunks: int | None = None
+    questions: int | None = None
     min_chunk: int | None = None
     max_chunk: int | None = None
     min_document: int | None = None
     max_document: int | None = None
     max_documents: int | None = None
     column: str = "text"
-    answer_tokens: int = 1024
-    question_tokens: int = 512
-    temperature: float = 0.7
-    top_p: float = 0.9
-    min_words: int = 3
-    max_repeated: float = 0.4
-    max_overlap: float = 0.9
+    answer_tokens: int | None = None
+    question_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    answer_temperature: float | None = None
+    answer_top_p: float | None = None
+    min_words: int | None = None
+    max_repeated: float | None = None
+    max_repeated_rejected: float | None = None
+    max_overlap: float | None = None
     seed: int = 0
     prompts: str | None = None
     reference_logps: bool = False
+    short_rope: dict | None = None
+    long_endpoints: tuple[str, ...] = ()
 
     def __post_init__(self):
         """Raises ValueError for settings that make no sense, saying which."""
+        for name, value in fill(self.recipe, "generate", self._given())[0].items():
+            object.__setattr__(self, name, value)
         super().__post_init__()
+        self.check_rope("short_rope")
+        if self.long_endpoints and not self.endpoints:
+            raise ValueError("long_endpoints without endpoints; expected servers that read the chunks, too")
         self.require_positive("length", "chunks", "questions", "answer_tokens", "question_tokens")
         self.require_positive("max_documents", "max_chunk", "max_document")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature {self.temperature}, top_p {self.top_p}; expected >= 0, and above 0 up to 1")
-        if self.rope and self.reference_logps:
+        for kind in ("", "answer_"):
+            drawn, mass = getattr(self, f"{kind}temperature"), getattr(self, f"{kind}top_p")
+            if drawn < 0 or not 0 < mass <= 1:
+                raise ValueError(f"{kind}temperature {drawn}, {kind}top_p {mass}; expected >= 0, and above 0 up to 1")
+        if (self.rope or self.short_rope) and self.reference_logps:
             raise ValueError(
                 "reference_logps with rope: the reference keeps its own RoPE; let `longpo train` compute its log-probs"
             )
@@ -87,26 +114,66 @@ class GenerateRun(EngineSettings):
                 f"documents of {first} to {last} tokens: {self.chunks} questions and answers of up to "
                 f"{self.question_tokens} + {self.answer_tokens} tokens must fit beside the document in {self.length}; "
                 "raise length, or lower chunks, question_tokens or answer_tokens"
+                if self.maker.fits_answers
+                else f"documents of more than {first} and fewer than {self.length} tokens: none can be; raise length, or "
+                "lower min_document"
             )
+
+    @property
+    def maker(self) -> Maker:
+        """What the recipe does beyond numbers."""
+        return MAKERS[self.recipe]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Settings that the published recipe contradicts."""
+        return fill(self.recipe, "generate", self._given())[1]
+
+    @property
+    def title(self) -> str:
+        """The recipe, and what of it is changed (recipes.title)."""
+        return title(self.recipe, self.changed)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest sequence that is trained on, but for the chat template."""
+        return self.length if self.maker.fits_answers else self.length + self._room()
 
     def document_bounds(self) -> tuple[int, int]:
         """A document is selected if it has more tokens than the first and at most as many as the second."""
-        room = self.chunks * (self.question_tokens + self.answer_tokens)
         first = self.length // 2 if self.min_document is None else self.min_document
-        return first, self.length - room if self.max_document is None else self.max_document
+        last = self.length - self._room() if self.maker.fits_answers else self.length - 1
+        return first, last if self.max_document is None else self.max_document
 
     def chunk_bounds(self) -> tuple[int, int]:
         """Least and most tokens of a chunk."""
-        most = min(32768, self.length // 4) if self.max_chunk is None else self.max_chunk
+        most = min(OWN_CONTEXT, self.length // 4) if self.max_chunk is None else self.max_chunk
         return most // 2 if self.min_chunk is None else self.min_chunk, most
+
+    def short_length(self, chat: ChatFormat, prompts: Prompts) -> int:
+        """Tokens of the longest request about a chunk, its answer included."""
+
+        def around(instruction: str) -> int:
+            return len(render(chat.tokenizer, Request(join_context("", instruction), None), chat.template_kwargs))
+
+        asked = around(prompts.ask(self.questions)) + self.question_tokens
+        answered = max(around(prompts.instruct(i, "")) for i in range(len(prompts.lead_ins)))
+        return self.chunk_bounds()[1] + max(asked, answered + self.question_tokens + self.answer_tokens)
 
     def identity(self, tokenizer, prompts: Prompts) -> dict:
         """What decides the pairs: a folder holds those of one identity. Neither addresses nor keys are in it."""
         free = {"documents", "out", "max_documents", "endpoints", "concurrency", "timeout", "patience", "key_variable"}
-        free |= {"prompts", "model", "engine_options", "trust_remote_code"}
+        free |= {"prompts", "model", "engine_options", "trust_remote_code", "long_endpoints"}
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in free}
-        named = {"model": self.model_name, "prompts": prompts.digest()}
+        named = {"model": self.model_name, "prompts": prompts.digest(), "recipe": self.title}
         return kept | named | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+
+    def _given(self) -> dict:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def _room(self) -> int:
+        """Tokens of all questions and answers."""
+        return self.chunks * (self.question_tokens + self.answer_tokens)
 
 
 @dataclass
@@ -129,33 +196,36 @@ def select(
     run: GenerateRun, files: list[tuple[Path, str]], tokenizer, listing: Listing, done=lambda document: False
 ) -> Iterator[Task | float]:
     """Stream the tasks of a run in the order of its documents; for a document that is done only its position."""
-    (first, last), chunker = run.document_bounds(), Chunker(tokenizer, *run.chunk_bounds())
+    (first, last), part = run.document_bounds(), run.maker.parting(tokenizer, *run.chunk_bounds())
     for document in read_documents(files, listing, run.column, last):
         if listing.selected == run.max_documents:
             return
-        found = [] if done(document.id) else _chunks(chunker, document.text, first, last)
+        found = None if done(document.id) else _parted(part, document, first, last)
         if isinstance(found, str):
             listing.skipped[found] += 1
             continue
         listing.selected += 1
         position = max(document.position, listing.selected / (run.max_documents or float("inf")))
-        if not found:
+        if found is None:
             yield position
             continue
-        (chunks, tokens), draw = found, random.Random(f"{run.seed}|{document.id}|chunks")
-        picked = sorted(draw.sample(range(len(chunks)), min(run.chunks, len(chunks))))
-        yield Task(listing.selected, position, document, tokens, tuple(chunks[i] for i in picked))
+        chunks = found.chunks
+        if not run.maker.asks_all:
+            draw = random.Random(f"{run.seed}|{document.id}|chunks")
+            chunks = [chunks[i] for i in sorted(draw.sample(range(len(chunks)), min(run.chunks, len(chunks))))]
+        laid_out = dataclasses.replace(document, text=found.text)
+        yield Task(listing.selected, position, laid_out, found.tokens, tuple(chunks))
 
 
-def _chunks(chunker: Chunker, text: str, first: int, last: int) -> tuple[list, int] | str:
-    """The candidate chunks of a text and its tokens, or why it is left out."""
-    if len(text.encode()) <= first:  # a token takes a byte at least
+def _parted(part: Parting, document: Document, first: int, last: int) -> Parted | str:
+    """A document as the recipe lays it out, or why it is left out."""
+    if len(document.text.encode()) <= first:  # a token takes a byte at least
         return TOO_SHORT
-    starts = chunker.starts(text)
+    starts = part.starts(document.text)
     if not first < len(starts) <= last:
         return TOO_SHORT if len(starts) <= first else TOO_LONG
-    chunks = chunker.chunks(text, starts)
-    return (chunks, len(starts)) if chunks else "shorter than one chunk"
+    parted = part(document, starts)
+    return parted if parted.chunks else "shorter than one chunk"
 
 
 def generate(run: GenerateRun, progress=None) -> Result:
@@ -165,10 +235,12 @@ def generate(run: GenerateRun, progress=None) -> Result:
     inputs that cannot be used, EngineStopped (a ConnectionError) for an engine that is gone, OSError for a disk that
     is full: mend it and run the same again. Raises KeyboardInterrupt for Ctrl-C.
     """
-    files, prompts = find_files(run.documents), Prompts.load(run.prompts)
+    files, prompts = find_files(run.documents), Prompts.load(run.prompts, run.recipe)
     tokenizer, out = run.load_tokenizer(), Path(run.out)
     chat = ChatFormat(tokenizer, template_kwargs=run.template_kwargs)
     check_folder(out)
+    if told := tell(run.recipe, "generate", vars(run), run.changed):
+        log.warning("%s", told)
     store = Store(out, run.identity(tokenizer, prompts))
     try:
         return asyncio.run(_generate(run, files, store, chat, prompts, progress))
@@ -179,38 +251,95 @@ def generate(run: GenerateRun, progress=None) -> Result:
 def generate_and_summarise(run: GenerateRun, progress=None) -> tuple[Result, dict]:
     """`generate`, then summary.json, lengths.png and summary.html beside the pairs (report.py); returns the summary too."""
     result = generate(run, progress)
-    return result, write_summary(result, read_pairs(run.out) if result.made else (), Path(run.out))
+    return result, write_summary(result, read_pairs(run.out) if result.made else (), Path(run.out), run.title)
 
 
 async def _generate(run: GenerateRun, files, store: Store, chat: ChatFormat, prompts: Prompts, progress) -> Result:
-    engine, listing, began = run.make_engine(run.length), Listing(), time.monotonic()
+    began, tally, listing = time.monotonic(), Tally(), Listing()
     steps = Steps(
-        engine,
         chat,
         prompts,
-        Filters(prompts.refusals, run.min_words, run.max_repeated, run.max_overlap),
+        run.maker,
+        run.maker.filters(
+            prompts.refusals, run.min_words, run.max_repeated, run.max_repeated_rejected, run.max_overlap
+        ),
         asking=Sampling(run.question_tokens, run.temperature, run.top_p),
-        answering=Sampling(run.answer_tokens),
+        answering=Sampling(run.answer_tokens, run.answer_temperature, run.answer_top_p),
         questions=run.questions,
+        turns=run.chunks,
         seed=run.seed,
         reference_logps=run.reference_logps,
-        about={"model": store.settings["model"], "engine": run.engine, "seed": run.seed},
+        about={"model": store.settings["model"], "engine": run.engine, "seed": run.seed, "recipe": run.title},
+        tally=tally,
     )
-    try:
-        await engine.start()
-        await _work(select(run, files, chat.tokenizer, listing, store.done), steps, store, progress)
-    finally:
-        await engine.close()
-    if listing.selected == 0:
-        raise ValueError(f"no document was selected. {listing}")
+    phases = _phases(run, run.short_length(chat, prompts))
+    for number, engines in enumerate(phases):
+        listing, started = (
+            Listing(),
+            [engine for i, engine in enumerate(engines) if engine and engine not in engines[:i]],
+        )
+        try:
+            for engine in started:
+                await engine.start()
+            steps.asks({engine: Asked(engine) for engine in started}, *engines)
+            tasks = select(run, files, chat.tokenizer, listing, store.done)
+            await _work(
+                tasks,
+                steps,
+                store,
+                sum(engine.concurrency for engine in started),
+                _part_of(progress, number, len(phases)),
+            )
+        finally:
+            for engine in started:
+                await engine.close()
+        if listing.selected == 0:
+            raise ValueError(f"no document was selected. {listing}")
     missing = store.finish_all()
-    return Result(listing, list(store.outcomes()), steps.tally, time.monotonic() - began, missing)
+    return Result(listing, list(store.outcomes()), tally, time.monotonic() - began, missing)
 
 
-async def _work(tasks: Iterator[Task | float], steps: Steps, store: Store, progress) -> None:
+def _phases(run: GenerateRun, short_length: int) -> list[tuple[Engine | None, Engine | None]]:
+    """The engines that read chunks and whole documents, phase by phase. Raises ValueError where chunks are too long for the
+    model's own RoPE.
+    """
+    if run.long_endpoints:
+        longer = dataclasses.replace(run, endpoints=run.long_endpoints)
+        return [(run.make_engine(short_length), longer.make_engine(run.sequence_length))]
+    if run.engine != "server":
+        config = read_config(run.model, run.trust_remote_code)
+        own, reads = (
+            dict(getattr(config, "rope_parameters", None) or {}),
+            getattr(config, "max_position_embeddings", None),
+        )
+        if own | (run.short_rope or {}) != own | (run.rope or {}):
+            if reads and reads < short_length and not run.short_rope:
+                raise ValueError(
+                    f"{run.model} reads {reads} tokens at its own RoPE, at which questions and chosen answers are made, and a "
+                    f"chunk with its question and answer may take {short_length}; lower max_chunk, question_tokens or "
+                    "answer_tokens, or give short_rope"
+                )
+            chunks = dataclasses.replace(run, rope=run.short_rope)
+            return [(chunks.make_engine(short_length), None), (None, run.make_engine(run.sequence_length))]
+    engine = run.make_engine(run.sequence_length)
+    return [(engine, engine)]
+
+
+def _part_of(progress, number: int, phases: int):
+    """The progress of one of several passes over the same documents; only the last one finishes any."""
+    if progress is None or phases == 1:
+        return progress
+
+    def told(fraction: float, documents: int, pairs: int, tally: Tally) -> None:
+        progress((number + fraction) / phases, documents if number == phases - 1 else 0, pairs, tally)
+
+    return told
+
+
+async def _work(tasks: Iterator[Task | float], steps: Steps, store: Store, at_once: int, progress) -> None:
     """Documents side by side, as many as keep the engine busy; the next one is read and parted meanwhile."""
     queue: asyncio.Queue = asyncio.Queue(maxsize=1)
-    workers = steps.engine.concurrency + 1
+    workers = at_once + 1
     done, pairs, reached = 0, 0, 0.0
 
     def report(position: float, made: int) -> None:
@@ -232,7 +361,8 @@ async def _work(tasks: Iterator[Task | float], steps: Steps, store: Store, progr
         while (item := await queue.get()) is not None:
             task, shard = item
             outcome = await steps.pair(task, shard)
-            store.finish(task.document.id, outcome)
-            report(task.position, outcome.pair is not None)
+            if outcome is not None:
+                store.finish(task.document.id, outcome)
+            report(task.position, outcome is not None and outcome.pair is not None)
 
     await side_by_side(feed(), *(work() for _ in range(workers)))

@@ -1,13 +1,18 @@
 """One document to one pair, as the paper has it: ask about chunks, answer from the chunk, answer from the whole.
 
     chunk C_i --pool of questions, one drawn, a lead-in drawn--> I_i
-    y_S^i = greedy(C_i, I_i)      chosen
-    y_L^i = greedy(document, I_i) rejected, each question on its own
+    of the chunks whose list counts at most `turns` are drawn, where the recipe asks about all of them
+    y_S^i = answer(C_i, I_i)      chosen
+    y_L^i = answer(document, I_i) rejected, each question on its own
     turn i kept if neither answer is filtered; the kept turns are one conversation (Eq. 13)
 
 Requests of a document run side by side, but the first that reads the whole document runs ahead of the others: they
 find its prefill in the engine's prefix cache. Every finished request is in the journal before anything is made of it.
-What is drawn depends on the seed, the document's text and the number of the chunk, on nothing else.
+Where chunks and documents are read by engines one after the other, `pair` is asked for twice and gives no outcome at first.
+
+What is drawn depends on the seed, the document's text and the number of the chunk, on nothing else: question and lead-in
+by random.Random("SEED|DOCUMENT|CHUNK"), turns by random.Random("SEED|DOCUMENT|turns"), a sampled answer with the first
+31 bits of the SHA-256 of "SEED|DOCUMENT|STEP".
 
 Tests: tests/generate/test_run.py.
 """
@@ -18,6 +23,7 @@ import asyncio
 import hashlib
 import random
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from ..data import BadRecord, ChatFormat, Pair, Turn, join_context
@@ -26,7 +32,10 @@ from ..engines import Completion, Engine, Request, RequestFailed, Sampling
 from ..engines.concurrency import Gate, side_by_side
 from ..runs.journal import Outcome, Shard
 from .filters import Filters
-from .prompts import Prompts, parse_questions
+from .makers import Maker
+from .prompts import Prompts
+
+FAILED = "failed"  # in the journal, in the place of a completion: why there is none
 
 
 @dataclass(frozen=True)
@@ -53,32 +62,50 @@ class Tally:
     last_failure: str = ""
 
 
-@dataclass
-class Steps:
-    """Makes pairs with an engine. Raises OSError when a result cannot be kept, EngineStopped when the engine is
-    gone.
-    """
+@dataclass(eq=False)
+class Asked:
+    """An engine and the order in which documents get at it."""
 
     engine: Engine
-    chat: ChatFormat
-    prompts: Prompts
-    filters: Filters
-    asking: Sampling  # of the pool of questions
-    answering: Sampling
-    questions: int = 4
-    seed: int = 0
-    reference_logps: bool = False
-    about: dict = field(default_factory=dict)  # goes into every pair's provenance
-    tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self):
         self.gate = Gate(self.engine.concurrency)
 
-    async def pair(self, task: Task, shard: Shard) -> Outcome:
-        """The outcome of one document; results that its shard holds already are not asked for again."""
+
+@dataclass
+class Steps:
+    """Makes pairs with engines. Raises OSError when a result cannot be kept, EngineStopped when an engine is gone."""
+
+    chat: ChatFormat
+    prompts: Prompts
+    maker: Maker
+    filters: Filters
+    asking: Sampling  # of the pool of questions
+    answering: Sampling
+    questions: int = 4
+    turns: int = 4
+    seed: int = 0
+    reference_logps: bool = False
+    about: dict = field(default_factory=dict)  # goes into every pair's provenance
+    tally: Tally = field(default_factory=Tally)
+    short: Asked | None = None  # reads chunks; None where that is over
+    long: Asked | None = None  # reads documents; None where that is still to come
+
+    def asks(self, asked: dict[Engine, Asked], short: Engine | None, long: Engine | None) -> None:
+        """Which started engines read what from now on."""
+        self.short, self.long = asked.get(short), asked.get(long)
+
+    async def pair(self, task: Task, shard: Shard) -> Outcome | None:
+        """The outcome of one document, or None without an engine that reads whole ones; results that its shard holds
+        already are not asked for again.
+        """
         work = _DocumentWork(self, task, shard)
-        turns = await side_by_side(*(work.turn(i, chunk) for i, chunk in enumerate(task.chunks)))
-        kept = [(chunk, *turn) for chunk, turn in zip(task.chunks, turns) if turn is not None]
+        asked = await work.asked()
+        if self.long is None:
+            await side_by_side(*(work.prepared(i, instruction) for i, instruction in asked))
+            return None
+        turns = await side_by_side(*(work.turn(i, instruction) for i, instruction in asked))
+        kept = [(task.chunks[i], *turn) for (i, _), turn in zip(asked, turns) if turn is not None]
         if not kept:
             return Outcome(None, dict(work.counts), {"document": [task.tokens]})
         document = task.document
@@ -99,6 +126,11 @@ class Steps:
         """The generator of one draw."""
         return random.Random("|".join(map(str, (self.seed, document, *what))))
 
+    def seed_of(self, document: str, what) -> int:
+        """The seed of one request that is sampled."""
+        digest = hashlib.sha256(f"{self.seed}|{document}|{what}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
 
 @dataclass
 class _DocumentWork:
@@ -111,62 +143,94 @@ class _DocumentWork:
     ahead: asyncio.Lock = field(default_factory=asyncio.Lock)
     prefilled: bool = False
 
-    async def turn(self, i: int, chunk: tuple[int, int, int]) -> tuple[Turn, Completion, Completion] | None:
+    async def asked(self) -> list[tuple[int, str]]:
+        """The chunks that turns are about, and what is asked about each."""
+        found = await side_by_side(*(self.instruction(i) for i in range(len(self.task.chunks))))
+        asked = [(i, instruction) for i, instruction in enumerate(found) if instruction is not None]
+        if len(asked) <= self.steps.turns:
+            return asked
+        return self.steps.draw(self.task.document.id, "turns").sample(asked, self.steps.turns)
+
+    async def turn(self, i: int, instruction: str) -> tuple[Turn, Completion, Completion] | None:
         """The turn about a chunk with its completions, or None, counted by reason."""
-        text = self.task.document.text[chunk[0] : chunk[1]]
         try:
-            instruction = await self.instruction(i, text)
-            if instruction is None:
-                self.counts["unparsable question list"] += 1
-                return None
-            chosen, rejected = await side_by_side(
-                self.answer(f"chosen/{i}", text, instruction), self.answer_from_document(f"rejected/{i}", instruction)
-            )
+            chosen, rejected = await side_by_side(self.chosen(i, instruction), self.rejected(i, instruction))
         except RequestFailed as failure:
             self.fail(failure, failure.reason)
             return None
-        turn = Turn(instruction, text, chosen.text, (rejected.text,))
+        turn = Turn(instruction, self.chunk(i), chosen.text, (rejected.text,))
         reason = self.steps.filters.reject(chosen, rejected) or self.untrainable(turn)
         if reason is not None:
             self.counts[reason] += 1
             return None
         return turn, chosen, rejected
 
-    async def instruction(self, i: int, chunk: str) -> str | None:
-        """A drawn question about a chunk with a drawn lead-in; None where the pool is no list of questions."""
+    def chunk(self, i: int) -> str:
+        begin, end, _ = self.task.chunks[i]
+        return self.task.document.text[begin:end]
+
+    async def instruction(self, i: int) -> str | None:
+        """A drawn question about a chunk with a drawn lead-in; None, counted, where the pool is no list of questions."""
         steps, document = self.steps, self.task.document.id
-        seed = int.from_bytes(hashlib.sha256(f"{steps.seed}|{document}|{i}".encode()).digest()[:4], "big") >> 1
-        request = Request(join_context(chunk, steps.prompts.ask(steps.questions)), replace(steps.asking, seed=seed))
-        pool = await self.ask(f"questions/{i}", request)
-        questions = parse_questions(pool.text, steps.questions) if pool.finish == "stop" else None
+        sampling = replace(steps.asking, seed=steps.seed_of(document, i))
+        request = Request(join_context(self.chunk(i), steps.prompts.ask(steps.questions)), sampling)
+        try:
+            pool = await self.ask(f"questions/{i}", request, steps.short)
+        except RequestFailed as failure:
+            self.fail(failure, failure.reason)
+            return None
+        questions = steps.maker.questions(pool, steps.questions)
         if questions is None:
+            self.counts["unparsable question list"] += 1
             return None
         draw = steps.draw(document, i)
         question, lead_in = draw.randrange(len(questions)), draw.randrange(len(steps.prompts.lead_ins))
+        if not steps.maker.counts(questions[question]):
+            self.counts["blank line in the question"] += 1
+            return None
         return steps.prompts.instruct(lead_in, questions[question])
 
-    async def answer(self, step: str, context: str, instruction: str, group: str = "") -> Completion:
-        return await self.ask(step, Request(join_context(context, instruction), self.steps.answering, group))
+    async def prepared(self, i: int, instruction: str) -> None:
+        """Puts the chosen answer, or why there is none, into the journal."""
+        with suppress(RequestFailed):
+            await self.chosen(i, instruction)
 
-    async def answer_from_document(self, step: str, instruction: str) -> Completion:
-        document = self.task.document
+    async def chosen(self, i: int, instruction: str) -> Completion:
+        return await self.answer(f"chosen/{i}", self.chunk(i), instruction, self.steps.short)
+
+    async def answer(
+        self, step: str, context: str, instruction: str, asked: Asked | None, group: str = ""
+    ) -> Completion:
+        sampling = self.steps.answering
+        if sampling.temperature > 0:
+            sampling = replace(sampling, seed=self.steps.seed_of(self.task.document.id, step))
+        return await self.ask(step, Request(join_context(context, instruction), sampling, group), asked)
+
+    async def rejected(self, i: int, instruction: str) -> Completion:
+        document, step = self.task.document, f"rejected/{i}"
         async with self.ahead:
             if not self.prefilled:
-                answer = await self.answer(step, document.text, instruction, document.id)
+                answer = await self.answer(step, document.text, instruction, self.steps.long, document.id)
                 self.prefilled = True
                 return answer
-        return await self.answer(step, document.text, instruction, document.id)
+        return await self.answer(step, document.text, instruction, self.steps.long, document.id)
 
-    async def ask(self, step: str, request: Request) -> Completion:
-        """The completion of a step, from the journal or from the engine."""
+    async def ask(self, step: str, request: Request, asked: Asked | None) -> Completion:
+        """The completion of a step, from the journal or from the engine. Raises RequestFailed."""
         kept = self.shard.result(self.task.document.id, step)
+        if kept is not None and FAILED in kept:
+            raise RequestFailed(kept[FAILED], kept["detail"])
         if kept is not None:
             return Completion(**kept)
-        await self.steps.gate.enter(self.task.number)
+        await asked.gate.enter(self.task.number)
         try:
-            answer = await self.steps.engine.generate(request)
+            answer = await asked.engine.generate(request)
+        except RequestFailed as failure:
+            if self.steps.long is None:  # the engine that comes next must not be asked in its place
+                self.shard.record(self.task.document.id, step, {FAILED: failure.reason, "detail": str(failure)})
+            raise
         finally:
-            self.steps.gate.leave()
+            asked.gate.leave()
         text = answer.text.strip().encode("utf-8", "replace").decode("utf-8")
         answer = replace(answer, text=text, token_ids=None, logprobs=None)
         tally = self.steps.tally
@@ -209,11 +273,12 @@ class _DocumentWork:
         kept = self.shard.result(self.task.document.id, step)
         if kept is not None:
             return kept
-        await self.steps.gate.enter(self.task.number)
+        asked = self.steps.short
+        await asked.gate.enter(self.task.number)
         try:
-            scores = await self.steps.engine.score(sequence.ids)
+            scores = await asked.engine.score(sequence.ids)
         finally:
-            self.steps.gate.leave()
+            asked.gate.leave()
         value = min(0.0, float(scores[sequence.labels[1:] != -100].sum()))
         self.shard.record(self.task.document.id, step, value)
         return value

@@ -1,0 +1,86 @@
+"""What a recipe does that no number says: how documents are parted, when turns are drawn, how lists are read.
+
+|                  | default                         | official                                               |
+|------------------|---------------------------------|--------------------------------------------------------|
+| the long input   | the document                    | its chunks, three newlines between them                |
+| a chunk ends     | where the structure allows      | between paragraphs (LaTeX: sections), joined by spaces |
+| asked about      | chunks that were drawn before   | all; turns are drawn among those whose lists count     |
+| a list counts    | numbered lines and nothing else | as many questions as wanted, each behind a number      |
+| filtered by      | filters.Filters                 | filters.PublishedFilters                               |
+| `length` bounds  | document, questions and answers | the document                                           |
+
+Tests: tests/generate/test_run.py, tests/generate/test_official.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..documents.chunks import Chunker
+from ..documents.listing import Document
+from ..documents.paragraphs import Gatherer, is_latex
+from ..engines import Completion
+from ..recipes import DEFAULT, OFFICIAL
+from .filters import Filters, PublishedFilters
+from .prompts import parse_marked, parse_questions
+
+
+@dataclass(frozen=True)
+class Parted:
+    """A document as it is laid out: the long input, its tokens, and its chunks in it (first character, end, tokens)."""
+
+    text: str
+    tokens: int
+    chunks: list[tuple[int, int, int]]
+
+
+class Parting:
+    """Parts documents by their structure, with a fast tokenizer. Raises ValueError for bounds that make no sense."""
+
+    def __init__(self, tokenizer, minimum: int, maximum: int):
+        self.tokenizer, self.bounds = tokenizer, (minimum, maximum)
+        self.chunker = Chunker(tokenizer, minimum, maximum)
+
+    def starts(self, text: str) -> np.ndarray:
+        """The character (n,) at which each of the n tokens starts."""
+        return self.chunker.starts(text)
+
+    def __call__(self, document: Document, starts: np.ndarray) -> Parted:
+        return Parted(document.text, len(starts), self.chunker.chunks(document.text, starts))
+
+
+class PublishedParting(Parting):
+    """Gathers paragraphs, or sections of LaTeX, and joins what was gathered to the long input."""
+
+    def __call__(self, document: Document, starts: np.ndarray) -> Parted:
+        gatherer = Gatherer(self.tokenizer, *self.bounds, sections=is_latex(document.source))
+        text, chunks = gatherer.part(document.text)
+        return Parted(text, sum(tokens for *_, tokens in chunks), chunks)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """fits_answers: `length` holds questions and answers beside the document. asks_all: turns are drawn after asking."""
+
+    parting: type[Parting]
+    filters: type[Filters]
+    fits_answers: bool
+    asks_all: bool
+
+    def questions(self, pool: Completion, count: int) -> list[str] | None:
+        """The questions of a list, or None where it does not count."""
+        if self.asks_all:
+            return parse_marked(pool.text, count)
+        return parse_questions(pool.text, count) if pool.finish == "stop" else None
+
+    def counts(self, question: str) -> bool:
+        """Whether a drawn question can be put: the published post-processing loses those with a blank line inside."""
+        return not (self.asks_all and "\n\n" in question)
+
+
+MAKERS = {
+    DEFAULT: Maker(Parting, Filters, fits_answers=True, asks_all=False),
+    OFFICIAL: Maker(PublishedParting, PublishedFilters, fits_answers=False, asks_all=True),
+}
