@@ -10,5 +10,6 @@ __all__, __getattr__, __dir__ = public_names(
     {
         "chunks": ("Chunker",),
         "listing": ("Document", "Listing", "find_files", "read_documents"),
+        "paragraphs": ("JOIN", "Gatherer", "is_latex"),
     },
 )

@@ -53,8 +53,13 @@ def find_breaks(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Chunker:
-    """Parts documents with a fast transformers tokenizer. Raises ValueError for bounds that make no sense."""
+class Bounds:
+    """How many tokens a chunk has, and the fast transformers tokenizer that counts them. Raises ValueError for bounds
+    that make no sense and for a tokenizer that is not fast.
+
+    A tokenizer's file may say that texts are cut or padded; its backend forgets that here, as it does in any call of
+    the tokenizer that asks for neither.
+    """
 
     tokenizer: object
     minimum: int
@@ -65,6 +70,15 @@ class Chunker:
             raise ValueError(f"chunks of {self.minimum} to {self.maximum} tokens; expected 0 < minimum <= maximum")
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(f"{type(self.tokenizer).__name__} gives no character offsets; load a fast tokenizer")
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+
+
+class Chunker(Bounds):
+    """Parts documents where their structure allows."""
 
     def starts(self, text: str) -> np.ndarray:
         """The character (n,) at which each of the n tokens starts."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,13 +66,6 @@ def test_a_stretch_without_breaks_is_left_out_and_scripts_without_spaces_are_par
     chinese = "风转了方向。船只归来。" * 40
     assert all(chunk.endswith("。") for chunk in part(tokenizer, chinese, 100, 300))
     assert len(part(tokenizer, "风" * 400, 100, 300)) > 2
-
-
-def test_bounds_that_make_no_sense_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="chunks of 9 to 3 tokens; expected 0 < minimum <= maximum"):
-        Chunker(tokenizer, 9, 3)
-    with pytest.raises(ValueError, match="object gives no character offsets"):
-        Chunker(object(), 1, 2)
 
 
 def test_one_line_of_millions_of_characters_is_parted():
