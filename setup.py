@@ -68,7 +68,8 @@ setup(
     package_data={
         "longpo_ops.csrc.cpu": ["*.cpp", "*.h"],
         "longpo_ops.csrc.cuda": ["*.cu", "*.h"],
-        "longpo_ops.generate.prompts": ["*.txt"],
+        "longpo_ops.generate.prompts.default": ["*.txt"],
+        "longpo_ops.generate.prompts.official": ["*.txt"],
         "longpo_ops.memory.models": ["*.json"],
         "longpo_ops.tiny": ["*.yaml"],
         "longpo_ops.tiny.model": [

@@ -15,13 +15,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 from .chunks import Bounds
 
 JOIN = "\n\n\n"  # between the chunks of a long document
 BLANK = re.compile(r"\n{2,}")
-SECTION = re.compile(r"(?=\\(?:sub){0,2}section\{)", re.IGNORECASE)
+SECTION = re.compile(r"\\(?:sub)*section\{[^}]*\}", re.IGNORECASE)
 
 
 def is_latex(name: str) -> bool:
@@ -41,7 +42,7 @@ class Gatherer(Bounds):
 
     def paragraphs(self, text: str) -> list[str]:
         """The paragraphs, or sections, of a text without outer whitespace; none is empty."""
-        pieces = SECTION.split(text)[1:] if self.sections else BLANK.split(text)
+        pieces = split_sections(text) if self.sections else BLANK.split(text)
         return [piece for piece in map(str.strip, pieces) if piece]
 
     def gather(self, text: str) -> list[tuple[str, int]]:
@@ -61,6 +62,13 @@ class Gatherer(Bounds):
             spans.append((begin, begin + len(chunk), tokens))
             begin += len(chunk) + len(JOIN)
         return JOIN.join(chunk for chunk, _ in chunks), spans
+
+
+def split_sections(text: str) -> list[str]:
+    """The sections of LaTeX, from one title to the next."""
+    closed = text.rfind("}") + 1  # behind it no title ends, and each place would be looked at to the end of the text
+    begins = [match.start() for match in SECTION.finditer(text, 0, closed)]
+    return [text[begin:end] for begin, end in pairwise([*begins, len(text)])]
 
 
 def runs(counts: list[int], maximum: int) -> Iterator[tuple[int, int, int]]:

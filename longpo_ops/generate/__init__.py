@@ -8,7 +8,7 @@ from ..lazy import public_names
 __all__, __getattr__, __dir__ = public_names(
     __name__,
     {
-        "filters": ("Filters",),
+        "filters": ("Filters", "PublishedFilters"),
         "prompts": ("Prompts",),
         "run": ("GenerateRun", "Result", "generate", "generate_and_summarise", "select"),
     },

@@ -14,6 +14,7 @@ Tests: tests/generate/test_run.py, tests/generate/test_official.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ from ..engines import Completion
 from ..recipes import DEFAULT, OFFICIAL
 from .filters import Filters, PublishedFilters
 from .prompts import parse_marked, parse_questions
+
+LATEX = re.compile(r"\\begin\{document\}|\A\s*\\section\{")  # a record has no file name that tells
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class PublishedParting(Parting):
     """Gathers paragraphs, or sections of LaTeX, and joins what was gathered to the long input."""
 
     def __call__(self, document: Document, starts: np.ndarray) -> Parted:
-        gatherer = Gatherer(self.tokenizer, *self.bounds, sections=is_latex(document.source))
+        sections = is_latex(document.source) or LATEX.search(document.text) is not None
+        gatherer = Gatherer(self.tokenizer, *self.bounds, sections=sections)
         text, chunks = gatherer.part(document.text)
         return Parted(text, sum(tokens for *_, tokens in chunks), chunks)
 

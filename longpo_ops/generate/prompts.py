@@ -1,4 +1,4 @@
-"""What the model is asked, and the phrase lists: files under prompts/ that a user can replace one by one.
+"""What the model is asked, and the phrase lists: files under prompts/RECIPE/ that a user can replace one by one.
 
 questions.txt  the request for a pool of questions; {count} stands for their number
 lead_ins.txt   one way of putting a question per line; {question} stands for it
@@ -12,30 +12,35 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULTS = Path(__file__).with_name("prompts")
+from ..recipes import DEFAULT, check_recipe
+
+FOLDER = Path(__file__).with_name("prompts")
 NAMES = ("questions.txt", "lead_ins.txt", "refusals.txt")
 NUMBERED = re.compile(r"\s*(\d+)[.)]\s+(\S.*?)\s*")
+MARK = re.compile(r"\b\d+\s*[:.!?-]+\s*")
+EDGES = re.compile(r"\A[\s*#.!]+|[\s*#.!]+\Z")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The three files. `load` takes each from a folder of the user's, or from the defaults where it is not there."""
+    """The three files. `load` takes each from a folder of the user's, or the recipe's own where it is not there."""
 
     questions: str
     lead_ins: tuple[str, ...]
     refusals: tuple[str, ...]
 
     @classmethod
-    def load(cls, folder: str | Path | None = None) -> Prompts:
-        """Raises ValueError for a folder with none of the files, and for a file that is empty or lacks its
-        placeholder.
+    def load(cls, folder: str | Path | None = None, recipe: str = DEFAULT) -> Prompts:
+        """Raises ValueError for a recipe that is none, a folder with none of the files, and a file that is empty or
+        lacks its placeholder.
         """
-        folder = DEFAULTS if folder is None else Path(folder)
+        own = FOLDER / check_recipe(recipe)
+        folder = own if folder is None else Path(folder)
         if not any((folder / name).is_file() for name in NAMES):
             raise ValueError(f"no prompt files in {folder}; expected any of {', '.join(NAMES)}")
         texts = {}
         for name in NAMES:
-            file = folder / name if (folder / name).is_file() else DEFAULTS / name
+            file = folder / name if (folder / name).is_file() else own / name
             texts[name] = file.read_text(encoding="utf-8").strip()
             if not texts[name]:
                 raise ValueError(f"{file} is empty; write the prompt, or remove the file to use the default")
@@ -71,3 +76,20 @@ def parse_questions(text: str, count: int) -> list[str] | None:
         return None
     questions = [match[2] for match in matches]
     return questions if len(set(questions)) == count else None
+
+
+def parse_marked(text: str, count: int) -> list[str] | None:
+    """The questions of a list as the published recipe reads it; None where they are not `count`.
+
+    Each begins behind a mark, a number with one of : . ! ? - behind it, takes at least one character, and ends before
+    the next mark or with the text. Numbers are not looked at, questions may be equal and have several lines, and what
+    stands before the first mark is left out. A year that ends a sentence is a mark, too.
+    """
+    questions, mark = [], MARK.search(text)
+    while mark is not None and mark.end() < len(text):
+        following = MARK.search(text, mark.end() + 1)
+        question = text[mark.end() : following.start() if following else len(text)].strip()
+        if question:
+            questions.append(EDGES.sub("", question) or question[-1])
+        mark = following
+    return questions if len(questions) == count else None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from longpo_ops.documents import Chunker, Gatherer, is_latex
+from longpo_ops.documents.paragraphs import split_sections
 
 LINE = "The wind turns and the boats return. The bell rings at noon."
 
@@ -80,13 +81,20 @@ def test_latex_is_parted_where_sections_begin(tokenizer):
     gatherer = Gatherer(tokenizer, 1, 12, sections=True)
     text = (
         "\\title{A}\n\nLost.\n\n\\section{One} a\n\nb\n\\SubSection{Two}c \\subsubsection{Three}\n\\section*{No}\n"
-        "\\section [x]{No}\\sectional{No}\\paragraph{No}\n"
+        "\\section [x]{No}\\sectional{No}\\paragraph{No}\n\n\\SECTION{Four\n\\section{not one}"
+        "\\subsubsubsection{Five}\n\\section{never closed"
     )
     assert gatherer.paragraphs(text) == [
         "\\section{One} a\n\nb", "\\SubSection{Two}c",
         "\\subsubsection{Three}\n\\section*{No}\n\\section [x]{No}\\sectional{No}\\paragraph{No}",
+        "\\SECTION{Four\n\\section{not one}", "\\subsubsubsection{Five}\n\\section{never closed",
     ]  # fmt: skip
     assert gatherer.paragraphs("No section.\n\nNone at all.") == [] == gatherer.gather("None.")
+
+
+def test_titles_that_never_close_do_not_take_forever():
+    """A rule that looked for the end of each in the whole text would not come to an end."""
+    assert len(split_sections("\\section{a}" + "\\section{" * 400_000)) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""The prompt files, the strict reading of question lists, and the filters."""
+"""The prompt files, the two readings of question lists, and the two kinds of filters."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from longpo_ops.engines import Completion
-from longpo_ops.generate import Filters, Prompts
+from longpo_ops.generate import Filters, Prompts, PublishedFilters
 from longpo_ops.generate.filters import overlap, repeated_share, split_words
-from longpo_ops.generate.prompts import parse_questions
+from longpo_ops.generate.prompts import parse_marked, parse_questions
 
 GOOD = "The keeper of the old harbour writes the log at dusk."
 
@@ -31,6 +33,52 @@ def test_a_list_of_questions_is_read(text):
 )  # fmt: skip
 def test_anything_else_is_no_list(text):
     assert parse_questions(text, 3) is None
+
+
+MARKED = [
+    ("1: A?\n2: B?", ["A?", "B?"]),
+    ("Here they are.\n\n**1.** Who?\n\n### 2 - What,\nand why?\n", ["Who?", "What,\nand why?"]),
+    ("1: ** A? **\n2!! #B.!", ["A?", "B"]),
+    ("7) no mark 5: A? 5: A?", ["A?", "A?"]),  # numbers and equal questions are not looked at
+    ("1: When did it end, in 1984? 2: B", ["When did it end, in", "2: B"]),  # a year is a mark, and takes a character
+    ("1: v2: B?", ["v2: B?"]),  # no word begins at the 2
+    ("1: A?\n2:\n3: B?", ["A?", "3: B?"]),
+    ("1: **\n2: A \n\n B", ["*", "A \n\n B"]),
+    ("1: A?\n2:", ["A?"]),
+    ("1: A?\n2: \n", ["A?"]),
+    ("A?\nB?", []),
+    ("", []),
+]
+
+
+@pytest.mark.parametrize(("text", "questions"), MARKED)
+def test_the_published_recipe_reads_what_stands_behind_numbers(text, questions):
+    count = len(questions)
+    assert parse_marked(text, count) == questions
+    assert parse_marked(text, count + 1) is parse_marked(text, count - 1) is None
+
+
+@pytest.mark.parametrize("recipe", ["default", "official"])
+def test_what_a_recipe_s_request_asks_for_is_what_it_reads(recipe):
+    asked = Prompts.load(recipe=recipe).ask(4)
+    read = parse_marked if recipe == "official" else parse_questions
+    assert "{count}" not in asked and "numbered list" in asked
+    assert ('"1:"' in asked and '"4:"' in asked) is (recipe == "official")
+    mark = ":" if recipe == "official" else "."
+    questions = ["Why?", "Who?", "When?", "Where?"]
+    assert read("\n".join(f"{i}{mark} {question}" for i, question in enumerate(questions, 1)), 4) == questions
+
+
+def test_the_official_prompts_have_as_many_lines_as_published(tmp_path):
+    prompts = Prompts.load(recipe="official")
+    assert len(set(prompts.lead_ins)) == len(prompts.lead_ins) == 20
+    assert len({phrase.lower() for phrase in prompts.refusals}) == len(prompts.refusals) == 37
+    assert all(lead_in.endswith(", {question}") for lead_in in prompts.lead_ins)
+    (tmp_path / "questions.txt").write_text("Ask {count}.")
+    mine = Prompts.load(tmp_path, "official")
+    assert mine.lead_ins == prompts.lead_ins and mine.questions == "Ask {count}."
+    with pytest.raises(ValueError, match="recipe is 'oficial'; expected one of default, official"):
+        Prompts.load(recipe="oficial")
 
 
 def test_each_file_can_be_replaced_alone(tmp_path):
@@ -60,28 +108,91 @@ def test_bad_prompt_files_are_refused(files, message, tmp_path):
         Prompts.load(tmp_path)
 
 
+OTHER = answer("Nobody has ever seen the lamps of this pier.")
+
+
+def reasons(filters: Filters, one: Completion) -> tuple[str | None, str | None]:
+    """What becomes of a turn with an answer in the place of the chosen one, and of the rejected one."""
+    return filters.reject(one, OTHER), filters.reject(OTHER, one)
+
+
+def both(reason: str | None) -> tuple[str | None, str | None]:
+    return (None, None) if reason is None else (f"chosen: {reason}", f"rejected: {reason}")
+
+
 @pytest.mark.parametrize(
-    ("text", "finish", "reason"),
+    ("text", "reason"),
     [
-        (GOOD, "stop", None),
-        ("", "stop", "empty"),
-        (" ...\n", "stop", "empty"),
-        (GOOD, "length", "cut off"),
-        ("Ann.", "stop", "near-empty"),
-        ("I’m sorry, but I can’t say.", "stop", "refusal"),
-        ("AS AN AI, this is beyond me.", "stop", "refusal"),
-        ("The bell rings again and again. " * 6, "stop", "repetitive"),
-        ("灯塔的守卫在夜里写下日志。", "stop", None),
-        ("灯塔的守卫在夜里。" * 6, "stop", "repetitive"),
+        (GOOD, None),
+        ("", "empty"),
+        (" ...\n", "empty"),
+        ("Ann.", "near-empty"),
+        ("I’m sorry, but I can’t say.", "refusal"),
+        ("AS AN AI, this is beyond me.", "refusal"),
+        ("The bell rings again and again. " * 6, "repetitive"),
+        ("灯塔的守卫在夜里写下日志。", None),
+        ("灯塔的守卫在夜里。" * 6, "repetitive"),
     ],
 )
-def test_answers_are_judged(text, finish, reason):
+def test_answers_are_judged(text, reason):
+    assert reasons(Filters(Prompts.load().refusals), answer(text)) == both(reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (GOOD, None),
+        ("", "empty"),
+        (" .?!\n", "empty"),
+        ("It is so, as he is in on it.", "near-empty"),
+        ("Ann.", "near-empty"),
+        ("Ann, Bob.", None),
+        ("It's Ann.", None),  # its
+        ("Well, as an AI I leave it to others.", "refusal"),
+        ("I can’t discuss the matter any further.", "refusal"),
+        ("She said that Ann can discuss the matter.", None),
+        ("灯塔的守卫在夜里写下日志。", "near-empty"),  # one word
+    ],
+)
+def test_answers_are_judged_as_published(text, reason):
+    filters = PublishedFilters(Prompts.load(recipe="official").refusals)
+    for finish in ("stop", "length", "content_filter"):
+        assert reasons(filters, answer(text, finish)) == both(reason)
+
+
+def test_the_published_share_counts_words_that_occur_again_and_the_limits_are_kept():
+    def words(once: int, twice: int) -> Completion:
+        again = [f"word{i}" for i in range(twice)] * 2
+        return answer(" ".join(again + [f"only{i}" for i in range(once)]))
+
+    filters = PublishedFilters()
+    assert reasons(filters, words(2, 9)) == (None, None)  # 18 of 20
+    assert reasons(filters, words(1, 9)) == ("chosen: repetitive", None)  # 18 of 19: not 9 of 19
+    assert reasons(filters, words(1, 10)) == both("repetitive")  # 20 of 21
+    assert reasons(filters, words(2, 19)) == ("chosen: repetitive", None)  # 38 of 40
+    assert reasons(filters, answer("The boats, the nets; THE boats: the nets!")) == both("repetitive")
+
+
+def test_a_rejected_answer_that_ran_on_is_kept_and_judged_like_any_other():
     filters = Filters(Prompts.load().refusals)
-    assert filters.answer(text, finish) == reason
-    if reason is not None:
-        other = answer("Nobody has ever seen the lamps of this pier.")
-        assert filters.reject(answer(text, finish), other) == f"chosen: {reason}"
-        assert filters.reject(other, answer(text, finish)) == f"rejected: {reason}"
+    assert reasons(filters, answer(GOOD, "length")) == ("chosen: cut off", None)
+    assert reasons(filters, answer(GOOD, "content_filter")) == both("cut off")
+    for text, reason in (("I am sorry, but", "refusal"), ("The wind", "near-empty"), ("and on " * 9, "repetitive"),
+                         ("", "empty")):  # fmt: skip
+        assert filters.reject(OTHER, answer(text, "length")) == f"rejected: {reason}"
+    assert filters.reject(OTHER, replace(OTHER, finish="length")) == "chosen equal or nearly equal to rejected"
+
+
+def test_each_answer_has_its_own_limit_of_repetition():
+    again = answer("The bell rings again and again. " * 2 + GOOD)
+    assert reasons(Filters(max_repeated=1.0, max_repeated_rejected=0.1), again) == (None, "rejected: repetitive")
+    assert reasons(Filters(max_repeated=0.1, max_repeated_rejected=1.0), again) == ("chosen: repetitive", None)
+
+
+def test_equal_answers_are_kept_where_overlap_is_not_looked_at():
+    assert PublishedFilters().reject(OTHER, OTHER) is None and Filters(max_overlap=None).reject(OTHER, OTHER) is None
+    reason = "chosen equal or nearly equal to rejected"
+    assert PublishedFilters(max_overlap=0.9).reject(OTHER, OTHER) == reason
 
 
 def test_answers_that_say_the_same_carry_no_preference():
