@@ -54,7 +54,7 @@ class EngineSettings:
     def check_rope(self, name: str) -> None:
         """Raises ValueError for entries with which no model reads anything, and for a server, which has its own."""
         rope = getattr(self, name)
-        _check_rope(rope or {})
+        _check_rope(name, rope or {})
         if rope and self.engine == "server":
             flag = json.dumps({"rope_parameters": rope})
             raise ValueError(
@@ -110,7 +110,7 @@ class EngineSettings:
         )
 
 
-def _check_rope(rope: dict) -> None:
+def _check_rope(what: str, rope: dict) -> None:
     """Raises ValueError for entries with which no model reads anything, and for misspelt names.
 
     Models know further names (mrope_section, mscale), and some have entries by type of layer.
@@ -122,11 +122,11 @@ def _check_rope(rope: dict) -> None:
     names, kinds = list(RopeParameters.__annotations__), ["default", *ROPE_INIT_FUNCTIONS]
     for name, value in rope.items():
         if isinstance(value, dict):
-            _check_rope(value)
+            _check_rope(what, value)
         elif name not in names and (near := difflib.get_close_matches(str(name), names, 1, 0.66)):
-            raise ValueError(f"rope: {name} is none of its entries; did you mean {near[0]}?")
+            raise ValueError(f"{what}: {name} is none of its entries; did you mean {near[0]}?")
     theta, kind = rope.get("rope_theta", 1.0), rope.get("rope_type", "default")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"rope: rope_theta is {theta!r}; expected a number above 0")
+        raise ValueError(f"{what}: rope_theta is {theta!r}; expected a number above 0")
     if kind not in kinds and difflib.get_close_matches(str(kind), kinds, 1, 0.66):  # remote code may have its own
-        raise ValueError(f"rope: rope_type is {kind!r}; expected one of {', '.join(dict.fromkeys(kinds))}")
+        raise ValueError(f"{what}: rope_type is {kind!r}; expected one of {', '.join(dict.fromkeys(kinds))}")

@@ -52,8 +52,8 @@ class GenerateRun(EngineSettings):
     answers; in the official recipe a bound of the documents alone. recipe: "default" or "official". chunks: turns of a
     pair at most. questions: pool per chunk. min_chunk, max_chunk: tokens; by default a quarter of the length, at most
     30,000, and half of that. min_document, max_document: tokens; by default more than half the length, and as many as
-    leave room for all questions and answers. temperature, top_p: of the questions; answer_temperature, answer_top_p: of both answers.
-    max_repeated: of chosen answers, max_repeated_rejected of the others. prompts: folder with files of your own.
+    leave room for all questions and answers. temperature, top_p: of the questions; answer_temperature, answer_top_p: of
+    both answers. max_repeated: of chosen answers, max_repeated_rejected: of the others. prompts: folder with files of yours.
     rope: of local engines while they read whole documents, short_rope: while they read chunks; default the model's own.
     long_endpoints: servers that read the whole documents, where those at `endpoints` read chunks alone.
     """

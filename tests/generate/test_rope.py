@@ -15,7 +15,7 @@ from longpo_ops.engines.transformers import TransformersEngine
 from longpo_ops.generate import generate
 from longpo_ops.generate import run as run_module
 
-RAISED = {"rope_theta": 4e4}
+RAISED = {"rope_theta": 1.3e4}
 
 
 @pytest.fixture
