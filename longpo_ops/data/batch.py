@@ -14,7 +14,7 @@ label, the token that follows its own in its own sequence, and nothing needs a s
                     the mean over pairs is the loss's)
 
 Sequences are numbered as packed_preference_loss wants them: the chosen one of pair b is b, rejected ones follow from B on,
-pair by pair. Pairs follow each other, positions start from 0 in each; nothing is padded. Memory: 36 bytes per row. Not
+pair by pair. Pairs follow each other, positions start from 0 in each; nothing is padded. Memory: 40 bytes per row. Not
 covered: batches of several packs.
 """
 
@@ -41,7 +41,7 @@ class PairBatch:
     position_ids: Tensor  # (1, N) int64
     labels: Tensor  # (N,) int64, the token that each row predicts, or -100
     segments: Tensor  # (N,) int64, the sequence k whose answer token the row predicts, or -1
-    nll_weights: Tensor  # (N,) float32
+    nll_weights: Tensor  # (N,) float64
     layout: SharedPrefixLayout
     ids: tuple[str, ...]  # (B,) record ids
     rejected_pair: tuple[int, ...]  # (K - B,) the pair of each rejected sequence
@@ -220,7 +220,7 @@ def _targets(sequence: TokenSequence, k: int, with_nll: bool) -> tuple[np.ndarra
         nll[:-1] = sequence.nll_labels[1:] != IGNORE
     following = np.append(sequence.ids[1:], IGNORE)
     labels = np.where(answer | nll, following, IGNORE)
-    weights = nll.astype(np.float32) / np.float32(max(1, nll.sum()))
+    weights = nll / max(1, nll.sum())
     return labels, np.where(answer, k, -1), weights
 
 

@@ -30,7 +30,7 @@ class LongPOConfig(TrainingArguments):
     pack_tokens: budget of a pack; pairs that fit together share one. Default: one pair per pack.
     target_length: spread position ids over this many positions (LOGO's synthesis), 0 for none. Default: the policy's
         max_position_embeddings for logo, none for the others.
-    constraint_weight: weight of the KL term of sft_constraint.
+    constraint_weight: weight of the KL term of sft_constraint (default 0.1) and sft_constraint_official (0.01).
     workspace_bytes: scratch of the loss (fused_preference_loss).
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
     fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose
@@ -65,7 +65,7 @@ class LongPOConfig(TrainingArguments):
     reference_cache: str | None = field(default=None, metadata={"help": "folder of precomputed reference log-probs"})
     pack_tokens: int | None = field(default=None, metadata={"help": "token budget of a pack"})
     target_length: int | None = field(default=None, metadata={"help": "spread positions over this length (LOGO)"})
-    constraint_weight: float = field(default=0.1, metadata={"help": "weight of the KL term of sft_constraint"})
+    constraint_weight: float | None = field(default=None, metadata={"help": "weight of the KL term of a constraint"})
     workspace_bytes: int | None = field(default=None, metadata={"help": "scratch bytes of the loss"})
     memory: dict | None = field(default=None, metadata={"help": "settings of memory/settings.py, as JSON"})
     fit: str = field(default="off", metadata={"help": "auto: choose memory settings that fit this machine"})
@@ -99,6 +99,8 @@ class LongPOConfig(TrainingArguments):
             raise ValueError(f"learning_rate={self.learning_rate}: expected a finite number above 0")
         if self.max_steps == 0:
             raise ValueError("max_steps=0: expected a number of steps, or -1 for whole epochs")
+        if self.constraint_weight is None:
+            self.constraint_weight = self.method.constraint_weight
         if self.constraint_weight <= 0:
             raise ValueError(f"constraint_weight={self.constraint_weight}: expected > 0")
         if self.fit not in ("off", "auto"):

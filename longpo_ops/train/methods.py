@@ -1,19 +1,32 @@
-"""What one flag changes: each training method of the paper as an objective, a reference's reading and an NLL term.
+"""What one flag changes: each training method of the paper, and the loss that it is.
 
-| method             | preference term          | the reference reads | NLL term                                |
-|--------------------|--------------------------|---------------------|-----------------------------------------|
-| longpo             | sigmoid, weight 0.01     | the short input     | whole chosen sequence                   |
-| hinge ipo kto_pair | those forms, weight 0.01 | the short input     | whole chosen sequence                   |
-| dpo                | sigmoid, weight 1        | the long input      | none                                    |
-| simpo orpo         | reference-free, weight 1 | nothing             | none (ORPO has its own)                 |
-| logo               | reference-free, weight 1 | nothing             | none (LOGO has its own)                 |
-| sft_chosen         | none                     | nothing             | whole chosen sequence                   |
-| sft_rejected       | none                     | nothing             | whole rejected sequence, the first one  |
-| sft_constraint     | none                     | the short input     | whole chosen sequence, plus KL(policy on|
-|                    |                          |                     | long || reference on short) of answers  |
+A step averages over its pairs. Of one pair: s_w, s_l the policy's log-probs of all answer tokens of the chosen and of a
+rejected long sequence, summed over turns; n_w, n_l how many they are; r_w, r_l the reference's sums of the same answers;
+d = (s_w - r_w) - (s_l - r_l); E the mean over the rejected sequences; NLL the mean of -log p over the counted tokens
+(nll_tokens) of a sequence.
 
-logo also spreads position ids over the policy's context.
-Source: arXiv 2502.13922, Eq. 12-14 and its baselines; the official code for the forms beside the sigmoid.
+| method                  | loss of a pair                                     | the reference reads |
+|-------------------------|----------------------------------------------------|---------------------|
+| longpo                  | 0.01 E[-log sg(0.1 d)] + NLL(chosen)               | the short inputs    |
+| hinge                   | 0.01 E[max(0, 1 - 0.1 d)] + NLL(chosen)            | the short inputs    |
+| ipo                     | 0.01 E[(d - 1 / 0.2)^2] + NLL(chosen)              | the short inputs    |
+| kto_pair                | 0.01 (KTOPair of ops/objectives.py) + NLL(chosen)  | the short inputs    |
+| dpo                     | E[-log sg(0.1 d)]                                  | the long input      |
+| simpo                   | E[-log sg(2 (s_w/n_w - s_l/n_l) - 1)]              |                     |
+| orpo                    | -s_w/n_w - 0.1 E[log sg(log odds_w - log odds_l)]  |                     |
+| logo                    | -log sg(10 (s_w/n_w - E[s_l/n_l]) - 3)             |                     |
+|                         |   - 0.1 s_w/n_w; positions spread                  |                     |
+| sft_chosen              | NLL(chosen)                                        |                     |
+| sft_rejected            | NLL(the first rejected)                            |                     |
+| sft_constraint          | NLL(chosen) + 0.1 (mean over answer tokens of KL)  | the short inputs    |
+| sft_constraint_official | -s_w/n_w + 0.01 (mean over turns of the mean over  | the short inputs    |
+|                         |   a turn's answer tokens of KL)                    |                     |
+
+KL: of an answer token of the chosen sequence, KL(policy on the long input || frozen reference on the short one) over the
+whole vocabulary, at the rows that predict it. Numbers are defaults: objective_options and constraint_weight set others.
+logo spreads position ids over the policy's context.
+Source: arXiv 2502.13922, Eq. 12-14 and its baselines; the official code for the forms beside the sigmoid, and for what
+sft_constraint_official averages and weighs. docs/evolve.md has the table for readers.
 
 Tests: tests/train/test_trainer.py.
 """
@@ -31,9 +44,10 @@ class Method:
     objective: str | None = None  # a key of OBJECTIVES
     preference_weight: float | None = None  # where it differs from the objective's own
     reference: str | None = None  # which input the reference reads: "short" | "long"
-    nll: bool = False
+    nll: str | None = None  # what the NLL term counts: "labels" (the sequence's NLL labels) | "answers"
     sequence: str = "pair"  # what a pack holds: "pair" | "chosen" | "rejected"
-    constraint: bool = False
+    constraint: str | None = None  # what the KL term is a mean over: "answers" (their tokens) | "turns" (their means)
+    constraint_weight: float = 0.1  # of the KL term, unless constraint_weight says otherwise
     spread: bool = False  # positions over the policy's whole context, unless target_length says otherwise
 
     def make_objective(self, options: dict[str, float]) -> Objective | None:
@@ -54,7 +68,7 @@ class Method:
 
 
 def _short(name: str, weight: float | None = 0.01) -> Method:
-    return Method(name, name, weight, reference="short", nll=True)
+    return Method(name, name, weight, reference="short", nll="labels")
 
 
 METHODS: dict[str, Method] = {
@@ -68,9 +82,17 @@ METHODS: dict[str, Method] = {
         Method("simpo", "simpo"),
         Method("orpo", "orpo"),
         Method("logo", "logo", spread=True),
-        Method("sft_chosen", nll=True, sequence="chosen"),
-        Method("sft_rejected", nll=True, sequence="rejected"),
-        Method("sft_constraint", reference="short", nll=True, sequence="chosen", constraint=True),
+        Method("sft_chosen", nll="labels", sequence="chosen"),
+        Method("sft_rejected", nll="labels", sequence="rejected"),
+        Method("sft_constraint", reference="short", nll="labels", sequence="chosen", constraint="answers"),
+        Method(
+            "sft_constraint_official",
+            reference="short",
+            nll="answers",
+            sequence="chosen",
+            constraint="turns",
+            constraint_weight=0.01,
+        ),
     )
 }
 

@@ -101,6 +101,8 @@ def select(pair: TokenizedPair, method: Method) -> TokenizedPair:
                 f"record {pair.id!r}: {len(pair.chosen.answer_ids)} answer tokens in the long input, {len(short)} in "
                 "the short ones; the constraint compares them one by one, so expected the same answers in both"
             )
+    if method.nll == "answers":
+        return replace(selected, chosen=replace(selected.chosen, nll_labels=selected.chosen.labels))
     if method.nll and selected.chosen.nll_labels is None:
         raise ValueError(f"record {pair.id!r}: no NLL labels (lm_labels) in the {method.sequence} sequence")
     return selected

@@ -339,10 +339,9 @@ class LongPOTrainer(CheckpointedTrainer):
         return (nll + self.args.constraint_weight * kl) / num_pairs, metrics
 
     def _constraint(self, hidden: Tensor, head, pack: Pack, teacher: list[Tensor]) -> Tensor:
-        """sum over pairs of mean over answer rows of KL(policy on the long input || reference on the short one)."""
+        """sum over pairs of the method's mean over answer rows of KL(policy on the long input || reference on the short)."""
         answers = (pack.batch.segments >= 0).nonzero().squeeze(-1).to(hidden.device)
-        counts = torch.tensor([len(t) for t in teacher])
-        weights = (1.0 / counts).repeat_interleave(counts)
+        weights = torch.cat([self._row_weights(pair) for pair in pack.pairs])
         if self._teacher_head is None:
             self._teacher_head = self.reference.head().to(hidden.device)
         return head(
@@ -360,6 +359,13 @@ class LongPOTrainer(CheckpointedTrainer):
                 **map,
             ),
         )
+
+    def _row_weights(self, pair: TokenizedPair) -> Tensor:
+        """(A,) float64, what each answer row of a pair weighs in the constraint; they sum to 1. The answers of the short
+        inputs are those of the long one, turn by turn (packed.select)."""
+        counts = torch.tensor([len(sequence.answer_ids) for sequence in pair.ref_chosen])
+        of_turn = len(counts) * counts if self.method.constraint == "turns" else counts.sum().expand(len(counts))
+        return (1 / of_turn.double()).repeat_interleave(counts)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         pack = inputs["pack"]  # kept for evaluation_loop

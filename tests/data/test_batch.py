@@ -83,7 +83,7 @@ def test_every_row_is_a_row_of_its_sequence(batch_pairs):
     for b, pair in enumerate(batch_pairs):
         s = pair.chosen
         at = [t for t in range(1, len(s)) if s.nll_labels[t] != X]
-        weight = float(np.float32(1) / np.float32(max(1, len(at))))
+        weight = 1 / max(1, len(at))
         assert nll.get(b, {}) == {t: (s.ids[:t].tolist(), int(s.ids[t]), weight) for t in at}
 
 

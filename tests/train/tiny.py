@@ -36,14 +36,13 @@ def make_model(seed: int = 0, dtype=torch.float64, rope_theta: float = 10000.0, 
     return LlamaForCausalLM(config).to(dtype)
 
 
-def make_pair(seed: int, turns: int = 2, rejected: int = 1, document: int = 20, answer: int = 4) -> TokenizedPair:
-    """A pair of random tokens; answers of `answer` tokens or one more."""
+def make_pair(seed: int, turns: int = 2, rejected: int = 1, document: int = 20, answer=4) -> TokenizedPair:
+    """A pair of random tokens; answers of `answer` tokens (a number, or one for each turn) or one more."""
     rng = np.random.default_rng(seed)
     text = rng.integers(VOCAB, size=document)
     questions = rng.integers(VOCAB, size=(turns, 3))
-    answers = [
-        [rng.integers(VOCAB, size=answer + int(rng.integers(2))) for _ in range(turns)] for _ in range(1 + rejected)
-    ]
+    sizes = [answer] * turns if isinstance(answer, int) else answer
+    answers = [[rng.integers(VOCAB, size=n + int(rng.integers(2))) for n in sizes] for _ in range(1 + rejected)]
 
     def conversation(start, parts) -> TokenSequence:
         pieces = [(start, False)] + [piece for q, a in parts for piece in ((q, False), (a, True))]
@@ -120,25 +119,32 @@ def mean_nll(policy, sequence: TokenSequence) -> Tensor:
     return -token_logps(policy, sequence, sequence.nll_labels).mean()
 
 
-def constraint(policy, reference, pair: TokenizedPair) -> Tensor:
-    """Mean over answer tokens of KL(policy on the long input || reference on the short one)."""
+def divergences(policy, reference, pair: TokenizedPair) -> list[Tensor]:
+    """KL(policy on the long input || reference on the short one) of the answer tokens of each turn."""
     ours = F.log_softmax(logits(policy, pair.chosen)[:-1][pair.chosen.labels[1:] != -100], -1)
     with torch.no_grad():
-        theirs = torch.cat(
-            [F.log_softmax(logits(reference, s)[:-1][s.labels[1:] != -100], -1) for s in pair.ref_chosen]
-        )
-    return (ours.exp() * (ours - theirs)).sum(-1).mean()
+        theirs = [F.log_softmax(logits(reference, s)[:-1][s.labels[1:] != -100], -1) for s in pair.ref_chosen]
+    turns = zip(ours.split([len(turn) for turn in theirs]), theirs, strict=True)
+    return [(p.exp() * (p - q)).sum(-1) for p, q in turns]
 
 
-def naive_loss(name: str, policy, reference, pairs, positions=None) -> Tensor:
+def with_constraint(name: str, policy, reference, pair: TokenizedPair, weight: float | None) -> Tensor:
+    """Ours: NLL of the sequence and the mean over answer tokens. The official one: NLL of the answers, the mean of turns."""
+    turns = divergences(policy, reference, pair)
+    if name == "sft_constraint":
+        return mean_nll(policy, pair.chosen) + (weight or 0.1) * torch.cat(turns).mean()
+    logp, tokens = answer_logp(policy, pair.chosen)
+    return -logp / tokens + (weight or 0.01) * torch.stack([turn.mean() for turn in turns]).mean()
+
+
+def naive_loss(name: str, policy, reference, pairs, positions=None, constraint_weight=None) -> Tensor:
     """Eq. 14 and the baselines, one pair at a time; beta 0.1 and so on as published."""
     if name == "sft_rejected":
         return torch.stack([mean_nll(policy, pair.rejected[0]) for pair in pairs]).mean()
-    if name.startswith("sft_"):
-        losses = [mean_nll(policy, pair.chosen) for pair in pairs]
-        if name == "sft_constraint":
-            losses = [loss + 0.1 * constraint(policy, reference, p) for loss, p in zip(losses, pairs, strict=True)]
-        return torch.stack(losses).mean()
+    if name == "sft_chosen":
+        return torch.stack([mean_nll(policy, pair.chosen) for pair in pairs]).mean()
+    if name.startswith("sft_constraint"):
+        return torch.stack([with_constraint(name, policy, reference, pair, constraint_weight) for pair in pairs]).mean()
     rows = [
         _numbers(name, policy, reference, pair, None if positions is None else positions[pair.id]) for pair in pairs
     ]
