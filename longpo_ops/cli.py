@@ -37,8 +37,12 @@ def train(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="longpo, hinge, ipo, kto_pair, dpo, simpo, orpo, logo, sft_chosen, sft_rejected or sft_constraint."
+            help="longpo, hinge, ipo, kto_pair, dpo, simpo, orpo, logo, sft_chosen, sft_rejected, sft_constraint or "
+            "sft_constraint_official."
         ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="default, or official: what is not set is the published recipe's.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,

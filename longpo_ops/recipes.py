@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "max_repeated_rejected": 0.4,
             "max_overlap": 0.9,
         },
-        "train": {},
+        "train": {"nll_tokens": "contents"},
     },
     OFFICIAL: {
         "generate": {
@@ -62,7 +62,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "train": {
             "objective": "longpo",
             "objective_options": {"beta": Either(0.01, 0.1), "preference_weight": 0.01},  # command line, paper
-            "optim": Either("rmsprop", "adamw_torch"),  # command line, paper
+            "optim": Either("rmsprop", "adamw_torch", "adamw_torch_fused"),  # command line, paper
             "learning_rate": 5e-7,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.1,
@@ -72,6 +72,15 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "max_grad_norm": 1.0,
             "nll_tokens": "all",
             "seed": 42,
+            "train_sampling_strategy": "random",
+            # What a step's eight single sequences, one epoch and all weights leave out.
+            "max_steps": -1,
+            "pack_tokens": None,
+            "target_length": Either(None, 0),
+            "lora_rank": 0,
+            "lr_scheduler_kwargs": None,
+            "optim_args": None,
+            "neftune_noise_alpha": None,
         },
     },
 }
@@ -116,7 +125,7 @@ def _under(wanted: Any, given: Any) -> Any:
 
 def _agrees(wanted: Any, given: Any) -> bool:
     if isinstance(wanted, dict):
-        return all(name not in wanted or _agrees(wanted[name], value) for name, value in given.items())
+        return all(name in wanted and _agrees(wanted[name], value) for name, value in given.items())
     return given in wanted if isinstance(wanted, Either) else given == wanted
 
 

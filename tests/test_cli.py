@@ -96,15 +96,24 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         "pack_tokens=5000",
         "--rope-theta",
         "1e7",
+        "--recipe",
+        "official",
     )
     done = in_process("train", *arguments, "--dry-run")
     assert done.exit_code == 0, done.output
     told = dict(re.findall(r"^(\w[\w ]*?)  +(.+)$", done.stdout, re.MULTILINE))
     assert told["pairs"] == "8" and int(told["tokens of packs"]) < int(told["tokens of separate sequences"])
     assert int(told["shortest sequence"]) <= int(told["median sequence"]) <= int(told["longest sequence"])
-    expected = {"objective": "longpo", "learning_rate": "0.0001", "pack_tokens": "5000", "rope_theta": "10000000.0"}
+    assert told["recipe"] == "official with changes (learning_rate, max_steps, objective_options, pack_tokens)"
+    expected = {
+        "objective": "longpo",
+        "learning_rate": "0.0001",
+        "nll_tokens": "all",
+        "pack_tokens": "5000",
+        "rope_theta": "10000000.0",
+    }
     assert expected.items() <= told.items()
-    assert told["objective_options"] == "{'beta': 0.5}"
+    assert told["objective_options"] == "{'beta': 0.5, 'preference_weight': 0.01}"
     assert not (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -122,6 +131,7 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         (["--set", "memory=[1]"], "memory=[1]: expected dict"),
         (["--config", "nowhere.yaml"], "no such file"),
         (["--on-bad-record", "drop"], "expected one of raise, skip"),
+        (["--recipe", "paper"], "recipe is 'paper'; expected one of default, official"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_no_traceback(home, tmp_path, arguments, message):

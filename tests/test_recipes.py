@@ -24,6 +24,7 @@ def test_what_contradicts_is_told_and_named():
     told = tell("official", "train", given, changed)
     assert "learning_rate is 5e-07 in the recipe, 1e-06 came" in told and "beta 0.01 or 0.1" in told
     assert fill("official", "train", {"objective_options": {"beta": 0.1}})[1] == ()
+    assert fill("official", "train", {"objective_options": {"label_smoothing": 0.1}})[1] == ("objective_options",)
     assert fill("default", "generate", {"chunks": 9})[1] == () and title("default") == "default"
     assert tell("official", "train", {}, ()) == ""
 

@@ -17,7 +17,8 @@ hold which characters. A token on the border of a content and template text (" Y
 content.
   labels      answer contents, each with its end of turn: template text through the first added token that follows the
               last answer. Where a template writes none, the end-of-sequence token is put after every answer.
-  nll_labels  documents, questions and answers with their ends of turn, but no system prompt and no role markers.
+  nll_labels  documents, questions and answers with their ends of turn, but no system prompt and no role markers; or every
+              token, where tokenized_pairs is asked for all.
 Template text around an answer may differ between long and short inputs (Qwen3 writes an empty thinking block before the
 last answer only). If that changes the answer's tokens, every sequence of the pair is tokenised in pieces instead,
 answers with their ends of turn on their own: the answer tokens of long and short inputs are always identical.
@@ -34,10 +35,10 @@ from typing import Any
 
 import numpy as np
 
-from ..kinds import check_flag, check_object, check_whole
+from ..kinds import check_choice, check_flag, check_object, check_whole
 from .pairs import Pair, Turn
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records
-from .tokenized import IGNORE, TokenizedPair, TokenSequence, tokenizer_fingerprint
+from .tokenized import IGNORE, NLL_TOKENS, TokenizedPair, TokenSequence, tokenizer_fingerprint
 
 PROBE = "a  b\n\nc <i>&amp;'d' \"e\" {{ f }}\t\u00e9"  # contents that a template must write unchanged
 
@@ -361,19 +362,24 @@ def tokenized_pairs(
     on_bad_record: str = "raise",
     report: DataReport | None = None,
     allow_equal: bool = False,
+    nll_tokens: str = "contents",
 ) -> Iterator[TokenizedPair]:
     """Stream tokenised pairs from files of text pairs, official unformatted records or tokenised columns, told apart by
     record.
 
-    vocab_size: rows of the model's embedding; len(chat.tokenizer) if None. Raises BadRecord and ValueError as the
+    vocab_size: rows of the model's embedding; len(chat.tokenizer) if None. nll_tokens: which tokens the NLL labels hold
+    (TokenizedPair.counting), of text and of tokenised records alike. Raises BadRecord and ValueError as the
     readers do, and for tokenised records longer than chat.max_length.
     """
     check_object("chat", chat, ChatFormat, "a ChatFormat")
     vocab_size = len(chat.tokenizer) if vocab_size is None else check_whole("vocab_size", vocab_size, 1)
+    check_choice("nll_tokens", nll_tokens, NLL_TOKENS)
     report = DataReport() if report is None else report
 
     def make(record, where):
-        record = parse_record(record, where)
+        return read(parse_record(record, where), where).counting(nll_tokens)
+
+    def read(record, where):
         if "chosen_input_ids" not in record:
             return _with_rows(chat.tokenize(Pair.from_record(record, where, allow_equal), report), vocab_size)
         pair = TokenizedPair.from_record(record, where, vocab_size, chat.fingerprint, allow_equal)

@@ -16,15 +16,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..kinds import check_each, check_flag, check_object, check_whole, shown
+from ..kinds import check_choice, check_each, check_flag, check_object, check_whole, shown
 from .pairs import _logps, check_logps
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records, write_records
 
 IGNORE = -100
+NLL_TOKENS = ("contents", "all")  # which tokens of a long sequence its NLL term may count
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,14 @@ class TokenizedPair:
                 for part in (sequence.ids, sequence.labels, sequence.nll_labels):
                     digest.update(b"none" if part is None else np.int64(len(part)).tobytes() + part.tobytes())
         return digest.hexdigest()[:32]
+
+    def counting(self, nll_tokens: str) -> TokenizedPair:
+        """The pair whose NLL labels are its own ("contents": no system prompt, no role markers), or every token of a long
+        sequence ("all"). Raises ValueError for another word."""
+        if check_choice("nll_tokens", nll_tokens, NLL_TOKENS) == "contents":
+            return self
+        chosen, *rejected = (replace(s, nll_labels=s.ids) for s in (self.chosen, *self.rejected))
+        return replace(self, chosen=chosen, rejected=tuple(rejected))
 
     def short_pairs(self) -> tuple[TokenizedPair, ...]:
         """The reference's short inputs, one pair per turn.

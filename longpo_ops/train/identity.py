@@ -1,6 +1,7 @@
 """What a training run is: the settings that decide its weights, and the content of its data and models, not their paths.
 
-    OUT/run.json     settings; "contents": digests; "finished": the step it ended at and the files it left, once all are written
+    OUT/run.json     settings; "recipe": its title; "contents": digests; "finished": the step it ended at and the files it
+                     left, once all are written
     OUT/data         tokenised pairs with a digest each, and digests of weights by path, size and time
 
 A folder goes on with the run it holds, and with no other: what has changed is told in words. Files may be moved, renamed
@@ -42,7 +43,7 @@ log = logging.getLogger("longpo_ops.train")
 PATHS = ("model", "reference_model", "data", "eval_data")  # told, and not compared
 DECIDING = {
     "run": (
-        *("rope_theta", "max_position_embeddings", "max_length", "cut_document", "system"),
+        *("rope_theta", "max_position_embeddings", "max_length", "cut_document", "system", "nll_tokens"),
         *("lora_rank", "lora_alpha", "lora_targets", "dtype"),
     ),
     "config": (
@@ -55,6 +56,7 @@ DECIDING = {
 }
 # None: of a method without a reference, of a plan that is not made yet, or of an earlier version
 DERIVED = ("reference_from", "memory")
+EARLIER = {"nll_tokens": "contents"}  # of earlier versions, which had no choice
 LENGTH = ("max_steps", "num_train_epochs")
 WEIGHTS = "*.safetensors*"
 READ = (WEIGHTS, "*config.json", "tokenizer*", "trainer_state.json")  # what a run leaves, for programs
@@ -87,7 +89,8 @@ class Identity:
             if needs_reference(config)
             else None,
         }
-        values = {name: getattr(run, name) for name in (*PATHS, *DECIDING["run"])}
+        settings = run.settings()
+        values = {"recipe": run.title} | {name: settings[name] for name in (*PATHS, *DECIDING["run"])}
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
         values["objective_options"] = config.objective_options or {}
         values |= {"reference_from": _reference_from(config), "memory": _memory(config)}
@@ -172,7 +175,7 @@ class Identity:
         )
 
     def _compare(self, theirs: dict[str, Any], checkpoint: str | None) -> None:
-        theirs = theirs | {"objective_options": theirs["objective_options"] or {}}
+        theirs = EARLIER | theirs | {"objective_options": theirs["objective_options"] or {}}
         both = [name for name in DERIVED if None not in (theirs.get(name), self.values[name])]
         names = (*DECIDING["run"], *DECIDING["config"], "packs_per_step", *both)
         before, now = theirs["contents"], self.values["contents"]

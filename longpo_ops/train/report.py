@@ -44,18 +44,20 @@ def draw_curves(history: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(trainer, base: str) -> None:
-    """training.png and README.md in the run's output folder. `base` names the model it started from."""
+def write_report(trainer, base: str, recipe: str) -> None:
+    """training.png and README.md in the run's output folder. `base` names the model it started from, `recipe` is the
+    title of what was followed."""
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
     rows = [row for row in history if "nll_loss" in row or "preference_loss" in row]
     if rows:
         draw_curves(rows, folder / "training.png")
-    (folder / "README.md").write_text(_card(trainer, base, rows), encoding="utf-8")
+    (folder / "README.md").write_text(_card(trainer, base, recipe, rows), encoding="utf-8")
 
 
-def _card(trainer, base: str, rows: list[dict]) -> str:
+def _card(trainer, base: str, recipe: str, rows: list[dict]) -> str:
     args = trainer.args
     settings = {
+        "recipe": recipe,
         "method": args.objective,
         "objective": trainer.objective or "none (supervised)",
         "reference": f"{args.reference}, reads the {trainer.method.reference} input"

@@ -10,14 +10,17 @@ import difflib
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
+from .. import recipes
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
+from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
 from ..runs.validate import check_kinds
@@ -42,6 +45,8 @@ from .trainer import LongPOTrainer, weights_digest
 
 log = logging.getLogger("longpo_ops.train")
 
+ACCUMULATION = "gradient_accumulation_steps"
+
 
 @dataclass
 class TrainRun:
@@ -51,6 +56,10 @@ class TrainRun:
     reference_model: default `model` itself, with the RoPE settings it came with.
     rope_theta, max_position_embeddings: of the policy, for a longer context than the model's own.
     max_length, cut_document, system, on_bad_record: as in data.ChatFormat and data.tokenized_pairs.
+    recipe: "default", or "official", the published one: what is not given, here or in `training`, is the recipe's
+        (recipes.py). What contradicts it stays as it was given, is told, and is named in `title`. A step of the official
+        one has 8 sequences over all processes (WORLD_SIZE); another objective than its own keeps its own options.
+    nll_tokens: which tokens the NLL term counts, "contents" or "all" (data.tokenized_pairs); None is the recipe's.
     lora_rank: 0 for full fine-tuning. lora_targets: module names, or "all-linear" (never the head).
     dtype: "auto" is the model's own. What is saved at the end has it, whatever training kept (LongPOTrainer).
 
@@ -68,6 +77,8 @@ class TrainRun:
     cut_document: bool = False
     system: str | None = None
     on_bad_record: str = "raise"
+    recipe: str = recipes.DEFAULT
+    nll_tokens: str | None = None
     lora_rank: int = 0
     lora_alpha: float | None = None
     lora_targets: str = "all-linear"
@@ -96,6 +107,9 @@ class TrainRun:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "training"}
         check_kinds(own, TrainRun)
         check_kinds(self.training, LongPOConfig)
+        recipes.check_recipe(self.recipe)
+        if self.nll_tokens not in (None, *NLL_TOKENS):
+            raise ValueError(f"nll_tokens={self.nll_tokens!r}: expected one of {', '.join(NLL_TOKENS)}")
         for name, choices in (("on_bad_record", ("raise", "skip")), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
@@ -116,20 +130,60 @@ class TrainRun:
                 raise ValueError(
                     f"output_dir={self.output_dir}: holds the {name}, which would be overwritten; give another"
                 )
+        given = self._given()
+        if told := recipes.tell(self.recipe, "train", given, self._fill(given)[1]):
+            log.warning("%s", told)
+
+    # -- settings ----------------------------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        """What run.json and the model card call the recipe: "official", or "official with changes (learning_rate)"."""
+        return recipes.title(self.recipe, self._fill(self._given())[1])
+
+    def settings(self) -> dict[str, Any]:
+        """Of this run and of LongPOConfig, by name: the given ones over the recipe's. Nothing is kept, so that a copy of a
+        run with other settings (dataclasses.replace) is filled in as one made with them."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "training"}
+        return own | self.training | self._fill(self._given())[0]
+
+    def _given(self) -> dict[str, Any]:
+        """The given settings that a recipe may judge; packs a step as those of all processes."""
+        own = {"nll_tokens": self.nll_tokens, "lora_rank": self.lora_rank}
+        given = {name: value for name, value in (own | self.training).items() if value is not None}
+        return given | {name: given[name] * _processes() for name in (ACCUMULATION,) if name in given}
+
+    def _fill(self, given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """-> given settings and the recipe's under them, and the names of those that contradict it."""
+        settings, changed = recipes.fill(self.recipe, "train", given)
+        if "objective" in changed:  # another method has other options
+            settings["objective_options"] = given.get("objective_options")
+            changed = tuple(name for name in changed if name != "objective_options")
+        if ACCUMULATION in settings:
+            settings[ACCUMULATION], rest = divmod(packs := settings[ACCUMULATION], _processes())
+            if rest:
+                raise ValueError(
+                    f"recipe={self.recipe!r} has {packs} sequences a step, which {_processes()} processes (WORLD_SIZE) cannot "
+                    f"share evenly; start as many as divide it, or give {ACCUMULATION}"
+                )
+        return settings, changed
 
     def config(self) -> LongPOConfig:
         """LongPOConfig of the run. Raises ValueError for values it refuses."""
-        return LongPOConfig(output_dir=self.output_dir, **self.training)
+        own = {f.name for f in dataclasses.fields(self)}
+        given = {name: value for name, value in self.settings().items() if name not in own}
+        return LongPOConfig(output_dir=self.output_dir, **given)
 
     def read_config(self, name: str):
         """The transformers config of a model of the run (pretrained.read_config)."""
         return read_config(name, self.trust_remote_code)
 
     def all_settings(self) -> dict[str, Any]:
-        """As they will be used: those of this run, LongPOConfig's own, and others that were set."""
-        config, ours = self.config(), LongPOConfig.__annotations__
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "training"}
-        return own | {name: getattr(config, name) for name in [*ours, *self.training]}
+        """As they will be used: those of this run, LongPOConfig's own, and others that were set. The recipe by its title."""
+        config, ours, settings = self.config(), LongPOConfig.__annotations__, self.settings()
+        own = {f.name for f in dataclasses.fields(self)}
+        used = {name: getattr(config, name) for name in [*ours, *(name for name in settings if name not in own)]}
+        return {name: value for name, value in settings.items() if name in own} | used | {"recipe": self.title}
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
@@ -145,13 +199,16 @@ class TrainRun:
         chat = ChatFormat(tokenizer, system=self.system, max_length=self.max_length, cut_document=self.cut_document)
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(path)]
         key = [files, tokenizer_digest(tokenizer), vocab_size, tokenizer.chat_template, self.system, self.max_length]
-        key += [self.cut_document, self.on_bad_record, self.supervised()]
+        nll_tokens = self.settings()["nll_tokens"]
+        key += [self.cut_document, self.on_bad_record, self.supervised(), nll_tokens]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         file = Path(self.output_dir) / "data" / f"pairs-{digest}.parquet"
         told = file.with_suffix(".txt")
         if not all(each.exists() for each in (file, told, file.with_suffix(DIGESTS))):
             report = DataReport()
-            pairs = tokenized_pairs(path, chat, vocab_size, self.on_bad_record, report, allow_equal=self.supervised())
+            pairs = tokenized_pairs(
+                path, chat, vocab_size, self.on_bad_record, report, self.supervised(), nll_tokens=nll_tokens
+            )
             PairStore.write(pairs, file, chat.fingerprint)
             told.write_text(f"{report}\n", encoding="utf-8")
         log.info("%s: %s", path, told.read_text(encoding="utf-8").rstrip())
@@ -188,6 +245,11 @@ class TrainRun:
         return get_peft_model(
             model, LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         )
+
+
+def _processes() -> int:
+    """That train together, as launchers tell."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
@@ -291,7 +353,7 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        write_report(trainer, run.model)
+        write_report(trainer, run.model, run.title)
         identity.end(trainer.state.global_step)
     return trainer
 

@@ -321,6 +321,26 @@ def test_files_of_text_and_of_tokens_give_the_same_pairs(make_tokenizer, pair, t
         list(tokenized_pairs(tmp_path / "tokens.parquet", short))
 
 
+def test_every_token_may_count_in_the_nll_of_text_and_of_tokens(make_tokenizer, pair, tmp_path):
+    from longpo_ops.data import write_pairs, write_tokenized
+
+    chat = ChatFormat(make_tokenizer("llama3"), system="Be brief.")
+    write_pairs([pair], tmp_path / "text.jsonl")
+    contents = list(tokenized_pairs(tmp_path / "text.jsonl", chat))
+    write_tokenized(contents, tmp_path / "tokens.parquet", chat.fingerprint)
+    for sequence in (contents[0].chosen, *contents[0].rejected):
+        assert (sequence.nll_labels == IGNORE).any()
+    every = list(tokenized_pairs(tmp_path, chat, nll_tokens="all"))
+    assert len(every) == 2 and every[0].digest != contents[0].digest
+    for each in every:
+        for sequence, before in zip((each.chosen, *each.rejected), (contents[0].chosen, *contents[0].rejected)):
+            assert sequence.nll_labels.tolist() == sequence.ids.tolist() == before.ids.tolist()
+            assert sequence.labels.tolist() == before.labels.tolist()
+    for refused in ("content", None, 1):
+        with pytest.raises(ValueError, match=r"nll_tokens.*expected one of contents, all"):
+            list(tokenized_pairs(tmp_path, chat, nll_tokens=refused))
+
+
 def test_skipping_counts_reasons(make_tokenizer, pair, tmp_path):
     chat, report = ChatFormat(make_tokenizer("llama3"), max_length=120), DataReport()
     records = [pair.to_record(), pair.to_record() | {"id": "long", "document": "boats " * 200}, {"id": "empty"}]

@@ -184,6 +184,8 @@ def test_a_tokenizer_is_known_by_more_than_its_vocabulary(home):
         ({"weight_decay": 0.1}, r"weight_decay=0\.0 became 0\.1"),
         ({"seed": 8}, "seed=7 became 8"),
         ({"lora_rank": 2}, "lora_rank=0 became 2"),
+        ({"nll_tokens": "all"}, r"nll_tokens='contents' became 'all'.*data: 4 records became 4 \(4 changed"),
+        ({"recipe": "official"}, r"nll_tokens='contents' became 'all'.*beta.*optim='\w+' became 'rmsprop'"),
         ({"rope_theta": 1e6}, r"rope_theta=None became 1000000\.0"),
         ({"dtype": "bfloat16"}, "dtype='auto' became 'bfloat16'"),
         ({"objective_options": {"beta": 0.2}}, r"objective_options=\{\} became \{'beta': 0\.2\}"),
@@ -199,7 +201,7 @@ def test_settings_that_decide_the_weights_are_refused(home, more, told):
 def test_settings_that_decide_nothing_may_change(home, caplog):
     free = {"logging_steps": 3, "save_steps": 7, "workspace_bytes": 2**20, "gradient_checkpointing": False}
     alike = {"reference": "online", "objective_options": {}, "memory": {"tile_rows": 64, "store": "int8"}}
-    assert begin(home, **free, **alike, on_bad_record="skip") is None
+    assert begin(home, **free, **alike, on_bad_record="skip", nll_tokens="contents", constraint_weight=0.1) is None
     assert caplog.text == ""
     assert begin(home, max_steps=8) is None
     assert "max_steps=4 became 8: the learning rate follows the schedule of the new length from here" in caplog.text
@@ -208,7 +210,7 @@ def test_settings_that_decide_nothing_may_change(home, caplog):
 def test_a_run_of_an_earlier_version_goes_on(home):
     file = home / "out" / "run.json"
     values = json.loads(file.read_text())
-    for name in ("reference_from", "memory"):
+    for name in ("reference_from", "memory", "nll_tokens", "recipe"):
         del values[name]
     file.write_text(json.dumps(values | {"objective_options": None, "reference": "precompute"}))
     assert begin(home) is None

@@ -1,8 +1,10 @@
 """Whole runs on real text with a small model: every method, full and LoRA; stopped ones go on; bad input is named."""
 
 import json
+import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from longpo_ops.train import METHODS, last_checkpoint
+from longpo_ops.train import METHODS, LongPOConfig, last_checkpoint
 from longpo_ops.train.run import TrainRun, prepare
 
 from .tiny import run_settings as settings
@@ -47,6 +49,7 @@ def test_every_method_from_text_to_a_saved_model(home, tmp_path, name, lora_rank
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "README.md").read_text()
     assert f"| method | {name} |" in card and "| steps | 2 |" in card and "training.png" in card
+    assert "| recipe | default |" in card
     AutoTokenizer.from_pretrained(tmp_path)
 
 
@@ -93,6 +96,84 @@ def test_steps_that_the_saved_dtype_loses_are_an_error_also_when_started_again(t
         ):
             run(home, tmp_path / "out", **more)
     assert not list((tmp_path / "out").glob("*.safetensors")) and not (tmp_path / "out" / "README.md").exists()
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def official(**more) -> TrainRun:
+    return TrainRun.from_settings(
+        {"model": "m", "data": "d", "output_dir": "o", "use_cpu": True, "recipe": "official"} | more
+    )
+
+
+def test_what_is_not_set_is_the_published_recipes(caplog):
+    run = official()
+    config = run.config()
+    assert (config.optim, config.learning_rate, config.warmup_steps, config.seed) == ("rmsprop", 5e-7, 0.1, 42)
+    assert (config.gradient_accumulation_steps, config.num_train_epochs, config.max_grad_norm) == (8, 1, 1.0)
+    assert config.objective_options == {"beta": 0.01, "preference_weight": 0.01}
+    assert run.all_settings()["nll_tokens"] == "all" and run.all_settings()["recipe"] == run.title == "official"
+    assert official(objective_options={"beta": 0.1}, optim="adamw_torch", nll_tokens="all").title == "official"
+    assert official(learning_rate=5e-7, max_steps=-1, target_length=0, objective_options=None).title == "official"
+    assert official(recipe="default").all_settings()["nll_tokens"] == "contents"
+    assert caplog.text == ""
+
+
+CHANGES = [
+    ({"learning_rate": 1e-3}, "learning_rate", "learning_rate is 5e-07 in the recipe, 0.001 came"),
+    ({"nll_tokens": "contents"}, "nll_tokens", "nll_tokens is 'all' in the recipe, 'contents' came"),
+    ({"objective": "dpo"}, "objective", "objective is 'longpo' in the recipe, 'dpo' came"),
+    ({"objective": "dpo", "objective_options": {"beta": 0.3}}, "objective", "'dpo' came"),
+    ({"objective_options": {"label_smoothing": 0.1}}, "objective_options", "'label_smoothing': 0.1"),
+    ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", "is 8 in the recipe, 4 came"),
+    ({"lora_rank": 8, "max_steps": 3, "pack_tokens": 99}, "lora_rank, max_steps, pack_tokens", "lora_rank is 0"),
+]
+
+
+@pytest.mark.parametrize(("more", "names", "told"), CHANGES)
+def test_what_contradicts_the_recipe_is_told_and_named(caplog, more, names, told):
+    run = official(**more)
+    assert run.title == f"official with changes ({names})"
+    assert told in caplog.text and run.title in caplog.text
+    for name, value in run.config().to_dict().items():
+        if name in more and name != "objective_options":
+            assert value == more[name]
+    if "dpo" in more.values():
+        assert run.config().objective_options == more.get("objective_options")
+
+
+def test_a_copy_of_a_run_is_filled_in_as_one_made_with_its_settings():
+    run = official()
+    other = replace(run, training=run.training | {"objective": "simpo", "learning_rate": 1e-3})
+    assert (
+        other.title == "official with changes (learning_rate, objective)" and other.config().objective_options is None
+    )
+    assert replace(other, training=run.training) == run and replace(run).title == "official"
+    assert replace(other, recipe="default").config().optim == LongPOConfig(output_dir="o", use_cpu=True).optim
+    assert replace(run, nll_tokens="contents").title == "official with changes (nll_tokens)"
+    assert TrainRun("m", "d", "o", recipe="official", training={"use_cpu": True}).config() == run.config()
+
+
+def test_eight_sequences_are_those_of_all_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert official().settings()["gradient_accumulation_steps"] == 2
+    assert official(gradient_accumulation_steps=2).title == "official"
+    assert official(gradient_accumulation_steps=8).title == "official with changes (gradient_accumulation_steps)"
+    assert official(gradient_accumulation_steps=8).settings()["gradient_accumulation_steps"] == 8
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"has 8 sequences a step, which 3 processes .* cannot share evenly"):
+        official()
+    assert official(gradient_accumulation_steps=3).settings()["gradient_accumulation_steps"] == 3
+
+
+def test_a_run_is_known_by_the_recipe_it_followed(home, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(home, tmp_path, recipe="official", seed=42, gradient_accumulation_steps=8, learning_rate=1e-3)
+    title = "official with changes (learning_rate)"
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert (told["recipe"], told["nll_tokens"], told["optim"]) == (title, "all", "rmsprop")
+    assert f"| recipe | {title} |" in (tmp_path / "README.md").read_text() and title in caplog.text
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -237,6 +318,9 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
         ({"lora_rank": -1}, "expected 0 for full fine-tuning"),
         ({"on_bad_record": "drop"}, "expected one of raise, skip"),
         ({"dtype": "int8"}, "expected one of auto, float32"),
+        ({"recipe": "offical"}, "recipe is 'offical'; expected one of default, official"),
+        ({"recipe": 3}, "recipe=3: expected str"),
+        ({"nll_tokens": "every"}, "nll_tokens='every': expected one of contents, all"),
         ({"rope_theta": -5.0}, r"rope_theta=-5\.0: expected more than 0"),
         ({"max_length": 0}, "max_length=0: expected more than 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: expected a whole number of at least 1"),
