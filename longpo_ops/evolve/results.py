@@ -15,7 +15,7 @@ from pathlib import Path
 from ..evaluate import Scores
 from ..runs.journal import write_atomically
 from .receipt import Cost
-from .settings import BASE, HARNESS, Bound, Evolution, bound_length
+from .settings import BASE, HARNESS, LAST, Bound, Evolution, bound_length
 from .stages import EVALUATE, UNTRAINED, Stage
 
 DASH = "–"
@@ -27,8 +27,9 @@ class Result:
 
     rows: the table, a dictionary per evaluated model: round (None for the base), row ("base", "untrained", "after"),
     label, theta, accuracy and perplexity {length: number}, tasks {task: {length: number}}, harness and published {name:
-    number}, comparable {task: flag}. retention: per round and bound what was measured and whether it holds. stages: name,
-    done, and cost (receipt.py). promoted: the last model that may go on. stopped: why the loop ended early, or None.
+    number}, comparable {task: flag}; untrained is the model the round starts from. retention: per round and bound what was
+    measured and whether it holds. stages: name, done, and cost (receipt.py). promoted: the model of the last round, as they
+    are listed, whose bounds hold, whatever it started from; or the base. stopped: why the loop ended early, or None.
     """
 
     rows: list[dict]
@@ -120,7 +121,9 @@ def _row(stage: Stage) -> dict:
     if name is None:
         kind, label = "base", "base"
     elif stage.kind == UNTRAINED:
-        kind, label = "untrained", f"{name}: untrained" if theta is None else f"{name}: theta {theta:g}, untrained"
+        start = [] if stage.round.start == LAST else [Path(stage.round.start).name]
+        raised = [] if theta is None else [f"theta {theta:g}"]
+        kind, label = "untrained", f"{name}: {', '.join([*start, *raised, 'untrained'])}"
     else:
         kind, label = "after", f"{name}: after"
     found = sorted({length for cells in scores.tasks.values() for length in cells})

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import TrainerCallback
 
@@ -34,6 +35,7 @@ from .settings import BASE, Evolution
 from .stages import EVALUATE, PAIRS, TRAIN, Stage, naming, plan
 
 Progress = Callable[[str, float, str], None]
+Run = TypeVar("Run", GenerateRun, TrainRun, EvaluateRun)
 
 
 def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
@@ -68,18 +70,32 @@ def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
 def check(evolution: Evolution) -> list[Stage]:
     """The stages, after trying what can be known to fail. Raises ValueError."""
     stages = plan(evolution)
+    origins, asked = {stage.model.path: stage.model.origin for stage in stages}, []
     for stage in stages:
         with naming(stage.name):
             stage.receipt()
+            run = _on_what_is_there(stage.run, origins)
             if stage.kind == PAIRS:
-                find_files(stage.run.documents)
+                find_files(run.documents)
             if stage.kind == TRAIN:
-                check_model(replace(stage.run, model=evolution.model, reference_model=None), stage.run.config())
-            if stage.kind == EVALUATE and stage.round and stage.round.evaluate:  # the base's own are looked at first
-                EvaluationPlan(replace(stage.run, model=evolution.model)).check()
-    first = stages[0].run
-    ChatFormat(first.load_tokenizer(), template_kwargs=first.template_kwargs)
+                check_model(run, run.config())
+                if run.reference_model is not None:
+                    run.load_tokenizer()  # the reference reads its ids
+            elif (talk := (run.model, run.template_kwargs)) not in asked:
+                ChatFormat(run.load_tokenizer(), template_kwargs=run.template_kwargs)
+                asked.append(talk)
+            if stage.kind == EVALUATE and stage.round and (stage.round.evaluate or run.model != evolution.model):
+                EvaluationPlan(run).check()  # what the base's evaluation shares is looked at as it begins
     return stages
+
+
+def _on_what_is_there(run: Run, origins: dict[str, str]) -> Run:
+    """The run with the models from which those that are not there yet will be made."""
+    there = {"model": origins[run.model]}
+    if isinstance(run, TrainRun) and run.reference_model is not None:
+        reference = origins.get(run.reference_model, run.reference_model)
+        there["reference_model"] = None if reference == there["model"] else reference
+    return replace(run, **there)
 
 
 def _open(out: Path) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 from ..runs.validate import check_kinds
 
 LAST, BASE, GENERATOR = "last", "base", "generator"
+ROLES = ("start", "generator", "reference")  # of models in a round
 HARNESS = "harness:"
 OWNED = {  # fields of a stage that follow from the round
     "generate": {"model": "generator", "documents": "documents", "length": "length", "out": "out"},
-    "train": {"model": "the last promoted model", "data": "the round's pairs", "output_dir": "out"}
+    "train": {"model": "start", "data": "the round's pairs", "output_dir": "out"}
     | {"reference_model": "reference", "rope_theta": "rope_theta", "max_position_embeddings": "length"},
     "evaluate": {"model": "the round", "out": "out", "rope": "rope_theta"},
 }
@@ -28,9 +29,10 @@ class Round:
     """One iteration.
 
     name: of its folder. length: tokens of the longest training sequence. documents: folders, files, globs.
-    rope_theta: of the policy; None is that of the model it starts from, which is always the last promoted one.
-    generator: who makes the pairs: "last" (promoted), "base", the name of an earlier round, or a model's name or folder.
-    reference: who the policy is compared with: the same choices, or "generator". It reads short inputs at its own RoPE.
+    rope_theta: of the policy; None is that of the model it starts from.
+    start: which model the policy starts from: "last" (promoted: the model of the round before, or the base), "base", the
+    name of an earlier round, or a model's name or folder. generator: who makes the pairs: the same choices.
+    reference: who the policy is compared with: the same, or "generator". It reads short inputs at its own RoPE.
     generate, train, evaluate: further fields of GenerateRun; of TrainRun and LongPOConfig; over Evolution.evaluate.
 
     Raises ValueError for values that make no sense.
@@ -40,6 +42,7 @@ class Round:
     length: int
     documents: tuple[str, ...]
     rope_theta: float | None = None
+    start: str = LAST
     generator: str = LAST
     reference: str = GENERATOR
     generate: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +63,7 @@ class Round:
         theta = self.rope_theta
         if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0):
             raise ValueError(f"{what}: rope_theta is {theta!r}; expected a number above 0, or none")
-        for name in ("generator", "reference"):
+        for name in ROLES:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{what}: {name} is {getattr(self, name)!r}; expected the name of a model")
         for kind in OWNED:
@@ -115,7 +118,7 @@ class Evolution:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"rounds: {', '.join(twice)} is there twice; expected a name for each")
         for number, each in enumerate(self.rounds):
-            for role in ("generator", "reference"):
+            for role in ROLES:
                 if (model := getattr(each, role)) in names[number:]:
                     when = "that round itself" if model == each.name else "a later round"
                     raise ValueError(

@@ -35,12 +35,15 @@ FREE = {  # settings that do not decide what comes out: they may change when a s
 
 
 class Model(NamedTuple):
-    """A model that is there or will be. identity: what decides its weights. positions: tokens it reads by itself."""
+    """A model that is there or will be. identity: what decides its weights. positions: tokens it reads by itself.
+    origin: the model that is there, from which the rounds made it.
+    """
 
     path: str
     identity: str
     theta: float | None
     positions: int | None
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,14 @@ def plan(evolution: Evolution) -> list[Stage]:
 
     for each in evolution.rounds:
         with naming(f"round {each.name!r}"):
-            start, generator = models[LAST], find(each.generator)
+            start, generator = find(each.start), find(each.generator)
             reference = generator if each.reference == GENERATOR else find(each.reference)
             theta = start.theta if each.rope_theta is None else float(each.rope_theta)
             pairs = _pairs(evolution, each, generator, theta)
             train = _training(evolution, each, start, reference, theta, pairs)
             merged = "merged" if train.run.lora_rank else ""
-            after = Model(
-                str(train.out / merged), f"{each.name} {train.digest}", theta, train.run.max_position_embeddings
-            )
+            path, identity = str(train.out / merged), f"{each.name} {train.digest}"
+            after = Model(path, identity, theta, train.run.max_position_embeddings, start.origin)
             untrained = _evaluation(evolution, each, UNTRAINED, start, theta)
             stages += [pairs, untrained, train, _evaluation(evolution, each, EVALUATE, after, theta)]
         models |= {each.name: after, LAST: after}
@@ -99,7 +101,7 @@ def read_model(name: str, trust_remote_code: bool = False) -> Model:
     """What a model's config says of it. Raises ValueError where there is none."""
     config = read_config(name, trust_remote_code)
     rope = getattr(config, "rope_parameters", None) or {}
-    return Model(name, name, rope.get("rope_theta"), getattr(config, "max_position_embeddings", None))
+    return Model(name, name, rope.get("rope_theta"), getattr(config, "max_position_embeddings", None), name)
 
 
 @contextmanager

@@ -102,6 +102,23 @@ def test_policies_start_from_the_last_model_and_keep_their_theta(finished):
     assert asked["model"] == Path(base).name and asked["rope"] is None  # reads 1024 tokens as it is
 
 
+def test_a_round_starts_from_the_model_that_it_names(finished, tmp_path):
+    out, base = tmp_path / "out", finished[0]["model"]
+    settings = begun(finished, out, "base/evaluate", "two/pairs", *(f"one/{stage}" for stage in STAGES))
+    second = finished[0]["rounds"][1]
+    settings["rounds"].append(second | {"start": "base", "train": second["train"] | {"max_steps": 1}})
+    result, before = run(settings), finished[1]
+    trained = json.loads((out / "two/train/run.json").read_text())
+    assert (trained["model"], trained["reference_model"]) == (base, str(out / "one/train"))
+    labels = [row["label"] for row in result.rows[3:]]
+    assert labels == ["two: base, theta 40000, untrained", "two: after"]
+    assert result.rows[:3] == before.rows[:3]
+    assert result.rows[3]["perplexity"] != before.rows[3]["perplexity"]  # that one is of round one's model
+    assert json.loads((out / "two/untrained/run.json").read_text())["model"] == Path(base).name
+    assert result.promoted == f"{out}/two/train"  # the last round whose bounds hold, whatever it started from
+    assert f"| starts from | {Path(base).name} |" in (out / "report.md").read_text().replace("\\", "")
+
+
 def test_a_finished_run_does_nothing_and_says_the_same(finished):
     settings, result = finished
     told = []

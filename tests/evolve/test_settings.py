@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 import yaml
 
 from longpo_ops.evolve import Evolution, plan
+from longpo_ops.evolve.run import check
 
 ROOT = Path(__file__).parents[2]
+RAISED = {"rope_theta": 3e4, "rope_type": "default"}
 SHORT = {"question_tokens": 80, "answer_tokens": 24}
 FIRST = {"name": "one", "length": 1024, "documents": "docs", "rope_theta": 2e4, "generate": SHORT}
 SETTINGS = {
@@ -73,6 +77,10 @@ def changed(**changes) -> dict:
             "round 'one': generator 'two' is a later round, .* expected last, base, or",
         ),
         (changed(first={"reference": "one"}), "round 'one': reference 'one' is that round itself"),
+        (changed(first={"start": "two"}), "round 'one': start 'two' is a later round, .* expected last, base, or"),
+        (changed(first={"start": "one"}), "round 'one': start 'one' is that round itself"),
+        (changed(first={"start": 1}), "round 'one': start is 1; expected the name of a model"),
+        (changed(first={"train": {"model": "base"}}), "round 'one', train: model is set by start; leave it out"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, message):
@@ -142,6 +150,48 @@ def test_who_generates_who_is_the_reference_and_at_which_theta(model):
     assert [each["untrained"].run.rope for each in found] == [{"rope_theta": 2e4}, raised, None, None]
     assert [each["evaluate"].run.model for each in found] == trained
     assert [each["evaluate"].run.rope for each in found] == [None] * 4
+
+
+def test_a_round_starts_from_any_model(model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096, "rope_parameters": RAISED}))
+    starts = {"one": "base", "two": "one", "three": "one", "four": str(other), "five": "base"}
+    settings = changed(model=str(model))
+    settings["rounds"] = [FIRST | {"name": name, "start": start} for name, start in starts.items()]
+    settings["rounds"][1] |= {"rope_theta": 4e4}
+    settings["rounds"][2] |= {"rope_theta": None, "generator": "one", "reference": "one"}
+    settings["rounds"][3] |= {"rope_theta": None}
+    found = rounds(settings)
+    one = "out/one/train"
+    assert [each["train"].run.model for each in found] == [str(model), one, one, str(other), str(model)]
+    assert [each["untrained"].run.model for each in found] == [each["train"].run.model for each in found]
+    assert [each["train"].run.rope_theta for each in found] == [2e4, 4e4, 2e4, 3e4, 2e4]  # that of the start
+    assert [each["train"].run.max_position_embeddings for each in found] == [1024, 1024, 1024, 4096, 1024]
+    generators = [str(model), one, one, "out/three/train", "out/four/train"]  # the last ones, whatever they started from
+    assert [each["pairs"].run.model for each in found] == generators
+    assert [each["train"].run.reference_model for each in found] == [None, None, None, *generators[3:]]
+    assert found[4]["train"].model == found[0]["train"].model  # the base, by the same identity
+    assert [each["evaluate"].model.origin for each in found] == [str(model)] * 3 + [str(other), str(model)]
+
+
+def test_a_start_that_cannot_be_trained_is_refused_before_anything_runs(model, documents, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    settings = changed(model=str(model), out=str(tmp_path / "out"), retention=[])
+    settings["evaluate"] |= {"perplexity": [str(documents)], "tasks": []}
+    for each in settings["rounds"]:
+        each["documents"] = str(documents)
+    settings["rounds"][1] |= {"start": str(other), "rope_theta": 3e4}
+    assert len(check(Evolution.from_settings(settings))) == 9
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 + config["num_hidden_layers"]}))
+    with pytest.raises(ValueError, match="two/train: .*other"):
+        check(Evolution.from_settings(settings))
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="two/untrained: .*has no chat template"):
+        check(Evolution.from_settings(settings))
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_are_measured_beyond_what_they_read(model):
