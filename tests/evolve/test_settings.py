@@ -155,7 +155,9 @@ def test_who_generates_who_is_the_reference_and_at_which_theta(model):
 def test_a_round_starts_from_any_model(model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096, "rope_parameters": RAISED}))
+    (other / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 4096, "rope_parameters": RAISED})
+    )
     starts = {"one": "base", "two": "one", "three": "one", "four": str(other), "five": "base"}
     settings = changed(model=str(model))
     settings["rounds"] = [FIRST | {"name": name, "start": start} for name, start in starts.items()]
@@ -168,7 +170,13 @@ def test_a_round_starts_from_any_model(model, tmp_path):
     assert [each["untrained"].run.model for each in found] == [each["train"].run.model for each in found]
     assert [each["train"].run.rope_theta for each in found] == [2e4, 4e4, 2e4, 3e4, 2e4]  # that of the start
     assert [each["train"].run.max_position_embeddings for each in found] == [1024, 1024, 1024, 4096, 1024]
-    generators = [str(model), one, one, "out/three/train", "out/four/train"]  # the last ones, whatever they started from
+    generators = [
+        str(model),
+        one,
+        one,
+        "out/three/train",
+        "out/four/train",
+    ]  # the last ones, whatever they started from
     assert [each["pairs"].run.model for each in found] == generators
     assert [each["train"].run.reference_model for each in found] == [None, None, None, *generators[3:]]
     assert found[4]["train"].model == found[0]["train"].model  # the base, by the same identity
