@@ -1,40 +1,36 @@
-"""AdamW for 16-bit weights: an exact float32 master, states in float32 or 8 bits, on the device or on the host.
+"""AdamW and RMSprop for 16-bit weights: an exact float32 master, states in float32 or 8 bits, on the device or on the host.
 
     bits(master) = (bits(weight) << 16) + residue      weight bfloat16, the nearest (ties away from 0); residue int16
 
-A step runs over pieces of at most PIECE numbers: a piece's master is joined in float32, stepped by well-kept code (torch's
-fused AdamW, or torchao's with 8-bit states) and split again, on a CPU in blocks that stay in its caches: there a pass over
-memory is what a step costs. The inner optimizers never see the 16-bit weights. Weights on a device that step on the host cross
-in their own dtype while the host steps the piece before (host_step.py).
+A step runs over pieces of at most PIECE numbers: a piece's master is joined in float32, stepped by well-kept code
+(pieces.py) and split again, block by block. The inner optimizers never see the 16-bit weights. Weights on a device that step
+on the host cross in their own dtype while the host steps the piece before (host_step.py).
 
-Bytes per weight: 2 residue or 4 float32 master (none for float32 weights), 8 float32 states or 2.03 8-bit ones.
-Scratch: about four float32 pieces. Residue and full master give bitwise the same weights. Not covered: algorithms other
-than AdamW.
+Bytes per weight: 2 residue or 4 float32 master (none for float32 weights); states 8 of AdamW, 4 of RMSprop, in 8 bits 2.03
+of AdamW. Scratch: about four float32 pieces. Residue and full master give bitwise the same weights. Not covered: other
+algorithms, and RMSprop's momentum and centred variant.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from longpo_ops.kinds import check_choice, check_each, check_flag, check_number, refusal
 from longpo_ops.memory.host_step import Crossing, HostSteps, room_bytes
+from longpo_ops.memory.pieces import AdamWPiece, CompiledAdamWPiece, RMSpropPiece
 from longpo_ops.memory.tiers import lane_of
 
 PIECE = 1 << 24  # numbers: 64 MiB of float32, and few enough shapes for what torchao compiles per shape
-BLOCK = 1 << 20  # numbers that a CPU steps at once: 4 MiB of float32, some 24 MiB with all that belongs to them
 STATES = ("float32", "8bit")
 MASTERS = ("residue", "float32")
-_COMPARED: set[tuple] = set()  # kinds of pieces whose compiled step this process has compared
 HALF = 1 << 15  # of the unit in the last place of bfloat16, in float32 bits
 
 
@@ -76,11 +72,11 @@ def refuse_step_in_backward(accumulation: int, max_grad_norm: float | None, proc
         raise ValueError(f"step_in_backward: {what}, or switch step_in_backward off")
 
 
-class AdamW(Optimizer):
-    """AdamW with an exact float32 master of bfloat16 weights.
+class MasterOptimizer(Optimizer):
+    """What steps bfloat16 weights through an exact float32 master: AdamW or RMSprop.
 
-    params, lr, betas, eps, weight_decay: as in torch.optim.AdamW; learning-rate schedulers work as they do there.
-    states: "float32" (torch, fused) or "8bit" (torchao, blocks of 256; tensors of under 4,096 numbers stay in float32).
+    params, defaults: as torch.optim.Optimizer takes them; learning-rate schedulers work as they do there.
+    states: what a subclass keeps of each number, one of its `kinds`.
     master: "residue", for bfloat16 weights, or "float32", for any 16-bit ones. float32 weights are their own master.
     host: master and states live and step in host memory; weights and gradients go there and weights come back, piece by piece,
         through two rooms of up to 6 bytes for each of PIECE numbers, page-locked for a GPU, from the first step on.
@@ -88,40 +84,41 @@ class AdamW(Optimizer):
         and step(), which is left to do nothing. One backward per step: another one before step() raises RuntimeError.
         Clipping needs all gradients at once (refuse_step_in_backward).
 
-    The first 8-bit step of each size in a process is compared with the same step uncompiled, on copies of one piece.
-
-    state_dict is exact: loading it, and the weights it was saved with, goes on bitwise. A step that raised may have moved some
+    state_dict is exact: loading it, and the weights it was saved with, goes on bitwise. A state of another algorithm, of other
+    states or of another master is refused. A step that raised may have moved some
     weights and not others: until a state is loaded, step() and state_dict() raise RuntimeError.
 
-    Raises ValueError for unknown settings, for weights that do not fit them, and without torchao where it is needed; in a step
-    RuntimeError where inductor's code gives wrong numbers, and MemoryError, before anything has moved, where the host refuses
-    the memory of the rooms.
+    Raises ValueError for unknown settings, and for weights that do not fit them; in a step MemoryError, before anything has
+    moved, where the host refuses the memory of the rooms.
     """
+
+    kinds: ClassVar[dict[str, type]]  # of pieces, by states
 
     def __init__(
         self,
         params,
-        lr: float = 5e-7,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        defaults: dict[str, Any],
         *,
         states: str = "float32",
         master: str = "residue",
         host: bool = False,
         step_in_backward: bool = False,
     ):
-        check_choice("states", states, STATES)
+        name = type(self).__name__
+        if check_choice("states", states, STATES) not in self.kinds:
+            raise ValueError(
+                f"states={states!r}: {name} has {' and '.join(self.kinds)} states only, as torchao has no other; use these, "
+                "or AdamW (optim='adamw_torch')"
+            )
         check_choice("master", master, MASTERS)
         host, step_in_backward = check_flag("host", host), check_flag("step_in_backward", step_in_backward)
-        _check_rates(lr, betas, eps, weight_decay)
         params = list(check_each("params", params, Tensor | dict | tuple, "a parameter or a group of them"))
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.settings = {"states": states, "master": master}
+        super().__init__(params, defaults)
+        self.settings = {"algorithm": name, "states": states, "master": master}
         self._weights = {}
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._weights[parameter] = _Weight(parameter, states, master, host)
+                self._weights[parameter] = _Weight(parameter, self.kinds[states], master, host)
         self._host = host
         self._hosts: dict[torch.device, HostSteps] = {}  # by the device that weights are on
         self._broken = False  # a step raised midway
@@ -201,6 +198,8 @@ class AdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state of other settings, and for one of other weights."""
         settings = state_dict.get("settings")
+        if settings:
+            settings = {"algorithm": "AdamW"} | settings  # which earlier versions did not name
         if settings != self.settings:
             raise ValueError(
                 f"optimizer state of {settings}: expected {self.settings}; go on with the settings it began with"
@@ -211,27 +210,81 @@ class AdamW(Optimizer):
         self._broken = False
 
 
-def _check_rates(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raises ValueError for numbers of groups that AdamW does not step by. A learning rate may be a tensor, as torch's may."""
+class AdamW(MasterOptimizer):
+    """AdamW with an exact float32 master of bfloat16 weights.
+
+    params, lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+    states: "float32" (torch, fused) or "8bit" (torchao, blocks of 256; tensors of under 4,096 numbers stay in float32).
+    master, host, step_in_backward: of MasterOptimizer.
+
+    The first 8-bit step of each size in a process is compared with the same step uncompiled, on copies of one piece.
+
+    Raises ValueError as MasterOptimizer does, for rates that make no sense and without torchao where it is needed; in a step
+    RuntimeError where inductor's code gives wrong numbers.
+    """
+
+    kinds = {"float32": AdamWPiece, "8bit": CompiledAdamWPiece}
+
+    def __init__(
+        self,
+        params,
+        lr: float = 5e-7,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ):
+        _check_rates(lr, eps, weight_decay)
+        pair = betas if isinstance(betas, tuple | list) and len(betas) == 2 else (None, None)
+        if not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in pair):
+            raise refusal("betas", betas, "two numbers, each 0 <= beta < 1")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), **settings)
+
+
+class RMSprop(MasterOptimizer):
+    """RMSprop with an exact float32 master of bfloat16 weights, without momentum and not centred.
+
+    params, lr, alpha, eps, weight_decay: as in torch.optim.RMSprop, whose weight decay is part of the gradient.
+    states: "float32"; torchao has no 8-bit ones. master, host, step_in_backward: of MasterOptimizer.
+
+    Raises ValueError as MasterOptimizer does, and for rates that make no sense.
+    """
+
+    kinds = {"float32": RMSpropPiece}
+
+    def __init__(
+        self,
+        params,
+        lr: float = 5e-7,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ):
+        _check_rates(lr, eps, weight_decay)
+        if not 0 <= check_number("alpha", alpha) < 1:
+            raise refusal("alpha", alpha, "a number, 0 <= alpha < 1")
+        super().__init__(params, dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay), **settings)
+
+
+def _check_rates(lr: float | Tensor, eps: float, weight_decay: float) -> None:
+    """Raises ValueError for numbers that no weight steps by. A learning rate may be a tensor, as torch's may."""
     numbers = {"eps": eps, "weight_decay": weight_decay} | ({} if isinstance(lr, Tensor) else {"lr": lr})
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise refusal("lr", lr, "one number")
     for name, value in numbers.items():
         if check_number(name, value) < 0:
             raise refusal(name, value, "a finite number >= 0")
-    pair = betas if isinstance(betas, tuple | list) and len(betas) == 2 else (None, None)
-    if not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in pair):
-        raise refusal("betas", betas, "two numbers, each 0 <= beta < 1")
 
 
 class _Weight:
     """One parameter: its master, and states for each piece of it. room: bytes that a piece and its gradient take at most."""
 
-    def __init__(self, parameter: nn.Parameter, states: str, master: str, host: bool):
+    def __init__(self, parameter: nn.Parameter, kind: type, master: str, host: bool):
         if not parameter.is_contiguous() or hasattr(parameter, "to_local"):
             raise ValueError(
                 f"a {type(parameter).__name__} of shape {tuple(parameter.shape)} is sharded or not contiguous: expected plain "
-                "contiguous weights; use torch.optim.AdamW for others"
+                "contiguous weights; use an optimizer of torch.optim for others"
             )
         if parameter.dtype.itemsize < 4 and master == "residue" and parameter.dtype != torch.bfloat16:
             raise ValueError(
@@ -246,7 +299,6 @@ class _Weight:
         elif parameter.dtype != self.dtype:
             self.master = parameter.detach().flatten().to(self.device, torch.float32)
         count = math.ceil(parameter.numel() / PIECE)
-        kind = _CompiledPiece if states == "8bit" else _Piece
         self.pieces = [kind(self.device, self.dtype) for _ in range(count)]
         self.room = room_bytes(min(PIECE, parameter.numel()), parameter.itemsize, self.dtype.itemsize)
 
@@ -291,119 +343,3 @@ class _Weight:
             self.master.copy_(master)
         for piece, saved in zip(self.pieces, pieces, strict=True):
             piece.load(saved)
-
-
-class _Piece:
-    """torch's AdamW over one piece: {step, exp_avg (n,), exp_avg_sq (n,)}, none before the first step."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self.states: dict[str, Tensor] = {}
-
-    def blocks(self, n: int) -> Iterator[slice]:
-        """The parts that make up a step, each of which is to be stepped once, in turn."""
-        if not self.states:
-            zeros = {name: torch.zeros(n, dtype=self.dtype, device=self.device) for name in ("exp_avg", "exp_avg_sq")}
-            self.states = {"step": torch.zeros((), dtype=torch.float32, device=self.device)} | zeros
-        size = BLOCK if self.device.type == "cpu" else n
-        for start in range(0, n, size):
-            yield slice(start, start + size)
-        self.states["step"] += 1
-
-    def step(self, value: Tensor, grad: Tensor, block: slice, group: dict) -> None:
-        """Steps `value` (n,), the numbers of a block, in place."""
-        states, (beta1, beta2) = self.states, group["betas"]
-        rates = {"lr": float(group["lr"]), "eps": group["eps"], "weight_decay": group["weight_decay"]}
-        adamw(
-            *([value], [grad], [states["exp_avg"][block]], [states["exp_avg_sq"][block]], []),
-            [states["step"].clone()],  # which it counts on
-            **(rates | {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "fused": True}),
-        )
-
-    def state(self) -> dict[str, Any]:
-        return dict(self.states)
-
-    def load(self, state: dict[str, Any]) -> None:
-        kinds = {"step": torch.float32, "exp_avg": self.dtype, "exp_avg_sq": self.dtype}
-        self.states = {name: state[name].to(self.device, dtype, copy=True) for name, dtype in kinds.items() if state}
-
-
-class _CompiledPiece:
-    """torchao's AdamW over one piece, in one block: a stand-in parameter holds its numbers only while it steps."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.stand_in = nn.Parameter(torch.empty(0, device=device, dtype=dtype))
-        self.inner = _torchao().AdamW8bit([self.stand_in])
-
-    def blocks(self, n: int) -> Iterator[slice]:
-        yield slice(0, n)
-
-    def step(self, value: Tensor, grad: Tensor, block: slice, group: dict) -> None:
-        """Steps `value` (n,) in place. Raises RuntimeError where compiled code gives other numbers than uncompiled code."""
-        kind = value.numel(), value.dtype, value.device
-        if kind in _COMPARED:
-            return self._step(value, grad, group)
-        before, expected, twin = value.clone(), value.clone(), _CompiledPiece(value.device, value.dtype)
-        twin.load(self.state())
-        with torch.compiler.set_stance("force_eager"):
-            twin._step(expected, grad, group)
-        self._step(value, grad, group)
-        states = [[_plain(state) for state in piece.state().values()] for piece in (self, twin)]
-        _compare(value - before, expected - before, rounding=4 * torch.finfo(value.dtype).eps * before.abs().max())
-        for ours, theirs in zip(*states, strict=True):
-            _compare(ours, theirs)
-        _COMPARED.add(kind)
-
-    def _step(self, value: Tensor, grad: Tensor, group: dict) -> None:
-        inner = self.inner.param_groups[0]
-        inner.update({name: group[name] for name in ("betas", "eps", "weight_decay")})
-        inner["lr"].fill_(float(group["lr"]))  # a tensor, as torchao would compile a number in
-        empty = self.stand_in.data
-        self.stand_in.data, self.stand_in.grad = value, grad
-        try:
-            self.inner.step()
-        finally:
-            self.stand_in.grad = None
-            self.stand_in.data = empty
-
-    def state(self) -> dict[str, Any]:
-        return dict(self.inner.state[self.stand_in])
-
-    def load(self, state: dict[str, Any]) -> None:
-        copies = {name: _copy(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-        groups = self.inner.state_dict()["param_groups"]
-        self.inner.load_state_dict({"state": {0: copies} if copies else {}, "param_groups": groups})
-
-
-def _compare(ours: Tensor, theirs: Tensor, rounding: Tensor | float = 0.0) -> None:
-    """Raises RuntimeError where a compiled step differs by more than 8 bits may round to either side."""
-    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
-    off, most = (ours - theirs).abs().masked_fill(same, 0.0).max(), theirs.abs().nan_to_num(nan=0.0).max()
-    if not off <= 0.02 * most + rounding:
-        raise RuntimeError(
-            f"the compiled step of 8-bit states differs from the uncompiled one by {float(off):.3g} in numbers of up to "
-            f"{float(most):.3g}: code in TORCHINDUCTOR_CACHE_DIR ({os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'not set')}) that "
-            "was compiled for another processor does that; empty that folder, or give this machine its own"
-        )
-
-
-def _plain(value: Tensor) -> Tensor:
-    return value.dequantize() if hasattr(value, "__tensor_flatten__") else value
-
-
-def _copy(value: Tensor) -> Tensor:
-    """A clone; of a tensor made of tensors, which may know no clone(), by its parts."""
-    if not hasattr(value, "__tensor_flatten__"):
-        return value.clone()
-    names, context = value.__tensor_flatten__()
-    return type(value).__tensor_unflatten__({name: getattr(value, name).clone() for name in names}, context)
-
-
-def _torchao():
-    try:
-        from torchao import optim
-    except ImportError:
-        raise ValueError(
-            "states='8bit' needs torchao, which is not installed: pip install 'longpo_ops[memory]', or use states='float32'"
-        ) from None
-    return optim

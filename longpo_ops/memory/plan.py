@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from longpo_ops.kinds import FLOATS, check_each, check_number, check_object, check_whole, refusal
-from longpo_ops.memory import optimizer
+from longpo_ops.memory import optimizer, pieces
 from longpo_ops.memory.host_step import room_bytes
 from longpo_ops.memory.offload import Placement
 from longpo_ops.memory.quantise import CODECS
@@ -276,7 +276,7 @@ def _optimizer_bytes(work: Work, settings: Settings, w: Weights) -> dict[str, in
 def _host_scratch(work: Work, settings: Settings, w: Weights) -> int:
     """The two rooms that pieces cross through, and what the host's step of one takes."""
     numbers, size = min(optimizer.PIECE, w.largest), work.dtype.itemsize
-    at_once = numbers if settings.states == "8bit" else min(optimizer.BLOCK, numbers)
+    at_once = numbers if settings.states == "8bit" else min(pieces.BLOCK, numbers)
     return 2 * room_bytes(numbers, size, max(4, size)) + STEP_BYTES * at_once
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from longpo_ops.memory import host_step, optimizer
+from longpo_ops.memory import host_step, optimizer, pieces
 from longpo_ops.memory.optimizer import AdamW, join
 
 from .lanes import LateLane
@@ -20,7 +20,7 @@ MASTERS = ("residue", "float32")
 def small_pieces(monkeypatch):
     """Weights of several pieces, pieces of several blocks, and torchao's step eager, as compiling it takes long."""
     monkeypatch.setattr(optimizer, "PIECE", 4096)
-    monkeypatch.setattr(optimizer, "BLOCK", 1024)
+    monkeypatch.setattr(pieces, "BLOCK", 1024)
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -63,7 +63,7 @@ def numbers_of(model: nn.Module, ours: AdamW) -> list[torch.Tensor]:
     found = [p.detach().clone() for p in model.parameters()]
     for weight in ours.state_dict()["state"].values():
         found += [] if weight["master"] is None else [weight["master"]]
-        found += [optimizer._plain(state) for piece in weight["pieces"] for state in piece.values()]
+        found += [pieces.plain(state) for piece in weight["pieces"] for state in piece.values()]
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from longpo_ops.memory import optimizer as module
+from longpo_ops.memory import pieces
 from longpo_ops.memory.optimizer import AdamW, float32_gradients, join, refuse_step_in_backward, split
 
 torchao = pytest.importorskip("torchao")
@@ -361,7 +362,7 @@ def test_a_compiled_step_with_wrong_numbers_is_refused(monkeypatch):
     """Code for vectors twice as long leaves every second vector out: what inductor's cache gave on another processor."""
     weight = torch.nn.Parameter(torch.randn(4096).bfloat16())
     optimizer = AdamW([weight], lr=1e-3, states="8bit")
-    monkeypatch.setattr(module, "_COMPARED", set())
+    monkeypatch.setattr(pieces, "_COMPARED", set())
     piece, weight.grad = optimizer._weights[weight].pieces[0], torch.randn_like(weight)
     whole = piece.inner.step
 
@@ -379,7 +380,7 @@ def test_a_compiled_step_with_wrong_numbers_is_refused(monkeypatch):
         optimizer.step()
     optimizer.load_state_dict(before)
     optimizer.step()  # and the code of this machine is right
-    assert {(4096, torch.float32, torch.device("cpu"))} == module._COMPARED
+    assert {(4096, torch.float32, torch.device("cpu"))} == pieces._COMPARED
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-9, 5e-7])
@@ -387,7 +388,7 @@ def test_a_small_step_that_rounds_otherwise_is_right(monkeypatch, lr):
     """At the paper's rates a step is of the size of a weight's own rounding, which compiled code does in its own order."""
     weight = torch.nn.Parameter(4 * torch.randn(4096))
     optimizer = AdamW([weight], lr=lr, states="8bit")
-    monkeypatch.setattr(module, "_COMPARED", set())
+    monkeypatch.setattr(pieces, "_COMPARED", set())
     piece, weight.grad = optimizer._weights[weight].pieces[0], torch.randn_like(weight)
     whole = piece.inner.step
 

@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, place, tile_layers
-from longpo_ops.memory.optimizer import BLOCK, PIECE, AdamW
+from longpo_ops.memory.optimizer import PIECE, AdamW
+from longpo_ops.memory.pieces import BLOCK
 from longpo_ops.memory.plan import (
     ERROR,
     HOST_STEP,
