@@ -7,7 +7,7 @@ __all__, __getattr__, __dir__ = public_names(
     {
         "offload": ("OffloadHandle", "Placement", "offload_activations", "place"),
         "tiling": ("TilingHandle", "tile_layers"),
-        "optimizer": ("AdamW", "float32_gradients"),
+        "optimizer": ("AdamW", "RMSprop", "float32_gradients"),
         "plan": ("Machine", "Work", "predict"),
         "search": ("fit", "longest"),
         "settings": ("Memory",),

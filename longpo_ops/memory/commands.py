@@ -26,6 +26,9 @@ def plan(
     disk_gib: Annotated[float, typer.Option(help="Disk space for layer inputs.")] = 0.0,
     accumulation: Annotated[int, typer.Option(help="Packs a step accumulates gradients over.")] = 8,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 for none.")] = 1.0,
+    optim: Annotated[
+        str, typer.Option(help="Optimizer, by its name in training: adamw_torch, adamw_torch_fused or rmsprop.")
+    ] = "adamw_torch",
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
     workspace_gib: Annotated[float, typer.Option(help="Scratch of the loss.")] = 2.0,
     online: Annotated[bool, typer.Option("--online", help="Keep a reference model beside the policy.")] = False,
@@ -70,6 +73,7 @@ def plan(
             kind,
             int(workspace_gib * gib),
             planner.weights_of(config).total * kind.itemsize if online else 0,
+            optim,
         )
     try:
         machine = planner.Machine(

@@ -223,7 +223,7 @@ class AdamW(MasterOptimizer):
     RuntimeError where inductor's code gives wrong numbers.
     """
 
-    kinds = {"float32": AdamWPiece, "8bit": CompiledAdamWPiece}
+    kinds: ClassVar[dict[str, type]] = {"float32": AdamWPiece, "8bit": CompiledAdamWPiece}
 
     def __init__(
         self,
@@ -250,7 +250,7 @@ class RMSprop(MasterOptimizer):
     Raises ValueError as MasterOptimizer does, and for rates that make no sense.
     """
 
-    kinds = {"float32": RMSpropPiece}
+    kinds: ClassVar[dict[str, type]] = {"float32": RMSpropPiece}
 
     def __init__(
         self,
@@ -265,6 +265,14 @@ class RMSprop(MasterOptimizer):
         if not 0 <= check_number("alpha", alpha) < 1:
             raise refusal("alpha", alpha, "a number, 0 <= alpha < 1")
         super().__init__(params, dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay), **settings)
+
+
+OPTIMS: dict[str, type[MasterOptimizer]] = {"adamw_torch": AdamW, "adamw_torch_fused": AdamW, "rmsprop": RMSprop}
+
+
+def check_optim(optim: Any) -> str:
+    """-> its name. Raises ValueError for an optimizer, by transformers' name or enum of it, that is not here."""
+    return check_choice("optim", getattr(optim, "value", optim), tuple(OPTIMS))
 
 
 def _check_rates(lr: float | Tensor, eps: float, weight_decay: float) -> None:

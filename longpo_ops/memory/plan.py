@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from longpo_ops.kinds import FLOATS, check_each, check_number, check_object, check_whole, refusal
+from longpo_ops.kinds import FLOATS, check_choice, check_each, check_number, check_object, check_whole, refusal
 from longpo_ops.memory import optimizer, pieces
 from longpo_ops.memory.host_step import room_bytes
 from longpo_ops.memory.offload import Placement
@@ -31,15 +31,28 @@ GIB = 1 << 30
 ERROR = 0.1  # of a predicted peak, at most, in tests/memory/test_plan.py: real <= predicted / (1 - ERROR)
 DEVICE_RESERVE = 2 * GIB  # context, libraries, gaps between blocks of the allocator
 HOST_RESERVE = 8 * GIB  # system, Python, data, and room to write a checkpoint
-STATE_BYTES = {"float32": 8, "8bit": 2 * (1 + 4 / 256)}
 MASTER_BYTES = {"residue": 2, "float32": 4}
 STEP_BYTES = 16  # scratch of an optimizer step, for each number of the piece it works on
-# What a step's operators read and write on a device, bytes a weight: its states, and the way to a float32 master and back.
-PASSES = {"float32": 28, "8bit": 16}
+# What the way to a float32 master and back reads and writes on a device, bytes a weight.
 CONVERSIONS = {"residue": 66, "float32": 12}
-# What a host copies, bytes read and written, while it steps a weight. Measured on 2026-11-27 on one core of a Zen 3 that copies
-# 11.3 GB/s: 7.7 ns, in which 26 bytes come from memory or go there, and 71 ns, in which torchao's quantisation computes.
-HOST_STEP = {"float32": 87, "8bit": 800}
+
+
+class StepCost(NamedTuple):
+    """Bytes a weight. states: held. passes: what the step's operators read and write on a device. host: what a host copies,
+    read and written, while it steps a weight."""
+
+    states: float
+    passes: int
+    host: int
+
+
+# AdamW is one fused kernel; RMSprop is five, each over all numbers. `host` was measured on 2026-11-27 on one core of a Zen 3:
+# where it copied 11.3 GB/s, AdamW took 7.7 ns, in which 26 bytes come from memory or go there, and 71 ns, in which torchao's
+# quantisation computes; where it copied 13.4 GB/s, RMSprop took 8.0 ns and AdamW 6.4.
+STEP_COSTS = {
+    optimizer.AdamW: {"float32": StepCost(8, 28, 87), "8bit": StepCost(2 * (1 + 4 / 256), 16, 800)},
+    optimizer.RMSprop: {"float32": StepCost(4, 52, 107)},
+}
 CARDS = {"H100": {"device_memory": 3.0e12, "matmul": 798e12}, "H200": {"device_memory": 4.3e12, "matmul": 788e12}}
 
 
@@ -77,7 +90,7 @@ class Machine:
 @dataclass(frozen=True)
 class Work:
     """A step: packs of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config.
-    reference_bytes: weights of a reference that stays on the device beside the policy."""
+    reference_bytes: weights of a reference that stays on the device beside the policy. optim: a name of optimizer.OPTIMS."""
 
     config: object
     length: int
@@ -87,6 +100,7 @@ class Work:
     dtype: torch.dtype = torch.bfloat16
     workspace_bytes: int = DEFAULT_WORKSPACE["cuda"]
     reference_bytes: int = 0
+    optim: str = "adamw_torch"
 
     def __post_init__(self):
         if not hasattr(self.config, "to_json_string") or isinstance(self.config, type):
@@ -95,6 +109,7 @@ class Work:
         check_whole("accumulation", self.accumulation, 1, "at least one pack")
         check_whole("workspace_bytes", self.workspace_bytes, 1)
         check_whole("reference_bytes", self.reference_bytes, 0)
+        optimizer.check_optim(self.optim)
         for tail in check_each("tails", self.tails, int, "a number of rows", (tuple, list)):
             check_whole("tails", tail, 1)
         if self.max_grad_norm is not None and check_number("max_grad_norm", self.max_grad_norm) < 0:
@@ -106,11 +121,16 @@ class Work:
                 f"length={self.length!r}, tails={self.tails}: expected a pack longer than its rejected tails"
             )
 
+    @property
+    def step_costs(self) -> dict[str, StepCost]:
+        """By the states that its optimizer may have."""
+        return STEP_COSTS[optimizer.OPTIMS[self.optim]]
+
 
 @dataclass(frozen=True)
 class Settings:
     """What can be chosen. tile_rows: of tile_layers, None for none. offload: inputs beyond `kept` leave the device, to the
-    host first, then to disk. The rest as in offload_activations and optimizer.AdamW."""
+    host first, then to disk. The rest as in offload_activations and optimizer.MasterOptimizer."""
 
     tile_rows: int | None = None
     offload: bool = False
@@ -226,6 +246,7 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
     """
     check_planned(work, machine)
     check_object("settings", settings, Settings, "a Settings")
+    check_choice(f"optim={work.optim!r}, states", settings.states, tuple(work.step_costs))
     if settings.step_in_backward:
         optimizer.refuse_step_in_backward(work.accumulation, work.max_grad_norm)
     t, w = traced(work, settings), weights_of(work.config)
@@ -270,7 +291,7 @@ def encoded_bytes(t: Trace, work: Work, settings: Settings) -> int:
 
 def _optimizer_bytes(work: Work, settings: Settings, w: Weights) -> dict[str, int]:
     master = MASTER_BYTES[settings.master] if work.dtype.itemsize < 4 else 0
-    return {"master": master * w.total, "optimizer states": int(STATE_BYTES[settings.states] * w.total)}
+    return {"master": master * w.total, "optimizer states": int(work.step_costs[settings.states].states * w.total)}
 
 
 def _host_scratch(work: Work, settings: Settings, w: Weights) -> int:
@@ -370,9 +391,9 @@ def _seconds(
 
 def _step_seconds(work: Work, settings: Settings, machine: Machine, w: Weights) -> float:
     """A step on the host takes as long as the slower of two: the copies of weights and gradients, and the host's own work."""
-    size = work.dtype.itemsize
+    size, cost = work.dtype.itemsize, work.step_costs[settings.states]
     if not settings.host:
         conversions = CONVERSIONS[settings.master] if size < 4 else 0
-        return (PASSES[settings.states] + conversions) * w.total / machine.device_memory
+        return (cost.passes + conversions) * w.total / machine.device_memory
     crossing = 2 * size + (4 if _float32_gradients(work) else size)
-    return w.total * max(crossing / machine.copy, HOST_STEP[settings.states] / machine.host_memory)
+    return w.total * max(crossing / machine.copy, cost.host / machine.host_memory)

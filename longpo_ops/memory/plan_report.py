@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from longpo_ops.memory.optimizer import OPTIMS
 from longpo_ops.memory.plan import DEVICE_RESERVE, GIB, Plan
 from longpo_ops.memory.search import lossy_offers
 
@@ -28,6 +29,7 @@ def as_json(plan: Plan, allow_lossy: str) -> dict:
         "tails": list(work.tails),
         "accumulation": work.accumulation,
         "max_grad_norm": work.max_grad_norm,
+        "optim": work.optim,
         "settings": dataclasses.asdict(plan.settings),
         "lossy_offers": lossy_offers(plan, allow_lossy),
         "fits": not plan.shortfalls,
@@ -73,7 +75,8 @@ def describe_settings(plan: Plan) -> str:
         words.append("layer inputs on the device")
     if s.attention_layers:
         words.append(f"attention outputs of {s.attention_layers} layers kept")
-    words.append(f"AdamW with {s.states} states and {s.master} master on the {'host' if s.host else 'device'}")
+    name, where = OPTIMS[plan.work.optim].__name__, "host" if s.host else "device"
+    words.append(f"{name} with {s.states} states and {s.master} master on the {where}")
     if s.step_in_backward:
         words.append("weights step in backward")
     return "; ".join(words)

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from longpo_ops.kinds import check_whole
 from longpo_ops.memory.plan import (
-    STATE_BYTES,
     Machine,
     Plan,
     Settings,
@@ -62,16 +61,21 @@ def _search(work: Work, machine: Machine, allow_lossy: str) -> Plan:
 
 
 def lossy_offers(plan: Plan, allow_lossy: str) -> list[str]:
-    """What lossy storage that was not allowed would buy: a sentence each, where that is a MiB or a millisecond at least."""
+    """What lossy storage that was not allowed would buy: a sentence each, where that is a MiB or a millisecond at least;
+    and that the optimizer has no 8-bit states, where they are allowed."""
     check_lossy(allow_lossy)
-    levels, settings = list(LOSSY), plan.settings
-    levels = levels[levels.index(allow_lossy) + 1 :]
+    levels, settings, offers = list(LOSSY), plan.settings, []
+    levels, states = levels[levels.index(allow_lossy) + 1 :], "8bit" in plan.work.step_costs
+    alone = {"states": LOSSY["states"], "all": "8-bit layer inputs"}
+    if not states:
+        levels = [level for level in levels if level != "states"]
+        if allow_lossy != "nothing":
+            offers.append(f"allow_lossy={allow_lossy!r}: {LOSSY['states']} are not to be had with {plan.work.optim}")
     if plan.shortfalls:
         fitting = (level for level in levels if not _search(plan.work, plan.machine, level).shortfalls)
-        return [f"allow_lossy={level!r}, {LOSSY[level]}, would fit" for level in fitting][:1]
+        stored = LOSSY if states else alone
+        return offers + [f"allow_lossy={level!r}, {stored[level]}, would fit" for level in fitting][:1]
     changed = {"states": replace(settings, states="8bit"), "all": replace(settings, store="int8")}
-    alone = {"states": LOSSY["states"], "all": "8-bit layer inputs"}
-    offers = []
     for level in levels:
         if changed[level] == settings or (level == "all" and not settings.offload):
             continue
@@ -107,7 +111,7 @@ def _candidates(work: Work, allow_lossy: str) -> Iterator[list[Settings]]:
     tiles = [None] if work.config.model_type not in FAMILIES else [None, ROWS] if work.length > ROWS else [None]
     early = work.accumulation == 1 and not work.max_grad_norm
     check_lossy(allow_lossy)
-    kinds = ("float32",) if allow_lossy == "nothing" else tuple(STATE_BYTES)
+    kinds = ("float32",) if allow_lossy == "nothing" else tuple(work.step_costs)
     for store in ("exact", "int8") if allow_lossy == "all" else ("exact",):
         for step_in_backward in (False, True) if early else (False,):
             yield [

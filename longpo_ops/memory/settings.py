@@ -1,4 +1,7 @@
-"""How a run spends memory: one object that tiles and offloads a model and makes its optimizer, by hand or from a plan."""
+"""How a run spends memory: one object that tiles and offloads a model and makes its optimizer, by hand or from a plan.
+
+Which optimizer that is, transformers' arguments say (optim): named_optimizer reads them, and refuses what would be ignored.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from longpo_ops.runs.validate import check_kinds
 
 @dataclass(frozen=True)
 class Memory:
-    """Settings of tile_layers (tile_rows), offload_activations (offload to save_attention) and optimizer.AdamW (the rest).
+    """Settings of tile_layers (tile_rows), offload_activations (offload to save_attention) and the optimizer (the rest).
 
     states: None leaves the optimizer to transformers. Raises ValueError for values that make no sense.
     """
@@ -54,7 +57,7 @@ class Memory:
                     f"memory: {name}={getattr(self, name)!r}, expected one of {', '.join(map(str, known))}"
                 )
         if self.states is None and (self.host or self.step_in_backward):
-            raise ValueError("memory: host and step_in_backward are of our AdamW; set states to float32 or 8bit")
+            raise ValueError("memory: host and step_in_backward are of our optimizers; set states to float32 or 8bit")
 
     @classmethod
     def from_settings(cls, values: dict[str, Any] | None) -> Memory:
@@ -97,10 +100,65 @@ class Memory:
                 handle = stack.enter_context(offload_activations(model, **where, **how))
             yield handle
 
-    def make_optimizer(self, groups, **options) -> optimizer.AdamW:
-        """AdamW over parameter groups. options: lr, betas, eps, weight_decay."""
+    def make_optimizer(self, groups, optim: str = "adamw_torch", **options) -> optimizer.MasterOptimizer:
+        """The optimizer of that name over parameter groups. options: its numbers (lr, betas, alpha, eps, weight_decay)."""
         ours = dict(states=self.states, master=self.master, host=self.host, step_in_backward=self.step_in_backward)
-        return optimizer.AdamW(groups, **options, **ours)
+        return optimizer.OPTIMS[optimizer.check_optim(optim)](groups, **options, **ours)
+
+    def check_optimizer(self, arguments) -> None:
+        """Raises ValueError for what transformers' arguments and these settings say of the optimizer and it would not do,
+        before there are weights: it is made for a single number."""
+        options = named_optimizer(arguments) | {"weight_decay": arguments.weight_decay}
+        self.make_optimizer([torch.zeros(1)], **options)
+
+
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # transformers' defaults
+
+
+def named_optimizer(arguments) -> dict[str, Any]:
+    """What make_optimizer takes beside weight_decay, as transformers' TrainingArguments say it: optim, lr, and betas and eps
+    (AdamW) or alpha and eps (RMSprop, in optim_args: "alpha=0.9,eps=1e-6").
+
+    Raises ValueError for an optimizer that is not ours, and for options that the one named would not look at.
+    """
+    try:
+        name = optimizer.check_optim(arguments.optim)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}, as memory (states) and fit='auto' replace the optimizer by one with an exact float32 master; use one of "
+            "these, or leave memory without states and fit off for transformers' own"
+        ) from None
+    if arguments.optim_target_modules is not None:
+        raise ValueError(
+            f"optim_target_modules={arguments.optim_target_modules!r}: {name} does not look at it; leave it out"
+        )
+    own = _parted(arguments.optim_args)
+    known = ("alpha", "eps") if optimizer.OPTIMS[name] is optimizer.RMSprop else ()
+    if unknown := sorted(set(own) - set(known)):
+        instead = f"it takes {' and '.join(known)}" if known else f"it takes {', '.join(ADAM)}, settings of their own"
+        raise ValueError(f"optim_args={arguments.optim_args!r}: {', '.join(unknown)} is not of {name} here; {instead}")
+    given = {setting: getattr(arguments, setting) for setting in ADAM}
+    lr = {"optim": name, "lr": arguments.learning_rate}
+    if not known:
+        return lr | {"betas": (given["adam_beta1"], given["adam_beta2"]), "eps": given["adam_epsilon"]}
+    if changed := [f"{setting}={value!r}" for setting, value in given.items() if value != ADAM[setting]]:
+        raise ValueError(
+            f"{', '.join(changed)}: {name} does not look at it; its numbers are optim_args='alpha=...,eps=...'"
+        )
+    return lr | {setting: _number(value, arguments.optim_args) for setting, value in own.items()}
+
+
+def _parted(optim_args: str | None) -> dict[str, str]:
+    """ "alpha=0.9, eps=1e-6" -> values by name, as transformers parts it."""
+    parts = filter(None, (optim_args or "").replace(" ", "").split(","))
+    return {name: value for name, _, value in (part.partition("=") for part in parts)}
+
+
+def _number(value: str, optim_args: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"optim_args={optim_args!r}: {value!r}, expected a number") from None
 
 
 def machine_here(device: torch.device, spill_dir: str | None = None, host_bytes: int | None = None) -> plan.Machine:

@@ -23,6 +23,7 @@ from transformers import get_scheduler
 from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
+from ..memory.optimizer import check_optim
 from ..memory.settings import Memory, machine_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
@@ -179,5 +180,6 @@ def plan_memory(
         dtype=model.dtype,
         workspace_bytes=config.workspace_bytes or default_workspace(config.device),
         reference_bytes=sum(p.nbytes for p in reference.parameters()) if online else 0,
+        optim=check_optim(config.optim),
     )
     return search.fit(work, machine_here(config.device, host_bytes=config.host_bytes), config.allow_lossy)

@@ -6,7 +6,7 @@ Tests: tests/train/test_trainer.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import TrainingArguments
 
@@ -33,6 +33,7 @@ class LongPOConfig(TrainingArguments):
     constraint_weight: weight of the KL term of sft_constraint (default 0.1) and sft_constraint_official (0.01).
     workspace_bytes: scratch of the loss (fused_preference_loss).
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
+        With states, and with fit, `optim` is one of memory.optimizer.OPTIMS: AdamW or RMSprop with an exact float32 master.
     fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose
         for the run's checkpoints.
     host_bytes: the host's memory, for fit="auto". Default: what is available now; say it where a guest's memory grows as it is
@@ -125,6 +126,8 @@ class LongPOConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True: expected False, as a pack has no columns")
         super().__post_init__()
+        if memory.states is not None or self.fit == "auto":
+            replace(memory, states=memory.states or "float32").check_optimizer(self)
         if memory.step_in_backward:
             refuse_step_in_backward(self.gradient_accumulation_steps, self.max_grad_norm, self.world_size)
 

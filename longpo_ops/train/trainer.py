@@ -32,9 +32,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..data import TokenizedPair
 from ..memory import search
-from ..memory.optimizer import float32_gradients
+from ..memory.optimizer import MasterOptimizer, float32_gradients
 from ..memory.plan_report import allocator_advice, describe_settings
-from ..memory.settings import Memory
+from ..memory.settings import Memory, named_optimizer
 from ..ops.divergence import linear_kl
 from ..ops.logprobs import linear_cross_entropy
 from ..ops.preference import packed_preference_loss
@@ -186,8 +186,14 @@ class LongPOTrainer(CheckpointedTrainer):
             return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's, or the AdamW of `memory`."""
-        if self.memory.states is not None and self.optimizer is None:
+        """Trainer's, or that of `memory`. Raises ValueError where another came with the trainer and `memory` has one."""
+        held = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        if self.memory.states is not None and not isinstance(held, MasterOptimizer):
+            if held is not None or self.optimizer_cls_and_kwargs is not None:
+                raise ValueError(
+                    "optimizers, optimizer_cls_and_kwargs: the trainer was given an optimizer, and memory (states) or "
+                    "fit='auto' one of its own; expected one of the two"
+                )
             model, args = self.model if model is None else model, self.args
             decayed = set(self.get_decay_parameter_names(model))
             trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -197,10 +203,7 @@ class LongPOTrainer(CheckpointedTrainer):
                 {"params": [p for d, p in trained if d == decays], "weight_decay": args.weight_decay * decays}
                 for decays in (True, False)
             ]
-            betas = args.adam_beta1, args.adam_beta2
-            self.optimizer = self.memory.make_optimizer(
-                groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon
-            )
+            self.optimizer = self.memory.make_optimizer(groups, **named_optimizer(args))
         return super().create_optimizer(model)
 
     def _packs(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PackedPairs:

@@ -1,8 +1,9 @@
-"""AdamW with an exact master: bits, bitwise equality with float32 training, resume, and what is refused."""
+"""AdamW and RMSprop with an exact master: bits, bitwise equality with float32 training, resume, and what is refused."""
 
 import io
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from longpo_ops.memory import optimizer as module
 from longpo_ops.memory import pieces
-from longpo_ops.memory.optimizer import AdamW, float32_gradients, join, refuse_step_in_backward, split
+from longpo_ops.memory.optimizer import AdamW, RMSprop, float32_gradients, join, refuse_step_in_backward, split
 
 torchao = pytest.importorskip("torchao")
 
@@ -101,11 +102,18 @@ OPTIONS = [
 ]
 
 
+TORCHS = {AdamW: partial(torch.optim.AdamW, fused=True), RMSprop: torch.optim.RMSprop}
+
+
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("master", ["residue", "float32"])
-def test_is_bitwise_torch_adamw_on_a_float32_copy(master):
+@pytest.mark.parametrize("algorithm", TORCHS)
+def test_is_bitwise_torchs_on_a_float32_copy(algorithm, master, decay, host, monkeypatch):
+    monkeypatch.setattr(pieces, "BLOCK", 1000)
     model, wide = network(), network().float()
-    train(model, AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, master=master))
-    reference = torch.optim.AdamW(wide.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    train(model, algorithm(model.parameters(), lr=1e-3, weight_decay=decay, master=master, host=host))
+    reference = TORCHS[algorithm](wide.parameters(), lr=1e-3, weight_decay=decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: 1 / (1 + step))
     for step in range(50):
         gradients(model, step)  # rounded to bfloat16, as the 16-bit model's are
@@ -152,13 +160,16 @@ def test_small_steps_move_weights_that_plain_bfloat16_leaves(master):
     assert abs(moved(lambda *a, **k: AdamW(*a, **k, master=master)) + 1e-3) < 0.1 * 1e-3
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_resume_is_bitwise(options):
+RESUMED = [(AdamW, options) for options in OPTIONS] + [(RMSprop, o | {"alpha": 0.9}) for o in OPTIONS[:4]]
+
+
+@pytest.mark.parametrize(("algorithm", "options"), RESUMED)
+def test_resume_is_bitwise(algorithm, options):
     whole = network()
-    train(whole, AdamW(whole.parameters(), lr=1e-3, **options), range(20))
+    train(whole, algorithm(whole.parameters(), lr=1e-3, **options), range(20))
 
     first = network()
-    optimizer = AdamW(first.parameters(), lr=1e-3, **options)
+    optimizer = algorithm(first.parameters(), lr=1e-3, **options)
     schedule = lambda step: 1 / (1 + step)  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     file = io.BytesIO()
@@ -169,7 +180,7 @@ def test_resume_is_bitwise(options):
             weights, state, schedule_state = torch.load(file, weights_only=True)
             first = network(seed=1)
             first.load_state_dict(weights)
-            optimizer = AdamW(first.parameters(), lr=1e-3, **options)
+            optimizer = algorithm(first.parameters(), lr=1e-3, **options)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
             scheduler.load_state_dict(schedule_state)
             optimizer.load_state_dict(state)
@@ -203,11 +214,28 @@ def test_states_of_8_bits_take_two_bytes_a_weight():
     assert sum(t.nbytes for t in tensors) == 2 * 256 * 256 * (1 + 4 / 256)
 
 
-def test_float32_weights_are_their_own_master():
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("algorithm", TORCHS)
+def test_float32_weights_are_their_own_master(algorithm, decay):
     ours, torchs = network(torch.float32), network(torch.float32)
-    train(ours, AdamW(ours.parameters(), lr=1e-3))
-    train(torchs, torch.optim.AdamW(torchs.parameters(), lr=1e-3, weight_decay=0.0, fused=True))
+    optimizer = algorithm(ours.parameters(), lr=1e-3, weight_decay=decay)
+    reference = TORCHS[algorithm](torchs.parameters(), lr=1e-3, weight_decay=decay)
+    train(ours, optimizer)
+    train(torchs, reference)
     assert equal(ours, torchs)
+    for weight, state in zip(optimizer.state_dict()["state"].values(), reference.state.values(), strict=True):
+        for name in weight["pieces"][0].keys() - {"step"}:
+            assert torch.equal(torch.cat([piece[name] for piece in weight["pieces"]]), state[name].flatten())
+
+
+def test_rmsprop_keeps_one_number_a_weight():
+    model = network()
+    optimizer = RMSprop(model.parameters(), lr=1e-3)
+    train(model, optimizer, range(1))
+    kept = [piece for weight in optimizer.state_dict()["state"].values() for piece in weight["pieces"]]
+    assert sum(t.nbytes for piece in kept for t in piece.values()) == 4 * (
+        sum(p.numel() for p in model.parameters()) + len(kept)
+    )
 
 
 def test_compiled_8_bit_steps_as_trained():
@@ -235,12 +263,14 @@ def backward(model: nn.Module, step: int) -> None:
     model(x).float().square().mean().backward()
 
 
-@pytest.mark.parametrize("options", OPTIONS[:1] + OPTIONS[5:6])
-def test_stepping_in_backward_is_stepping_after_it(options):
+@pytest.mark.parametrize(
+    ("algorithm", "options"), [(AdamW, OPTIONS[0]), (AdamW, OPTIONS[5]), (RMSprop, OPTIONS[0]), (RMSprop, OPTIONS[1])]
+)
+def test_stepping_in_backward_is_stepping_after_it(algorithm, options):
     results = []
     for early in (False, True):
         model = network()
-        optimizer = AdamW(model.parameters(), lr=1e-3, step_in_backward=early, **options)
+        optimizer = algorithm(model.parameters(), lr=1e-3, step_in_backward=early, **options)
         optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does: the groups are others from here on
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         for step in range(5):
@@ -323,9 +353,9 @@ def test_every_combination_is_allowed_or_refused_with_a_reason(accumulation, nor
 
 
 def test_refusals():
-    def refuses(match, model, **options):
+    def refuses(match, model, algorithm=AdamW, **options):
         with pytest.raises(ValueError, match=match):
-            AdamW(model.parameters() if isinstance(model, nn.Module) else model, **options)
+            algorithm(model.parameters() if isinstance(model, nn.Module) else model, **options)
 
     refuses("states='4bit': expected one of float32, 8bit", network(), states="4bit")
     refuses("master='none': expected one of residue, float32", network(), master="none")
@@ -335,6 +365,11 @@ def test_refusals():
     refuses("weight_decay=inf", network(), weight_decay=float("inf"))
     for betas in ((0.9, 1.0), (0.9,), 0.9, ("0.9", 0.99), (float("nan"), 0.9)):
         refuses("betas=.*: expected two numbers, each 0 <= beta < 1", network(), betas=betas)
+    for alpha in (1.0, -0.1):
+        refuses(f"alpha={alpha}: expected a number, 0 <= alpha < 1", network(), RMSprop, alpha=alpha)
+    refuses("alpha=nan", network(), RMSprop, alpha=float("nan"))
+    refuses("states='8bit': RMSprop has float32 states only", network(), RMSprop, states="8bit")
+    refuses("lr=-0.1: expected a finite number >= 0", network(), RMSprop, lr=-0.1)
     refuses("host=1: expected True or False", network(), host=1)
     refuses(r"params: expected several, each a parameter", torch.ones(3))
     refuses(r"params\[0\]: expected a parameter", ["weight"])
@@ -347,6 +382,16 @@ def test_state_of_other_settings_or_weights_is_refused():
     saved = AdamW(model.parameters()).state_dict()
     with pytest.raises(ValueError, match="go on with the settings it began with"):
         AdamW(model.parameters(), states="8bit").load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"state of .*'AdamW'.*: expected .*'RMSprop'"):
+        RMSprop(model.parameters()).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"state of .*'RMSprop'.*: expected .*'AdamW'"):
+        AdamW(model.parameters()).load_state_dict(RMSprop(model.parameters()).state_dict())
+    earlier = saved | {"settings": {"states": "float32", "master": "residue"}}  # of versions that had AdamW only
+    AdamW(model.parameters()).load_state_dict(earlier)
+    with pytest.raises(ValueError, match=r"state of .*'AdamW'.*: expected .*'RMSprop'"):
+        RMSprop(model.parameters()).load_state_dict(earlier)
+    with pytest.raises(ValueError, match="state of None"):
+        RMSprop(model.parameters()).load_state_dict(torch.optim.RMSprop(model.parameters()).state_dict())
     other = nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 8)).bfloat16()
     with pytest.raises(ValueError, match=r"does not fit a weight of shape|expected \(3072,\)"):
         AdamW(other.parameters()).load_state_dict(saved)

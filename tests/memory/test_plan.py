@@ -10,12 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, place, tile_layers
-from longpo_ops.memory.optimizer import PIECE, AdamW
+from longpo_ops.memory.optimizer import OPTIMS, PIECE, AdamW
 from longpo_ops.memory.pieces import BLOCK
 from longpo_ops.memory.plan import (
     ERROR,
-    HOST_STEP,
     STEP_BYTES,
+    STEP_COSTS,
     Machine,
     Settings,
     Work,
@@ -66,7 +66,7 @@ def measured(work: Work, settings: Settings) -> int:
     attach(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     early = settings.step_in_backward
-    optimizer = AdamW(model.parameters(), lr=1e-3, states=settings.states, step_in_backward=early)
+    optimizer = OPTIMS[work.optim](model.parameters(), lr=1e-3, states=settings.states, step_in_backward=early)
     tokens = torch.randint(work.config.vocab_size, (1, work.length))
 
     def step() -> None:
@@ -119,8 +119,9 @@ def test_peak_is_within_the_error_that_plans_leave_room_for(settings):
     assert abs(predicted / real - 1) < ERROR, (predicted, real)
 
 
-def test_accumulation_holds_the_gradients():
-    work = Work(small(), ROWS, accumulation=2, dtype=torch.float32, workspace_bytes=8 << 20)
+@pytest.mark.parametrize("optim", ["adamw_torch", "rmsprop"])
+def test_accumulation_holds_the_gradients(optim):
+    work = Work(small(), ROWS, accumulation=2, dtype=torch.float32, workspace_bytes=8 << 20, optim=optim)
     predicted = predict(work, Settings(), machine(GIB)).peak.total
     assert abs(predicted / measured(work, Settings()) - 1) < ERROR
 
@@ -327,11 +328,41 @@ def test_a_plan_says_what_lossy_storage_would_buy(work):
     plan = placed(work, Settings(offload=True), machine(2**20 * GIB))  # every layer input stays on the device
     offers = lossy_offers(plan, "nothing")
     on_host = predict(work, Settings(host=True), machine(64 * GIB, 64 * GIB))
-    slower = (HOST_STEP["8bit"] - HOST_STEP["float32"]) * total / on_host.machine.host_memory
+    slower = (STEP_COSTS[AdamW]["8bit"].host - STEP_COSTS[AdamW]["float32"].host) * total / on_host.machine.host_memory
     assert lossy_offers(on_host, "nothing")[0].endswith(f" less and {slower:.2g} s more a step")
     assert [offer.split(",")[0] for offer in offers] == ["allow_lossy='states'"]
     with pytest.raises(ValueError, match="allow_lossy='some': expected one of nothing, states, all"):
         fit(work, machine(GIB), "some")
+
+
+def test_rmsprop_holds_half_of_adamws_states_and_none_in_8_bits(work):
+    work = dataclasses.replace(work, optim="rmsprop")
+    total, there = weights_of(work.config).total, machine(64 * GIB, 64 * GIB)
+    on_device, on_host = (predict(work, Settings(host=host), there) for host in (False, True))
+    assert on_device.peak.parts["optimizer states"] == on_host.host["optimizer states"] == 4 * total
+    assert on_host.seconds["optimizer"] == pytest.approx(107 * total / there.host_memory)
+    assert on_device.seconds["optimizer"] == pytest.approx((52 + 66) * total / there.device_memory)
+    with pytest.raises(ValueError, match="optim='rmsprop', states='8bit': expected one of float32"):
+        predict(work, Settings(states="8bit"), there)
+    assert lossy_offers(on_device, "nothing") == []
+    none = "allow_lossy='states': 8-bit optimizer states are not to be had with rmsprop"
+    assert lossy_offers(on_device, "states") == [none]
+    assert fit(work, there, "states").settings == fit(work, there).settings
+    adamw = dataclasses.replace(work, optim="adamw_torch")
+    just = machine(on_device.peak.total)
+    assert not predict(work, Settings(), just).shortfalls
+    assert predict(adamw, Settings(), just).shortfalls["device"] >= 4 * total
+    with pytest.raises(ValueError, match="optim='sgd': expected one of adamw_torch, adamw_torch_fused, rmsprop"):
+        dataclasses.replace(work, optim="sgd")
+
+
+def test_what_does_not_fit_says_what_8_bits_are_to_be_had():
+    work = Work(small(num_hidden_layers=16), 1 << 18, max_grad_norm=1.0, workspace_bytes=8 << 20, optim="rmsprop")
+    limits = tight(work, "float32", "int8")
+    for allowed, told in (("nothing", ""), ("states", "8-bit optimizer states are not to be had with rmsprop. ")):
+        with pytest.raises(ValueError, match=f"nothing fits.*{told}allow_lossy='all', 8-bit layer inputs, would fit"):
+            fit(work, limits, allowed)
+    assert fit(work, limits, "all").settings.store == "int8"
 
 
 def test_longest_length_fits_and_the_next_does_not():
@@ -349,7 +380,7 @@ def test_a_step_on_the_host_takes_its_work_or_its_copies_whichever_is_slower():
     here = Machine(64 * GIB, 64 * GIB, copy=50e9, host_memory=100e9)
     on_host = Settings(host=True)
     plan = predict(work, on_host, here)
-    assert plan.seconds["optimizer"] == pytest.approx(HOST_STEP["float32"] * total / 100e9)
+    assert plan.seconds["optimizer"] == pytest.approx(87 * total / 100e9)
     slow = dataclasses.replace(here, copy=1e9)
     assert predict(work, on_host, slow).seconds["optimizer"] == pytest.approx(6 * total / 1e9)
     summed = dataclasses.replace(work, accumulation=2)  # gradients in float32
@@ -404,6 +435,7 @@ def test_the_commands_defaults_are_those_of_training():
     assert ours["accumulation"] == theirs["gradient_accumulation_steps"]
     assert ours["max_grad_norm"] == theirs["max_grad_norm"]
     assert ours["allow_lossy"] == theirs["allow_lossy"]
+    assert OPTIMS[ours["optim"]] is OPTIMS[theirs["optim"]] is AdamW
 
 
 # -- command ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longpo_ops.memory.optimizer import AdamW
+from longpo_ops.memory.optimizer import AdamW, RMSprop, split
 from longpo_ops.memory.plan import HOST_RESERVE, Machine, Settings, Work, predict
 from longpo_ops.memory.settings import Memory, machine_here
 from longpo_ops.memory.trace import trace
@@ -53,6 +53,68 @@ def test_optimizer_is_torchs_with_the_same_groups(tmp_path):
     theirs, _ = trained(tmp_path / "theirs", None, weight_decay=0.1)
     assert isinstance(trainer.optimizer.optimizer, AdamW)
     assert off(ours, theirs) <= 1e-6
+
+
+def test_rmsprop_is_torchs_bitwise_on_float32_weights(tmp_path):
+    options = dict(optim="rmsprop", optim_args="alpha=0.9, eps=1e-6", weight_decay=0.1)
+    ours, trainer = trained(tmp_path / "ours", OURS, **options)
+    theirs, other = trained(tmp_path / "theirs", None, **options)
+    assert isinstance(trainer.optimizer.optimizer, RMSprop)
+    assert type(other.optimizer.optimizer) is torch.optim.RMSprop
+    assert off(ours, theirs) == 0
+
+
+class OnCopies(torch.optim.RMSprop):
+    """torch's RMSprop on float32 copies of 16-bit weights, which are rounded back after each step."""
+
+    def __init__(self, weights, **options):
+        self.weights = list(weights)
+        super().__init__([p.detach().float().flatten() for p in self.weights], **options)
+
+    def step(self, closure=None):
+        copies = self.param_groups[0]["params"]
+        for copy, weight in zip(copies, self.weights, strict=True):
+            copy.grad = weight.grad.float().flatten()
+        super().step()
+        for copy, weight in zip(copies, self.weights, strict=True):
+            split(copy.clone(), weight.detach().view(-1), torch.empty(copy.shape, dtype=torch.int16))
+
+
+def test_fit_trains_with_rmsprop_as_torch_does_on_float32_masters_and_resumes_bitwise(tmp_path):
+    options = dict(dtype=torch.bfloat16, learning_rate=1e-4, save_steps=2, save_strategy="steps")
+    ours, trainer = trained(tmp_path / "ours", fit="auto", optim="rmsprop", **options)
+    assert isinstance(trainer.optimizer.optimizer, RMSprop)
+    assert json.loads((tmp_path / "ours" / "memory.json").read_text())["states"] == "float32"
+    again, _ = trained(
+        tmp_path / "ours", fit="auto", optim="rmsprop", resume=str(tmp_path / "ours" / "checkpoint-2"), **options
+    )
+    assert off(again, ours) == 0
+    policy = make_model(0, torch.bfloat16)
+    extra = {"optimizers": (OnCopies(policy.parameters(), lr=1e-4), None)}
+    settings = RUN | {"learning_rate": 1e-4}
+    make_trainer(
+        tmp_path / "torch", "longpo", PAIRS, policy, make_model(1, torch.bfloat16), extra=extra, **settings
+    ).train()
+    assert off(ours, [p.detach() for p in policy.parameters()]) == 0
+    assert off(ours, [p.detach() for p in make_model(0, torch.bfloat16).parameters()]) > 0
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    trained(tmp_path, OURS, save_steps=2, save_strategy="steps")
+    with pytest.raises(ValueError, match=r"state of .*'AdamW'.*: expected .*'RMSprop'"):
+        trained(tmp_path, OURS, optim="rmsprop", resume=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("argument", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_one_optimizer_is_given(tmp_path, argument):
+    """The trainer's own arguments say another one than memory does: none of the two is left out in silence."""
+    policy, reference = make_model(0, torch.float32), make_model(1, torch.float32)
+    given = {"optimizers": (torch.optim.SGD(policy.parameters(), lr=1e-3), None)}
+    given["optimizer_cls_and_kwargs"] = torch.optim.SGD, {"lr": 1e-3}
+    extra = {argument: given[argument]}
+    trainer = make_trainer(tmp_path, "longpo", PAIRS, policy, reference, extra=extra, **RUN, memory=OURS)
+    with pytest.raises(ValueError, match="optimizers, optimizer_cls_and_kwargs: the trainer was given an optimizer"):
+        trainer.train()
 
 
 def test_16_bit_weights_keep_their_dtype_and_resume_bitwise(tmp_path):
@@ -130,6 +192,31 @@ def test_the_host_that_a_run_states_reaches_its_plan(tmp_path, monkeypatch):
         ({"allow_lossy": "states"}, "allow_lossy='states' is of fit='auto'"),
         ({"host_bytes": 1 << 30}, "host_bytes=1073741824 is of fit='auto'"),
         ({"fit": "auto", "host_bytes": 0}, "host_bytes=0: expected a whole number of at least 1"),
+        (
+            {"memory": OURS, "optim": "adafactor"},
+            "optim='adafactor': expected one of adamw_torch, .*, rmsprop, as memory",
+        ),
+        ({"fit": "auto", "optim": "sgd"}, "optim='sgd': expected one of"),
+        ({"memory": OURS, "optim": "lion_32bit"}, "optim='lion_32bit': expected one of"),
+        ({"memory": {"states": "8bit"}, "optim": "adamw_bnb_8bit"}, "optim='adamw_bnb_8bit': expected one of"),
+        ({"memory": {"states": "8bit"}, "optim": "rmsprop"}, "states='8bit': RMSprop has float32 states only"),
+        (
+            {"memory": OURS, "optim_args": "beta1=0.5"},
+            "optim_args='beta1=0.5': beta1 .*it takes adam_beta1, adam_beta2",
+        ),
+        ({"memory": OURS, "adam_beta1": 1.5}, r"betas=\(1.5, 0.999\): expected"),
+        ({"fit": "auto", "optim_target_modules": "all-linear"}, "optim_target_modules='all-linear': adamw_torch"),
+        ({"fit": "auto", "optim": "rmsprop", "adam_epsilon": 1e-6}, "adam_epsilon=1e-06: rmsprop does not look at it"),
+        (
+            {"fit": "auto", "optim": "rmsprop", "optim_args": "momentum=0.9"},
+            "momentum is not of rmsprop here; it takes alpha",
+        ),
+        ({"memory": OURS, "optim": "rmsprop", "optim_args": "centered=true"}, "centered is not of rmsprop here"),
+        ({"memory": OURS, "optim": "rmsprop", "optim_args": "alpha=much"}, "'much', expected a number"),
+        (
+            {"memory": OURS, "optim": "rmsprop", "optim_args": "alpha=1.5"},
+            "alpha=1.5: expected a number, 0 <= alpha < 1",
+        ),
         ({"fit": "auto", "host_bytes": "80 GB"}, "host_bytes='80 GB': expected a whole number of at least 1"),
     ],
 )
