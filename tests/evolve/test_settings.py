@@ -193,11 +193,11 @@ def test_a_start_that_cannot_be_trained_is_refused_before_anything_runs(model, d
     assert len(check(Evolution.from_settings(settings))) == 9
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 + config["num_hidden_layers"]}))
-    with pytest.raises(ValueError, match="two/train: .*other"):
+    with pytest.raises(ValueError, match=r"two/train: .*other"):
         check(Evolution.from_settings(settings))
     (other / "config.json").write_text(json.dumps(config))
     (other / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="two/untrained: .*has no chat template"):
+    with pytest.raises(ValueError, match=r"two/untrained: .*has no chat template"):
         check(Evolution.from_settings(settings))
     assert not (tmp_path / "out").exists()
 
