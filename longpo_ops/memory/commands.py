@@ -1,7 +1,4 @@
-"""`longpo plan`: will a step fit, with which settings, and how long will it take.
-
-Tests: tests/memory/test_plan.py.
-"""
+"""`longpo plan`: will a step fit, with which settings, and how long will it take."""
 
 from __future__ import annotations
 

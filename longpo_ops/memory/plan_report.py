@@ -1,6 +1,6 @@
 """A plan for the eye: its numbers as a table, and device memory over the step as a picture.
 
-Tests: tests/memory/test_plan.py.
+Tests: tests/memory/test_commands.py.
 """
 
 from __future__ import annotations

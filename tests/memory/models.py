@@ -1,4 +1,4 @@
-"""Small models and one training step, shared by the tests of offload and tiling."""
+"""Small models and one training step, shared by the tests of offload and tiling; small configs for the planner's."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,3 +48,10 @@ def plain_step(model, ids=None):
 def same(ours, theirs):
     """Bitwise."""
     return all(a is b is None or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def small(kind="llama", **more):
+    from transformers import AutoConfig
+
+    numbers = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, vocab_size=512)
+    return AutoConfig.for_model(kind, **numbers | dict(num_key_value_heads=2, head_dim=32) | more)

@@ -1,7 +1,6 @@
-"""The planner: predictions against what the allocator really gave, the search, the command."""
+"""The planner: predictions against what the allocator really gave, and the search."""
 
 import dataclasses
-import json
 from contextlib import ExitStack
 
 import pytest
@@ -23,22 +22,16 @@ from longpo_ops.memory.plan import (
     predict,
     weights_of,
 )
-from longpo_ops.memory.plan_report import allocator_advice
 from longpo_ops.memory.search import fit, longest, lossy_offers, placed
 from longpo_ops.memory.tiers import gib
 from longpo_ops.memory.trace import carried_models, read_config, trace
 from longpo_ops.ops.head import attach
 from longpo_ops.ops.logprobs import linear_cross_entropy
 
+from .models import small
+
 GIB = 1 << 30
 ROWS = 2048
-
-
-def small(kind="llama", **more):
-    from transformers import AutoConfig
-
-    numbers = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, vocab_size=512)
-    return AutoConfig.for_model(kind, **numbers | dict(num_key_value_heads=2, head_dim=32) | more)
 
 
 # -- prediction against measurement ----------------------------------------------------------------------------------
@@ -422,93 +415,3 @@ def test_bad_lengths_are_refused():
 def test_other_kinds_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_the_commands_defaults_are_those_of_training():
-    import inspect
-
-    from longpo_ops.memory.commands import plan
-    from longpo_ops.train import LongPOConfig
-
-    ours = {name: parameter.default for name, parameter in inspect.signature(plan).parameters.items()}
-    theirs = {field.name: field.default for field in dataclasses.fields(LongPOConfig)}
-    assert ours["accumulation"] == theirs["gradient_accumulation_steps"]
-    assert ours["max_grad_norm"] == theirs["max_grad_norm"]
-    assert ours["allow_lossy"] == theirs["allow_lossy"]
-    assert OPTIMS[ours["optim"]] is OPTIMS[theirs["optim"]] is AdamW
-
-
-# -- command ---------------------------------------------------------------------------------------------------------
-
-
-def run(*arguments: str):
-    import typer
-    from typer.testing import CliRunner
-
-    from longpo_ops.memory.commands import plan
-
-    app = typer.Typer()
-    app.command()(plan)
-    return CliRunner().invoke(app, list(arguments))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "model").mkdir()
-    config = small()
-    config.save_pretrained(tmp_path / "model")
-    return tmp_path
-
-
-def test_command_prints_a_table_and_draws(folder):
-    limits = ("--device-gib", "0.2", "--host-gib", "1", "--device-reserve-gib", "0", "--host-reserve-gib", "0")
-    result = run("--model", str(folder / "model"), "--length", "4096", *limits, "--picture", str(folder / "plan.png"))
-    assert result.exit_code == 0, result.output
-    for text in ("derived, not measured", "weights", "optimizer states", "layer inputs", "seconds", "fits"):
-        assert text in result.output, text
-    assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_command_says_what_is_missing(folder):
-    result = run(
-        "--model", str(folder / "model"), "--length", "4096", "--device-gib", "0.01", "--device-reserve-gib", "0"
-    )
-    assert result.exit_code == 1 and "device is short of" in result.output
-    assert run("--model", str(folder / "model"), "--length", "0").exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("older", "newer", "told"),
-    [
-        (None, None, "PYTORCH_ALLOC_CONF=expandable_segments:True"),
-        (None, "expandable_segments:True", None),
-        ("max_split_size_mb:128,expandable_segments:True", None, None),
-        (None, "expandable_segments:False", "PYTORCH_ALLOC_CONF=expandable_segments:False,expandable_segments:True"),
-        (
-            "backend:native",
-            "expandable_segments:True",
-            "PYTORCH_CUDA_ALLOC_CONF=backend:native,expandable_segments:True",
-        ),
-    ],
-)
-def test_the_allocator_setting_that_a_plan_rests_on_is_told_where_it_is_off(older, newer, told, monkeypatch, folder):
-    for name, value in (("PYTORCH_CUDA_ALLOC_CONF", older), ("PYTORCH_ALLOC_CONF", newer)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert allocator_advice() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    advice = allocator_advice()
-    assert advice is None if told is None else f"set {told} in the environment" in advice
-    result = run("--model", str(folder / "model"), "--length", "512", "--device-gib", "8")
-    assert ("Allocator: the plan leaves 2 GiB" in result.output) == (told is not None), result.output
-
-
-def test_command_writes_json(folder):
-    result = run(
-        *("--model", str(folder / "model"), "--length", "4096", "--device-gib", "1", "--json"),
-        *("--device-reserve-gib", "0"),
-    )
-    told = json.loads(result.output)
-    assert told["derived"] is True and told["peak_bytes"] == sum(told["peak"].values())
