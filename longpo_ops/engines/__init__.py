@@ -10,7 +10,7 @@ messages are rendered with the model's own template, by the server or, for the o
     vllm          vLLM in this process
     transformers  for small models and machines without a server
 
-Not covered: conversations of several messages, pictures, tools.
+Not covered: pictures, tools.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Request:
     """A user message to be answered. Requests of one group read the same document and share its key-value cache.
 
     prefill: how the answer begins; the completion is what follows it. prompt_ids: token ids to go on from as they
-    are, instead of a message in the chat template.
+    are, instead of a message in the chat template. earlier: the messages before this one, (role, content).
     """
 
     content: str
@@ -48,14 +48,17 @@ class Request:
     logprobs: bool = False
     prefill: str = ""
     prompt_ids: tuple[int, ...] | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
+        if self.earlier and self.prompt_ids is not None:
+            raise ValueError("earlier messages beside prompt_ids; put their tokens before the others")
         if self.prefill and self.prompt_ids is not None:
             raise ValueError("prefill beside prompt_ids; put the tokens of the begun answer behind the others")
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        return [{"role": "user", "content": self.content}]
+        return [{"role": role, "content": text} for role, text in (*self.earlier, ("user", self.content))]
 
 
 @dataclass(frozen=True)

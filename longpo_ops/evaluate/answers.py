@@ -41,6 +41,7 @@ class Answers:
         sampling, raw = request.sampling, request.prompt_ids is not None
         asked = [request.content, request.prefill, request.prompt_ids]
         asked += [sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed]
+        asked += [request.earlier] if request.earlier else []
 
         async def ask() -> dict:
             answer = await self.engine.generate(request)
@@ -85,10 +86,11 @@ class Answers:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                what = f"to read {self.reading} tokens " if self.reading else ""
+                rest = f"the lengths finished before are kept: leave out --length {self.reading}, or " if what else ""
                 raise ValueError(
-                    f"not enough memory to read {self.reading} tokens ({_first_line(error)}); the lengths finished "
-                    f"before are kept: leave out --length {self.reading}, or use a smaller --dtype, another --engine "
-                    "or a larger machine"
+                    f"not enough memory {what}({_first_line(error)}); {rest}use a smaller --dtype, another --engine or a "
+                    "larger machine"
                 ) from error
             self.journal.record(name, key, value)
         return value

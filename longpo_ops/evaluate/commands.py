@@ -35,13 +35,17 @@ def evaluate(
         list[int] | None, typer.Option(help="Tokens of a window, repeatable; default those of --length.")
     ] = None,
     harness: Annotated[
-        list[str] | None, typer.Option(help="lm-evaluation-harness tasks, names or YAML files, as --tasks.")
+        list[str] | None,
+        typer.Option(help="lm-evaluation-harness TASK[:SHOTS][:METRIC], names or YAML files, as --tasks."),
+    ] = None,
+    short: Annotated[
+        str | None, typer.Option(help="A set of them: official (MMLU, ARC-C, HellaSwag, Winogrande, with their shots).")
     ] = None,
     published: Annotated[
-        list[str] | None, typer.Option(help="InfiniteBench's or LongBench-Chat's files, or a folder, repeatable.")
+        list[str] | None, typer.Option(help="InfiniteBench's, LongBench-Chat's, MT-Bench's files, or a folder.")
     ] = None,
     prefill: Annotated[bool, typer.Option(help="Begin the answers for the model; else its message ends so.")] = True,
-    judge: Annotated[str | None, typer.Option(help="URL of a server that rates LongBench-Chat's answers.")] = None,
+    judge: Annotated[str | None, typer.Option(help="URL of a server that rates the answers of chats.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there; default the only one.")] = None,
     judge_key_variable: Annotated[
         str, typer.Option(help="Environment variable that holds the judge's API key.")

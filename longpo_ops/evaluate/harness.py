@@ -9,6 +9,8 @@ are usually given. Contexts that are too long lose their beginning, as with the 
 The harness works in a thread of its own and asks the event loop that the engine lives in. Every answer is in the
 journal, so a killed run goes on. Cost: one scored sequence per continuation, and one short text per context of which a
 continuation may be the greedy one.
+
+A task is asked with the shots it comes with or with those that are given for it (shots.py).
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from functools import cache
 from typing import Any
 
 from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..engines import Request, Sampling
 from .answers import Answers
+from .shots import HarnessTask
 
 MAIN = ("acc", "exact_match", "f1", "em")  # which of a task's metrics is its one number, else its first
 TEXT = 256  # tokens of a text where the task sets no limit, as the harness has it
@@ -153,48 +157,111 @@ class EngineLM(TemplateLM):
 known_tasks = cache(TaskManager)  # it reads thousands of files, which takes seconds
 
 
-def check_tasks(names: Sequence[str]) -> TaskManager:
+def check_tasks(tasks: Sequence[HarnessTask]) -> TaskManager:
     """Raises ValueError for a name that is neither one of the harness's tasks or groups nor a YAML file of one."""
     manager = known_tasks()
-    unknown = [name for name in names if name not in manager.task_index and not name.endswith((".yaml", ".yml"))]
-    if unknown:
+    for each in tasks:
+        if each.is_file:
+            each.named()
+    if unknown := [each.task for each in tasks if each.task not in manager.task_index and not each.is_file]:
         raise ValueError(
-            f"lm-evaluation-harness has no task {', '.join(unknown)}; see `lm-eval ls tasks`, or name a YAML file"
+            f"lm-evaluation-harness has no task {', '.join(unknown)}; see `lm-eval ls tasks`, or name a YAML file; shots "
+            "and a metric are put behind it: mmlu:5:acc"
         )
     return manager
 
 
-async def run_tasks(names: Sequence[str], manager: TaskManager, model: EngineLM) -> tuple[dict[str, float], dict]:
-    """-> one number per task or group, and all that the harness found (its `results`)."""
+async def run_tasks(
+    tasks: Sequence[HarnessTask], manager: TaskManager, model: EngineLM
+) -> tuple[dict[str, float], dict[str, dict], dict[str, dict]]:
+    """By the name of a task or group with what was asked of it -> its one number; all that the harness found (its
+    `results`); the shots and the metric of the one number.
 
-    def work() -> dict[str, Any]:
-        try:
-            found = simple_evaluate(
-                model, tasks=list(names), task_manager=manager, bootstrap_iters=1000, log_samples=False
-            )
-        except (FileNotFoundError, ConnectionError, KeyError) as error:
-            if type(error).__module__.startswith("longpo_ops"):
-                raise
-            raise ValueError(
-                f"lm-evaluation-harness cannot load {', '.join(names)} ({error}); its data sets come from the network "
-                "or from local files that the task's YAML names"
-            ) from error
-        return found["results"]
+    Raises ValueError for data that cannot be loaded and for shots and metrics that a task does not have, before anything
+    is asked.
+    """
 
-    results = await asyncio.to_thread(work)
-    numbers = {name: number for name, found in results.items() if (number := _main(found)) is not None}
-    return numbers, {name: {k: v for k, v in found.items() if _is_number(v)} for name, found in results.items()}
+    def work() -> list[dict[str, Any]]:
+        loaded = [_load(each, manager) for each in tasks]  # all of them, before the first is asked
+        given = dict(task_manager=manager, bootstrap_iters=1000, log_samples=False)
+        return [simple_evaluate(model, tasks=each, **given) for each in loaded]
+
+    numbers, details, settings = {}, {}, {}
+    for each, found in zip(tasks, await asyncio.to_thread(work)):
+        for name, values in found["results"].items():
+            label, (metric, number) = each.label(name), _main(values, each.metric)
+            details[label] = {key: value for key, value in values.items() if _is_number(value)}
+            if number is not None:
+                numbers[label] = number
+                settings[label] = {"shots": _shots(name, found), "metric": metric}
+    return numbers, details, settings
 
 
-def _main(found: dict) -> float | None:
-    """The one number of a task's results, which are named "metric,filter"."""
+def _load(asked: HarnessTask, manager: TaskManager) -> list:
+    """The harness's tasks and groups, with their shots."""
+    try:
+        loaded = manager.load([asked.task])
+    except (FileNotFoundError, ConnectionError, KeyError) as error:
+        raise ValueError(
+            f"lm-evaluation-harness cannot load {asked.task} ({error}); its data sets come from the network or from local "
+            "files that the task's YAML names"
+        ) from error
+    tasks, groups = loaded["tasks"], loaded.get("groups", {})
+    inner = {name for names in loaded.get("group_map", {}).values() for name in names}
+    wanted = [each for name, each in {**tasks, **groups}.items() if name not in inner]
+    for name, task in tasks.items():
+        if asked.shots is not None:
+            _check_shots(name, task, asked.shots)
+            task.set_config(key="num_fewshot", value=asked.shots)
+        _check_metric(name, asked.metric, list(task.aggregation()))
+    for each in wanted:
+        if isinstance(each, Group):
+            _check_metric(each.name, asked.metric, [one.metric for one in each.aggregate_metric_list or ()])
+    return wanted
+
+
+def _check_shots(name: str, task, shots: int) -> None:
+    """Raises ValueError for a task that cannot show so many examples besides the one that is asked."""
+    if shots and task.get_config("num_fewshot") == 0:
+        raise ValueError(f"{name}: {shots} shots; the task itself sets 0, which the harness keeps to: leave them out")
+    source = getattr(task, "fewshot_cfg", None)
+    if not shots or source is None:
+        return
+    if not (source.split or source.samples or task.has_training_docs() or task.has_validation_docs()):
+        raise ValueError(
+            f"{name}: {shots} shots; it has no examples but those that are asked: give it a fewshot_split, or no shots"
+        )
+    available = len(task.fewshot_docs()) - (source.split == task.get_config("test_split"))
+    if shots > available:
+        raise ValueError(f"{name}: {shots} shots; it has {available} examples to show")
+
+
+def _check_metric(name: str, metric: str | None, known: list[str]) -> None:
+    if metric is not None and metric not in known:
+        raise ValueError(f"{name} has no metric {metric}; expected one of {', '.join(map(str, known))}")
+
+
+def _shots(name: str, found: dict) -> int | None:
+    """Of a task, or of all tasks of a group; None where they differ."""
+    shots, parts = found["n-shot"], found.get("group_subtasks", {})
+    if not parts.get(name):
+        return shots.get(name)
+    inside = {_shots(part, found) for part in parts[name]}
+    return inside.pop() if len(inside) == 1 else None
+
+
+def _main(found: dict, wanted: str | None) -> tuple[str, float | None]:
+    """Which metric the one number of a task's results is, and it; results are named "metric,filter"."""
     metrics = {name: value for name, value in found.items() if "," in name and "_stderr," not in name}
     metrics = {name: float(value) for name, value in metrics.items() if _is_number(value)}
-    for wanted in MAIN:
+    for metric in MAIN if wanted is None else (wanted,):
         for name, value in metrics.items():
-            if name.split(",")[0] == wanted:
-                return value
-    return next(iter(metrics.values()), None)
+            if name.split(",")[0] == metric:
+                return metric, value
+    if wanted is not None or not metrics:
+        return "", None
+    name, value = next(iter(metrics.items()))
+    return name.split(",")[0], value
 
 
 def _is_number(value: object) -> bool:

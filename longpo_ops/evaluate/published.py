@@ -2,6 +2,7 @@
 
     TASK.jsonl       InfiniteBench: id, context, input, answer, options; TASK is one of its 12 names
     test_cases.json  LongBench-Chat: a list of idx, prompt, query, answer; few_shots.json beside it: rated answers
+    question.jsonl   MT-Bench: mt_bench.py
 
     record --sample--> Sample (cut in the middle where it is too long, counted) --engine--> text --score / judge--> 0 to 1
 
@@ -12,7 +13,6 @@ reference, a tenth of which is the score; without a judge the answers are writte
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter as Multiset
@@ -20,10 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .samples import METRICS, Counter, Sample
+from . import mt_bench
+from .mt_bench import MTBench, read_mt_bench
+from .records import check_record, loads, read_lines, read_text
+from .samples import JUDGED, METRICS, Counter, Sample
 from .text import fill
 
-CHAT, CHAT_TOKENS, JUDGED = "longbench_chat", 1024, "judge"
+CHAT, CHAT_TOKENS = "longbench_chat", 1024
 LETTERS = "ABCD"
 MARKS = re.compile(  # space, dashes and quotes, Chinese marks, full-width marks
     r"[\s\u2013\u2014\u2018-\u201f\u2026\u2027\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303e\u303f"
@@ -99,6 +102,22 @@ class Published:
     records: tuple[dict, ...]
     few_shots: tuple[tuple[tuple[str, str], ...], ...] = ()
 
+    @property
+    def judged(self) -> bool:
+        """Whether answers are rated by a judge."""
+        return self.name == CHAT
+
+    def judge_prompts(self, texts: Sequence[str | None]) -> list[tuple[str, str] | None]:
+        """What the judge is asked about each record's answer, and its name in the journal."""
+        return [
+            None if text is None else (f"{self.name}/{number}/judge", judge_prompt(self, number, text))
+            for number, text in enumerate(texts)
+        ]
+
+    def parts(self, values: list) -> dict[str, list]:
+        """What is averaged."""
+        return {self.name: values}
+
     def sample(self, number: int, length: int, counter: Counter, prefill: bool = True) -> tuple[Sample, bool]:
         """-> a record's sample of at most `length` tokens, and whether its middle was cut out. prefill: whether the engine
         begins the answer, which `counter` then counts with it.
@@ -123,20 +142,25 @@ class Published:
         ), fitted != prompt
 
 
-def read_published(sources: Sequence[str]) -> list[Published]:
-    """The files, each with all its records; of a folder those that have InfiniteBench's names, and test_cases.json.
+def read_published(sources: Sequence[str]) -> list[Published | MTBench]:
+    """The files, each with all its records; of a folder those that have a published name.
 
-    Raises ValueError for files in neither format, naming what is missing, and for a task that comes twice.
+    Raises ValueError for files in no known format, naming what is missing, and for a task that comes twice.
     """
-    found: dict[str, Published] = {}
+    readers = dict.fromkeys((f"{name}.jsonl" for name in PROMPTS), _infinite_bench)
+    readers |= {"test_cases.json": _longbench_chat, mt_bench.FILE: read_mt_bench}
+    found: dict[str, Published | MTBench] = {}
     for source in sources:
         path = Path(source)
-        known = [*(f"{name}.jsonl" for name in PROMPTS), "test_cases.json"]
-        files = [path / name for name in known if (path / name).is_file()] if path.is_dir() else [path]
+        files = [path / name for name in readers if (path / name).is_file()] if path.is_dir() else [path]
         if not files:
-            raise ValueError(f"{path} has none of InfiniteBench's files ({', '.join(known[:-1])}), nor {known[-1]}")
+            raise ValueError(
+                f"{path} has none of InfiniteBench's files ({', '.join(f'{name}.jsonl' for name in PROMPTS)}), nor "
+                f"test_cases.json, nor {mt_bench.FILE}"
+            )
         for file in files:
-            read = _infinite_bench(file) if file.suffix == ".jsonl" else _longbench_chat(file)
+            other = _infinite_bench if file.suffix == ".jsonl" else _longbench_chat
+            read = readers.get(file.name, other)(file)
             if read.name in found:
                 raise ValueError(f"{file}: {read.name} comes twice; name one of its files")
             found[read.name] = read
@@ -145,61 +169,36 @@ def read_published(sources: Sequence[str]) -> list[Published]:
 
 def _infinite_bench(file: Path) -> Published:
     if file.stem not in PROMPTS:
-        raise ValueError(f"{file}: expected one of InfiniteBench's names: {', '.join(PROMPTS)}")
+        raise ValueError(
+            f"{file}: expected one of InfiniteBench's names: {', '.join(PROMPTS)}, or MT-Bench's {mt_bench.FILE}"
+        )
     records = []
-    for number, line in enumerate(_read(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        record = _loads(line, f"{file}, line {number}")
-        needed = {"context": str, "input": str, "answer": (str, list, int, float)}
-        _check(record, needed, f"{file}, line {number}")
+    for record, where in read_lines(file):
+        check_record(record, {"context": str, "input": str, "answer": (str, list, int, float)}, where)
         try:
             _prompt(file.stem, record)
             references(file.stem, record)
         except (ValueError, IndexError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
         records.append(record)
-    if not records:
-        raise ValueError(f"{file} has no records")
     return Published(file.stem, tuple(records))
 
 
 def _longbench_chat(file: Path) -> Published:
-    records = _loads(_read(file), str(file))
+    records = loads(read_text(file), str(file))
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file}: expected LongBench-Chat's list of idx, prompt, query and answer, or a .jsonl file")
     for number, record in enumerate(records):
-        _check(record, {"prompt": str, "query": str, "answer": str}, f"{file}, entry {number}")
+        check_record(record, {"prompt": str, "query": str, "answer": str}, f"{file}, entry {number}")
     beside, shots = file.with_name("few_shots.json"), ()
     if beside.is_file():
-        rated = _loads(_read(beside), str(beside))
+        rated = loads(read_text(beside), str(beside))
         try:
             numbers = [int(record.get("idx", i)) - 1 for i, record in enumerate(records, 1)]
             shots = tuple(tuple((str(shot["answer"]), str(shot["score"])) for shot in rated[i]) for i in numbers)
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{beside}: expected a list of answer and score for every idx of {file.name}") from error
     return Published(CHAT, tuple(records), shots)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _loads(text: str, where: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: no valid JSON: {error}") from error
-
-
-def _check(record: object, needed: dict, where: str) -> None:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with {', '.join(needed)}")
-    if wrong := [name for name, kind in needed.items() if not isinstance(record.get(name), kind)]:
-        raise ValueError(f"{where}: {', '.join(wrong)} missing or of another type; expected {', '.join(needed)}")
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -456,9 +455,3 @@ def judge_prompt(published: Published, number: int, answer: str) -> str:
         rated = f"Below are several assistants' answers and their ratings:\n\n{rated}"
     record = published.records[number]
     return fill(JUDGE, question=record["query"], reference=record["answer"], rated=rated, answer=answer)
-
-
-def rating(text: str) -> float | None:
-    """The last [[rating]] of what a judge says, as a score from 0.1 to 1; None without any."""
-    found = re.findall(r"\[\[[^\]\d]*(\d+(?:\.\d+)?)[^\]]*\]\]", text)
-    return float(found[-1]) / 10 if found and 1 <= float(found[-1]) <= 10 else None

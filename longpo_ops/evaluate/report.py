@@ -42,9 +42,10 @@ class Scores:
     """What was measured.
 
     tasks: task -> length -> Cell. depths: length -> tenth of the depth (0 to 9) -> Cell. perplexity: by length.
-    harness: task -> its main number, which `details` has all of. published: task -> 0 to 1. counts: samples, failed,
-    truncated, unjudged and the like by what they are of. notes: what a reader must know. about: model and settings.
-    seconds: of the process that finished it. complete: False where it was stopped; only whole lengths are then here.
+    harness: task, with the shots and metric asked for (shots.py) -> its main number, which `details` has all of;
+    harness_settings: {"shots", "metric"} of it. published: task -> 0 to 1. counts: samples, failed, truncated, unjudged and
+    the like by what they are of. notes: what a reader must know. about: model and settings. seconds: of the process that
+    finished it. complete: False where it was stopped; only whole lengths are then here.
     """
 
     tasks: dict[str, dict[int, Cell]] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Scores:
     notes: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)
     complete: bool = True
+    harness_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def accuracy(self, length: int) -> float:
         """The mean over the tasks at a length. Raises KeyError for a length that was not measured."""
@@ -134,8 +136,12 @@ def markdown(scores: Scores, picture: bool = True) -> str:
         ]
         lines += ["## Perplexity of held-out text", "", *_table(("tokens", "perplexity", ""), rows)]
     if scores.harness:
-        rows = [(name, f"{value:.4f}") for name, value in scores.harness.items()]
-        lines += ["## lm-evaluation-harness", "", *_table(("task", "main metric"), rows)]
+        settings = scores.harness_settings
+        rows = [
+            (name, *(str(settings.get(name, {}).get(each, "")) for each in ("shots", "metric")), f"{value:.4f}")
+            for name, value in scores.harness.items()
+        ]
+        lines += ["## lm-evaluation-harness", "", *_table(("task", "shots", "metric", "main number"), rows)]
     names = list(dict.fromkeys([*scores.published, *(n for n, c in scores.counts.items() if "truncated" in c)]))
     if names:
         rows = [(n, _percent(scores.published.get(n)), _counted(scores, n)) for n in names]

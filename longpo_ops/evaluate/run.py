@@ -2,7 +2,8 @@
 
     tasks, lengths --make_samples--> Sample --engine, greedy--> text --score--> Cell     tables, heat map
     held-out text --windows--> Engine.score --> perplexity by length
-    harness tasks --> EngineLM;    published files --> Sample --> text --> score, or a judge's rating
+    harness tasks, with their shots --> EngineLM
+    published files --> Sample, or a conversation --> text --> score, or a judge's rating
 
     OUT/run.json                 which model answers, and how: the folder takes no other
     OUT/work/00000.journal       every answer, as soon as it is there
@@ -22,7 +23,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,16 +36,18 @@ from ..pretrained import read_config
 from ..runs.journal import Shard, check_folder, check_settings, locked, write_atomically
 from ..runs.page import printable
 from .answers import Answers, is_out_of_memory
+from .judge import ratings
+from .mt_bench import MTBench
 from .own import load_tasks
 from .perplexity import Windows, measure, read_windows
-from .published import CHAT, Published, judge_prompt, rating, read_published
+from .published import Published, read_published
 from .report import Cell, Scores, tenth
 from .samples import Counter, Sample, score
+from .shots import HarnessTask, harness_tasks
 from .sources import Texts
 from .tasks import TASKS, comparable, find_task, make_samples
 
 BLOCKS, BLOCK = 16, 4096  # of every file of weights, what tells one model from another
-JUDGE_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +58,10 @@ class EvaluateRun(EngineSettings):
     your own needle tasks. samples: of a task and length, and windows of a perplexity. texts: files, folders, globs of
     prose; default Python's documentation. questions: SQuAD's or HotpotQA's JSON, or a folder with both. perplexity:
     files, folders, globs of held-out text, at `perplexity_lengths` (default `lengths`). harness: lm-evaluation-harness
-    tasks, by name or YAML file. published: files of InfiniteBench and LongBench-Chat, cut to the longest length.
+    tasks, TASK[:SHOTS][:METRIC], TASK a name or a YAML file. short: a named set of them, "official" the published recipe's.
+    published: files of InfiniteBench and LongBench-Chat, cut to the longest length, and of MT-Bench.
     prefill: the engine goes on with a begun answer; False: its beginning is the end of the user's message.
-    judge: URL of an OpenAI-compatible server that rates LongBench-Chat, with judge_model and the key in judge_key_variable.
+    judge: URL of an OpenAI-compatible server that rates chats, with judge_model and the key in judge_key_variable.
     """
 
     out: str
@@ -71,6 +75,7 @@ class EvaluateRun(EngineSettings):
     perplexity: tuple[str, ...] = ()
     perplexity_lengths: tuple[int, ...] = ()
     harness: tuple[str, ...] = ()
+    short: str | None = None
     published: tuple[str, ...] = ()
     prefill: bool = True
     judge: str | None = None
@@ -84,12 +89,17 @@ class EvaluateRun(EngineSettings):
         for name in ("lengths", "perplexity_lengths"):
             if wrong := [value for value in getattr(self, name) if type(value) is not int or value <= 0]:
                 raise ValueError(f"{name} has {wrong[0]!r}; expected whole numbers of tokens above 0")
-        if not (self.tasks or self.perplexity or self.harness or self.published):
+        if not (self.tasks or self.perplexity or self.harness_tasks or self.published):
             raise ValueError("nothing to evaluate; name tasks, held-out text for perplexity, harness or published ones")
-        needy = [name for name in ("tasks", "published") if getattr(self, name)]
+        needy = ["tasks"] if self.tasks else []
         needy += ["perplexity"] if self.perplexity and not self.perplexity_lengths else []
         if needy and not self.lengths:
             raise ValueError(f"no lengths for {', '.join(needy)}; expected numbers of tokens, such as --length 4096")
+
+    @property
+    def harness_tasks(self) -> tuple[HarnessTask, ...]:
+        """Those of `short`, then those of `harness`, each once."""
+        return harness_tasks(self.short, self.harness)
 
     @property
     def longest(self) -> int:
@@ -178,16 +188,19 @@ class Plan:
         return {each.length: each for each in read_windows(run.perplexity, lengths, run.samples, self.tokenizer)}
 
     @cached_property
-    def published(self) -> list[Published]:
-        return read_published(self.run.published)
+    def published(self) -> list[Published | MTBench]:
+        found = read_published(self.run.published)
+        if not self.lengths and (cut := [each.name for each in found if not isinstance(each, MTBench)]):
+            raise ValueError(f"no lengths for {', '.join(cut)}; expected numbers of tokens, such as --length 4096")
+        return found
 
     @cached_property
     def counter(self) -> Counter:
         return Counter(self.tokenizer, self.run.template_kwargs or {})
 
     @cached_property
-    def harness_length(self) -> int:
-        """Tokens of the harness's longest prompts: those of the run, or what the model reads."""
+    def room(self) -> int:
+        """Tokens of the harness's longest prompts and of conversations: those of the run, or what the model reads."""
         return self.run.longest or _positions(self.run)
 
     @cached_property
@@ -199,7 +212,7 @@ class Plan:
             raise ValueError(
                 f"tasks of lm-evaluation-harness need the package lm_eval ({error}): pip install 'longpo_ops[evaluate]'"
             ) from None
-        return harness, harness.check_tasks(self.run.harness)
+        return harness, harness.check_tasks(self.run.harness_tasks)
 
     def check(self) -> None:
         """Raises ValueError for whatever cannot be asked."""
@@ -218,10 +231,13 @@ class Plan:
             _ = self.counter
         for task in self.tasks:  # the shortest is the one that may not fit
             self.samples(task, self.lengths[0], 1)
-        if run.harness:
-            _ = self.harness, self.harness_length
+        if run.harness_tasks:
+            _ = self.harness, self.room
         for each in self.published:
-            each.sample(0, run.longest, self.counter)
+            if isinstance(each, MTBench):
+                each.check(self.room, self.counter)
+            else:
+                each.sample(0, run.longest, self.counter)
         _ = self.windows
 
     def samples(self, task: str, length: int, count: int) -> list[Sample]:
@@ -252,7 +268,7 @@ class _Evaluation:
             self._tell(0)
             await self._start(engine)
             self.answers = Answers(engine, self.journal)
-            if self.run_.harness:
+            if self.run_.harness_tasks:
                 await self._harness()
             for length in sorted({*self.plan.lengths, *self.plan.windows}):
                 self.answers.reading = length
@@ -262,6 +278,10 @@ class _Evaluation:
                     await self._perplexity(length)
                 self._save()
             self.answers.reading = self.run_.longest
+            if self.run_.short and not any(isinstance(each, MTBench) for each in self.plan.published):
+                self._note(
+                    f"short: {self.run_.short}: MT-Bench belongs to it and was not asked, as its file is not named"
+                )
             for each in self.plan.published:
                 await self._published(each)
             self._save(complete=True)
@@ -331,15 +351,15 @@ class _Evaluation:
 
     async def _harness(self) -> None:
         module, manager = self.plan.harness
-        names, tokenizer, length = self.run_.harness, self.plan.tokenizer, self.plan.harness_length
+        tasks, tokenizer, length = self.run_.harness_tasks, self.plan.tokenizer, self.plan.room
 
         def tell(tokens: int) -> None:
             self.total += tokens
             self._tell(tokens, "lm-evaluation-harness")
 
         model = module.EngineLM(self.answers, tokenizer, length, tell)
-        numbers, details = await module.run_tasks(names, manager, model)
-        self.found = replace(self.found, harness=numbers, details=details)
+        numbers, details, settings = await module.run_tasks(tasks, manager, model)
+        self.found = replace(self.found, harness=numbers, details=details, harness_settings=settings)
         if model.cut or model.failed:
             counts = {"failed": model.failed, "cut": model.cut}
             self.found = replace(self.found, counts=self.found.counts | {"harness": counts})
@@ -348,64 +368,46 @@ class _Evaluation:
                 f"because they take more than {length} tokens"
             )
 
-    async def _published(self, each: Published) -> None:
+    async def _published(self, each: Published | MTBench) -> None:
         longest, counter, counts = self.run_.longest, self.plan.counter, {"truncated": 0, "unjudged": 0}
 
-        async def ask(number: int) -> tuple[Sample, str | None]:
-            sample, cut = await asyncio.to_thread(each.sample, number, longest, counter)
-            counts["truncated"] += cut
-            text = await self._text(sample)
-            self._tell(longest, f"{each.name}, up to {longest:,} tokens")
-            return sample, text
+        async def ask(number: int) -> list[tuple[Sample, str | None]]:
+            if isinstance(each, MTBench):
+                answered = await each.converse(number, self.answers, self.run_.seed)
+            else:
+                sample, cut = await asyncio.to_thread(each.sample, number, longest, counter)
+                counts["truncated"] += cut
+                answered = [(sample, await self._text(sample))]
+            self._tell(longest, each.name + (f", up to {longest:,} tokens" if longest else ""))
+            return answered
 
-        answered = await self.answers.each(range(len(each.records)), ask)
-        if each.name == CHAT:
-            scores = await self._judge(each, [text for _, text in answered])
+        found = await self.answers.each(range(len(each.records)), ask)
+        samples, texts = zip(*(pair for answered in found for pair in answered))
+        if each.judged:
+            scores = await ratings(self.run_, self.journal, each.judge_prompts(texts))
         else:
-            scores = [None if text is None else score(sample, text.lstrip()) for sample, text in answered]
-        for (sample, text), value in zip(answered, scores):
+            scores = [None if text is None else score(sample, text.lstrip()) for sample, text in zip(samples, texts)]
+        for sample, text, value in zip(samples, texts, scores):
             self._keep(sample, text, value)
-        failed = sum(text is None for _, text in answered)
-        judged = [value or 0.0 for (_, text), value in zip(answered, scores) if text is None or value is not None]
-        unjudged = len(answered) - len(judged)
-        counts = {"samples": len(answered), "failed": failed} | counts | {"unjudged": unjudged}
-        published = self.found.published
-        if len(judged) > failed or not unjudged:
-            published = published | {each.name: Cell.of(judged).score}
+        failed = texts.count(None)
+        values = [0.0 if text is None else value for text, value in zip(texts, scores)]
+        unjudged = values.count(None)
+        counts = {"samples": len(texts), "failed": failed} | counts | {"unjudged": unjudged}
+        published = dict(self.found.published)
+        if len(texts) - unjudged > failed or not unjudged:
+            for name, part in each.parts(values).items():
+                judged = [value for value in part if value is not None]
+                published |= {name: Cell.of(judged).score} if judged else {}
         self.found = replace(self.found, published=published, counts=self.found.counts | {each.name: counts})
         if counts["truncated"]:
-            self._note(f"{each.name}: {counts['truncated']} of {len(answered)} inputs lost their middle, to fit {longest:,} "
+            self._note(f"{each.name}: {counts['truncated']} of {len(texts)} inputs lost their middle, to fit {longest:,} "
                        "tokens with the answer")  # fmt: skip
         if unjudged:
-            self._note(f"{each.name}: {unjudged} of {len(answered)} answers are unjudged and not in the score; they are in "
+            self._note(f"{each.name}: {unjudged} of {len(texts)} answers are unjudged and not in the score; they are in "
                        "answers.jsonl" + ("" if self.run_.judge else ": name a judge with --judge"))  # fmt: skip
         if failed:
-            self._note(f"{each.name}: {failed} of {len(answered)} requests failed, last: {self.answers.last_failure}")
+            self._note(f"{each.name}: {failed} of {len(texts)} requests failed, last: {self.answers.last_failure}")
         self._save()
-
-    async def _judge(self, each: Published, texts: Sequence[str | None]) -> list[float | None]:
-        """The ratings of answers, None where there is no answer, no judge or no rating."""
-        run = self.run_
-        if run.judge is None:
-            return [None] * len(texts)
-        from ..engines.server import ServerEngine
-
-        model, limits = run.judge_model, dict(timeout=run.timeout, patience=run.patience)
-        engine = ServerEngine((run.judge,), model, run.concurrency, key_variable=run.judge_key_variable, **limits)
-        try:
-            await engine.start()
-            judge = Answers(engine, self.journal, who=f"judge {engine.model}")
-
-            async def rate(number: int) -> float | None:
-                if texts[number] is None:
-                    return None
-                request = Request(judge_prompt(each, number, texts[number]), Sampling(JUDGE_TOKENS))
-                found = await judge.generate(f"{each.name}/{number}/judge", request)
-                return None if found is None else rating(found["text"])
-
-            return await judge.each(range(len(texts)), rate)
-        finally:
-            await engine.close()
 
     # -- what is told and kept -----------------------------------------------------------------------------------------
 
@@ -446,7 +448,8 @@ def _about(plan: Plan) -> dict[str, Any]:
     run = plan.run
     identity = run.identity(plan.tokenizer)
     names = ("model", "engine", "served_model", "rope", "dtype", "template_kwargs")
-    return {name: identity[name] for name in names} | {"samples": run.samples, "seed": run.seed, "prefill": run.prefill}
+    asked = {name: getattr(run, name) for name in ("short", "samples", "seed", "prefill")}
+    return {name: identity[name] for name in names} | asked
 
 
 def _positions(run: EvaluateRun) -> int:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ..engines import Request, Sampling, render
 
+JUDGED = "judge"  # the metric of a sample that another model rates
 SPARE = 4  # tokens kept free: the text still fits where the answer's beginning is put into the user's message
 NEAR = 0.003  # of the room: a text this close to it is long enough
 LOOKS = 20  # counts at most, more than any known text needs
@@ -105,15 +106,16 @@ class Counter:
                 "instruction-tuned model's tokenizer, or set tokenizer.chat_template"
             )
 
-    def count(self, prompt: str, prefill: str = "") -> int:
-        """Raises ValueError where the template refuses the message."""
+    def count(self, prompt: str, prefill: str = "", earlier: tuple[tuple[str, str], ...] = ()) -> int:
+        """earlier: messages before it, (role, content). Raises ValueError where the template refuses the messages."""
         from jinja2 import TemplateError
 
-        request = Request(prompt, Sampling(0), prefill=prefill)
+        request = Request(prompt, Sampling(0), prefill=prefill, earlier=earlier)
         try:
             return len(render(self.tokenizer, request, self.template_kwargs))
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses a user's message: {error}; use another template") from error
+            what = "a conversation" if earlier else "a user's message"
+            raise ValueError(f"the chat template refuses {what}: {error}; use another template") from error
 
 
 def fit(count: Callable[[int], int], least: int, room: int, guess: int | None = None) -> int | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..evaluate.shots import harness_names
 from ..runs.validate import check_kinds
 
 LAST, BASE, GENERATOR = "last", "base", "generator"
@@ -136,10 +137,12 @@ class Evolution:
         for bound in self.retention:
             for who, evaluation in (("base", self.evaluation()), (f"round {each.name!r}", self.evaluation(each))):
                 if bound.measure.startswith(HARNESS):
-                    known, wanted = evaluation.get("harness", ()), bound.measure.removeprefix(HARNESS)
+                    known, wanted = harness_names(evaluation), bound.measure.removeprefix(HARNESS)
                     if wanted not in known:
+                        there = f"; there is {', '.join(known)}" if known else ""
                         raise ValueError(
-                            f"retention: {bound.measure} is not evaluated for {who}; add {wanted!r} to evaluate: harness"
+                            f"retention: {bound.measure} is not evaluated for {who}; add {wanted!r} to evaluate: "
+                            f"harness{there}"
                         )
                     continue
                 known, wanted = lengths(evaluation, bound.measure), bound_length(bound, self.evaluation())

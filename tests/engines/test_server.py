@@ -62,6 +62,17 @@ def test_a_begun_answer_is_the_last_message_and_said_to_go_on():
         assert not {"continue_final_message", "add_generation_prompt"} & bodies[1].keys()
 
 
+def test_earlier_messages_go_first_and_weigh_too():
+    earlier = (("user", "Who rings the bell?"), ("assistant", "Eve."))
+    with OpenAIServer() as server:
+        ask(ServerEngine([server.url]), replace(ASK, earlier=earlier, prefill="At"))
+        assert [tuple(message.values()) for message in server.seen[0].body["messages"]] == [
+            *earlier, ("user", "Where is the harbour?"), ("assistant", "At")
+        ]  # fmt: skip
+    with pytest.raises(ValueError, match="earlier messages beside prompt_ids"):
+        replace(ASK, earlier=earlier, prompt_ids=(1,))
+
+
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_server_that_cannot_go_on_with_an_answer_is_told_of(status):
     def behave(number, seen):

@@ -72,6 +72,16 @@ def test_a_begun_answer_and_token_ids_go_on_as_the_whole_answer_did(engine):
         replace(question(0), prefill="x", prompt_ids=(1,))
 
 
+def test_earlier_messages_are_rendered_before_the_last_and_change_the_answer(engine):
+    earlier = (("user", tiny.document(3, 1)), ("assistant", "Eve rings the bell."))
+    asked = replace(question(0), earlier=earlier)
+    text = "".join(f"<|{role}|>\n{words}<|end|>\n" for role, words in (*earlier, ("user", asked.content)))
+    prompt = engine.tokenizer(text + "<|assistant|>\n", add_special_tokens=False)["input_ids"]
+    said, raw, without = ask(engine, asked, replace(question(0), prompt_ids=tuple(prompt)), question(0))
+    assert said == raw and said.prompt_tokens == len(prompt) > without.prompt_tokens
+    assert said.logprobs != without.logprobs
+
+
 def test_rope_reaches_the_model_and_a_short_context_is_refused(model, engine):
     with pytest.raises(ValueError, match="reads 1024 tokens, 4096 are wanted; give RoPE settings"):
         asyncio.run(TransformersEngine(str(model), length=4096).start())

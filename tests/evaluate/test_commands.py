@@ -63,13 +63,14 @@ def test_options_reach_the_run(call, world, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", lambda run, progress: runs.append(run) or Scores())
     assert call("--length", 4096).exit_code == 0
     assert runs[0].tasks == tuple(TASKS) and runs[0].lengths == (4096,) and runs[0].engine == "transformers"
+    assert call("--short", "official").exit_code == 0 and runs.pop().short == "official"
     done = call("--length", 4096, "--tasks", "vt, cwe", "--tasks", "names", "--needles", world / "needles", "--no-prefill",
-                "--rope", '{"rope_theta": 1e7}', "--harness", "mmlu,arc_easy", "--judge", "http://h/v1", "--seed", 3,
+                "--rope", '{"rope_theta": 1e7}', "--harness", "mmlu,arc_easy:5", "--judge", "http://h/v1", "--seed", 3,
                 "--judge-model", "j", "--judge-key-variable", "K", "--published", "a", "--published", "b", "--questions", "q",
                 "--dtype", "float32", "--engine", "vllm", "--engine-option", "tensor_parallel_size=2")  # fmt: skip
     assert done.exit_code == 0, done.output
     run = runs[1]
-    assert (run.tasks, run.harness, run.published) == (("vt", "cwe", "names"), ("mmlu", "arc_easy"), ("a", "b"))
+    assert (run.tasks, run.harness, run.published) == (("vt", "cwe", "names"), ("mmlu", "arc_easy:5"), ("a", "b"))
     assert run.rope == {"rope_theta": 1e7} and not run.prefill and run.engine_options == {"tensor_parallel_size": 2}
     assert (run.judge, run.judge_model, run.judge_key_variable) == ("http://h/v1", "j", "K")
     assert (run.engine, run.dtype, run.seed, run.questions) == ("vllm", "float32", 3, "q")
@@ -85,6 +86,7 @@ def test_options_reach_the_run(call, world, monkeypatch):
         (("--length", "64", "--rope", "{x"), "no valid JSON"),
         (("--length", "64", "--engine", "magic"), "expected one of"),
         (("--length", "64", "--tasks", "vtt"), "no task 'vtt'"),
+        (("--short", "offical"), "short is 'offical'; expected official"),
     ],
 )
 def test_wrong_usage_is_code_2(words, message, call):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from benchmarks.loop.openai_server import OpenAIServer, Reply
 from longpo_ops.engines.transformers import TransformersEngine
-from longpo_ops.evaluate import EvaluateRun, evaluate
+from longpo_ops.evaluate import EvaluateRun, Scores, evaluate
 from tests.engines import tiny
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
@@ -150,8 +154,6 @@ def test_names_that_do_not_exist_and_data_that_cannot_be_had(run, settings, monk
 
 @installed
 def test_requests_that_fail_are_counted(run, files, settings, tokenizer):
-    from benchmarks.loop.openai_server import OpenAIServer, Reply
-
     with OpenAIServer(lambda number, seen: Reply(400, {"error": "no"}) if number == 3 else None) as server:
         given = dict(endpoints=(server.url,), concurrency=1, harness=files[3:4], **ONLY | {"lengths": (400,)})
         with pytest.raises(ValueError, match=r"does not say how many tokens it reads .* give a --length"):
@@ -159,3 +161,99 @@ def test_requests_that_fail_are_counted(run, files, settings, tokenizer):
         scores = evaluate(settings(**given))
         assert all(seen.path.endswith("/v1/completions") and seen.body["echo"] for seen in server.seen)
     assert scores.counts["harness"]["failed"] == 1 and "1 requests failed" in str(scores.notes)
+
+
+# -- shots and metrics -------------------------------------------------------------------------------------------------
+
+SHOWN = """
+    shown: {folder}/shown.jsonl
+test_split: test
+fewshot_split: shown"""
+GROUP = """
+group: tiny_group
+task: [tiny_free, tiny_more]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture
+def shown(files, tmp_path) -> Path:
+    """A folder with choice.yaml as before, but with four examples of its own to be shown, and with further files."""
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()][:4]
+    lines = (json.dumps(row | {"text": f"Example {i} is here:", "label": 0}) + "\n" for i, row in enumerate(rows))
+    (tmp_path / "shown.jsonl").write_text("".join(lines))
+    bare = (tmp_path / "choice.yaml").read_text()
+    (tmp_path / "bare.yaml").write_text(bare.replace("tiny_choice", "tiny_bare").replace("num_fewshot: 0\n", ""))
+    fixed = bare.replace("\ntest_split: test", SHOWN.format(folder=tmp_path)).replace("tiny_choice", "tiny_fixed")
+    (tmp_path / "fixed.yaml").write_text(fixed)
+    free = fixed.replace("tiny_fixed", "tiny_free").replace("num_fewshot: 0\n", "")
+    (tmp_path / "free.yaml").write_text(free)
+    (tmp_path / "more.yaml").write_text(free.replace("tiny_free", "tiny_more"))
+    (tmp_path / "group.yaml").write_text(GROUP)
+    return tmp_path
+
+
+@installed
+def test_prompts_hold_so_many_shots_and_numbers_say_so(run, settings, shown, tokenizer, model, monkeypatch):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from longpo_ops.evaluate import harness
+
+    manager = TaskManager(include_path=str(shown), include_defaults=False)  # a group is known by its name only
+    monkeypatch.setattr(harness, "known_tasks", lambda: manager)
+    free = str(shown / "free.yaml")
+    said = Reply(200, {"choices": [{"text": " no", "finish_reason": "length"}]})
+    with OpenAIServer(lambda number, seen: None if seen.body.get("echo") else said) as server:
+        asked = (f"{free}:3:acc_norm", free, "tiny_group:2:acc")
+        scores = evaluate(settings(endpoints=(server.url,), harness=asked, **ONLY | {"lengths": (4096,)}))
+        prompts = [tokenizer.decode(seen.body["prompt"]) for seen in server.seen if seen.body.get("echo")]
+    assert len(set(prompts)) == len(prompts)
+    counts = Counter(len(re.findall(r"Example \d is here:", prompt)) for prompt in prompts)
+    assert counts == {3: 18, 0: 18, 2: 18}  # 6 questions of 3 choices; the group's tasks ask the same
+    assert scores.harness_settings == {
+        "tiny_free:3:acc_norm": {"shots": 3, "metric": "acc_norm"}, "tiny_free": {"shots": 0, "metric": "acc"},
+        "tiny_group:2:acc": {"shots": 2, "metric": "acc"}, "tiny_free:2:acc": {"shots": 2, "metric": "acc"},
+        "tiny_more:2:acc": {"shots": 2, "metric": "acc"},
+    }  # fmt: skip
+    assert set(scores.harness) == set(scores.harness_settings) and Scores.load(settings().out) == scores
+    assert scores.harness["tiny_free:3:acc_norm"] == scores.details["tiny_free:3:acc_norm"]["acc_norm,none"]
+    assert "| tiny_free:3:acc_norm | 3 | acc_norm |" in (Path(settings().out) / "results.md").read_text()
+    wide = {"rope": {"rope_theta": 5e4}, "out": str(shown / "own")}
+    own = evaluate(settings(harness=(f"{free}:3:acc_norm",), **wide, **ONLY | {"lengths": (4096,)}))
+    args = {"pretrained": str(model), "dtype": "float32"}
+    given = dict(model="hf", model_args=args, device="cpu", batch_size=1, task_manager=manager)
+    truth = simple_evaluate(**given, tasks=[free], num_fewshot=3, log_samples=False, bootstrap_iters=0)
+    assert own.harness == {"tiny_free:3:acc_norm": truth["results"]["tiny_free"]["acc_norm,none"]}
+
+
+@installed
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("free.yaml:5", "tiny_free: 5 shots; it has 4 examples to show"),
+        ("fixed.yaml:2", "tiny_fixed: 2 shots; the task itself sets 0"),
+        ("bare.yaml:2", "tiny_bare: 2 shots; it has no examples but those that are asked"),
+        ("free.yaml:2:f1", "tiny_free has no metric f1; expected one of acc, acc_norm, exact_match"),
+        ("group.yaml", "group.yaml has no line task: NAME; .* a group is asked for by its name"),
+        ("gone.yaml:2", "gone.yaml cannot be read"),
+    ],
+)
+def test_shots_and_metrics_that_cannot_be_had_are_refused_before_anything_is_asked(
+    asked, message, run, settings, shown
+):
+    first = str(shown / "choice.yaml")
+    with OpenAIServer() as server:
+        with pytest.raises(ValueError, match=message):
+            given = dict(endpoints=(server.url,), harness=(first, str(shown / asked)), **ONLY | {"lengths": (400,)})
+            evaluate(settings(**given))
+        assert server.seen == []
+
+
+@installed
+def test_the_set_is_refused_by_name_where_its_data_cannot_be_had(run, settings):
+    with pytest.raises(
+        ValueError, match=r"lm-evaluation-harness cannot load mmlu .*; its data sets come from the network"
+    ):
+        evaluate(settings(short="official", **ONLY))

@@ -9,15 +9,8 @@ import pytest
 
 from benchmarks.loop.openai_server import OpenAIServer, Reply
 from longpo_ops.evaluate import Sample, Scores, evaluate, score
-from longpo_ops.evaluate.published import (
-    PROMPTS,
-    Published,
-    cut_middle,
-    judge_prompt,
-    rating,
-    read_published,
-    rouge_l_sum,
-)
+from longpo_ops.evaluate.judge import rating
+from longpo_ops.evaluate.published import PROMPTS, Published, cut_middle, judge_prompt, read_published, rouge_l_sum
 from longpo_ops.evaluate.samples import Counter
 
 BOOK = "The bell rang at noon. Nobody saw the boats. The wind turned, and the lamps went out. " * 6
@@ -216,12 +209,17 @@ def test_files_that_cannot_be_used_are_refused(name, content, message, tmp_path)
 
 def test_folders_without_files_and_tasks_twice_are_refused(infinite, tmp_path):
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"has none of InfiniteBench's files .*nor test_cases\.json"):
+    with pytest.raises(ValueError, match=r"has none of InfiniteBench's files .*nor test_cases\.json, nor question"):
         read_published([str(tmp_path / "none")])
     with pytest.raises(ValueError, match=r"nowhere\.jsonl: expected one of"):
         read_published([str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(ValueError, match="passkey comes twice"):
         read_published([str(infinite), str(infinite / "passkey.jsonl")])
+
+
+def test_texts_to_be_cut_need_a_length(settings, infinite):
+    with pytest.raises(ValueError, match="no lengths for passkey; expected numbers of tokens"):
+        evaluate(settings(published=(str(infinite / "passkey.jsonl"),), **ONLY | {"lengths": ()}))
 
 
 # -- whole evaluations -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def scores() -> Scores:
     counts = {"perplexity/128": {"windows": 3, "shorter": 2}, "math_find": {"samples": 2, "truncated": 1}}
     return Scores(
         tasks, depths, {128: 7.25}, {"mmlu": 0.625}, {"math_find": 0.5}, 12.0, counts, {"mmlu": {"acc,none": 0.625}},
-        ("a note",), {"model": "m", "rope": None},
+        ("a note",), {"model": "m", "rope": None}, harness_settings={"mmlu": {"shots": 5, "metric": "acc"}},
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_the_tables_say_what_is_not_comparable_what_failed_and_what_is_unfinishe
         "| vt | 100.0 |  |",
         "| **mean** | **75.0** | **25.0** |",
         "| 128 | 7.250 | 3 windows, 2 shorter |",
-        "| mmlu | 0.6250 |",
+        "| mmlu | 5 | acc | 0.6250 |",
         "| math_find | 50.0 | 2 samples, 1 truncated |",
         "* a note",
         "model: m  ",

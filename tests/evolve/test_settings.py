@@ -52,6 +52,16 @@ def changed(**changes) -> dict:
         (changed(retention=[{"measure": "accuracy", "within": 0, "length": 512}]), "accuracy at 512 is not evaluated"),
         (changed(retention=[{"measure": "perplexity", "within": 0, "length": 256}]), "perplexity at 256 is not eval"),
         (changed(retention=[{"measure": "harness:mmlu", "within": 0}]), "add 'mmlu' to evaluate: harness"),
+        (
+            changed(
+                retention=[{"measure": "harness:mmlu:0", "within": 0}], evaluate={"lengths": [8], "short": "official"}
+            ),
+            "add 'mmlu:0' to evaluate: harness; there is mmlu:5:acc, arc_challenge:25:acc_norm",
+        ),
+        (
+            changed(evaluate={"lengths": [8], "short": "all"}, retention=[{"measure": "harness:mmlu", "within": 0}]),
+            "short is 'all'; expected official",
+        ),
         (changed(retention=[{"measure": "harness:mmlu", "within": 0, "length": 8}]), "length is 8"),
         (changed(first={"evaluate": {"lengths": [256]}}), "accuracy at 128 is not evaluated for round 'one'"),
         (changed(first={"name": "two"}), "two is there twice"),

@@ -1,0 +1,49 @@
+"""Another model, behind a server, rates answers from 1 to 10: what it says is in the journal, as every answer is.
+
+    (name, prompt) --judge, greedy--> text --rating--> 0.1 to 1, or None where it gives no rating
+
+Tests: tests/evaluate/test_published.py, tests/evaluate/test_mt_bench.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..engines import Request, Sampling
+from ..runs.journal import Shard
+from .answers import Answers
+
+JUDGE_TOKENS = 1024
+
+
+def rating(text: str) -> float | None:
+    """The last [[rating]] of what a judge says, as a score from 0.1 to 1; None without any."""
+    found = re.findall(r"\[\[[^\]\d]*(\d+(?:\.\d+)?)[^\]]*\]\]", text)
+    return float(found[-1]) / 10 if found and 1 <= float(found[-1]) <= 10 else None
+
+
+async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]) -> list[float | None]:
+    """The ratings that the judge of an EvaluateRun gives, in the order of its (name, prompt); None for no prompt, no judge,
+    no answer or no rating. Raises EngineStopped for a judge that is gone.
+    """
+    if run.judge is None:
+        return [None] * len(prompts)
+    from ..engines.server import ServerEngine
+
+    limits = dict(timeout=run.timeout, patience=run.patience, key_variable=run.judge_key_variable)
+    engine = ServerEngine((run.judge,), run.judge_model, run.concurrency, **limits)
+    try:
+        await engine.start()
+        judge = Answers(engine, journal, who=f"judge {engine.model}")
+
+        async def rate(asked: tuple[str, str] | None) -> float | None:
+            if asked is None:
+                return None
+            name, prompt = asked
+            found = await judge.generate(name, Request(prompt, Sampling(JUDGE_TOKENS)))
+            return None if found is None else rating(found["text"])
+
+        return await judge.each(prompts, rate)
+    finally:
+        await engine.close()
