@@ -93,7 +93,7 @@ class MTBench:
 
 def read_mt_bench(file: Path) -> MTBench:
     """Raises ValueError for a file in another format, and for a question that comes twice."""
-    beside, known, records = _references(file.with_name(REFERENCES)), set(), []
+    beside, known, records = _references(file.parent / REFERENCES), set(), []
     for record, where in read_lines(file):
         check_record(record, {"question_id": (int, str), "category": str, "turns": list}, where)
         number, turns = record["question_id"], _pair(record["turns"], f"{where}: turns")

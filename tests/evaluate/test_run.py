@@ -46,8 +46,8 @@ def asked(run: EvaluateRun) -> int:
     return journal.read_bytes().count(b'"step"') if journal.exists() else 0
 
 
-def run_killed(run: EvaluateRun, answers: int) -> int:
-    """The run in a process of its own, killed once so many answers are kept; its exit code."""
+def run_killed(run: EvaluateRun, answers: int, before: str = "") -> int:
+    """The run in a process of its own, killed once so many answers are kept; its exit code. before: code that goes first."""
     script = (
         "import json, sys\n"
         "from longpo_ops.evaluate import EvaluateRun, evaluate\n"
@@ -55,7 +55,7 @@ def run_killed(run: EvaluateRun, answers: int) -> int:
         "evaluate(EvaluateRun(**given))\n"
     )
     kill = killed_once(Path(run.out) / "work/00000.journal", '"step"', answers)
-    return run_process(kill + script, json.dumps(vars(run))).returncode
+    return run_process(kill + before + script, json.dumps(vars(run))).returncode
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
