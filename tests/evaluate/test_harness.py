@@ -42,8 +42,9 @@ def test_without_the_package_it_is_named(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "longpo_ops.evaluate.harness", raising=False)
     monkeypatch.setattr(TransformersEngine, "_load", lambda self: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match=r"need the package lm_eval .*pip install 'longpo_ops\[evaluate\]'"):
-        evaluate(settings(harness=("mmlu",), **ONLY))
+    for asked in ({"harness": ("mmlu",)}, {"short": "official"}):
+        with pytest.raises(ValueError, match=r"need the package lm_eval .*pip install 'longpo_ops\[evaluate\]'"):
+            evaluate(settings(**asked, **ONLY))
 
 
 @pytest.fixture

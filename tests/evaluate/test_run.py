@@ -259,6 +259,8 @@ def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(changes, messa
         ({"tasks": ()}, "nothing to evaluate; name tasks"),
         ({"tasks": (), "lengths": (), "perplexity": ("x",)}, "no lengths for perplexity"),
         ({"engine": "magic"}, "engine 'magic'; expected one of"),
+        ({"short": "offical"}, "short is 'offical'; expected official, or none"),
+        ({"harness": ("",)}, "harness has ''; expected TASK, TASK:SHOTS or TASK:SHOTS:METRIC"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):
