@@ -34,7 +34,7 @@ def show_documents(console: Console, evolution: Evolution) -> None:
 
 def show_pair(console: Console, evolution: Evolution) -> None:
     """The first turn whose chosen answer says what the document says and whose rejected one does not, else the first."""
-    pairs = list(read_pairs(f"{evolution.out}/{evolution.rounds[0].name}/pairs"))
+    pairs = list(read_pairs(f"{evolution.out}/{evolution.rounds[0].name}/pairs", allow_equal=True))
     turns = [(pair, turn) for pair in pairs for turn in pair.turns]
     pair, turn = next(
         (each for each in turns if _right(*each, each[1].chosen) and not _right(*each, each[1].rejected[0])), turns[0]

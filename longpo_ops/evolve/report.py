@@ -199,7 +199,7 @@ def _generated(stage: Stage) -> Iterator[Block]:
         lines = [(kind, *(f"{values[name]:,.6g}" for name in names)) for kind, values in described]
         yield Table("Lengths in tokens.", ("", *names), lines)
     if summary["pairs"]:
-        yield Pairs(list(islice(read_pairs(stage.out), SHOWN_PAIRS)))
+        yield Pairs(list(islice(read_pairs(stage.out, allow_equal=True), SHOWN_PAIRS)))
 
 
 def _trained(stage: Stage) -> Iterator[Block]:

@@ -15,7 +15,7 @@ import typer
 
 from ..engines import options
 from ..pretrained import load_tokenizer
-from ..recipes import DEFAULT, OFFICIAL, RECIPES
+from ..recipes import DEFAULT, OFFICIAL, RECIPES, check_recipe
 from ..runs import terminal
 
 Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", exists=True)]
@@ -189,8 +189,8 @@ def stats(
 
     unit, measure = "characters", len
     if model is not None:
-        encode = load_tokenizer(model).backend_tokenizer.encode
-        unit, measure = "tokens", lambda text: len(encode(text, add_special_tokens=False).ids)
+        encode = load_tokenizer(model)
+        unit, measure = "tokens", lambda text: len(encode(text, add_special_tokens=False, verbose=False)["input_ids"])
     turns: list[int] = []
     lengths: dict[str, list[int]] = {name: [] for name in ("document", "chunk", "instruction", "chosen", "rejected")}
     for pair in _read(path):
@@ -213,15 +213,23 @@ def validate(
     path: Paths,
     model: Annotated[str | None, typer.Option(help="Also lay out and tokenise every pair as training does.")] = None,
     max_length: Annotated[int | None, typer.Option(help="With --model: tokens of the longest sequence.")] = None,
+    recipe: Annotated[
+        str, typer.Option(help="Of the training; the official one takes pairs of equal answers.")
+    ] = DEFAULT,
 ) -> None:
     """Check every record; exit code 1 if training would refuse one."""
     from ..data import ChatFormat, DataReport, read_pairs, tokenized_pairs
 
     report, chat = DataReport(), None
+    with terminal.wrong_usage():
+        equal = check_recipe(recipe) == OFFICIAL
     if model is not None:
         chat = ChatFormat(load_tokenizer(model), max_length=max_length)
     for each in path:
-        read = read_pairs(each, "skip", report) if chat is None else tokenized_pairs(each, chat, None, "skip", report)
+        if chat is None:
+            read = read_pairs(each, "skip", report, equal)
+        else:
+            read = tokenized_pairs(each, chat, None, "skip", report, equal)
         for _ in read:
             pass
     typer.echo(str(report))

@@ -251,7 +251,8 @@ def generate(run: GenerateRun, progress=None) -> Result:
 def generate_and_summarise(run: GenerateRun, progress=None) -> tuple[Result, dict]:
     """`generate`, then summary.json, lengths.png and summary.html beside the pairs (report.py); returns the summary too."""
     result = generate(run, progress)
-    return result, write_summary(result, read_pairs(run.out) if result.made else (), Path(run.out), run.title)
+    pairs = read_pairs(run.out, allow_equal=True) if result.made else ()
+    return result, write_summary(result, pairs, Path(run.out), run.title)
 
 
 async def _generate(run: GenerateRun, files, store: Store, chat: ChatFormat, prompts: Prompts, progress) -> Result:

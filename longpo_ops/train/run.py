@@ -200,23 +200,24 @@ class TrainRun:
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(path)]
         key = [files, tokenizer_digest(tokenizer), vocab_size, tokenizer.chat_template, self.system, self.max_length]
         nll_tokens = self.settings()["nll_tokens"]
-        key += [self.cut_document, self.on_bad_record, self.supervised(), nll_tokens]
+        key += [self.cut_document, self.on_bad_record, self.takes_equal(), nll_tokens]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         file = Path(self.output_dir) / "data" / f"pairs-{digest}.parquet"
         told = file.with_suffix(".txt")
         if not all(each.exists() for each in (file, told, file.with_suffix(DIGESTS))):
             report = DataReport()
             pairs = tokenized_pairs(
-                path, chat, vocab_size, self.on_bad_record, report, self.supervised(), nll_tokens=nll_tokens
+                path, chat, vocab_size, self.on_bad_record, report, self.takes_equal(), nll_tokens=nll_tokens
             )
             PairStore.write(pairs, file, chat.fingerprint)
             told.write_text(f"{report}\n", encoding="utf-8")
         log.info("%s: %s", path, told.read_text(encoding="utf-8").rstrip())
         return PairStore(file)
 
-    def supervised(self) -> bool:
-        """Whether the method reads one answer only, so that equal answers do no harm."""
-        return self.training.get("objective", LongPOConfig.objective).startswith("sft_")
+    def takes_equal(self) -> bool:
+        """Whether pairs of equal answers are trained on: by methods that read one answer only, and by the published recipe."""
+        one = self.training.get("objective", LongPOConfig.objective).startswith("sft_")
+        return one or self.recipe == recipes.OFFICIAL
 
     def load_model(self, name: str, policy: bool):
         """A causal LM from safetensors; the policy with its RoPE settings and adapters."""

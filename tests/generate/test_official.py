@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 from benchmarks.loop.openai_server import WORDS
 from longpo_ops.data import read_pairs
 from longpo_ops.engines import Completion, Engine, Request
-from longpo_ops.generate import GenerateRun, generate
+from longpo_ops.generate import GenerateRun, generate_and_summarise
 from longpo_ops.generate import prompts as wording
+from longpo_ops.train.run import TrainRun
 from tests.generate.published import official_records
 
 PROMPTS = Path(wording.__file__).with_name("prompts") / "official"
@@ -175,7 +176,7 @@ def test_the_records_are_those_of_a_plain_script(model, tmp_path, monkeypatch):
     )
     settings = dict(engine="server", endpoints=("short",), long_endpoints=("long",), seed=SEED)
     settings |= dict(min_document=SIZES["document"], min_chunk=SIZES["chunk"], max_chunk=SIZES["longest"])
-    result = generate(GenerateRun(model, (str(folder),), SIZES["target"], out, "official", **settings))
+    result, _ = generate_and_summarise(GenerateRun(model, (str(folder),), SIZES["target"], out, "official", **settings))
     records = [
         {
             "prompt": pair.document,
@@ -206,3 +207,5 @@ def test_the_records_are_those_of_a_plain_script(model, tmp_path, monkeypatch):
     assert counted == {"unparsable question list", "blank line in the question", *wrong}
     assert {len(record["questions"]) for record in records} == {1, 2}
     assert any(record["chosens"] == record["rejecteds"] for record in records)
+    run = TrainRun(model, out, str(tmp_path / "run"), recipe="official")  # which takes these, too
+    assert len(run.load_pairs(out, tokenizer, len(tokenizer))) == len(records)

@@ -52,7 +52,7 @@ def test_draws_depend_on_the_text_alone(settings, tokenizer, tmp_path):
 
 def test_default_bounds_leave_room_for_questions_and_answers():
     run = GenerateRun("m", ("d",), 131072, "o")
-    assert run.document_bounds() == (65536, 131072 - 4 * (1024 + 512)) and run.chunk_bounds() == (16384, 32768)
+    assert run.document_bounds() == (65536, 131072 - 4 * (1024 + 512)) and run.chunk_bounds() == (15000, 30000)
     with pytest.raises(ValueError, match="documents of 1024 to -4096 tokens: 4 questions and answers"):
         GenerateRun("m", ("d",), 2048, "o")
 
