@@ -89,7 +89,7 @@ class EvaluateRun(EngineSettings):
         for name in ("lengths", "perplexity_lengths"):
             if wrong := [value for value in getattr(self, name) if type(value) is not int or value <= 0]:
                 raise ValueError(f"{name} has {wrong[0]!r}; expected whole numbers of tokens above 0")
-        if not (self.tasks or self.perplexity or self.harness_tasks or self.published):
+        if not (self.harness_tasks or self.tasks or self.perplexity or self.published):
             raise ValueError("nothing to evaluate; name tasks, held-out text for perplexity, harness or published ones")
         needy = ["tasks"] if self.tasks else []
         needy += ["perplexity"] if self.perplexity and not self.perplexity_lengths else []

@@ -77,7 +77,8 @@ def test_earlier_messages_are_rendered_before_the_last_and_change_the_answer(eng
     asked = replace(question(0), earlier=earlier)
     text = "".join(f"<|{role}|>\n{words}<|end|>\n" for role, words in (*earlier, ("user", asked.content)))
     prompt = engine.tokenizer(text + "<|assistant|>\n", add_special_tokens=False)["input_ids"]
-    said, raw, without = ask(engine, asked, replace(question(0), prompt_ids=tuple(prompt)), question(0))
+    requests = (asked, replace(question(0), prompt_ids=tuple(prompt)), question(0))
+    said, raw, without = (ask(engine, each)[0] for each in requests)
     assert said == raw and said.prompt_tokens == len(prompt) > without.prompt_tokens
     assert said.logprobs != without.logprobs
 
