@@ -15,17 +15,19 @@ from typing import Any
 import yaml
 
 from ..evolve import Evolution
+from ..recipes import DEFAULT
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
-def evolution(out: Path, rounds: int = 1, seed: int = 0) -> Evolution:
-    """The first rounds of examples/tiny/evolve.yaml in `out`. Raises ValueError for a number of rounds it has not."""
+def evolution(out: Path, rounds: int = 1, seed: int = 0, recipe: str = DEFAULT) -> Evolution:
+    """The first rounds of examples/tiny/evolve.yaml in `out`, after a recipe with the sizes that a tiny model needs. Raises
+    ValueError for a number of rounds it has not, and for a recipe that is none."""
     settings = yaml.safe_load((TINY / "evolve.yaml").read_text(encoding="utf-8"))
     if not 1 <= rounds <= len(settings["rounds"]):
         raise ValueError(f"--rounds {rounds}; expected 1 to {len(settings['rounds'])}")
     settings = _moved(settings, {"runs/tiny": str(out), "examples/tiny": str(TINY)})
-    settings["rounds"] = settings["rounds"][:rounds]
+    settings |= {"rounds": settings["rounds"][:rounds], "recipe": recipe}
     for each in settings["rounds"]:
         each["generate"] = each["generate"] | {"seed": seed}
         each["train"] = each["train"] | {"seed": seed}

@@ -103,6 +103,7 @@ def blocks(evolution: Evolution, stages: list[Stage], result: Result) -> Iterato
         mine = {stage.kind: stage for stage in stages if stage.round is each}
         if any(cost["stage"].startswith(f"{each.name}/") for cost in result.stages):
             yield Heading(2, f"Round {each.name}")
+            yield Text(f"Recipe: {result.recipes[each.name]}.")
             yield _round(each, mine, Path(evolution.out))
             yield from _generated(mine[PAIRS])
             yield from _trained(mine[TRAIN])

@@ -8,15 +8,15 @@ Tests: tests/evolve/test_run.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..evaluate import Scores
 from ..runs.journal import write_atomically
 from .receipt import Cost
-from .settings import BASE, HARNESS, LAST, Bound, Evolution, bound_length
-from .stages import EVALUATE, UNTRAINED, Stage
+from .settings import BASE, HARNESS, LAST, Bound, Evolution, Round, bound_length
+from .stages import EVALUATE, PAIRS, TRAIN, UNTRAINED, Stage
 
 DASH = "–"
 
@@ -30,6 +30,7 @@ class Result:
     number}, comparable {task: flag}; untrained is the model the round starts from. retention: per round and bound what was
     measured and whether it holds. stages: name, done, and cost (receipt.py). promoted: the model of the last round, as they
     are listed, whose bounds hold, whatever it started from; or the base. stopped: why the loop ended early, or None.
+    recipes: of every round what its pairs and its training follow.
     """
 
     rows: list[dict]
@@ -37,13 +38,14 @@ class Result:
     stages: list[dict]
     promoted: str
     stopped: str | None
+    recipes: dict[str, str]
 
     def save(self, path: Path) -> None:
         """As JSON."""
         write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
-def collect(evolution: Evolution, stages: Iterable[Stage], stopped: str | None = None) -> Result:
+def collect(evolution: Evolution, stages: Sequence[Stage], stopped: str | None = None) -> Result:
     """Of the stages that are done, and the costs of those that were begun."""
     rows, retention, costs, promoted = [], [], [], evolution.model
     for stage in stages:
@@ -56,7 +58,16 @@ def collect(evolution: Evolution, stages: Iterable[Stage], stopped: str | None =
             bounds = judge(evolution, stage)
             retention += bounds
             promoted = stage.model.path if all(bound["holds"] for bound in bounds) else promoted
-    return Result(rows, retention, costs, promoted, stopped)
+    recipes = {each.name: recipe_of(each, stages) for each in evolution.rounds}
+    return Result(rows, retention, costs, promoted, stopped, recipes)
+
+
+def recipe_of(each: Round, stages: Sequence[Stage]) -> str:
+    """What a round follows: "official", or what its pairs follow and what its training does where these differ."""
+    titles = {stage.kind: stage.run.title for stage in stages if stage.round is each and stage.kind in (PAIRS, TRAIN)}
+    if len(set(titles.values())) == 1:
+        return titles[PAIRS]
+    return f"pairs {titles[PAIRS]}, training {titles[TRAIN]}"
 
 
 def judge(evolution: Evolution, stage: Stage) -> list[dict]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluate.shots import harness_names
+from ..recipes import DEFAULT, check_recipe
 from ..runs.validate import check_kinds
 
 LAST, BASE, GENERATOR = "last", "base", "generator"
@@ -97,7 +98,8 @@ class Bound:
 @dataclass(frozen=True)
 class Evolution:
     """model: the base, a name or a folder. out: folder of everything. evaluate: fields of EvaluateRun but model, out
-    and rope. retention: all of these must hold after a round, or the loop stops.
+    and rope. retention: all of these must hold after a round, or the loop stops. recipe: "default" or "official", of all
+    pairs and trainings that name no other.
 
     Raises ValueError for names nobody knows and for rounds that point forward.
     """
@@ -107,8 +109,10 @@ class Evolution:
     rounds: tuple[Round, ...]
     evaluate: dict[str, Any]
     retention: tuple[Bound, ...] = ()
+    recipe: str = DEFAULT
 
     def __post_init__(self):
+        check_recipe(self.recipe)
         for name in ("model", "out"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected text")
@@ -230,6 +234,11 @@ def _further(what: str, kind: str, values: Any) -> dict[str, Any]:
         numbers = values.get(name, ()) if kind == "evaluate" else ()
         if not isinstance(numbers, list | tuple) or not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(f"{what}, evaluate: {name} is {numbers!r}; expected a list of numbers of tokens")
+    if "recipe" in values:
+        try:
+            check_recipe(values["recipe"])
+        except ValueError as error:
+            raise ValueError(f"{what}, {kind}: {error}") from None
     if kind == "train":  # TrainRun checks the kinds of its values
         return dict(values)
     check_kinds(values, _run(kind), f"{what}, {kind}: ")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ..evaluate import EvaluateRun
 from ..generate import GenerateRun
 from ..pretrained import read_config
+from ..recipes import RECIPES
 from ..train.run import TrainRun
 from .receipt import Receipt
 from .settings import BASE, GENERATOR, LAST, Evolution, Round
@@ -114,23 +115,26 @@ def naming(what: str) -> Iterator[None]:
 
 
 def _pairs(evolution: Evolution, each: Round, generator: Model, theta: float | None) -> Stage:
-    """A generator that reads too few tokens reads the documents at the policy's theta."""
-    out, given = Path(evolution.out) / each.name / PAIRS, each.generate
-    if given.get("engine") != "server" and "rope" not in given and each.length > (generator.positions or each.length):
-        given = given | {"rope": _rope(generator, theta)}
+    """A generator that reads too few tokens reads the documents at the policy's theta, and chunks at its own."""
+    out, given = Path(evolution.out) / each.name / PAIRS, {"recipe": evolution.recipe} | each.generate
     run = GenerateRun(model=generator.path, documents=each.documents, length=each.length, out=str(out), **given)
-    identity = _identity(given, model=generator.identity, documents=each.documents, length=each.length)
-    return Stage(PAIRS, each, out, run, generator, theta, identity)
+    too_long = run.sequence_length > (generator.positions or run.sequence_length)
+    if run.engine != "server" and "rope" not in given and too_long:
+        given |= {"rope": _rope(generator, theta)}
+        run = replace(run, rope=given["rope"])
+    identity = dict(model=generator.identity, documents=each.documents, length=each.length)
+    return Stage(PAIRS, each, out, run, generator, theta, _decided(run, vars(run), given, **identity))
 
 
 def _training(evolution: Evolution, each: Round, start: Model, reference: Model, theta, pairs: Stage) -> Stage:
     out = Path(evolution.out) / each.name / TRAIN
-    context = {"rope_theta": theta, "max_position_embeddings": max(each.length, start.positions or 0)}
+    longest, given = pairs.run.sequence_length, {"recipe": evolution.recipe} | each.train
+    context = {"rope_theta": theta, "max_position_embeddings": max(longest, start.positions or 0)}
     paths = {"model": start.path, "data": str(pairs.out), "output_dir": str(out)}
     paths["reference_model"] = None if reference == start else reference.path
     identity = dict(model=start.identity, reference_model=reference.identity, data=pairs.digest)
-    run = TrainRun.from_settings(each.train | context | paths)
-    return Stage(TRAIN, each, out, run, start, theta, _identity(each.train, **context, **identity))
+    run = TrainRun.from_settings(given | context | paths)
+    return Stage(TRAIN, each, out, run, start, theta, _decided(run, run.settings(), given, **context, **identity))
 
 
 def _evaluation(evolution: Evolution, each: Round | None, kind: str, model: Model, theta: float | None) -> Stage:
@@ -151,6 +155,15 @@ def _rope(model: Model, theta: float | None) -> dict[str, float]:
             "expect no longer inputs"
         )
     return {"rope_theta": theta}
+
+
+def _decided(
+    run: GenerateRun | TrainRun, settings: dict[str, Any], given: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    """What decides the output of a stage that follows a recipe: the settings given, those of the recipe, its title."""
+    stage = "generate" if isinstance(run, GenerateRun) else "train"
+    names = dict.fromkeys([*given, *RECIPES[run.recipe][stage]])
+    return _identity({name: settings[name] for name in names}, **more, recipe=run.title)
 
 
 def _identity(given: dict[str, Any], **more: Any) -> dict[str, Any]:
