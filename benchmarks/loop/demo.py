@@ -4,9 +4,11 @@ A seed draws documents, questions and the order of training; the base model and 
 --compare every seed also trains the other methods (examples/tiny/compare.yaml) on its pairs, and, as a control, NLL alone
 on its documents, without any question or answer, for as many steps.
 
-    python -m benchmarks.loop.demo [--seeds 3] [--rounds 1] [--compare] [--work runs/bench-demo] [--out benchmarks/results]
+    python -m benchmarks.loop.demo [--seeds 3] [--rounds 1] [--recipe official | --compare] [--work runs/bench-demo]
+        [--out benchmarks/results]
 
-Writes DATE-demo-HOST.json with every number, mean and spread, and docs/pictures/demo.png.
+Writes DATE-demo-HOST.json (DATE-demo-official-HOST.json) with every number, mean and spread, and the recipe that was
+followed; of the default recipe docs/pictures/demo.png, too.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from longpo_ops.demo.compare import compare, draw
 from longpo_ops.demo.run import evolution
 from longpo_ops.evaluate import EvaluateRun, evaluate
 from longpo_ops.evolve import Evolution, evolve, plan
+from longpo_ops.recipes import DEFAULT, RECIPES
 from longpo_ops.tiny.text import prepare
 
 from ..stamp import RESULTS, ROOT, host_class, stamp
@@ -33,28 +36,35 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--recipe", choices=RECIPES, default=DEFAULT)
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-demo")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.compare and options.recipe != DEFAULT:
+        parser.error("--compare has learning rates for the default recipe")
+    kind = "" if options.recipe == DEFAULT else f"-{options.recipe}"
+    options.work = options.work.with_name(f"{options.work.name}{kind}")
     runs = [run(options.work / f"seed-{seed}", seed, options) for seed in range(options.seeds)]
     rows = summary([row | {"seed": seed} for seed, one in enumerate(runs) for row in one["rows"]], "label")
-    content = stamp(runs=runs, rows=rows)
+    content = stamp(recipe=runs[0]["recipes"], runs=runs, rows=rows)
     if options.compare:
         content["methods"] = methods([row for one in runs for row in one["methods"]])
         draw(content["methods"], PICTURES / "compare.png")
-    draw_rows(rows, len(runs), PICTURES / "demo.png")
-    path = options.out / f"{content['date'][:10]}-demo-{host_class()}.json"
+    if options.recipe == DEFAULT:
+        draw_rows(rows, len(runs), PICTURES / "demo.png")
+    path = options.out / f"{content['date'][:10]}-demo{kind}-{host_class()}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows))
 
 
 def run(work: Path, seed: int, options: argparse.Namespace) -> dict:
     """One seed; what is finished is not done again."""
-    wanted = evolution(work, options.rounds, seed)
+    wanted = evolution(work, options.rounds, seed, options.recipe)
     prepare(work, seed)
     result = evolve(wanted, lambda *_: None)
     told = {"seed": seed, "rows": result.rows, "stages": result.stages, "stopped": result.stopped}
+    told["recipes"] = result.recipes
     if options.compare:
         told["methods"] = compare(wanted, lambda *_: None)
         told["methods"] += control(wanted, told["methods"], CONTROL_RATE)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..evolve.commands import one_set_of_bars, show_costs, show_progress, show_scores
+from ..recipes import DEFAULT
 from ..runs import terminal
 
 
@@ -22,6 +23,9 @@ def demo(
     compare: Annotated[
         bool, typer.Option("--compare", help="Train the paper's other methods on the same pairs too.")
     ] = False,
+    recipe: Annotated[
+        str, typer.Option(help="default, or official: the published one with the sizes that a tiny model needs.")
+    ] = DEFAULT,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of documents, pairs and training.")] = 0,
 ) -> None:
@@ -33,12 +37,19 @@ def demo(
     from .show import show_documents, show_pair
 
     with terminal.wrong_usage():
-        wanted = evolution(out, rounds, seed)
+        wanted = evolution(out, rounds, seed, recipe)
+        if compare and recipe != DEFAULT:
+            raise ValueError(
+                f"--compare with --recipe {recipe}: the methods' learning rates are tuned on pairs of the default recipe; "
+                "leave one of the two out"
+            )
     console, began, left = terminal.console(), time.monotonic(), f"what is finished lies in {out}"
     prepare(out, seed)
     show_documents(console, wanted)
     with terminal.resumable(left), show_progress() as progress:
         result = evolve(wanted, progress)
+    for name, followed in result.recipes.items():
+        console.print(f"Recipe of round {name}: {followed}")
     show_pair(console, wanted)
     show_scores(console, result)
     show_costs(console, result)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from longpo_ops.evolve import Evolution, plan
+from longpo_ops.evolve.results import recipe_of
 from longpo_ops.evolve.run import check
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,9 @@ def changed(**changes) -> dict:
         (changed(first={"reference": "one"}), "round 'one': reference 'one' is that round itself"),
         (changed(first={"start": "two"}), "round 'one': start 'two' is a later round, .* expected last, base, or"),
         (changed(first={"start": "one"}), "round 'one': start 'one' is that round itself"),
+        (changed(recipe="offical"), "recipe is 'offical'; expected one of default, official"),
+        (changed(first={"generate": {"recipe": 3}}), "round 'one', generate: recipe is 3; expected one of default"),
+        (changed(first={"train": {"recipe": "own"}}), "round 'one', train: recipe is 'own'; expected one of default"),
         (changed(first={"start": 1}), "round 'one': start is 1; expected the name of a model"),
         (changed(first={"train": {"model": "base"}}), "round 'one', train: model is set by start; leave it out"),
     ],
@@ -243,31 +247,60 @@ def test_a_stage_tells_when_anything_before_it_has_changed(model):
     }
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.01])
 @pytest.mark.parametrize("name", ["mistral-7b", "qwen2.5-7b"])
-def test_the_ready_configs_are_the_papers(model, name):
-    evolution = Evolution.from_file(ROOT / f"examples/evolve/{name}.yaml")
-    found = rounds(replace(evolution, model=str(model)))
+def test_the_ready_configs_are_the_published_ones(model, name, beta):
+    evolution = Evolution.from_file(ready(name, beta))
+    evolution = replace(evolution, model=str(model))
+    found = rounds(evolution)
     out, base = evolution.out, str(model)
-    expected = {
-        "mistral-7b": (
-            [131072, 262144, 524288],
-            [base, f"{out}/128k/train", f"{out}/128k/train"],
-            [45000, 16000, 2500],
-        ),
-        "qwen2.5-7b": ([131072], [base], [32000]),
-    }
-    lengths, generators, documents = expected[name]
+    start = {"mistral-7b": [base, f"{out}/128k/train", f"{out}/128k/train"], "qwen2.5-7b": [base]}[name]
+    documents = {"mistral-7b": [45000, 16000, 2500], "qwen2.5-7b": [32000]}[name]
     pairs, train = [each["pairs"].run for each in found], [each["train"].run for each in found]
-    assert [run.length for run in pairs] == [run.max_position_embeddings for run in train] == lengths
-    assert [run.model for run in pairs] == [run.reference_model or run.model for run in train] == generators
-    assert [run.max_documents for run in pairs] == documents
-    assert {(run.min_document, run.chunk_bounds(), run.chunks, run.questions) for run in pairs} == {
-        (65536, (16384, 32768), 4, 4)
-    }
-    assert {(run.temperature, run.top_p, run.answer_tokens) for run in pairs} == {(0.7, 0.9, 1024)}
+    assert [run.model for run in pairs] == [run.model for run in train] == start
+    assert {run.reference_model for run in train} == {None}  # the model that the round starts from, at its own theta
+    assert [(run.length, run.max_documents) for run in pairs] == list(zip([131072, 262144, 524288], documents))
+    assert [run.max_position_embeddings for run in train] == [run.length + 2 * (1024 + 1024) for run in pairs]
+    assert all(
+        run.rope == {"rope_theta": 1e7} and run.short_rope is None for run in pairs
+    )  # chunks at the model's own theta
     assert {run.rope_theta for run in train} == {1e7}
-    objective = train[0].config().method.make_objective(train[0].training["objective_options"])
-    assert (objective.beta, objective.preference_weight) == (0.1, 0.01)
-    config = train[0].config()
-    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_steps) == (5e-7, "cosine", 0.1)
-    assert config.gradient_accumulation_steps == 8 and all(run.training == train[0].training for run in train)
+    assert {run.title for run in [*pairs, *train]} == {"official"}
+    for run in train:
+        config = run.config()
+        objective = config.method.make_objective(config.objective_options)
+        assert (objective.beta, objective.preference_weight) == (beta, 0.01)
+        assert config.optim == {0.1: "adamw_torch", 0.01: "rmsprop"}[beta]
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "qwen2.5-7b"])
+def test_the_two_ready_configs_of_a_model_differ_in_beta_and_optimizer_alone(name):
+    paper, command = (Evolution.from_file(ready(name, beta)) for beta in (0.1, 0.01))
+    for each in command.rounds:
+        each.train.update(objective_options={"beta": 0.1}, optim="adamw_torch")
+    assert replace(command, out=paper.out) == paper and command.out != paper.out  # so that both can be run
+
+
+def ready(name: str, beta: float) -> Path:
+    return ROOT / f"examples/evolve/{name}{'-command-line' if beta == 0.01 else ''}.yaml"
+
+
+def test_rounds_follow_the_recipe_of_the_evolution_or_their_own(model):
+    sizes = SHORT | {"min_chunk": 48, "max_chunk": 128, "min_document": 256}
+    settings = changed(model=str(model), recipe="official")
+    for each, own in zip(settings["rounds"], ({}, {"recipe": "default"})):
+        each |= {"generate": sizes | own, "train": {"learning_rate": 1e-4} | own}
+    settings["rounds"].append(settings["rounds"][0] | {"name": "three", "train": {"recipe": "default"}})
+    found, evolution = rounds(settings), Evolution.from_settings(settings)
+    names = "answer_tokens, max_chunk, min_chunk, min_document, question_tokens"
+    pairs, training = f"official with changes ({names})", "official with changes (learning_rate)"
+    titles = [(pairs, training), ("default", "default"), (pairs, "default")]
+    assert [tuple(each[kind].settings["recipe"] for kind in ("pairs", "train")) for each in found] == titles
+    told = [recipe_of(each, plan(evolution)) for each in evolution.rounds]
+    assert told == [f"pairs {pairs}, training {training}", "default", f"pairs {pairs}, training default"]
+    first, second = found[0], found[1]
+    assert first["pairs"].settings["answer_temperature"] == 1.0 and first["train"].settings["optim"] == "rmsprop"
+    assert second["pairs"].settings["answer_temperature"] == 0.0 and "optim" not in second["train"].settings
+    room = 2 * (80 + 24)  # in the official recipe `length` bounds the document alone
+    assert [each["train"].run.max_position_embeddings for each in found] == [1024 + room] * 3
+    assert [each["pairs"].run.short_rope for each in found] == [None] * 3
