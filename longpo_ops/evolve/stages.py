@@ -29,7 +29,16 @@ from .settings import BASE, GENERATOR, LAST, Evolution, Round
 
 PAIRS, UNTRAINED, TRAIN, EVALUATE = KINDS = ("pairs", "untrained", "train", "evaluate")
 FREE = {  # settings that do not decide what comes out: they may change when a stage goes on, or after it
-    *("endpoints", "concurrency", "timeout", "patience", "key_variable", "engine_options", "trust_remote_code"),
+    *(
+        "endpoints",
+        "long_endpoints",
+        "concurrency",
+        "timeout",
+        "patience",
+        "key_variable",
+        "engine_options",
+        "trust_remote_code",
+    ),
     *("memory", "fit", "workspace_bytes", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"),
     *("save_only_model", "logging_steps", "logging_strategy", "disable_tqdm", "report_to", "dataloader_num_workers"),
 }

@@ -10,6 +10,7 @@ import yaml
 
 from longpo_ops.cli import app
 from longpo_ops.evolve import Evolution
+from longpo_ops.generate import GenerateRun
 from longpo_ops.train.run import TrainRun
 
 ROOT = Path(__file__).parents[2]
@@ -27,17 +28,21 @@ def test_the_documented_file_is_an_evolution(tmp_path):
     assert evolution.rounds[0].train["learning_rate"] == 5e-7 and len(evolution.retention) == 3
 
 
-PLANNED = ("fit", "allow_lossy", "gradient_accumulation_steps")
+PLANNED = ("fit", "allow_lossy")
 
 
 def test_training_by_hand_is_the_ready_configs():
     (text,) = re.findall(r"<<'END'\n(.*?)END\n", DOC, re.DOTALL)
     by_hand = yaml.safe_load(text.replace("5e-7", "5.0e-7"))
-    TrainRun.from_settings(by_hand).config()
-    first = Evolution.from_file(ROOT / "examples/evolve/mistral-7b.yaml").rounds[0]
+    run, evolution = TrainRun.from_settings(by_hand), Evolution.from_file(ROOT / "examples/evolve/mistral-7b.yaml")
+    first = evolution.rounds[0]
+    pairs = GenerateRun(
+        evolution.model, first.documents, first.length, "pairs", recipe=evolution.recipe, **first.generate
+    )
+    assert run.config().gradient_accumulation_steps == 8 and run.max_position_embeddings == pairs.sequence_length
+    assert run.title == evolution.recipe == pairs.title
     same = {name: value for name, value in first.train.items() if name not in PLANNED}
     assert same.items() <= by_hand.items() and by_hand["rope_theta"] == first.rope_theta
-    assert by_hand["gradient_accumulation_steps"] * 8 == first.train["gradient_accumulation_steps"]
 
 
 def test_documented_options_and_files_are_there():
