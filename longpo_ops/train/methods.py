@@ -1,4 +1,4 @@
-"""What one flag changes: each training method of the paper, and the loss that it is.
+"""What one flag changes: each training method, and the loss that it is.
 
 A step averages over its pairs. Of one pair: s_w, s_l the policy's log-probs of all answer tokens of the chosen and of a
 rejected long sequence, summed over turns; n_w, n_l how many they are; r_w, r_l the reference's sums of the same answers;

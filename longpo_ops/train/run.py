@@ -58,7 +58,8 @@ class TrainRun:
     max_length, cut_document, system, on_bad_record: as in data.ChatFormat and data.tokenized_pairs.
     recipe: "default", or "official", the published one: what is not given, here or in `training`, is the recipe's
         (recipes.py). What contradicts it stays as it was given, is told, and is named in `title`. A step of the official
-        one has 8 sequences over all processes (WORLD_SIZE); another objective than its own keeps its own options.
+        one has 8 sequences over all processes (WORLD_SIZE); another objective than its own keeps its own options. Records
+        of equal answers, which `default` refuses, are trained on.
     nll_tokens: which tokens the NLL term counts, "contents" or "all" (data.tokenized_pairs); None is the recipe's.
     lora_rank: 0 for full fine-tuning. lora_targets: module names, or "all-linear" (never the head).
     dtype: "auto" is the model's own. What is saved at the end has it, whatever training kept (LongPOTrainer).
@@ -200,24 +201,24 @@ class TrainRun:
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(path)]
         key = [files, tokenizer_digest(tokenizer), vocab_size, tokenizer.chat_template, self.system, self.max_length]
         nll_tokens = self.settings()["nll_tokens"]
-        key += [self.cut_document, self.on_bad_record, self.takes_equal(), nll_tokens]
+        key += [self.cut_document, self.on_bad_record, self.allows_equal(), nll_tokens]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         file = Path(self.output_dir) / "data" / f"pairs-{digest}.parquet"
         told = file.with_suffix(".txt")
         if not all(each.exists() for each in (file, told, file.with_suffix(DIGESTS))):
             report = DataReport()
             pairs = tokenized_pairs(
-                path, chat, vocab_size, self.on_bad_record, report, self.takes_equal(), nll_tokens=nll_tokens
+                path, chat, vocab_size, self.on_bad_record, report, self.allows_equal(), nll_tokens=nll_tokens
             )
             PairStore.write(pairs, file, chat.fingerprint)
             told.write_text(f"{report}\n", encoding="utf-8")
         log.info("%s: %s", path, told.read_text(encoding="utf-8").rstrip())
         return PairStore(file)
 
-    def takes_equal(self) -> bool:
-        """Whether pairs of equal answers are trained on: by methods that read one answer only, and by the published recipe."""
-        one = self.training.get("objective", LongPOConfig.objective).startswith("sft_")
-        return one or self.recipe == recipes.OFFICIAL
+    def allows_equal(self) -> bool:
+        """Whether chosen and rejected answers may be equal: where the method reads one of them only, and as published."""
+        supervised = self.training.get("objective", LongPOConfig.objective).startswith("sft_")
+        return supervised or self.recipe == recipes.OFFICIAL
 
     def load_model(self, name: str, policy: bool):
         """A causal LM from safetensors; the policy with its RoPE settings and adapters."""

@@ -168,8 +168,12 @@ def test_eight_sequences_are_those_of_all_processes(monkeypatch):
 
 
 def test_a_run_is_known_by_the_recipe_it_followed(home, tmp_path, caplog):
+    """It trains on a record of equal answers, too, which the default recipe refuses."""
+    write_lines(tmp_path / "pairs.jsonl", broken_pairs(BAD_RECORDS["equal answers"][0]))
+    more = {"data": str(tmp_path / "pairs.jsonl"), "seed": 42, "gradient_accumulation_steps": 8}
     with caplog.at_level(logging.WARNING):
-        run(home, tmp_path, recipe="official", seed=42, gradient_accumulation_steps=8, learning_rate=1e-3)
+        trainer = run(home, tmp_path, recipe="official", learning_rate=1e-3, **more)
+    assert len(trainer.train_dataset) == 8
     title = "official with changes (learning_rate)"
     told = json.loads((tmp_path / "run.json").read_text())
     assert (told["recipe"], told["nll_tokens"], told["optim"]) == (title, "all", "rmsprop")
