@@ -31,7 +31,7 @@ ROOMS = {
     "train": ("attention", "data", "memory", "ops", "pretrained", "recipes", "runs"),
     "evolve": ("data", "documents", "evaluate", "generate", "lazy", "pretrained", "recipes", "runs", "train"),
     "tiny": (),
-    "demo": ("data", "evaluate", "evolve", "runs", "tiny", "train"),
+    "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
     "cli": ("demo", "evaluate", "evolve", "generate", "memory", "runs", "train"),
 }
 TRAINER = re.compile(r"transformers\.(Trainer|Training|trainer|integrations|Seq2SeqTrain)\w*")

@@ -43,9 +43,10 @@ def show_pair(console: Console, evolution: Evolution) -> None:
         sum(_right(pair, turn, turn.chosen) for pair, turn in turns),
         sum(_right(pair, turn, turn.rejected[0]) for pair, turn in turns),
     )
+    agree = sum(turn.chosen == turn.rejected[0] for _, turn in turns)
     console.print(
         f"[bold]{len(pairs)} pairs of {len(turns)} questions[/bold] the model asked itself. Right from the chunk: "
-        f"{right[0]}, from the whole document: {right[1]} (questions whose two answers agree were left out). One of them:"
+        f"{right[0]}, from the whole document: {right[1]}; both answers are the same in {agree}. One of them:"
     )
     console.print(Panel(Text(turn.instruction), title="question"))
     chosen = Text.assemble(("chosen: ", "bold green"), turn.chosen, "\n\n", _marked(turn.chunk))
