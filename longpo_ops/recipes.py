@@ -71,6 +71,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "num_train_epochs": 1,
             "max_grad_norm": 1.0,
             "nll_tokens": "all",
+            "rope_theta": 1e7,  # of the policy
             "seed": 42,
             "train_sampling_strategy": "random",
             # What a step's eight single sequences, one epoch and all weights leave out.

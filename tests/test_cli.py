@@ -23,6 +23,7 @@ from .train.tiny import write_home
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny" / "model"
+RAISED = '{"rope_theta": 1e6}'
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,17 @@ def test_a_model_whose_parts_do_not_fit_is_refused_by_every_command(home, tmp_pa
     (tmp_path / "text.txt").write_text((ROOT / "LICENSE").read_text()[:2000])
     evaluation = ("--perplexity", tmp_path / "text.txt", "--perplexity-length", 64, "--samples", 1)
     sizes = ("--length", 1024, "--min-document", 64, "--min-chunk", 48, "--max-chunk", 128, "--question-tokens", 80)
-    generation = ("--documents", tmp_path / "text.txt", *sizes, "--answer-tokens", 24, "--rope", '{"rope_theta": 1e6}')
+    generation = (
+        "--documents",
+        tmp_path / "text.txt",
+        *sizes,
+        "--answer-tokens",
+        24,
+        "--rope",
+        RAISED,
+        "--short-rope",
+        RAISED,
+    )
     for words in (
         ("train", "--config", home / "run.yaml", "--output-dir", tmp_path / "trained"),
         ("train", "--config", home / "run.yaml", "--output-dir", tmp_path / "trained", "--dry-run"),

@@ -150,7 +150,7 @@ class TrainRun:
 
     def _given(self) -> dict[str, Any]:
         """The given settings that a recipe may judge; packs a step as those of all processes."""
-        own = {"nll_tokens": self.nll_tokens, "lora_rank": self.lora_rank}
+        own = {name: getattr(self, name) for name in ("nll_tokens", "lora_rank", "rope_theta")}
         given = {name: value for name, value in (own | self.training).items() if value is not None}
         return given | {name: given[name] * _processes() for name in (ACCUMULATION,) if name in given}
 
@@ -232,8 +232,9 @@ class TrainRun:
 
     def _model_config(self, name: str, policy: bool):
         config = self.read_config(name)
-        if policy and self.rope_theta is not None:
-            replace_rope(config, {"rope_theta": float(self.rope_theta)}, None)
+        theta = self.settings()["rope_theta"]
+        if policy and theta is not None:
+            replace_rope(config, {"rope_theta": float(theta)}, None)
         if policy and self.max_position_embeddings is not None:
             config.max_position_embeddings = self.max_position_embeddings
         return config
