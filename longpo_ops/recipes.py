@@ -11,10 +11,14 @@ generate/makers.py under the same names.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 DEFAULT, OFFICIAL = "default", "official"
+
+log = logging.getLogger("longpo_ops.recipes")
 
 
 class Either(tuple):
@@ -114,6 +118,13 @@ def tell(recipe: str, stage: str, given: Mapping[str, Any], changed: tuple[str, 
     wanted = RECIPES[recipe].get(stage, {})
     told = [f"{name} is {_words(wanted[name])} in the recipe, {given[name]!r} came" for name in changed]
     return f"{'; '.join(told)}: this is recipe {title(recipe, changed)!r}" if told else ""
+
+
+@functools.cache
+def warn(told: str) -> None:
+    """What `tell` says, if anything, as a warning: once in a process, however often its run is made or copied."""
+    if told:
+        log.warning("%s", told)
 
 
 def _under(wanted: Any, given: Any) -> Any:

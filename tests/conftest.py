@@ -5,7 +5,10 @@ import os
 import signal
 import tempfile
 
+import pytest
 from hypothesis import settings
+
+from longpo_ops import recipes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,3 +22,9 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHE)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _told_anew():
+    """What a recipe tells once in a process, every test is told."""
+    recipes.warn.cache_clear()

@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from ..evolve import Evolution
-from ..recipes import DEFAULT
+from ..recipes import DEFAULT, OFFICIAL
 
+RATE = 1e-4  # of RMSprop, whose first steps are ten times Adam's
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
@@ -30,7 +31,7 @@ def evolution(out: Path, rounds: int = 1, seed: int = 0, recipe: str = DEFAULT) 
     settings |= {"rounds": settings["rounds"][:rounds], "recipe": recipe}
     for each in settings["rounds"]:
         each["generate"] = each["generate"] | {"seed": seed}
-        each["train"] = each["train"] | {"seed": seed}
+        each["train"] = each["train"] | {"seed": seed} | ({"learning_rate": RATE} if recipe == OFFICIAL else {})
     return Evolution.from_settings(settings)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import random
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from ..engines import Engine, Request, Sampling, render
 from ..engines.concurrency import side_by_side
 from ..engines.settings import EngineSettings
 from ..pretrained import read_config
-from ..recipes import DEFAULT, fill, tell, title
+from ..recipes import DEFAULT, fill, tell, title, warn
 from ..runs.journal import check_folder
 from .makers import MAKERS, Maker, Parted, Parting
 from .prompts import Prompts
@@ -40,8 +39,6 @@ from .store import Store
 
 TOO_SHORT = "shorter than wanted"
 OWN_CONTEXT = 30000  # tokens of the longest chunk: with its question and answer it fits the 32,768 of many models
-
-log = logging.getLogger("longpo_ops.generate")
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,7 @@ class GenerateRun(EngineSettings):
                 else f"documents of more than {first} and fewer than {self.length} tokens: none can be; raise length, or "
                 "lower min_document"
             )
+        warn(tell(self.recipe, "generate", vars(self), self.changed))
 
     @property
     def maker(self) -> Maker:
@@ -239,8 +237,6 @@ def generate(run: GenerateRun, progress=None) -> Result:
     tokenizer, out = run.load_tokenizer(), Path(run.out)
     chat = ChatFormat(tokenizer, template_kwargs=run.template_kwargs)
     check_folder(out)
-    if told := tell(run.recipe, "generate", vars(run), run.changed):
-        log.warning("%s", told)
     store = Store(out, run.identity(tokenizer, prompts))
     try:
         return asyncio.run(_generate(run, files, store, chat, prompts, progress))

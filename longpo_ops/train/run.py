@@ -132,8 +132,7 @@ class TrainRun:
                     f"output_dir={self.output_dir}: holds the {name}, which would be overwritten; give another"
                 )
         given = self._given()
-        if told := recipes.tell(self.recipe, "train", given, self._fill(given)[1]):
-            log.warning("%s", told)
+        recipes.warn(recipes.tell(self.recipe, "train", given, self._fill(given)[1]))
 
     # -- settings ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from longpo_ops.cli import app
+from longpo_ops.data import read_pairs
 from longpo_ops.demo import compare, run
 from longpo_ops.evolve import Evolution
 from longpo_ops.tiny import text
@@ -60,10 +61,34 @@ def test_the_demo_shows_documents_a_pair_and_the_table_and_compares_methods(smal
     assert again.exit_code == 0 and json.loads((small / "results.json").read_text())["rows"] == results["rows"]
 
 
+def test_the_demo_follows_the_published_recipe_with_the_sizes_that_it_needs(small):
+    done = demo("--out", small, "--recipe", "official")
+    assert done.exit_code == 0, done.output
+    results = json.loads((small / "results.json").read_text())
+    pairs = (
+        "pairs official with changes (answer_tokens, max_chunk, min_chunk, min_document, question_tokens, questions)"
+    )
+    training = "training official with changes (gradient_accumulation_steps, learning_rate, seed)"
+    assert results["recipes"] == {"1k": f"{pairs}, {training}"}
+    for page in ("report.html", "report.md"):
+        assert "Recipe: pairs official with changes (answer" in (small / page).read_text().replace("\\", "")
+    assert "Recipe of round 1k: pairs official with changes" in " ".join(done.output.split())
+    made = list(read_pairs(small / "1k/pairs", allow_equal=True))
+    assert made and all(len(pair.turns) <= 2 for pair in made)
+    for pair in made:
+        chunks = [turn.chunk for turn in pair.turns]
+        assert "\n" not in "".join(chunks) and all(chunk in pair.document.split("\n\n\n") for chunk in chunks)
+    assert [row["label"] for row in results["rows"]] == ["base", "1k: theta 4000, untrained", "1k: after"]
+
+
 def test_what_cannot_be_run_is_said(tmp_path, monkeypatch):
     done = demo("--out", tmp_path, "--rounds", 3)
     assert done.exit_code == 2 and "expected 1 to 2" in done.output
     assert demo("--out", tmp_path, "--device", "tpu").exit_code == 2
+    done = demo("--out", tmp_path, "--recipe", "offical")
+    assert done.exit_code == 2 and "expected one of default, official" in " ".join(done.output.replace("│", "").split())
+    done = demo("--out", tmp_path, "--recipe", "official", "--compare")
+    assert done.exit_code == 2 and "--compare with --recipe official" in " ".join(done.output.replace("│", "").split())
     import torch
 
     if not torch.cuda.is_available():

@@ -285,7 +285,7 @@ def ready(name: str, beta: float) -> Path:
     return ROOT / f"examples/evolve/{name}{'-command-line' if beta == 0.01 else ''}.yaml"
 
 
-def test_rounds_follow_the_recipe_of_the_evolution_or_their_own(model):
+def test_rounds_follow_the_recipe_of_the_evolution_or_their_own(model, caplog):
     sizes = SHORT | {"min_chunk": 48, "max_chunk": 128, "min_document": 256}
     settings = changed(model=str(model), recipe="official")
     for each, own in zip(settings["rounds"], ({}, {"recipe": "default"})):
@@ -298,6 +298,11 @@ def test_rounds_follow_the_recipe_of_the_evolution_or_their_own(model):
     assert [tuple(each[kind].settings["recipe"] for kind in ("pairs", "train")) for each in found] == titles
     told = [recipe_of(each, plan(evolution)) for each in evolution.rounds]
     assert told == [f"pairs {pairs}, training {training}", "default", f"pairs {pairs}, training default"]
+    for sentence in (
+        "answer_tokens is 1024 in the recipe, 24 came",
+        "learning_rate is 5e-07 in the recipe, 0.0001 came",
+    ):
+        assert caplog.text.count(sentence) == 1  # of all rounds, plans and copies
     first, second = found[0], found[1]
     assert first["pairs"].settings["answer_temperature"] == 1.0 and first["train"].settings["optim"] == "rmsprop"
     assert second["pairs"].settings["answer_temperature"] == 0.0 and "optim" not in second["train"].settings
