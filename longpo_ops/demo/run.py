@@ -17,7 +17,7 @@ import yaml
 from ..evolve import Evolution
 from ..recipes import DEFAULT, OFFICIAL
 
-RATE = 1e-4  # of RMSprop, whose first steps are ten times Adam's
+RATE = 3e-4  # of RMSprop, whose first steps are ten times those of Adam
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
