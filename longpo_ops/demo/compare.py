@@ -1,4 +1,4 @@
-"""The paper's Figure 4 in miniature: five methods on the same pairs, long accuracy and short retention against steps.
+"""The methods of the paper's Figure 4, and others, in miniature: the same pairs, long accuracy and short retention against steps.
 
     first round's pairs --train, one method after the other--> checkpoints --evaluate at two lengths--> curves
 

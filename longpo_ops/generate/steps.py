@@ -1,4 +1,4 @@
-"""One document to one pair, as the paper has it: ask about chunks, answer from the chunk, answer from the whole.
+"""One document to one pair: ask about chunks, answer from the chunk, answer from the whole.
 
     chunk C_i --pool of questions, one drawn, a lead-in drawn--> I_i
     of the chunks whose list counts at most `turns` are drawn, where the recipe asks about all of them
