@@ -20,9 +20,7 @@ def demo(
         "runs/demo"
     ),
     rounds: Annotated[int, typer.Option(help="2 goes on from 1,024 to 2,048 tokens.")] = 1,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Train other methods on the same pairs too.")
-    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Train other methods on the same pairs too.")] = False,
     recipe: Annotated[
         str, typer.Option(help="default, or official: the published one with the sizes that a tiny model needs.")
     ] = DEFAULT,

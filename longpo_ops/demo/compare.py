@@ -1,4 +1,4 @@
-"""The methods of the paper's Figure 4, and others, in miniature: the same pairs, long accuracy and short retention against steps.
+"""The methods of the paper's Figure 4 and others in miniature: long accuracy and short retention against steps, same pairs.
 
     first round's pairs --train, one method after the other--> checkpoints --evaluate at two lengths--> curves
 
