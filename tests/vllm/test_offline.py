@@ -93,16 +93,20 @@ def test_a_prefill_and_token_ids_go_on_as_with_transformers(model):
     assert ours == run_in(TransformersEngine(str(model), length=1024, dtype="float32"), ask)
 
 
-def test_rope_reaches_vllm(model):
-    settings = dict(length=2048, dtype="float32", rope={"rope_theta": 5e4})
-
-    async def score(engine):
-        return await engine.score(engine.tokenizer("The wind turned, and Ann went home. " * 8)["input_ids"])
-
-    ours = run_in(VLLMEngine(str(model), **settings, options=OPTIONS), score)
-    theirs = run_in(TransformersEngine(str(model), **settings), score)
-    plain = run_in(TransformersEngine(str(model), dtype="float32"), score)
-    assert np.abs(ours - theirs).max() < 1e-3 < np.abs(ours - plain).max()
+def test_chunks_and_documents_are_read_by_one_vllm_after_the_other(model, settings, tmp_path):
+    """In one process, chunks at the model's own theta, documents at a raised one."""
+    run = dict(model=str(model), dtype="float32", temperature=0.0, max_documents=1)
+    raised = run | {"rope": {"rope_theta": 2e5}}
+    generate(settings(**raised, engine="vllm", out=str(tmp_path / "vllm"), engine_options=OPTIONS))
+    generate(settings(**raised, out=str(tmp_path / "raised")))
+    generate(settings(**run, out=str(tmp_path / "plain")))
+    (ours,), (theirs,), (plain,) = (list(read_pairs(tmp_path / name)) for name in ("vllm", "raised", "plain"))
+    assert (ours.document, ours.turns) == (theirs.document, theirs.turns)
+    chosen, rejected = (
+        {turn.instruction: getattr(turn, kind) for turn in plain.turns} for kind in ("chosen", "rejected")
+    )
+    assert all(turn.chosen == chosen.get(turn.instruction, turn.chosen) for turn in ours.turns)
+    assert any(turn.rejected != rejected.get(turn.instruction, turn.rejected) for turn in ours.turns)
 
 
 def test_a_whole_run_makes_the_pairs_that_transformers_makes(model, settings, tmp_path):
