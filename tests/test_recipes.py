@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
+from longpo_ops.engines.settings import EngineSettings
+from longpo_ops.generate import GenerateRun
 from longpo_ops.recipes import RECIPES, Either, fill, tell, title
+from longpo_ops.train.identity import DECIDING
 
 
 def test_what_is_not_given_is_the_recipes():
@@ -27,6 +32,32 @@ def test_what_contradicts_is_told_and_named():
     assert fill("official", "train", {"objective_options": {"label_smoothing": 0.1}})[1] == ("objective_options",)
     assert fill("default", "generate", {"chunks": 9})[1] == () and title("default") == "default"
     assert tell("official", "train", {}, ()) == ""
+
+
+def test_every_setting_that_decides_is_judged():
+    """A setting that no table names would change what is made or trained, and the title would still say official."""
+    train, generate = RECIPES["official"]["train"], RECIPES["official"]["generate"]
+    own = {"max_position_embeddings", "max_length", "system", "lora_alpha", "lora_targets", "dtype", "constraint_weight"}
+    own |= {"bf16", "fp16", "tf32", "ignore_data_skip", "accelerator_config"}  # of the machine, and of other methods
+    assert {*DECIDING["run"], *DECIDING["config"]} - set(train) == own
+    numbers = {f.name for f in fields(GenerateRun) if f.default is None} - {"prompts", "rope", "max_documents"}
+    assert numbers - {f.name for f in fields(EngineSettings)} - set(generate) == set()
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("generate", "max_overlap", 0.9),
+        ("generate", "max_document", 90000),
+        ("generate", "short_rope", {"rope_theta": 1e7}),
+        ("train", "cut_document", True),
+        ("train", "adam_beta2", 0.95),
+        ("train", "data_seed", 3),
+        ("train", "dataloader_drop_last", True),
+    ],
+)
+def test_what_the_recipe_leaves_out_is_a_change(stage, name, value):
+    assert fill("official", stage, {name: value})[1] == (name,)
 
 
 @pytest.mark.parametrize("name", ["offical", None, 3, ["official"]])

@@ -26,6 +26,7 @@ from ..documents import find_files
 from ..evaluate import EvaluateRun, evaluate
 from ..evaluate.run import Plan as EvaluationPlan
 from ..generate import GenerateRun, generate_and_summarise
+from ..generate import check as check_generation
 from ..runs.journal import locked
 from ..train.checks import check_model
 from ..train.run import TrainRun, train
@@ -77,6 +78,8 @@ def check(evolution: Evolution) -> list[Stage]:
             run = _on_what_is_there(stage.run, origins)
             if stage.kind == PAIRS:
                 find_files(run.documents)
+                if run.model == stage.run.model:  # a model that is not there yet reads more than its origin
+                    check_generation(run)
             if stage.kind == TRAIN:
                 check_model(run, run.config())
                 if run.reference_model is not None:

@@ -23,7 +23,8 @@ Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", 
 
 def _of(name: str, what: str, otherwise: str = "none") -> Any:
     """The option of a number that the recipes have."""
-    ours, published = (RECIPES[recipe]["generate"].get(name, otherwise) for recipe in (DEFAULT, OFFICIAL))
+    given = (RECIPES[recipe]["generate"].get(name) for recipe in (DEFAULT, OFFICIAL))
+    ours, published = (otherwise if value is None else value for value in given)
     return typer.Option(help=f"{what}: {ours}; in the official recipe {published}.")
 
 

@@ -226,6 +226,12 @@ def _parted(part: Parting, document: Document, first: int, last: int) -> Parted 
     return parted if parted.chunks else "shorter than one chunk"
 
 
+def check(run: GenerateRun) -> None:
+    """Raises ValueError for a tokenizer, prompts and bounds of chunks that the run would refuse before it asks anybody."""
+    chat = ChatFormat(run.load_tokenizer(), template_kwargs=run.template_kwargs)
+    _phases(run, run.short_length(chat, Prompts.load(run.prompts, run.recipe)))
+
+
 def generate(run: GenerateRun, progress=None) -> Result:
     """Run to the end, or go on with a run that was stopped; what there is lies in `run.out` at any time.
 
@@ -236,10 +242,11 @@ def generate(run: GenerateRun, progress=None) -> Result:
     files, prompts = find_files(run.documents), Prompts.load(run.prompts, run.recipe)
     tokenizer, out = run.load_tokenizer(), Path(run.out)
     chat = ChatFormat(tokenizer, template_kwargs=run.template_kwargs)
+    phases = _phases(run, run.short_length(chat, prompts))
     check_folder(out)
     store = Store(out, run.identity(tokenizer, prompts))
     try:
-        return asyncio.run(_generate(run, files, store, chat, prompts, progress))
+        return asyncio.run(_generate(run, files, store, chat, prompts, phases, progress))
     finally:
         store.close()
 
@@ -251,7 +258,9 @@ def generate_and_summarise(run: GenerateRun, progress=None) -> tuple[Result, dic
     return result, write_summary(result, pairs, Path(run.out), run.title)
 
 
-async def _generate(run: GenerateRun, files, store: Store, chat: ChatFormat, prompts: Prompts, progress) -> Result:
+async def _generate(
+    run: GenerateRun, files, store: Store, chat: ChatFormat, prompts: Prompts, phases, progress
+) -> Result:
     began, tally, listing = time.monotonic(), Tally(), Listing()
     steps = Steps(
         chat,
@@ -269,12 +278,8 @@ async def _generate(run: GenerateRun, files, store: Store, chat: ChatFormat, pro
         about={"model": store.settings["model"], "engine": run.engine, "seed": run.seed, "recipe": run.title},
         tally=tally,
     )
-    phases = _phases(run, run.short_length(chat, prompts))
     for number, engines in enumerate(phases):
-        listing, started = (
-            Listing(),
-            [engine for i, engine in enumerate(engines) if engine and engine not in engines[:i]],
-        )
+        listing, started = Listing(), [engine for engine in dict.fromkeys(engines) if engine]
         try:
             for engine in started:
                 await engine.start()
@@ -305,10 +310,8 @@ def _phases(run: GenerateRun, short_length: int) -> list[tuple[Engine | None, En
         return [(run.make_engine(short_length), longer.make_engine(run.sequence_length))]
     if run.engine != "server":
         config = read_config(run.model, run.trust_remote_code)
-        own, reads = (
-            dict(getattr(config, "rope_parameters", None) or {}),
-            getattr(config, "max_position_embeddings", None),
-        )
+        own = dict(getattr(config, "rope_parameters", None) or {})
+        reads = getattr(config, "max_position_embeddings", None)
         if own | (run.short_rope or {}) != own | (run.rope or {}):
             if reads and reads < short_length and not run.short_rope:
                 raise ValueError(

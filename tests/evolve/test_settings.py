@@ -210,6 +210,11 @@ def test_a_start_that_cannot_be_trained_is_refused_before_anything_runs(model, d
     with pytest.raises(ValueError, match=r"two/train: .*other"):
         check(Evolution.from_settings(settings))
     (other / "config.json").write_text(json.dumps(config))
+    first = settings["rounds"][0]
+    settings["rounds"][0] = first | {"length": 8192, "generate": {"max_chunk": 1020, "chunks": 1}}
+    with pytest.raises(ValueError, match=r"one/pairs: .*reads 1024 tokens at its own RoPE.*lower max_chunk"):
+        check(Evolution.from_settings(settings))
+    settings["rounds"][0] = first
     (other / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"two/untrained: .*has no chat template"):
         check(Evolution.from_settings(settings))

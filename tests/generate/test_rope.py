@@ -12,7 +12,7 @@ from benchmarks.loop.openai_server import OpenAIServer, Reply
 from longpo_ops.data import join_context, read_pairs
 from longpo_ops.engines import Request, Sampling
 from longpo_ops.engines.transformers import TransformersEngine
-from longpo_ops.generate import generate
+from longpo_ops.generate import check, generate
 from longpo_ops.generate import run as run_module
 
 RAISED = {"rope_theta": 1.3e4}
@@ -106,8 +106,10 @@ def test_what_failed_on_a_chunk_is_not_asked_at_the_raised_theta(settings, monke
 def test_chunks_that_the_model_does_not_read_at_its_own_theta_are_refused(own):
     for changes in ({"max_chunk": 1000}, {"max_chunk": 960, "question_tokens": 48}):
         run = replace(own, rope=RAISED, length=4096, min_document=256, max_document=2000, **changes)
-        with pytest.raises(ValueError, match=r"reads 1024 tokens at its own RoPE.*lower max_chunk"):
-            generate(run)
+        for refuse in (check, generate):
+            with pytest.raises(ValueError, match=r"reads 1024 tokens at its own RoPE.*lower max_chunk"):
+                refuse(run)
+        assert not Path(run.out).exists()  # which would hold them to the settings that were refused
     with pytest.raises(ValueError, match="long_endpoints without endpoints"):
         replace(own, long_endpoints=("http://h/v1",))
     with pytest.raises(ValueError, match=r"short_rope: rope_theta is -1"):

@@ -126,6 +126,7 @@ CHANGES = [
     ({"objective": "dpo"}, "objective", "objective is 'longpo' in the recipe, 'dpo' came"),
     ({"objective": "dpo", "objective_options": {"beta": 0.3}}, "objective", "'dpo' came"),
     ({"objective_options": {"label_smoothing": 0.1}}, "objective_options", "'label_smoothing': 0.1"),
+    ({"cut_document": True, "adam_beta2": 0.95}, "adam_beta2, cut_document", "adam_beta2 is 0.999 in the recipe, 0.95"),
     ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", "is 8 in the recipe, 4 came"),
     ({"lora_rank": 8, "max_steps": 3, "pack_tokens": 99}, "lora_rank, max_steps, pack_tokens", "lora_rank is 0"),
 ]
