@@ -37,7 +37,15 @@ def test_what_contradicts_is_told_and_named():
 def test_every_setting_that_decides_is_judged():
     """A setting that no table names would change what is made or trained, and the title would still say official."""
     train, generate = RECIPES["official"]["train"], RECIPES["official"]["generate"]
-    own = {"max_position_embeddings", "max_length", "system", "lora_alpha", "lora_targets", "dtype", "constraint_weight"}
+    own = {
+        "max_position_embeddings",
+        "max_length",
+        "system",
+        "lora_alpha",
+        "lora_targets",
+        "dtype",
+        "constraint_weight",
+    }
     own |= {"bf16", "fp16", "tf32", "ignore_data_skip", "accelerator_config"}  # of the machine, and of other methods
     assert {*DECIDING["run"], *DECIDING["config"]} - set(train) == own
     numbers = {f.name for f in fields(GenerateRun) if f.default is None} - {"prompts", "rope", "max_documents"}
