@@ -43,7 +43,7 @@ def evolve(
         evolution = Evolution.from_file(config)
         evolution = dataclasses.replace(evolution, out=out) if out else evolution
     if dry_run:
-        for stage in check(evolution):
+        for stage in check(evolution, base=True):
             _show(stage)
         return
     with terminal.resumable(f"what there is lies in {evolution.out}"), show_progress() as progress:

@@ -68,8 +68,10 @@ def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
         os.close(lock)
 
 
-def check(evolution: Evolution) -> list[Stage]:
-    """The stages, after trying what can be known to fail. Raises ValueError."""
+def check(evolution: Evolution, base: bool = False) -> list[Stage]:
+    """The stages, after trying what can be known to fail. base: its evaluation, too, which a run looks at as it begins.
+    Raises ValueError.
+    """
     stages = plan(evolution)
     origins, asked = {stage.model.path: stage.model.origin for stage in stages}, []
     for stage in stages:
@@ -87,9 +89,14 @@ def check(evolution: Evolution) -> list[Stage]:
             elif (talk := (run.model, run.template_kwargs)) not in asked:
                 ChatFormat(run.load_tokenizer(), template_kwargs=run.template_kwargs)
                 asked.append(talk)
-            if stage.kind == EVALUATE and stage.round and (stage.round.evaluate or run.model != evolution.model):
-                EvaluationPlan(run).check()  # what the base's evaluation shares is looked at as it begins
+            if stage.kind == EVALUATE and (_differs(stage, run, evolution) if stage.round else base):
+                EvaluationPlan(run).check()
     return stages
+
+
+def _differs(stage: Stage, run: EvaluateRun, evolution: Evolution) -> bool:
+    """Whether a round is evaluated otherwise than the base, or with another model's tokenizer."""
+    return bool(stage.round.evaluate) or run.model != evolution.model
 
 
 def _on_what_is_there(run: Run, origins: dict[str, str]) -> Run:

@@ -68,6 +68,8 @@ class Round:
         for name in ROLES:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{what}: {name} is {getattr(self, name)!r}; expected the name of a model")
+            if name != "reference" and getattr(self, name) == GENERATOR:
+                raise ValueError(f"{what}: {name} is {GENERATOR!r}, which a reference alone may be; name the model")
         for kind in OWNED:
             _set(self, kind, _further(what, kind, getattr(self, kind)))
 

@@ -34,7 +34,10 @@ pairs = typer.Typer(no_args_is_help=True, help="Look at, check and join preferen
 def generate(
     model: options.Model,
     documents: Annotated[list[str], typer.Option(help="Folder, file or glob of documents, repeatable.")],
-    length: Annotated[int, typer.Option(help="Tokens of the longest training sequence.")],
+    length: Annotated[
+        int,
+        typer.Option(help="Tokens of the longest training sequence; in the official recipe of the longest document."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the pairs; an unfinished run in it goes on.")],
     engine: options.EngineName = None,
     endpoint: options.Endpoints = None,

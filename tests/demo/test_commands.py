@@ -66,7 +66,8 @@ def test_the_demo_follows_the_published_recipe_with_the_sizes_that_it_needs(smal
     assert done.exit_code == 0, done.output
     results = json.loads((small / "results.json").read_text())
     pairs = (
-        "pairs official with changes (answer_tokens, max_chunk, min_chunk, min_document, question_tokens, questions)"
+        "pairs official with changes (answer_tokens, max_chunk, max_document, min_chunk, min_document, question_tokens, "
+        "questions)"
     )
     training = "training official with changes (gradient_accumulation_steps, learning_rate, seed)"
     assert results["recipes"] == {"1k": f"{pairs}, {training}"}

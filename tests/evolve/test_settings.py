@@ -43,6 +43,7 @@ def changed(**changes) -> dict:
         (changed(rounds="one"), "rounds: expected a list, got str"),
         (changed(rounds=["one"]), r"rounds\[0\]: expected names and values, got str"),
         (changed(rounds=[{"name": "one"}]), r"rounds\[0\]: length, documents missing"),
+        (changed(first={"start": "generator"}), "start is 'generator', which a reference alone may be"),
         (changed(evaluate={}), "evaluate: lengths missing"),
         (changed(evaluate={"lengths": 128}), "evaluate: lengths is 128; expected a list"),
         (changed(evaluate={"lengths": [128], "engine": "server"}), "engine 'server' has one model"),
@@ -205,6 +206,11 @@ def test_a_start_that_cannot_be_trained_is_refused_before_anything_runs(model, d
         each["documents"] = str(documents)
     settings["rounds"][1] |= {"start": str(other), "rope_theta": 3e4}
     assert len(check(Evolution.from_settings(settings))) == 9
+    unread = settings | {"evaluate": settings["evaluate"] | {"perplexity": [str(tmp_path / "none")]}}
+    unread["rounds"] = [each for each in settings["rounds"] if each["name"] == "one"]
+    assert len(check(Evolution.from_settings(unread))) == 5  # a run looks at the base's evaluation as it begins
+    with pytest.raises(ValueError, match=r"base/evaluate: .*none"):
+        check(Evolution.from_settings(unread), base=True)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 + config["num_hidden_layers"]}))
     with pytest.raises(ValueError, match=r"two/train: .*other"):
