@@ -69,7 +69,7 @@ def test_the_demo_follows_the_published_recipe_with_the_sizes_that_it_needs(smal
         "pairs official with changes (answer_tokens, max_chunk, max_document, min_chunk, min_document, question_tokens, "
         "questions)"
     )
-    training = "training official with changes (gradient_accumulation_steps, learning_rate, seed)"
+    training = "training official with changes (gradient_accumulation_steps, learning_rate, rope_theta, seed)"
     assert results["recipes"] == {"1k": f"{pairs}, {training}"}
     for page in ("report.html", "report.md"):
         assert "Recipe: pairs official with changes (answer" in (small / page).read_text().replace("\\", "")

@@ -305,7 +305,7 @@ def test_rounds_follow_the_recipe_of_the_evolution_or_their_own(model, caplog):
     settings["rounds"].append(settings["rounds"][0] | {"name": "three", "train": {"recipe": "default"}})
     found, evolution = rounds(settings), Evolution.from_settings(settings)
     names = "answer_tokens, max_chunk, min_chunk, min_document, question_tokens"
-    pairs, training = f"official with changes ({names})", "official with changes (learning_rate)"
+    pairs, training = f"official with changes ({names})", "official with changes (learning_rate, rope_theta)"
     titles = [(pairs, training), ("default", "default"), (pairs, "default")]
     assert [tuple(each[kind].settings["recipe"] for kind in ("pairs", "train")) for each in found] == titles
     told = [recipe_of(each, plan(evolution)) for each in evolution.rounds]
