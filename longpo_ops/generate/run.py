@@ -98,6 +98,9 @@ class GenerateRun(EngineSettings):
             drawn, mass = getattr(self, f"{kind}temperature"), getattr(self, f"{kind}top_p")
             if drawn < 0 or not 0 < mass <= 1:
                 raise ValueError(f"{kind}temperature {drawn}, {kind}top_p {mass}; expected >= 0, and above 0 up to 1")
+        for name in ("max_repeated", "max_repeated_rejected", "max_overlap"):
+            if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}; expected a share from 0 to 1")
         if (self.rope or self.short_rope) and self.reference_logps:
             raise ValueError(
                 "reference_logps with rope: the reference keeps its own RoPE; let `longpo train` compute its log-probs"

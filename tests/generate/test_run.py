@@ -365,6 +365,7 @@ def test_no_key_no_address_and_no_path_of_this_machine_is_recorded(settings, tmp
         ({"engine": "magic"}, "engine 'magic'; expected one of"),
         ({"engine": "server"}, "expected endpoints for 'server' only"),
         ({"length": 0}, "length is 0; expected more than 0"),
+        ({"max_repeated": 90.0}, "max_repeated is 90.0; expected a share from 0 to 1"),
         ({"top_p": 0.0}, "top_p 0.0; expected >= 0, and above 0"),
         ({"min_chunk": 200}, "chunks of 200 to 128 tokens; expected 0 < min_chunk"),
         ({"documents": ("nowhere",)}, "no documents at nowhere"),
