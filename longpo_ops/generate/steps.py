@@ -222,6 +222,11 @@ class _DocumentWork:
             raise RequestFailed(kept[FAILED], kept["detail"])
         if kept is not None:
             return Completion(**kept)
+        if asked is None:
+            raise ValueError(
+                f"{self.task.document.source} was not there, or had another text, when the chunks were read; run the same "
+                "command again"
+            )
         await asked.gate.enter(self.task.number)
         try:
             answer = await asked.engine.generate(request)

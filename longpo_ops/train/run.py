@@ -149,7 +149,9 @@ class TrainRun:
 
     def _given(self) -> dict[str, Any]:
         """The given settings that a recipe may judge; packs a step as those of all processes."""
-        own = {name: getattr(self, name) for name in ("nll_tokens", "lora_rank", "rope_theta", "cut_document")}
+        own = {
+            name: getattr(self, name) for name in ("nll_tokens", "lora_rank", "rope_theta", "cut_document", "system")
+        }
         given = {name: value for name, value in (own | self.training).items() if value is not None}
         return given | {name: given[name] * _processes() for name in (ACCUMULATION,) if name in given}
 
