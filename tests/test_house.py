@@ -105,7 +105,7 @@ def test_nothing_below_train_knows_the_trainer(found):
 
 def test_the_loop_takes_the_run_of_the_generator_and_no_more(found):
     used = {name for _, name in found["evolve"] if name.startswith("longpo_ops.generate")}
-    assert used == {"longpo_ops.generate.GenerateRun", "longpo_ops.generate.generate_and_summarise"}
+    assert used == {f"longpo_ops.generate.{name}" for name in ("GenerateRun", "check", "generate_and_summarise")}
 
 
 def sources() -> list[Path]:

@@ -40,7 +40,6 @@ def test_every_setting_that_decides_is_judged():
     own = {
         "max_position_embeddings",
         "max_length",
-        "system",
         "lora_alpha",
         "lora_targets",
         "dtype",
