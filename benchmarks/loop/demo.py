@@ -54,6 +54,7 @@ def main() -> None:
     if options.recipe == DEFAULT:
         draw_rows(rows, len(runs), PICTURES / "demo.png")
     path = options.out / f"{content['date'][:10]}-demo{kind}-{host_class()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows))
 
