@@ -34,7 +34,7 @@ ONE_STEP = {
 def close(ours, truth):
     """float64 against float64, summed in another order."""
     error, largest = (float((x.detach().double()).abs().max()) for x in (ours - truth, truth))
-    assert error <= 1e-11 * largest + 1e-15, f"{error:.3e} off, the largest is {largest:.3e}"
+    assert error <= 1e-10 * largest + 1e-15, f"{error:.3e} off, the largest is {largest:.3e}"
 
 
 def for_method(name: str, pairs):

@@ -11,7 +11,7 @@ from benchmarks.gpu import steps
 from benchmarks.gpu.rows import perform
 from benchmarks.gpu.setting import H100, H200, REHEARSAL
 from benchmarks.training import step as training
-from longpo_ops.memory import optimizer
+from longpo_ops.memory import pieces
 from longpo_ops.memory.plan import CARDS, Phase
 
 QUESTIONS = (steps.step, steps.longest, steps.pairs, steps.offload, steps.long)
@@ -28,7 +28,7 @@ def no_torchao(monkeypatch):
         raise ValueError("states='8bit' needs torchao")
 
     training.no_8bit_states.cache_clear()
-    monkeypatch.setattr(optimizer, "_torchao", missing)
+    monkeypatch.setattr(pieces, "_torchao", missing)
     yield
     training.no_8bit_states.cache_clear()
 

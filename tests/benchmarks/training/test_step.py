@@ -9,7 +9,7 @@ import torch
 from benchmarks import plot
 from benchmarks.training import step
 from benchmarks.training.step import TINY, VARIANTS, pair_rows, perform, useful_operations
-from longpo_ops.memory import optimizer
+from longpo_ops.memory import pieces
 from longpo_ops.memory.optimizer import AdamW
 from longpo_ops.memory.plan import GIB, Machine
 from longpo_ops.memory.search import placed
@@ -116,7 +116,7 @@ def test_without_torchao_variants_are_skipped_and_the_command_passes(tmp_path, m
         raise ValueError("states='8bit' needs torchao")
 
     step.no_8bit_states.cache_clear()
-    monkeypatch.setattr(optimizer, "_torchao", missing)
+    monkeypatch.setattr(pieces, "_torchao", missing)
     try:
         assert (
             step.main(
