@@ -31,10 +31,10 @@ ONE_STEP = {
 }
 
 
-def close(ours, truth):
+def close(ours, truth, relative: float = 1e-11):
     """float64 against float64, summed in another order."""
     error, largest = (float((x.detach().double()).abs().max()) for x in (ours - truth, truth))
-    assert error <= 1e-10 * largest + 1e-15, f"{error:.3e} off, the largest is {largest:.3e}"
+    assert error <= relative * largest + 1e-15, f"{error:.3e} off, the largest is {largest:.3e}"
 
 
 def for_method(name: str, pairs):
@@ -185,7 +185,8 @@ def test_two_processes_are_one(tmp_path, name):
     assert done.returncode == 0, done.stderr[-3000:]
     result = torch.load(tmp_path / "two" / "result.pt")
     for parameter in whole:
-        close(result["parameters"][parameter], whole[parameter].detach())
+        # Their processes compute norms and angles in float32, as transformers does outside TrueFloat64.
+        close(result["parameters"][parameter], whole[parameter].detach(), 2.0**-23)
     compared = [n for n in log if n.startswith(("eval_", "rewards/", "logps/")) or n.endswith("loss")]
     for metric in set(compared) - TIMES:
         assert result["log"][metric] == pytest.approx(log[metric], rel=1e-6, abs=1e-6), metric
