@@ -19,6 +19,7 @@ ROOMS = {
     "recipes": (),
     "pretrained": (),
     "kernels": (),
+    "parallel": (),
     "ops": ("kernels", "kinds"),
     "data": ("kinds",),
     "attention": ("data", "kinds"),
