@@ -121,7 +121,8 @@ CALLS = {
     "kl": (linear_kl, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "teacher_hidden": hidden(N, 5), "teacher_weight": torch.randn(V, 5),
         "kind": "jsd", "beta": 0.5, "mask": torch.ones(N, dtype=torch.bool), "row_weights": torch.rand(N), "reduction": "none",
-        "temperature": 1.0, "teacher_bias": torch.randn(V), "teacher_scale": 1.0, "teacher_softcap": 4.0, "group": None} | OPTIONS),
+        "temperature": 1.0, "teacher_bias": torch.randn(V), "teacher_scale": 1.0, "teacher_softcap": 4.0,
+        "group": None} | OPTIONS),
     "head": (preference_head, {
         "weight": torch.randn(V, H), "bias": torch.randn(V), "softcap": 5.0, "scale": 1.0,
         "hidden": hidden(N), "labels": ids(N)}),

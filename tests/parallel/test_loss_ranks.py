@@ -83,6 +83,7 @@ def on_ranks() -> dict:
         "collectives": collectives(shards),
         "alone": alone(shards),
         "sharded head": sharded_head(shards),
+        "compiled": compiled(shards),
     }
     with torch.no_grad():
         row = Row(LONGPO, **SEVERAL)
@@ -197,6 +198,23 @@ def alone(shards) -> bool:
         for call, plain, grouped in cases
         for a, b in zip(call(*plain).values(), call(*grouped).values(), strict=True)
     )
+
+
+def compiled(shards) -> bool:
+    """Whether compiled calls, one graph each, give the bits of plain ones."""
+    row, expected = Row(LONGPO), Row(LONGPO).ours(shards)
+    leaves = row.leaves(shards.rows)
+
+    def divergence(hidden, weight):
+        return linear_kl(hidden, weight, hidden.detach() + 1, weight.detach(), reduction="mean", group=shards.group)
+
+    def whole(hidden, weight):
+        return row.outputs({"hidden": hidden, "weight": weight}, shards=shards).loss
+
+    loss = torch.compile(whole, fullgraph=True, backend="aot_eager")(**leaves)
+    kl = torch.compile(divergence, fullgraph=True, backend="aot_eager")(**leaves)
+    same = torch.equal(kl, divergence(**leaves)) and torch.equal(loss, expected["loss"])
+    return same and all(torch.equal(grad, expected[name]) for name, grad in gradients(loss, leaves).items())
 
 
 def sharded_head(shards) -> tuple[dict, dict]:
@@ -346,6 +364,10 @@ def test_a_call_takes_one_number_per_sequence_and_one_for_the_rest(found):
 
 def test_a_group_of_one_rank_gives_the_bits_of_no_group(found):
     assert of(found, "alone") == [True] * len(found)
+
+
+def test_compiled_calls_give_the_bits_of_plain_ones(found):
+    assert of(found, "compiled") == [True] * len(found)
 
 
 def test_heads_and_models_under_fsdp2_get_the_whole_rows_gradients(found):
