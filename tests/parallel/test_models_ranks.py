@@ -36,6 +36,8 @@ SHAPES = {
     "gemma2, window and soft-caps": dict(
         model_type="gemma2", query_pre_attn_scalar=8, attn_logit_softcapping=5.0, final_logit_softcapping=4.0, **LOCAL
     ),
+    "gemma3, window": dict(model_type="gemma3_text", query_pre_attn_scalar=8, **LOCAL),
+    "qwen3_moe": dict(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "one kv head": dict(model_type="llama", num_key_value_heads=1),
     "3 heads on 1": dict(model_type="llama", num_attention_heads=3, num_key_value_heads=1, hidden_size=24),
     "6 heads on 2": dict(model_type="llama", num_attention_heads=6, num_key_value_heads=2, hidden_size=48),
@@ -63,7 +65,7 @@ class Case:
         return ", ".join((self.shape, self.method, *self.packs, self.wrapper))
 
 
-FAMILIES = [shape for shape in SHAPES if "head" not in shape]
+FAMILIES = list(SHAPES)[:5]  # with every method
 ON_TWO = [Case(shape, method) for shape in FAMILIES for method in METHODS]
 ON_TWO += [Case("llama", method, (pack,)) for pack in PACKS if pack != "several rejected" for method in METHODS]
 ON_TWO += [Case(shape, "longpo") for shape in SHAPES if shape not in FAMILIES]
@@ -112,7 +114,9 @@ def pairs_of(pack: str, method: str):
 def model_of(shape: str, checkpoints: bool = False):
     torch.manual_seed(0)
     sizes = SIZES | SHAPES[shape]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(sizes.pop("model_type"), **sizes)).double().train()
+    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    config._experts_implementation = "eager"  # grouped products of experts know no float64
+    model = AutoModelForCausalLM.from_config(config).double().train()
     if checkpoints:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return prepare_model(model)
