@@ -11,7 +11,7 @@ weight, and torch.distributed.checkpoint cuts them anew. Of a DTensor each rank 
 first number. Shards that begin with whole periods have the blocks of the whole weight, so that any number of them goes on
 from any other; others have blocks of their own, which no other number goes on from (check_cuts).
 
-Tests: tests/memory/test_optimizer.py, tests/parallel/test_memory_ranks.py.
+Several ranks: tests/parallel/test_memory_ranks.py.
 """
 
 from __future__ import annotations
