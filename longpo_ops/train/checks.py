@@ -1,6 +1,7 @@
 """What can be known to fail before a run trains: the run, its dry run and the trainer ask the same functions.
 
 check_model        before anything is tokenised: the family, the head, adapters, the reference, weights (headers only)
+check_shared_rows  likewise, and in the trainer: heads, RoPE and auxiliary loss of a model whose packs several processes share
 check_pairs        before weights are read: what the method reads of every record, and that it fits
 check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
 check_schedule     before the reference is loaded: that a step has a rate above 0
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
+from ..attention.ulysses import head_plan
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
 from ..memory.optimizer import check_optim
@@ -49,11 +51,31 @@ def check_model(run: TrainRun, config: LongPOConfig) -> nn.Module:
     the reference and of their weights, which are not read."""
     policy = run.empty_model(run.model, policy=True)
     refuse_unplanned(policy, config)
+    check_shared_rows(policy, config)
     prepare_model(policy)
     read_head(policy.get_output_embeddings(), merge_lora=False)  # attach waits for weights with it
     if needs_reference(config) and run.reference_model is not None:
         prepare_model(run.empty_model(run.reference_model, policy=False))
     return policy
+
+
+def check_shared_rows(model: nn.Module, config: LongPOConfig) -> None:
+    """Raises ValueError for a model that cannot compute on rows that several processes share."""
+    if (ranks := config.sequence_parallel) == 1:
+        return
+    model, text = base_model(model), base_model(model).config.get_text_config()
+    head_plan(text.num_attention_heads, text.num_key_value_heads, ranks)
+    told = f"sequence_parallel={ranks}: {type(model).__name__}"
+    if rope_depends_on_length(model):
+        raise ValueError(
+            f"{told} has RoPE frequencies that depend on the longest position, and each process would see another; expected "
+            "rope_type 'default', 'linear', 'llama3' or 'yarn', or sequence_parallel=1"
+        )
+    if getattr(text, "output_router_logits", False):
+        raise ValueError(
+            f"{told} has an auxiliary loss of the experts' load (output_router_logits), which is no sum over rows; set "
+            "output_router_logits to false in its config, or sequence_parallel to 1"
+        )
 
 
 def needs_reference(config: LongPOConfig) -> bool:
@@ -81,6 +103,11 @@ def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None) -
             f"record {pair.id!r}: {selected.length} tokens, target_length is {target}; raise it (or "
             "max_position_embeddings, its default for logo), or set it to 0 to leave positions as they are"
         )
+    if (tokens := packed_length(selected)) < config.sequence_parallel:
+        raise ValueError(
+            f"record {pair.id!r}: {tokens} tokens in its pack, fewer than the {config.sequence_parallel} processes that share "
+            "it; lower sequence_parallel, or leave the record out"
+        )
     if method.reference is not None:
         DataReference().logps(pair) if config.reference == "data" else readings(pair, method.reference)
     return selected.length
@@ -102,7 +129,7 @@ def count_steps(num_packs: int, config: LongPOConfig) -> int:
     """Optimizer steps of a run on num_packs packs, as Trainer counts them."""
     if config.max_steps > 0:
         return config.max_steps
-    of_process = num_packs / config.world_size
+    of_process = num_packs / config.data_ranks
     of_process = math.floor(of_process) if config.dataloader_drop_last else math.ceil(of_process)
     return math.ceil(config.num_train_epochs * max(1, math.ceil(of_process / config.gradient_accumulation_steps)))
 

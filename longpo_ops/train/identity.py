@@ -7,11 +7,11 @@
 A folder goes on with the run it holds, and with no other: what has changed is told in words. Files may be moved, renamed
 and touched. Decided, because a checkpoint would carry the old value on or the steps after it be those of neither run:
 objective, data, tokenizer, models, optimizer, schedule, clipping, precision, storage in 8 bits, seeds, packs a step. Free:
-tiling, offload, devices, whether the reference is computed before or on the fly, the number of processes as long as a step
-has as many packs (random states, of dropout say, are then begun anew), logging, saving, and evaluation where it decides no
-weights (load_best_model_at_end, save_strategy best and a scheduler that looks at it do). max_steps and num_train_epochs may
-be raised; the learning rate then follows the longer schedule from there on, so the weights are not those of a run that was
-as long from its beginning.
+tiling, offload, devices, whether the reference is computed before or on the fly, the number of processes and how many share
+the rows of a pack, as long as a step has as many packs (random states, of dropout say, are then begun anew), logging, saving,
+and evaluation where it decides no weights (load_best_model_at_end, save_strategy best and a scheduler that looks at it do).
+max_steps and num_train_epochs may be raised; the learning rate then follows the longer schedule from there on, so the weights
+are not those of a run that was as long from its beginning.
 
 Cost. A model's weights are read once (about a second per GB), and again when their size or time changes. A model by its
 name on a hub is its commit, or its config alone where no commit is known. Not covered: code that trust_remote_code loads,
@@ -94,7 +94,7 @@ class Identity:
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
         values["objective_options"] = config.objective_options or {}
         values |= {"reference_from": _reference_from(config), "memory": _memory(config)}
-        values["packs_per_step"] = config.gradient_accumulation_steps * config.world_size
+        values["packs_per_step"] = config.gradient_accumulation_steps * config.data_ranks
         values |= {"processes": config.world_size, "contents": contents}
         evaluated = config.load_best_model_at_end or given["save_strategy"] == "best"
         evaluated = evaluated or given["lr_scheduler_type"] == "reduce_lr_on_plateau"

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
+from ..parallel import launch
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
 from ..runs.validate import check_kinds
 from .checkpoints import check_going_on, last_checkpoint
@@ -40,8 +40,9 @@ from .checks import (
 from .config import LongPOConfig
 from .identity import Identity, holds_run, tokenizer_digest
 from .packed import DIGESTS, PairStore, select
+from .ranks import weights_digest
 from .report import write_report
-from .trainer import LongPOTrainer, weights_digest
+from .trainer import LongPOTrainer
 
 log = logging.getLogger("longpo_ops.train")
 
@@ -58,8 +59,8 @@ class TrainRun:
     max_length, cut_document, system, on_bad_record: as in data.ChatFormat and data.tokenized_pairs.
     recipe: "default", or "official", the published one: what is not given, here or in `training`, is the recipe's
         (recipes.py). What contradicts it stays as it was given, is told, and is named in `title`. A step of the official
-        one has 8 sequences over all processes (WORLD_SIZE); another objective than its own keeps its own options. Records
-        of equal answers, which `default` refuses, are trained on.
+        one has 8 sequences over all processes (WORLD_SIZE / sequence_parallel have sequences of their own); another
+        objective than its own keeps its own options. Records of equal answers, which `default` refuses, are trained on.
     nll_tokens: which tokens the NLL term counts, "contents" or "all" (data.tokenized_pairs); None is the recipe's.
     lora_rank: 0 for full fine-tuning. lora_targets: module names, or "all-linear" (never the head).
     dtype: "auto" is the model's own. What is saved at the end has it, whatever training kept (LongPOTrainer).
@@ -153,7 +154,7 @@ class TrainRun:
             name: getattr(self, name) for name in ("nll_tokens", "lora_rank", "rope_theta", "cut_document", "system")
         }
         given = {name: value for name, value in (own | self.training).items() if value is not None}
-        return given | {name: given[name] * _processes() for name in (ACCUMULATION,) if name in given}
+        return given | {name: given[name] * self._data_ranks() for name in (ACCUMULATION,) if name in given}
 
     def _fill(self, given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """-> given settings and the recipe's under them, and the names of those that contradict it."""
@@ -162,13 +163,17 @@ class TrainRun:
             settings["objective_options"] = given.get("objective_options")
             changed = tuple(name for name in changed if name != "objective_options")
         if ACCUMULATION in settings:
-            settings[ACCUMULATION], rest = divmod(packs := settings[ACCUMULATION], _processes())
+            settings[ACCUMULATION], rest = divmod(packs := settings[ACCUMULATION], self._data_ranks())
             if rest:
                 raise ValueError(
-                    f"recipe={self.recipe!r} has {packs} sequences a step, which {_processes()} processes (WORLD_SIZE) cannot "
-                    f"share evenly; start as many as divide it, or give {ACCUMULATION}"
+                    f"recipe={self.recipe!r} has {packs} sequences a step, which {self._data_ranks()} processes (WORLD_SIZE / "
+                    f"sequence_parallel) cannot share evenly; start as many as divide it, or give {ACCUMULATION}"
                 )
         return settings, changed
+
+    def _data_ranks(self) -> int:
+        """Processes, or groups of them that share packs, which have packs of their own."""
+        return launch.data_ranks(launch.sequence_parallel(self.training.get("sequence_parallel")))
 
     def config(self) -> LongPOConfig:
         """LongPOConfig of the run. Raises ValueError for values it refuses."""
@@ -249,11 +254,6 @@ class TrainRun:
         return get_peft_model(
             model, LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         )
-
-
-def _processes() -> int:
-    """That train together, as launchers tell."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
