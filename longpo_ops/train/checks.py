@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
-from ..attention.ulysses import head_plan
+from ..attention import check_ranks, check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
 from ..memory.optimizer import check_optim
@@ -61,21 +60,13 @@ def check_model(run: TrainRun, config: LongPOConfig) -> nn.Module:
 
 def check_shared_rows(model: nn.Module, config: LongPOConfig) -> None:
     """Raises ValueError for a model that cannot compute on rows that several processes share."""
-    if (ranks := config.sequence_parallel) == 1:
-        return
-    model, text = base_model(model), base_model(model).config.get_text_config()
-    head_plan(text.num_attention_heads, text.num_key_value_heads, ranks)
-    told = f"sequence_parallel={ranks}: {type(model).__name__}"
-    if rope_depends_on_length(model):
-        raise ValueError(
-            f"{told} has RoPE frequencies that depend on the longest position, and each process would see another; expected "
-            "rope_type 'default', 'linear', 'llama3' or 'yarn', or sequence_parallel=1"
-        )
-    if getattr(text, "output_router_logits", False):
-        raise ValueError(
-            f"{told} has an auxiliary loss of the experts' load (output_router_logits), which is no sum over rows; set "
-            "output_router_logits to false in its config, or sequence_parallel to 1"
-        )
+    if (ranks := config.sequence_parallel) > 1:
+        check_ranks(base_model(model), ranks)
+        if getattr(base_model(model).config.get_text_config(), "output_router_logits", False):
+            raise ValueError(
+                f"sequence_parallel={ranks}: {type(base_model(model)).__name__} adds a loss of its experts' load, which is no sum "
+                "over rows; set output_router_logits to false in its config, or sequence_parallel to 1"
+            )
 
 
 def needs_reference(config: LongPOConfig) -> bool:

@@ -350,23 +350,27 @@ class LongPOTrainer(RanksTrainer):
         metrics = {"nll_loss": total(nll, batch.num_pairs)}
         if not self.method.constraint:
             return nll / num_pairs, metrics
-        kl = self._constraint(hidden, head, pack, references)
+        kl = self._constraint(hidden, head, pack, torch.cat(references), shards)
         metrics["kl"] = total(kl, batch.num_pairs)
         return (nll + self.args.constraint_weight * kl) / num_pairs, metrics
 
-    def _constraint(self, hidden: Tensor, head, pack: Pack, teacher: list[Tensor]) -> Tensor:
-        """sum over pairs of the method's mean over answer rows of KL(policy on the long input || reference on the short)."""
-        answers = (pack.batch.segments >= 0).nonzero().squeeze(-1).to(hidden.device)
+    def _constraint(self, hidden: Tensor, head, pack: Pack, teacher: Tensor, shards: Shards | None) -> Tensor:
+        """sum over pairs of the method's mean over answer rows of KL(policy on the long input || reference on the short).
+        teacher: (answer rows, H) of all pairs."""
+        answers = (pack.batch.segments >= 0).nonzero().squeeze(-1)
         weights = torch.cat([self._row_weights(pair) for pair in pack.pairs])
+        if shards is not None:  # this rank's answer rows, maybe none
+            first, end = torch.searchsorted(answers, torch.tensor([shards.rows.start, shards.rows.stop])).tolist()
+            answers, weights, teacher = answers[first:end] - shards.rows.start, weights[first:end], teacher[first:end]
         if self._teacher_head is None:
             self._teacher_head = self.reference.head().to(hidden.device)
-        return head(
-            hidden[answers],
+        kl = head(
+            hidden[answers.to(hidden.device)],
             (),
             loss=lambda student, weight, **map: linear_kl(
                 student,
                 weight,
-                torch.cat(teacher).to(student),
+                teacher.to(student),
                 self._teacher_head.to(weight.dtype),
                 kind="reverse",
                 row_weights=weights.to(student.device),
@@ -375,6 +379,7 @@ class LongPOTrainer(RanksTrainer):
                 **map,
             ),
         )
+        return kl if shards is None else kl + (shards.sum_(kl.detach().clone()) - kl.detach())  # all ranks' value
 
     def _row_weights(self, pair: TokenizedPair) -> Tensor:
         """(A,) float64, what each answer row of a pair weighs in the constraint; they sum to 1. The answers of the short
