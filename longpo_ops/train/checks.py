@@ -64,8 +64,8 @@ def check_shared_rows(model: nn.Module, config: LongPOConfig) -> None:
         check_ranks(base_model(model), ranks)
         if getattr(base_model(model).config.get_text_config(), "output_router_logits", False):
             raise ValueError(
-                f"sequence_parallel={ranks}: {type(base_model(model)).__name__} adds a loss of its experts' load, which is no sum "
-                "over rows; set output_router_logits to false in its config, or sequence_parallel to 1"
+                f"sequence_parallel={ranks}: {type(base_model(model)).__name__} adds a loss of its experts' load, which is no "
+                "sum over rows; set output_router_logits to false in its config, or sequence_parallel to 1"
             )
 
 

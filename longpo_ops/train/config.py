@@ -13,10 +13,10 @@ from pathlib import Path
 from accelerate import ParallelismConfig
 from transformers import TrainingArguments
 
+from .. import launch
 from ..memory.optimizer import refuse_step_in_backward
 from ..memory.search import check_lossy
 from ..memory.settings import Memory
-from ..parallel import launch
 from .methods import Method, resolve_method
 
 REFERENCES = ("precompute", "online", "data")

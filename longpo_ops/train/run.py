@@ -16,12 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from .. import recipes
+from .. import launch, recipes
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
-from ..parallel import launch
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
 from ..runs.validate import check_kinds
 from .checkpoints import check_going_on, last_checkpoint

@@ -22,6 +22,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def rank() -> int:
+    """Of this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
 def launched(name: str) -> int | None:
     """A size of accelerate's parallelism_config ("cp", "dp_shard", ...), or None where no launcher gave one."""
     if not _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
