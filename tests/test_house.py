@@ -21,7 +21,7 @@ ROOMS = {
     "pretrained": (),
     "kernels": (),
     "parallel": (),
-    "ops": ("kernels", "kinds"),
+    "ops": ("kernels", "kinds", "parallel"),
     "data": ("kinds",),
     "attention": ("data", "kinds"),
     "runs": ("data",),

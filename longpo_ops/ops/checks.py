@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..kinds import check_choice, check_number, check_tensor, check_whole, refusal
+from ..kinds import check_choice, check_number, check_object, check_tensor, check_whole, refusal
+from ..parallel import Shards
 from .dispatch import NAMES
 from .sweep import default_workspace, workspace_of
 
@@ -71,6 +72,28 @@ def check_rows(hidden: Tensor, name: str = "hidden") -> None:
     """Raises ValueError unless hidden is (N, H)."""
     if hidden.dim() != 2:
         raise ValueError(f"{name}.shape={tuple(hidden.shape)}: expected (N, H); use {name}.flatten(0, -2)")
+
+
+def check_shards(shards: Shards | None, hidden: Tensor) -> tuple[int, str]:
+    """-> how many rows there are on all ranks, and the name of the group that shares them, "" where one process has them all.
+    Raises ValueError for what is no Shards, and for other rows than all of them on one process."""
+    if shards is None:
+        return hidden.shape[0], ""
+    check_object("shards", shards, Shards, "a longpo_ops.parallel.Shards")
+    if shards.size > 1:  # their number is looked at where all ranks find out
+        return shards.length, shards.group.group_name
+    check_held_rows(hidden, shards)
+    return shards.length, ""
+
+
+def check_held_rows(hidden: Tensor, shards: Shards) -> None:
+    """Raises ValueError unless hidden has the rows of this rank."""
+    rows, given = shards.rows, hidden.shape[0]
+    if given != rows.stop - rows.start:
+        raise ValueError(
+            f"hidden has {given} rows on rank {shards.rank} of {shards.size}: expected {rows.stop - rows.start}, rows "
+            f"{rows.start} to {rows.stop - 1} of {shards.length}; see Shards.rows"
+        )
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...], name: str = "labels", of: str = "hidden") -> Tensor:

@@ -13,10 +13,14 @@ computes values first and recomputes in backward. The paper's short-to-long cons
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..kinds import check_choice, check_number, check_tensor
+from ..kinds import check_choice, check_number, check_object, check_tensor
+from ..parallel import alike, group_named
 from .checks import (
     check_backend,
     check_head,
@@ -56,6 +60,7 @@ def linear_kl(
     teacher_softcap: float | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """-> () divergence of student and teacher in nats, or (N,) with reduction="none"; float32 (float64 for float64 inputs).
 
@@ -66,6 +71,10 @@ def linear_kl(
     scale, softcap: of the student's logits, and the teacher's unless teacher_scale, teacher_softcap are given.
     Gradients reach student and teacher tensors that require one; detach the teacher for distillation. With "none", backward
     recomputes. The two heads may differ in hidden size, not in V; all tensors share one dtype, or autocast is on.
+    group: ranks that hold the other rows. hidden, teacher_hidden, mask and row_weights are this rank's rows, any number of
+        them, even none. The sum or mean is that over the rows of all ranks, the same on each; its gradient is this rank's
+        share, as with shards in packed_preference_loss: FSDP and DDP average, so multiply by the world size. Rows that do
+        not fit together on one rank are the same ValueError on all. Not with reduction="none", whose rows need no others.
 
     Raises ValueError naming the argument, what came and what was expected.
     """
@@ -76,19 +85,22 @@ def linear_kl(
     check_rows(hidden)
     check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_hidden", "teacher_")
     check_rows(teacher_hidden, "teacher_hidden")
-    n = hidden.shape[0]
-    if teacher_hidden.shape[0] != n:
-        raise ValueError(f"teacher_hidden has {teacher_hidden.shape[0]} rows, hidden {n}: expected aligned rows")
     if teacher_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"teacher_weight has V={teacher_weight.shape[0]}, weight V={weight.shape[0]}: expected one V")
     if teacher_hidden.device != hidden.device:
         raise ValueError(
             f"teacher_hidden is on {teacher_hidden.device}, hidden on {hidden.device}: expected one device"
         )
-    check_reduction(reduction, row_weights, n)
-    if mask is not None:
-        check_tensor("mask", mask, (torch.bool,), (n,))
-        mask = mask.cpu()
+    with _alike(group, hidden.device):
+        n = hidden.shape[0]
+        if teacher_hidden.shape[0] != n:
+            raise ValueError(f"teacher_hidden has {teacher_hidden.shape[0]} rows, hidden {n}: expected aligned rows")
+        check_reduction(reduction, row_weights, n)
+        if mask is not None:
+            check_tensor("mask", mask, (torch.bool,), (n,))
+            mask = mask.cpu()
+    if group is not None and reduction == "none":
+        raise ValueError("reduction='none' with group: expected 'sum' or 'mean'; a row's value needs no other ranks")
     dtype = compute_dtype(hidden, weight)
     if compute_dtype(teacher_hidden, teacher_weight, "teacher_hidden", "teacher_weight") != dtype:
         raise ValueError(f"teacher tensors are {teacher_hidden.dtype}, student tensors {dtype}: expected one dtype")
@@ -108,9 +120,20 @@ def linear_kl(
     total = torch.ones((), dtype=torch.float64)
     if reduction == "mean":
         total = _weight_of_rows(n, mask, weights)
+        if group is not None:
+            total = total.to(hidden.device, torch.float64)
+            dist.all_reduce(total, group=group)
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in heads]
-    return _divergence_op(*heads, mask, weights, total, *options, need)[0]
+    return _divergence_op(*heads, mask, weights, total, "" if group is None else group.group_name, *options, need)[0]
+
+
+def _alike(group: dist.ProcessGroup | None, device: torch.device):
+    """A block that all ranks of a group leave alike. Compiled code is traced on each, and has its errors then."""
+    if group is None:
+        return nullcontext()
+    check_object("group", group, dist.ProcessGroup, "a torch.distributed.ProcessGroup")
+    return nullcontext() if torch.compiler.is_compiling() else alike(group, device)
 
 
 def _weight_of_rows(n: int, mask: Tensor | None, weights: Tensor | None) -> Tensor:
@@ -205,16 +228,20 @@ def _counts(mask: Tensor | None, weights: Tensor | None, window: slice) -> Tenso
 def _divergence_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None,
     teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
-    mask: Tensor | None, weights: Tensor | None, total: Tensor, kind: str, beta: float, scale: float, softcap: float,
-    teacher_scale: float, teacher_softcap: float, scratch: int, dtype: torch.dtype, backend: str, need: list[bool],
+    mask: Tensor | None, weights: Tensor | None, total: Tensor, group: str, kind: str, beta: float, scale: float,
+    softcap: float, teacher_scale: float, teacher_softcap: float, scratch: int, dtype: torch.dtype, backend: str,
+    need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> sum_t weight_t / total * value_t, its gradients by the six head tensors (empty where not needed), their scales."""
+    """-> sum_t weight_t / total * value_t, over all ranks of the group of that name, if any; the gradients of this one's
+    rows by the six head tensors (empty where not needed), their scales."""
     # fmt: on
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     maps = (scale, softcap), (teacher_scale, teacher_softcap)
     summed, student, teacher, grad_scale = _sweep(
         heads, mask, weights, total, kind, beta, *maps, scratch, dtype, backend, need
     )
+    if group:
+        dist.all_reduce(summed, group=group_named(group))
     grads = (student.dh, student.dw, student.db, teacher.dh, teacher.dw, teacher.db)
     like = (weight if t is None else t for t in heads)
     delivered, scales = zip(*map(deliver, grads, like), strict=True)
@@ -281,7 +308,7 @@ def _values_backward(ctx, grad):
     *heads, mask = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:6])
     with torch.no_grad():
-        _, *grads, grad_scale = _divergence_op(*heads, mask, grad.contiguous(), torch.ones(()), *ctx.options, need)
+        _, *grads, grad_scale = _divergence_op(*heads, mask, grad.contiguous(), torch.ones(()), "", *ctx.options, need)
         factors = 1 / grad_scale
         head = [scale_(g, factors[i]) if need[i] else None for i, g in enumerate(grads)]
     return *head, *[None] * 10

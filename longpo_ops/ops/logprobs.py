@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..parallel import Shards
 from .checks import (
     check_backend,
     check_head,
@@ -20,6 +21,7 @@ from .checks import (
     check_labels,
     check_reduction,
     check_rows,
+    check_shards,
     check_workspace,
     compute_dtype,
     logit_map,
@@ -72,20 +74,28 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    shards: Shards | None = None,
 ) -> Tensor:
     """-> () weighted NLL of the labels, or (N,) with reduction="none"; float32 (float64 for float64 inputs).
 
     reduction: "sum" of row_weights * NLL; "mean": that sum over the sum of the weights of labelled rows, 0 when there are
         none; "none": row_weights * NLL per row, where backward recomputes (8 N H V instead of 6).
     row_weights: default 1. They take a gradient with reduction="none" only.
+    shards: as in packed_preference_loss: hidden are this rank's rows, labels and row_weights of all rows; the sum or mean
+        is the whole row's on every rank, its gradient this rank's share. Not with reduction="none".
     Everything else as in linear_logprobs.
     """
     check_head(hidden, weight, bias)
     check_rows(hidden)
-    labels = check_labels(labels, (hidden.shape[0],))
-    check_reduction(reduction, row_weights, hidden.shape[0])
+    n, group = check_shards(shards, hidden)
+    labels = check_labels(labels, (n,))
+    check_reduction(reduction, row_weights, n)
     ignore_index = check_ignore_index(ignore_index)
     if reduction == "none":
+        if shards is not None:
+            raise ValueError(
+                "reduction='none' with shards: expected 'sum' or 'mean'; rows need no other ranks, give theirs"
+            )
         logps = linear_logprobs(
             hidden, weight, labels, bias=bias, softcap=softcap, scale=scale, temperature=temperature,
             ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend,
@@ -109,6 +119,6 @@ def linear_cross_entropy(
     batch = Batch(
         answers=[none], segments=[none], nll=[labels[None]], nll_weights=[weights], nll_total=total, ref_chosen=None,
         ref_rejected=None, pair=none, count=0, objective="", parameters=[], preference_weight=0.0, num_pairs=1.0,
-        shift=False, ignore_index=ignore_index,
+        shift=False, ignore_index=ignore_index, group=group,
     )  # fmt: skip
     return sweep_op([hidden[None]], weight, bias, *batch, *map, scratch, dtype, need, backend)[0]

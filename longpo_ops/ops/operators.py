@@ -7,11 +7,14 @@ logps          per-token log-probs; backward recomputes chunk by chunk (logps_ba
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..parallel import Shards, alike, digest, group_named
+from .checks import check_held_rows
 from .dispatch import choose_backend
 from .objectives import rebuild_objective
 from .products import multiplies_natively, result_dtype
@@ -19,10 +22,13 @@ from .rows import WINDOW, Stretch, to_device, windows
 from .sweep import HeadSweep, Options, Pairs, Result, float16_scale, rows_per_chunk, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
+WHOLE = "labels, sequences, weights, pairs and the objective"  # what all ranks of a group hold
 
 
 class Batch(NamedTuple):
-    """What a sweep is told of rows and pairs: arguments of sweep_op, in its order. A list has an entry per hidden tensor."""
+    """What a sweep is told of rows and pairs: arguments of sweep_op, in its order. A list has an entry per hidden tensor.
+
+    Where a group shares the rows of one sequence (S_0 = 1), hidden has this rank's, and everything here is of all T_0."""
 
     answers: list[Tensor]  # (S_i, T_i) labels of answer tokens, or (0,) for none
     segments: list[Tensor]  # (S_i, T_i) or (S_i, 1) sequence numbers
@@ -39,6 +45,12 @@ class Batch(NamedTuple):
     num_pairs: float
     shift: bool
     ignore_index: int
+    group: str = ""  # the name of the process group that shares the rows
+
+    @property
+    def length(self) -> int:
+        """T_0, of all rows of a sequence that a group shares."""
+        return max(self.answers[0].shape[-1], self.nll[0].shape[-1])
 
 
 def _stretches(
@@ -128,25 +140,52 @@ def run_sweep(
 ) -> Result:
     """The sweep on plain tensors. `grads` receive the hidden gradients of visited rows; other rows stay as they are, or
     become zero with `clear`."""
-    device, count = weight.device, batch.count
-    with torch.autocast(device.type, enabled=False), torch.no_grad():
-        pair, nll_weights = batch.pair.cpu(), [weights.cpu() for weights in batch.nll_weights]
-        _check_pair(pair, count)
-        references = _references(batch, device)
-        labels = (batch.answers, batch.segments, batch.nll, nll_weights)
-        stretches = _stretches(hiddens, grads, *labels, batch.shift, batch.ignore_index)
-        _check_labels(stretches, weight.shape[0])
-        _check_segments(stretches, count + pair.shape[0])
+    with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
+        shards = Shards(batch.length, group_named(batch.group)) if batch.group else None
+        with nullcontext() if shards is None else alike(shards.group, weight.device, _digest(batch), WHOLE):
+            stretches, pairs = _checked(hiddens, grads, weight, batch, shards)
         head = _head(weight, bias, options, backend, sum(map(len, stretches)))
-        pairs = None
-        if count:
-            objective = rebuild_objective(batch.objective, batch.parameters)
-            weight_of_pair = batch.preference_weight / batch.num_pairs
-            pairs = Pairs(objective, *references, pair, count, weight_of_pair)
-        result = sweep(stretches, head, pairs, batch.nll_total)
+        result = sweep(stretches, head, pairs, batch.nll_total, shards)
         if clear:
             _clear_unvisited(stretches, grads, batch.shift)
         return result
+
+
+def _checked(
+    hiddens: list[Tensor], grads: list[Tensor | None], weight: Tensor, batch: Batch, shards: Shards | None
+) -> tuple[list[Stretch], Pairs | None]:
+    """-> the stretches of rows that are here, and the pairs. Raises ValueError for anything wrong in the whole batch."""
+    pair, nll_weights = batch.pair.cpu(), [weights.cpu() for weights in batch.nll_weights]
+    _check_pair(pair, batch.count)
+    references = _references(batch, weight.device)
+    labels = (batch.answers, batch.segments, batch.nll, nll_weights)
+    stretches = _stretches(hiddens, grads, *labels, batch.shift, batch.ignore_index)
+    _check_labels(stretches, weight.shape[0])
+    _check_segments(stretches, batch.count + pair.shape[0])
+    pairs = None
+    if batch.count:
+        objective = rebuild_objective(batch.objective, batch.parameters)
+        lengths = _answer_rows(stretches, batch.count, batch.count + pair.shape[0])
+        weight_of_pair = batch.preference_weight / batch.num_pairs
+        pairs = Pairs(objective, *references, pair, batch.count, lengths, weight_of_pair)
+    if shards is not None:
+        check_held_rows(hiddens[0][0], shards)
+        stretches = [stretch.held(shards.rows) for stretch in stretches]
+    return stretches, pairs
+
+
+def _digest(batch: Batch) -> int:
+    """Of what all ranks of a group must hold alike. Not of references: each may have made them, in its own rounding."""
+    tensors = (*batch.answers, *batch.segments, *batch.nll, *batch.nll_weights, batch.nll_total, batch.pair)
+    plain = (
+        batch.count,
+        batch.objective,
+        batch.parameters,
+        batch.preference_weight,
+        batch.num_pairs,
+        batch.ignore_index,
+    )
+    return digest((tensor.cpu() for tensor in tensors), *plain)
 
 
 def _check_pair(pair: Tensor, count: int) -> None:
@@ -182,6 +221,19 @@ def _check_segments(stretches: list[Stretch], sequences: int) -> None:
                     f"sequences: {int(numbers.min())} to {int(numbers.max())}: expected -1, or 0 <= number < {sequences}, "
                     "the chosen sequences first, then the rejected ones"
                 )
+
+
+def _answer_rows(stretches: list[Stretch], chosen: int, sequences: int) -> Tensor:
+    """(K,) int64, how many answer tokens each sequence has. Raises ValueError for one without."""
+    counts = torch.zeros(sequences, dtype=torch.int64)
+    for stretch, start in windows(stretches):
+        segments = stretch.segments_at(slice(start, start + WINDOW)) + 1
+        counts += torch.bincount(segments, minlength=sequences + 1)[1:]
+    if not bool(counts.all()):
+        k = int((counts == 0).nonzero()[0])
+        name = f"chosen answer {k}" if k < chosen else f"rejected answer {k - chosen}"
+        raise ValueError(f"labels: {name} has no answer tokens; expected at least one label other than ignore_index")
+    return counts
 
 
 def _clear_unvisited(stretches: list[Stretch], grads: list[Tensor], shift: bool) -> None:
@@ -222,6 +274,7 @@ def sweep_op(
     num_pairs: float,
     shift: bool,
     ignore_index: int,
+    group: str,
     scale: float,
     softcap: float,
     workspace_bytes: int,
@@ -233,7 +286,7 @@ def sweep_op(
     grads = [torch.zeros_like(h, memory_format=torch.contiguous_format) if need[0] else None for h in hiddens]
     batch = Batch(
         answers, segments, nll, nll_weights, nll_total, ref_chosen, ref_rejected, pair, count, objective, parameters,
-        preference_weight, num_pairs, shift, ignore_index,
+        preference_weight, num_pairs, shift, ignore_index, group,
     )  # fmt: skip
     result = run_sweep(hiddens, grads, weight, bias, batch, options, backend)
     dw, dw_scale = deliver(result.dw, weight)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import check_flag, check_number, check_tensor, check_whole
+from ..parallel import Shards
 from .checks import (
     check_backend,
     check_head,
@@ -23,6 +24,7 @@ from .checks import (
     check_labels,
     check_numbers,
     check_rows,
+    check_shards,
     check_workspace,
     compute_dtype,
     logit_map,
@@ -148,6 +150,7 @@ def packed_preference_loss(
     workspace_bytes: int | None = None,
     reuse_hidden: bool = False,
     backend: str | None = None,
+    shards: Shards | None = None,
 ) -> PreferenceOutput:
     """The preference loss of flat rows: what batches that share a prefix use. Never shifts: row t predicts labels[t].
 
@@ -159,11 +162,17 @@ def packed_preference_loss(
     num_chosen: B.  rejected_pair: the pair of each rejected sequence.
     nll_weights: the weight of each labelled row in the NLL term, 1 / (tokens of its sequence) for Eq. 14; divided by
         num_pairs here. None for no such term.
+    shards: which of N rows each rank of a process group holds. hidden are this rank's (n_r, H), everything else is of all
+        N, the same on every rank. Every output is the whole row's, the same on every rank; the gradient of hidden is that
+        of this rank's rows, those of weight and bias are its rows' share, and shares add up over the ranks. FSDP and DDP
+        average gradients over all their ranks: multiply the loss by the world size. Every rank raises the same ValueError,
+        before any row is read, for what is wrong on one of them, and for arguments that differ between them (references
+        may). The host waits for the device once; K and 1 float64 numbers go round beside that.
     Everything else, errors and source as in fused_preference_loss.
     """
     check_head(hidden, weight, bias)
     check_rows(hidden)
-    n = hidden.shape[0]
+    n, group = check_shards(shards, hidden)
     num_chosen = check_whole("num_chosen", num_chosen, 0, "the number of chosen sequences, an int >= 0")
     labels = check_labels(labels, (n,))
     sequences = check_labels(sequences, (n,), "sequences")
@@ -192,6 +201,7 @@ def packed_preference_loss(
         workspace_bytes=workspace_bytes,
         reuse_hidden=reuse_hidden,
         backend=backend,
+        group=group,
     )
 
 
@@ -240,7 +250,7 @@ def _token_means(nll_labels: Tensor | None, shift: bool, ignore_index: int) -> T
 
 def _run(
     *, hiddens, weight, bias, answers, segments, nll, nll_weights, pairs, shift, ignore_index, map, workspace_bytes,
-    reuse_hidden, backend,
+    reuse_hidden, backend, group="",
 ) -> PreferenceOutput:  # fmt: skip
     dtype = compute_dtype(hiddens[0], weight, "hidden" if len(hiddens) == 1 else "chosen_hidden")
     backend, reuse_hidden = check_backend(backend), check_flag("reuse_hidden", reuse_hidden)
@@ -251,7 +261,7 @@ def _run(
     objective = pairs.objective
     batch = Batch(
         answers, segments, nll, nll_weights, nll_total, pairs.ref_chosen, pairs.ref_rejected, pairs.pair, pairs.count,
-        objective.name, objective.parameters(), objective.preference_weight, pairs.num_pairs, shift, ignore_index,
+        objective.name, objective.parameters(), objective.preference_weight, pairs.num_pairs, shift, ignore_index, group,
     )  # fmt: skip
     if reuse_hidden and need[0]:
         numbers = _reuse(hiddens, weight, bias, batch, options, backend)

@@ -37,7 +37,17 @@ class Stretch(NamedTuple):
     ignore_index: int
 
     def __len__(self) -> int:
-        return self.hidden.shape[0]
+        labels = self.nll if self.answers is None else self.answers
+        return self.hidden.shape[0] if labels is None else labels.shape[0]
+
+    def held(self, rows: slice) -> Stretch:
+        """Of a stretch whose hidden states and gradient are those of some rows alone: the rest for these rows, too."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[0] != len(self) else tensor[rows]
+
+        data = map(cut, (self.answers, self.segments, self.nll, self.nll_weights))
+        return Stretch(self.hidden, self.grad, *data, self.ignore_index)
 
     def segments_at(self, rows: slice | Tensor) -> Tensor:
         """Sequence numbers of those rows (a window or positions), -1 where a row is no answer."""

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..parallel import Shards
 from .objectives import Objective, PairLogps, Terms
 from .products import UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, to_device, windows
@@ -191,6 +192,7 @@ class Pairs(NamedTuple):
     ref_rejected: Tensor | None  # (R,) on the device
     pair: Tensor  # (R,) int64, host
     count: int  # B
+    lengths: Tensor  # (K,) int64, host: answer tokens of each sequence, those on other ranks included
     weight: float  # preference_weight / num_pairs: what a pair's loss counts in the total
 
 
@@ -207,15 +209,24 @@ class Result(NamedTuple):
     grad_scale: Tensor
 
 
-def sweep(stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None, nll_total: Tensor) -> Result:
+def sweep(
+    stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None, nll_total: Tensor, shards: Shards | None = None
+) -> Result:
     """Loss and gradients of all rows in one sweep; gradients of hidden go to each stretch's `grad`. NLL weights are
-    divided by nll_total (); nothing is divided by 0."""
-    return _Sweep(stretches, head, pairs, nll_total).run()
+    divided by nll_total (); nothing is divided by 0. shards: the stretches are this rank's part of the rows."""
+    return _Sweep(stretches, head, pairs, nll_total, shards).run()
 
 
 class _Sweep:
-    def __init__(self, stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None, nll_total: Tensor):
-        self.stretches, self.head, self.pairs = stretches, head, pairs
+    def __init__(
+        self,
+        stretches: list[Stretch],
+        head: HeadSweep,
+        pairs: Pairs | None,
+        nll_total: Tensor,
+        shards: Shards | None,
+    ):
+        self.stretches, self.head, self.pairs, self.shards = stretches, head, pairs, shards
         double = functools.partial(torch.zeros, device=head.device, dtype=torch.float64)
         b, r = (0, 0) if pairs is None else (pairs.count, pairs.pair.shape[0])
         self.sums, self.slopes, self.nll = double(b + r), double(b + r), double(1)
@@ -223,8 +234,7 @@ class _Sweep:
         nll_total = to_device(nll_total, head.device, torch.float64)
         self.nll_scale = torch.where(nll_total != 0, 1 / nll_total, 0.0)
         self.windows = windows(stretches)
-        self.lengths = torch.zeros(b + r, dtype=torch.int64)  # answer rows of each sequence, on the host
-        self.found = [[] for _ in range(b + r)]  # the windows they are in
+        self.found = [[] for _ in range(b + r)]  # the windows that hold answer rows of each sequence
         self.grad_scale = torch.ones((), device=head.device)
 
     def run(self) -> Result:
@@ -237,6 +247,7 @@ class _Sweep:
                 self._add_sums(chunk, logps)
                 if not wants_gradient:
                     self._add_nll(chunk, logps)
+            self._add_ranks(self.sums)
             self._decide(large)
             visited = visited if wants_gradient else large
         if self.head.options.compute_dtype == torch.float16 and wants_gradient:
@@ -248,6 +259,8 @@ class _Sweep:
         for chunk in self.head.chunks(self.windows, self._rest(visited)):
             logps = self.head.visit(chunk, self._weights(chunk)) if wants_gradient else self.head.logps(chunk)
             self._add_nll(chunk, logps)
+        if any(stretch.nll is not None for stretch in self.stretches):
+            self._add_ranks(self.nll)
         return Result(
             self.losses,
             self.nll[0],
@@ -275,15 +288,15 @@ class _Sweep:
 
     def _plan(self) -> tuple[list[Tensor], Tensor]:
         """-> sequences swept in a single visit, a mask (K,) per visit; and the mask of those scored first."""
-        everything = torch.ones_like(self.lengths, dtype=torch.bool)
+        everything = torch.ones(len(self.found), dtype=torch.bool)
         if self.pairs is None or not everything.shape[0]:
             return [], ~everything
-        self._count()
+        self._find()
         single_visit = self.pairs.objective.separable and self.head.options.compute_dtype != torch.float16
-        if not single_visit:
+        if not single_visit or self.shards is not None:  # what other ranks have scored comes before what is decided
             return [], everything
         pair_of = torch.cat([torch.arange(self.pairs.count), self.pairs.pair])
-        rows = torch.zeros(self.pairs.count, dtype=torch.int64).index_add_(0, pair_of, self.lengths)
+        rows = torch.zeros(self.pairs.count, dtype=torch.int64).index_add_(0, pair_of, self.pairs.lengths)
         groups, group, room, large = [], [], 0, []
         for pair, n in enumerate(rows.tolist()):
             if n > self.head.rows:
@@ -296,19 +309,11 @@ class _Sweep:
             room -= n
         return [torch.isin(pair_of, torch.tensor(g)) for g in groups], torch.isin(pair_of, torch.tensor(large))
 
-    def _count(self) -> None:
+    def _find(self) -> None:
         for number, (stretch, start) in enumerate(self.windows):
-            segments = stretch.segments_at(slice(start, start + WINDOW)) + 1
-            counts = torch.bincount(segments, minlength=self.lengths.shape[0] + 1)[1:]
-            self.lengths += counts
-            for k in counts.nonzero().squeeze(-1).tolist():
+            segments = stretch.segments_at(slice(start, start + WINDOW))
+            for k in segments[segments >= 0].unique().tolist():
                 self.found[k].append(number)
-        if not bool(self.lengths.all()):
-            k, b = int((self.lengths == 0).nonzero()[0]), self.pairs.count
-            name = f"chosen answer {k}" if k < b else f"rejected answer {k - b}"
-            raise ValueError(
-                f"labels: {name} has no answer tokens; expected at least one label other than ignore_index"
-            )
 
     def _windows_of(self, wanted: Tensor) -> list[tuple[Stretch, int]]:
         """The windows that hold answers of these sequences: many pairs must not look through all of them each."""
@@ -336,6 +341,11 @@ class _Sweep:
 
     # -- numbers on the device ---------------------------------------------------------------------------------------
 
+    def _add_ranks(self, numbers: Tensor) -> None:
+        """Adds those of the other ranks in place; every rank comes here, whatever rows it has."""
+        if self.shards is not None:
+            self.shards.sum_(numbers)
+
     def _add_sums(self, chunk: Chunk, logps: Tensor) -> None:
         segments = to_device(chunk.segments(), self.head.device)
         self.head.tiles.segment_sums(logps, segments, self.sums)
@@ -361,7 +371,7 @@ class _Sweep:
         local = torch.zeros(b, dtype=torch.int64)
         local[chosen] = torch.arange(chosen.shape[0])
         pair = local[pairs.pair[rejected]]
-        numbers = self.lengths.double(), chosen, rejected, pair
+        numbers = pairs.lengths.double(), chosen, rejected, pair
         lengths, chosen, rejected, pair = (to_device(t, self.head.device) for t in numbers)
         sums = torch.where(self.sums.isfinite(), self.sums, torch.nan)
         terms: Terms = pairs.objective.terms(

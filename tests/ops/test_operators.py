@@ -140,7 +140,7 @@ def test_opcheck_sweep():
                 weight if need[1] else weight.detach(), bias if need[2] else bias.detach(), list(LABELS.view(2, 2, 3)),
                 [torch.tensor([[0], [1]]), torch.tensor([[2], [3]])], [LABELS.view(2, 2, 3)[0], none],
                 [torch.ones(2, 1), torch.zeros(2, 1)], torch.tensor(2.0), *references, torch.tensor([0, 1]), 2,
-                *objective, 1.0, 2.0, True, -100, 1.0, 0.0, 64 << 20, torch.float32, need, "torch",
+                *objective, 1.0, 2.0, True, -100, "", 1.0, 0.0, 64 << 20, torch.float32, need, "torch",
             ),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )  # fmt: skip
@@ -160,7 +160,7 @@ def test_opcheck_log_probs_and_divergence(dtype):
     torch.library.opcheck(divergence._values_op, (*heads, LABELS >= 0, *rest))
     need = [True, True, True, False, False, False]
     torch.library.opcheck(
-        divergence._divergence_op, (*heads, LABELS >= 0, ROWS, torch.tensor(2.0), *rest, need),
+        divergence._divergence_op, (*heads, LABELS >= 0, ROWS, torch.tensor(2.0), "", *rest, need),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
 
