@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..data import PairBatch, TokenizedPair
-from ..parallel import Shards
+from ..parallel import Shards, digest
 from ..parallel.mesh import check_alike, owned, sequence_group, sum_over_ranks
 from .checkpoints import CheckpointedTrainer
 from .config import LongPOConfig
@@ -58,14 +58,15 @@ class RanksTrainer(CheckpointedTrainer):
         """Ranks that share the rows of this one's packs, or None where it has them all."""
         return sequence_group(self.accelerator.torch_device_mesh)
 
-    def _shards(self, batch: PairBatch, references: Iterable[Tensor]) -> Shards | None:
+    def _shards(self, batch: PairBatch, references: Iterable[Tensor | None]) -> Shards | None:
         """Which rows of a pack are this rank's. Raises ValueError, on all ranks alike, where they drew different ones or
         have other references for it."""
         if self.sequence_group is None:
             return None
         ids = ", ".join(batch.ids[:3]) + ", ..." * (len(batch.ids) > 3)
-        parts = (batch.input_ids, batch.position_ids, batch.labels, batch.segments, batch.nll_weights, *references)
-        check_alike({"packs": f"{_digest(parts)} of {ids}"}, self.sequence_group)
+        parts = (batch.input_ids, batch.position_ids, batch.labels, batch.segments, batch.nll_weights)
+        held = digest([*parts, *(None if r is None else r.cpu() for r in references)])
+        check_alike({"packs": f"{held:08x} of {ids}"}, self.sequence_group)
         return Shards(batch.layout.length, self.sequence_group)
 
     def _sum_over_packs(self, values: Tensor) -> Tensor:
@@ -79,14 +80,6 @@ def check_ranks(args: LongPOConfig, datasets: dict[str, Sequence[TokenizedPair]]
         settings = args.to_dict()
         held = {name: str(settings[name]) for name in (*DECIDING["config"], *LENGTH, *TOGETHER)}
         check_alike(held | {name: data_digest(pairs) for name, pairs in datasets.items()})
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
 
 
 def data_digest(pairs: Sequence[TokenizedPair]) -> str:

@@ -364,7 +364,7 @@ class LongPOTrainer(RanksTrainer):
             answers, weights, teacher = answers[first:end] - shards.rows.start, weights[first:end], teacher[first:end]
         if self._teacher_head is None:
             self._teacher_head = self.reference.head().to(hidden.device)
-        kl = head(
+        return head(
             hidden[answers.to(hidden.device)],
             (),
             loss=lambda student, weight, **map: linear_kl(
@@ -376,10 +376,10 @@ class LongPOTrainer(RanksTrainer):
                 row_weights=weights.to(student.device),
                 reduction="sum",
                 workspace_bytes=self.args.workspace_bytes,
+                group=self.sequence_group,
                 **map,
             ),
         )
-        return kl if shards is None else kl + (shards.sum_(kl.detach().clone()) - kl.detach())  # all ranks' value
 
     def _row_weights(self, pair: TokenizedPair) -> Tensor:
         """(A,) float64, what each answer row of a pair weighs in the constraint; they sum to 1. The answers of the short
