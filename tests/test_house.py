@@ -23,7 +23,7 @@ ROOMS = {
     "parallel": (),
     "ops": ("kernels", "kinds", "parallel"),
     "data": ("kinds",),
-    "attention": ("data", "kinds"),
+    "attention": ("data", "kinds", "parallel"),
     "runs": ("data",),
     "documents": ("lazy",),
     "engines": ("ops", "pretrained"),

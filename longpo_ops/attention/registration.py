@@ -3,7 +3,8 @@
     with use_shared_prefix(model):                        # or: handle = use_shared_prefix(model); handle.remove()
         model(input_ids, position_ids=p, shared_prefix_layout=layout, use_cache=False)
 
-The layout travels to every layer as a keyword argument. No mask is ever built: transformers would take position ids
+The layout travels to every layer as a keyword argument, and so do shards (parallel.Shards): the model then has this rank's
+rows and positions, and the layout is the whole row's (ulysses.py). No mask is ever built: transformers would take position ids
 that restart for packed sequences and hide the prefix from the rejected tail; an all-ones mask would show it the chosen
 tail. Without a layout attention is plain causal. What cannot be computed rightly is refused with a ValueError. Not
 covered, and refused by name: key-value caches, padding, dropout, layers that see more than the past, RoPE that gives the
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from longpo_ops.attention.rope import renew, rotary_modules
-from longpo_ops.attention.shared_prefix import plan_calls, shared_prefix_attention
+from longpo_ops.attention.rope import check_rope_over_ranks, renew, rotary_modules
+from longpo_ops.attention.shared_prefix import plan_calls, shared_prefix_attention, under_autocast
+from longpo_ops.attention.ulysses import check_heads, to_heads, to_rows
 from longpo_ops.data.layout import SharedPrefixLayout
 from longpo_ops.kinds import check_object
+from longpo_ops.parallel import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,6 +76,14 @@ def use_shared_prefix(model: PreTrainedModel) -> SharedPrefixHandle:
     for parent, rotary in rotary_modules(model):
         hooks.append(parent.register_forward_pre_hook(partial(renew, rotary), with_kwargs=True))
     return SharedPrefixHandle(model, before, hooks)
+
+
+def check_ranks(model: PreTrainedModel, ranks: int) -> None:
+    """Raises ValueError where a pack's rows cannot lie on so many ranks: too few heads, RoPE that depends on the length."""
+    _check_model(model)
+    check_heads(model.config.get_text_config(), ranks)
+    if ranks > 1:
+        check_rope_over_ranks(model)
 
 
 def explain_attention(model: PreTrainedModel, layout: SharedPrefixLayout) -> str:
@@ -139,10 +150,11 @@ def _attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     shared_prefix_layout: SharedPrefixLayout | None = None,
+    shards: Shards | None = None,
     position_ids: Tensor | None = None,  # (1 or B, Tq)
     **_,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: (B, Tq, H, D) and no weights."""
+    """transformers' attention function: (B, Tq, H, D) and no weights. With shards, rows and positions are this rank's."""
     if attention_mask is not None:
         raise ValueError(
             f"shared-prefix attention takes no mask of its own making, got attention_mask of shape "
@@ -152,8 +164,14 @@ def _attention_forward(
         raise ValueError(f"shared-prefix attention has no dropout, got {dropout}: set config.attention_dropout to 0")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"shared-prefix attention is causal, {type(module).__name__} is bidirectional")
-    if position_ids is not None and getattr(module, "layer_idx", 0) == 0:
-        _check_positions(position_ids, shared_prefix_layout)
+    if shards is not None:
+        check_object("shards", shards, Shards, "parallel.Shards")
+    if getattr(module, "layer_idx", 0) == 0 and (position_ids is not None or shards is not None):
+        whole = position_ids if shards is None else _whole_row(position_ids, shards)
+        _check_positions(whole, shared_prefix_layout)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if shards is not None:
+        query, key, value = to_heads(*under_autocast(query, key, value), shards)
     out = shared_prefix_attention(
         query,
         key,
@@ -163,25 +181,43 @@ def _attention_forward(
         window=sliding_window,
         softcap=softcap,
     )
-    return out, None
+    return (out if shards is None else to_rows(out, heads, kv_heads, shards)), None
+
+
+def _whole_row(position_ids: Tensor | None, shards: Shards) -> Tensor:
+    """(1, N) of (1, n_r) on each rank, so that all of them see, and raise, the same. A collective."""
+    rows = shards.rows
+    came = None if position_ids is None else tuple(position_ids.shape)
+    if came != (1, rows.stop - rows.start):
+        raise ValueError(
+            f"position_ids of shape {came} came, rank {shards.rank} of {shards.size} holds rows [{rows.start}, {rows.stop}) of "
+            f"{shards.length}; expected position_ids[:, shards.rows] of the whole row"
+        )
+    whole = position_ids.new_zeros(1, shards.length)
+    whole[:, rows] = position_ids
+    return shards.sum_(whole)
 
 
 def _check_positions(position_ids: Tensor, layout: SharedPrefixLayout | None) -> None:
-    """One comparison on the device per forward pass. Jumps ahead are fine (position synthesis), these are not:"""
+    """One look at the device per forward pass. Jumps ahead are fine (position synthesis), these are not:"""
     if layout is None:
         if (position_ids.diff(dim=-1) < 0).any():
             raise ValueError(
                 "position_ids go back within a sequence but no shared_prefix_layout came: pass the pack's layout"
             )
         return
-    starts = [(start, pair.prefix_end - 1) for pair in layout.pairs for start, _ in pair.tails[1:]]
-    if not starts or position_ids.shape[-1] != layout.length:  # the attention itself refuses a layout of another length
+    if position_ids.shape[-1] != layout.length:  # the attention itself refuses a layout of another length
         return
-    tails, lasts = torch.tensor(starts, device=position_ids.device).unbind(1)
-    if (position_ids[:, tails] != position_ids[:, lasts]).any():
+    repeats = [(start, pair.prefix_end - 1) for pair in layout.pairs for start, _ in pair.tails[1:]]
+    tails, lasts = torch.tensor(repeats, dtype=torch.int64, device=position_ids.device).view(-1, 2).unbind(1)
+    goes_back = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) < 0
+    goes_back[:, tails] = position_ids[:, tails] != position_ids[:, lasts]
+    goes_back[:, [pair.start for pair in layout.pairs]] = False
+    if goes_back.any():
         raise ValueError(
-            "position_ids do not fit the shared_prefix_layout: the first row of a rejected tail repeats the last "
-            "prefix token and must have that token's position; pass the batch's own position_ids to the model"
+            "position_ids do not fit the shared_prefix_layout: positions of a sequence go back, or the first row of a rejected "
+            "tail, which repeats the last prefix token, has not that token's position; pass the batch's own position_ids to "
+            "the model, with shards those of shards.rows"
         )
 
 

@@ -7,7 +7,8 @@ original context and for longer ones. A pack is one call, so a short sequence wo
 neighbour: other numbers than alone. Such a pack is refused unless all its sequences would get the same ones. transformers'
 `dynamic` also keeps the frequencies of the longest call so far; for a pack they are made anew, so the order of packs is
 nothing to the numbers. Which types these are is asked of the module itself. Not covered: calls without a layout, which are
-transformers' own.
+transformers' own. Where the rows of a pack lie on several ranks (shards), each would go by the longest position of its own
+rows: refused for these types, whatever the pack.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from longpo_ops.data.layout import SharedPrefixLayout
 
 VERY_LONG = 1 << 30  # positions: beyond any context
+STEADY = "give the model a RoPE that is the same at any length (default, linear, yarn, llama3)"
 
 
 def rotary_modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -45,9 +47,17 @@ def rope_depends_on_length(model: nn.Module) -> bool:
     return any(_depends_on_length(getattr(parent, name)) for parent, name in rotary_modules(model))
 
 
+def check_rope_over_ranks(model: nn.Module) -> None:
+    """Raises ValueError where ranks that share the rows of a pack would get other frequencies than one with all rows."""
+    for parent, name in rotary_modules(model):
+        _refuse_over_ranks(getattr(parent, name))
+
+
 def renew(name: str, parent: nn.Module, args: tuple, kwargs: dict) -> None:
     """A forward pre-hook of a rotary module's parent: checks the pack, and forgets the calls before it."""
     layout, rotary = kwargs.get("shared_prefix_layout"), getattr(parent, name)
+    if kwargs.get("shards") is not None:
+        _refuse_over_ranks(rotary)
     if layout is None or not _depends_on_length(rotary):
         return
     position_ids = inspect.signature(parent.forward).bind_partial(*args, **kwargs).arguments.get("position_ids")
@@ -75,14 +85,24 @@ def _check(rotary: nn.Module, position_ids: Tensor, layout: SharedPrefixLayout) 
     alone = [_frequencies(rotary, last) for last in lasts]
     other = next((last for last, given in zip(lasts, alone, strict=True) if not torch.equal(given, alone[-1])), None)
     if other is not None:
-        kinds = (
-            rotary.rope_type if isinstance(rotary.rope_type, str) else ", ".join(sorted(set(rotary.rope_type.values())))
-        )
         raise ValueError(
-            f"RoPE of type {kinds} depends on the length of a sequence: alone, one of {other + 1} positions and one of "
-            f"{lasts[-1] + 1} get different frequencies, in one pack they get the same. Give them to the model as "
-            "separate sequences, or the model a RoPE that is the same at any length (default, linear, yarn, llama3)"
+            f"RoPE of type {_kinds(rotary)} depends on the length of a sequence: alone, one of {other + 1} positions and "
+            f"one of {lasts[-1] + 1} get different frequencies, in one pack they get the same. Give them to the model as "
+            f"separate sequences, or {STEADY}"
         )
+
+
+def _refuse_over_ranks(rotary: nn.Module) -> None:
+    if _depends_on_length(rotary):
+        raise ValueError(
+            f"RoPE of type {_kinds(rotary)} depends on the length of a sequence, and ranks that share its rows would each go "
+            f"by their own: set sequence_parallel=1, or {STEADY}"
+        )
+
+
+def _kinds(rotary: nn.Module) -> str:
+    kinds = rotary.rope_type
+    return kinds if isinstance(kinds, str) else ", ".join(sorted(set(kinds.values())))
 
 
 def _anew(rotary: nn.Module) -> nn.Module:

@@ -186,13 +186,19 @@ def shared_prefix_attention(
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = under_autocast(q, k, v)
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
     softcap = None if softcap is None else check_number("softcap", softcap, above=0)
     window = None if window is None else check_whole("window", window, 1, "at least 1 (a row sees itself), or None")
     return run_plan(q, k, v, plan_calls(q, k, v, layout, scale, window, softcap))
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, in autocast's dtype where it is enabled for their device."""
+    kind = tensors[0].device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if enabled else tensors
 
 
 def run_plan(q: Tensor, k: Tensor, v: Tensor, plan: tuple[tuple[Call, ...], ...]) -> Tensor:
