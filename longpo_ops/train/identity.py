@@ -34,6 +34,7 @@ from .checkpoints import describe_file
 from .checks import kept_memory, needs_reference
 from .config import LongPOConfig
 from .packed import PairStore, read_digests
+from .states import weight_files
 
 if TYPE_CHECKING:
     from .run import Prepared, TrainRun
@@ -304,15 +305,6 @@ def model_identity(run: TrainRun, name: str, weights: Weights) -> dict[str, str]
 
 def _config_digest(config: dict[str, Any]) -> str:
     return _digest({k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"})
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a model's folder."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors", "adapter_model.safetensors"]
-    if not (folder / names[0]).exists() and index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [folder / name for name in names if (folder / name).exists()]
 
 
 class Weights:
