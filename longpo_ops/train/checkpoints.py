@@ -201,17 +201,16 @@ def check_one_folder(args: TrainingArguments) -> None:
 
 
 def packs_per_step(args: TrainingArguments) -> int:
-    """Of all processes; those that share the rows of a pack have it together."""
+    """Of all processes; those that share the rows of a pack count it once."""
     return args.gradient_accumulation_steps * args.data_ranks
 
 
-def advise_packs(packs: int, args: TrainingArguments) -> str:
-    """What to set, so that a step has so many packs."""
-    ranks = args.data_ranks
-    told = f"{ranks} {'process has' if ranks == 1 else 'processes or groups of them have'} packs of their own"
-    if packs % ranks:
-        return f"{told}, which {packs} packs a step cannot be shared out to: start as many as divide it"
-    return f"{told}: set gradient_accumulation_steps to {packs // ranks}"
+def advise_packs(packs: int, data_ranks: int) -> str:
+    """What to set so that a step has so many packs, with data_ranks processes or groups that have packs of their own."""
+    told = f"{data_ranks} process{'es (over sequence_parallel)' if data_ranks > 1 else ''}"
+    if packs % data_ranks:
+        return f"{told} cannot share {packs} evenly, start as many as divide it"
+    return f"with {told} set gradient_accumulation_steps to {packs // data_ranks} to keep it"
 
 
 def write_manifest(folder: Path, resumable: bool, packs: int) -> None:

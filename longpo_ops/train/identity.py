@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ..memory.settings import Memory
 from ..pretrained import loading, read_whole_config
 from ..runs.journal import write_atomically
-from .checkpoints import describe_file
+from .checkpoints import advise_packs, describe_file, packs_per_step
 from .checks import kept_memory, needs_reference
 from .config import LongPOConfig
 from .packed import PairStore, read_digests
@@ -67,12 +67,13 @@ SHOWN = ("training.png", "README.md")  # for people, who may edit them
 @dataclass
 class Identity:
     """Of a run with its output folder; `values` is what run.json holds of it. evaluated: whether evaluation decides weights.
-    steps: of the whole run."""
+    steps: of the whole run. data_ranks: processes, or groups of them, with packs of their own."""
 
     folder: Path
     values: dict[str, Any]
     evaluated: bool
     steps: int
+    data_ranks: int
 
     @classmethod
     def of(cls, run: TrainRun, prepared: Prepared) -> Identity:
@@ -95,11 +96,11 @@ class Identity:
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
         values["objective_options"] = config.objective_options or {}
         values |= {"reference_from": _reference_from(config), "memory": _memory(config)}
-        values["packs_per_step"] = config.gradient_accumulation_steps * config.data_ranks
+        values["packs_per_step"] = packs_per_step(config)
         values |= {"processes": config.world_size, "contents": contents}
         evaluated = config.load_best_model_at_end or given["save_strategy"] == "best"
         evaluated = evaluated or given["lr_scheduler_type"] == "reduce_lr_on_plateau"
-        return cls(folder, json.loads(json.dumps(values)), evaluated, prepared.steps)
+        return cls(folder, json.loads(json.dumps(values)), evaluated, prepared.steps, config.data_ranks)
 
     @property
     def file(self) -> Path:
@@ -178,9 +179,11 @@ class Identity:
     def _compare(self, theirs: dict[str, Any], checkpoint: str | None) -> None:
         theirs = EARLIER | theirs | {"objective_options": theirs["objective_options"] or {}}
         both = [name for name in DERIVED if None not in (theirs.get(name), self.values[name])]
-        names = (*DECIDING["run"], *DECIDING["config"], "packs_per_step", *both)
+        names = (*DECIDING["run"], *DECIDING["config"], *both)
         before, now = theirs["contents"], self.values["contents"]
         changed = [f"{n}={theirs.get(n)!r} became {self.values[n]!r}" for n in names if theirs.get(n) != self.values[n]]
+        if (packs := theirs["packs_per_step"]) != (here := self.values["packs_per_step"]):
+            changed.append(f"packs_per_step={packs} became {here}: {advise_packs(packs, self.data_ranks)}")
         changed += [f"another {name}" for name in ("tokenizer", "chat template") if before[name] != now[name]]
         for name in ("data", "eval_data"):
             if (before[name] or {}).get("digest") != (now[name] or {}).get("digest"):
@@ -226,7 +229,7 @@ def _is_understood(values: Any) -> bool:
         contents, ended = values["contents"], values.get("finished")
         parts = {name: contents[name] for name in ("data", "eval_data", "model", "reference_model")}
         told = {"tokenizer", "chat template"} <= contents.keys()
-        told &= {"objective_options", "processes", *LENGTH} <= values.keys()
+        told &= {"objective_options", "packs_per_step", "processes", *LENGTH} <= values.keys()
         told &= all(part is None or isinstance(part, dict) for part in parts.values())
         told &= all(not part or {"records", "file"} <= part.keys() for part in (parts["data"], parts["eval_data"]))
         return told and (ended is None or (isinstance(ended["step"], int) and isinstance(ended["files"], dict | list)))
