@@ -53,7 +53,11 @@ REFUSED = [
     (2, {CP: 8}, r"sequence_parallel=2, and .* parallelism_config_cp_size 8: expected one of the two"),
     (1, {CP: 8}, r"sequence_parallel=1, and .* parallelism_config_cp_size 8"),
     (3, {}, r"sequence_parallel=3 with 8 processes \(WORLD_SIZE\): expected a divisor"),
-    (None, {CP: 4}, r"cp_size 4, which make 4 processes; 8 are started: expected parallelism_config_dp_shard_size 2, or"),
+    (
+        None,
+        {CP: 4},
+        r"cp_size 4, which make 4 processes; 8 are started: expected parallelism_config_dp_shard_size 2, or",
+    ),
     (None, {"PARALLELISM_CONFIG_TP_SIZE": 2}, r"parallelism_config_tp_size=2: tensor parallelism is not supported"),
     (None, {"PARALLELISM_CONFIG_SP_SIZE": 2}, r"parallelism_config_sp_size=2: DeepSpeed's sequence parallelism"),
     (None, {CP: 8, "PARALLELISM_CONFIG_CP_COMM_STRATEGY": "alltoall"}, r"cp_comm_strategy=alltoall: ring attention"),

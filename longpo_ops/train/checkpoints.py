@@ -28,6 +28,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..runs.journal import sync
 from .states import gather, is_sharded, load_optimizer, load_weights
@@ -72,9 +73,8 @@ class CheckpointedTrainer(Trainer):
         finally:
             self._partial = None
         self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == partial:
-            self.state.best_model_checkpoint = str(run / Path(best).name)
+        if self.state.best_global_step == (step := self.state.global_step):  # Trainer looks too early for a folder of shards
+            self.state.best_model_checkpoint = str(run / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if self.args.should_save:
             (written,) = partial.iterdir()
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
