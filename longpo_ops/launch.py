@@ -40,6 +40,11 @@ def launched_fsdp() -> int | None:
     return None if version is None else int(version)
 
 
+def launched_state_dict() -> str | None:
+    """How a launcher's file would have FSDP's checkpoints, or None where it does not say."""
+    return os.environ.get("FSDP_STATE_DICT_TYPE")
+
+
 def is_sharded() -> bool:
     """Whether the launcher's file, or a trainer before in this process, has FSDP."""
     return _is_set("ACCELERATE_USE_FSDP")

@@ -2,6 +2,7 @@
 
 check_model        before anything is tokenised: the family, the head, adapters, the reference, weights (headers only)
 check_shared_rows  likewise, and in the trainer: heads, RoPE and auxiliary loss of a model whose packs several processes share
+check_not_empty    in the trainer: that each process holds the models' weights, and not zeros in their place
 check_pairs        before weights are read: what the method reads of every record, and that it fits
 check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
 check_schedule     before the reference is loaded: that a step has a rate above 0
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import get_scheduler
 
@@ -29,6 +31,7 @@ from ..memory.settings import Memory, machine_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
+from ..pretrained import explain_zeros
 from .arithmetic import base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
@@ -67,6 +70,21 @@ def check_shared_rows(model: nn.Module, config: LongPOConfig) -> None:
                 f"sequence_parallel={ranks}: {type(base_model(model)).__name__} adds a loss of its experts' load, which is no "
                 "sum over rows; set output_router_logits to false in its config, or sequence_parallel to 1"
             )
+
+
+def check_not_empty(models: dict[str, nn.Module | None], config: LongPOConfig) -> None:
+    """A collective of all processes. Raises ValueError, on all of them, where one holds a model of zeros: loaded by others
+    than load_model, under a setting that loads the weights in one process of a machine alone."""
+    told = [
+        f"process {config.process_index}: {name}: {why}"
+        for name, model in models.items()
+        if model is not None and (why := explain_zeros(model))
+    ]
+    if told := gather_object(told):
+        raise ValueError(
+            f"{'; '.join(told)}: expected its weights; where FSDP_CPU_RAM_EFFICIENT_LOADING is on "
+            "(fsdp_cpu_ram_efficient_loading), switch it off before models are loaded"
+        )
 
 
 def needs_reference(config: LongPOConfig) -> bool:

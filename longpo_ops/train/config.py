@@ -20,6 +20,7 @@ from ..memory.settings import Memory
 from .methods import Method, resolve_method
 
 REFERENCES = ("precompute", "online", "data")
+SHARDED = ("SHARDED_STATE_DICT", "3")  # of fsdp_state_dict_type, by name and by number
 FSDP2 = {  # layer classes are those that the model itself names
     "version": 2,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -72,6 +73,7 @@ class LongPOConfig(TrainingArguments):
     dataloader_pin_memory: bool = field(default=False)  # a pack stays on the host until the loss has planned it
     report_to: str | list[str] | None = field(default="none")
 
+    fsdp: bool | str | None = field(default=None, metadata={"help": "true: shard weights over processes (FSDP2)"})
     objective: str = field(default="longpo", metadata={"help": "training method: longpo, dpo, simpo, sft_chosen, ..."})
     objective_options: dict | None = field(default=None, metadata={"help": "fields of the objective, as JSON"})
     reference: str = field(default="precompute", metadata={"help": "precompute | online | data"})
@@ -167,6 +169,8 @@ class LongPOConfig(TrainingArguments):
 
     def _check_processes(self) -> None:
         launch.check_group(self.world_size)
+        if self.is_sharded:
+            refuse_sharding(self)
         if self.is_sharded and self.method.reference is not None and self.reference == "online":
             raise ValueError(
                 "reference='online': its forward passes do not fit the policy's, which FSDP shards over all ranks; expected "
@@ -199,13 +203,30 @@ class LongPOConfig(TrainingArguments):
 
 def refuse_unshared(config: LongPOConfig) -> None:
     """Raises ValueError for what is wrong, silently or not, where the rows of a pack lie on several processes."""
-    fsdp = launch.launched_fsdp() or config.fsdp_config["version"]
     deepspeed = config.deepspeed or ("of the launcher's file" if launch.is_deepspeed() else None)
     reasons = {
         "deepspeed": (deepspeed, "weights are sharded by FSDP2 there; use DeepSpeed with sequence_parallel=1"),
         "neftune_noise_alpha": (config.neftune_noise_alpha, "its noise depends on the rows that a process holds"),
-        "fsdp_version": (None if fsdp == 2 else fsdp, "expected 2"),
     }
     for name, (value, why) in reasons.items():
         if value is not None:
             raise ValueError(f"{name}={value!r} with sequence_parallel={config.sequence_parallel}: {why}")
+
+
+def refuse_sharding(config: LongPOConfig) -> None:
+    """Raises ValueError for settings of FSDP whose checkpoints a run could not go on from, or that no test has seen."""
+    given = config.fsdp_config if config.fsdp else {}
+    version = given.get("version", launch.launched_fsdp() or 2)
+    if version != 2:
+        raise ValueError(f"fsdp_version={version}: expected 2 (fully_shard)")
+    kind = str(given.get("state_dict_type", launch.launched_state_dict() or SHARDED[0]))
+    if kind not in SHARDED:
+        raise ValueError(
+            f"fsdp_state_dict_type={kind}: expected {SHARDED[0]}, whose checkpoints other numbers of processes go on from; the "
+            "model at the end of a run is whole with either"
+        )
+    if config.save_only_model:
+        raise ValueError(
+            "save_only_model=True with FSDP, whose checkpoints are shards that from_pretrained does not read: expected False; "
+            "the model at the end of a run is whole"
+        )

@@ -351,7 +351,7 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     trainer.add_callback(_UnderWay(identity))
     trainer.train(resume_from_checkpoint=checkpoint)
     if not run.lora_rank:
-        policy.to(dtype)
+        trainer.model.to(dtype)
         trainer.check_moved(untrained, f"they are lost in rounding to {dtype}, in which the model is saved")
     trainer.save_model()
     trainer.save_state()

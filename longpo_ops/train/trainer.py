@@ -43,7 +43,9 @@ from ..parallel import Shards
 from ..runs.journal import write_atomically
 from ..runs.usage import peak_bytes
 from .arithmetic import Arithmetic, base_model, keep_float32_master, widen
+from .checkpoints import check_one_folder
 from .checks import (
+    check_not_empty,
     check_packs,
     check_pairs,
     check_rates,
@@ -106,6 +108,8 @@ class LongPOTrainer(RanksTrainer):
         named = {"training data": train_dataset, "evaluation data": eval_dataset}
         check_ranks(args, named := {name: pairs for name, pairs in named.items() if pairs is not None})
         check_shared_rows(model, args)
+        check_one_folder(args)
+        check_not_empty({"model": model, "reference_model": reference_model}, args)
         datasets = list(named.values())
         longest = max(check_pairs(pairs, args, self._target_length) for pairs in datasets)
         positions = getattr(base_model(model).config, "max_position_embeddings", None)
