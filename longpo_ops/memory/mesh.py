@@ -13,6 +13,7 @@ b, r: bytes of a number in the compute dtype and in reduced gradients. A kv head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -95,30 +96,29 @@ class Mesh:
 ONE_CARD = Mesh()
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Query and kv heads of the busiest of n ranks, which the others wait for, and how many heads all ranks get together
-    (kv heads repeated where ranks share them)."""
+class Heads(NamedTuple):
+    """Numbers of query and kv heads of each rank, kv heads repeated where ranks share them."""
 
-    rank: int
-    query: int
-    kv: int
-    all_query: int
-    all_kv: int
+    query: tuple[int, ...]
+    kv: tuple[int, ...]
 
-    def sent(self, rows: int, ranks: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that the busiest rank sends in one pass of one layer: q, k, v to the others' heads, outputs to their rows."""
-        others = self.all_query - self.query + 2 * (self.all_kv - self.kv)
-        return rows * (others + (ranks - 1) * self.query) * head_dim * itemsize
+    @property
+    def busiest(self) -> int:
+        """The rank that the others wait for, and that needs the most memory."""
+        return max(range(len(self.query)), key=lambda rank: (self.query[rank], self.kv[rank]))
+
+    def sent(self, rows: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that a rank sends in one pass of one layer, at most: q, k, v to the others' heads, outputs to their rows."""
+        all_heads, others = sum(self.query) + 2 * sum(self.kv), len(self.query) - 1
+        most = max(all_heads - q - 2 * kv + others * q for q, kv in zip(self.query, self.kv, strict=True))
+        return rows * most * head_dim * itemsize
 
 
-def busiest(config, ranks: int) -> Heads:
+def heads_of(config, ranks: int) -> Heads:
     """Raises ValueError for heads that cannot be shared over so many ranks."""
     heads = config.num_attention_heads
     shares = head_plan(heads, getattr(config, "num_key_value_heads", None) or heads, ranks)
-    sizes = [(len(query), len(kv)) for query, kv in shares]
-    rank = max(range(ranks), key=lambda r: sizes[r])
-    return Heads(rank, *sizes[rank], *(sum(each) for each in zip(*sizes, strict=True)))
+    return Heads(*(tuple(map(len, each)) for each in zip(*shares, strict=True)))
 
 
 def head_dim(config) -> int:

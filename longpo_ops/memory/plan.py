@@ -25,7 +25,7 @@ import torch
 from longpo_ops.kinds import FLOATS, check_choice, check_each, check_number, check_object, check_whole, refusal
 from longpo_ops.memory import optimizer, pieces
 from longpo_ops.memory.host_step import room_bytes
-from longpo_ops.memory.mesh import ONE_CARD, Mesh, busiest
+from longpo_ops.memory.mesh import ONE_CARD, Mesh, heads_of
 from longpo_ops.memory.offload import Placement
 from longpo_ops.memory.quantise import CODECS
 from longpo_ops.memory.tiers import PAGE
@@ -146,7 +146,7 @@ class Work:
             raise refusal(
                 "length", self.length, f"a token for each of the {self.mesh.sequence_parallel} ranks at least"
             )
-        busiest(self.config, self.mesh.sequence_parallel)
+        heads_of(self.config, self.mesh.sequence_parallel)
 
     @property
     def rows(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from longpo_ops.memory.mesh import PASSES, busiest, head_dim
+from longpo_ops.memory.mesh import PASSES, head_dim, heads_of
 
 if TYPE_CHECKING:
     from longpo_ops.memory.offload import Placement
@@ -34,12 +34,10 @@ def attention_pairs(length: int, tails: tuple[int, ...], window: int | None = No
 
 
 def sent_bytes(work: Work, w: Weights) -> dict[str, int]:
-    """By a card for a pack; of the exchanges of heads the busiest rank's."""
-    mesh, config = work.mesh, work.config
-    layer = busiest(config, mesh.sequence_parallel).sent(
-        work.rows, mesh.sequence_parallel, head_dim(config), work.dtype.itemsize
-    )
-    sent = {"Ulysses": PASSES * w.layers * layer, "FSDP2": mesh.fsdp_sent(w.total, work.dtype)}
+    """By a card for a pack, at most."""
+    heads, size = heads_of(work.config, work.mesh.sequence_parallel), work.dtype.itemsize
+    exchanged = PASSES * w.layers * heads.sent(work.rows, head_dim(work.config), size)
+    sent = {"Ulysses": exchanged, "FSDP2": work.mesh.fsdp_sent(w.total, work.dtype)}
     return {name: nbytes for name, nbytes in sent.items() if nbytes}
 
 
@@ -49,7 +47,7 @@ def step_seconds(
     """By component. stored: bytes of a layer input away from the device, not rounded to pages."""
     config, layers, ranks = work.config, w.layers, work.mesh.sequence_parallel
     pairs = attention_pairs(work.length, work.tails, getattr(config, "sliding_window", None))
-    attention = 4 * busiest(config, ranks).query * head_dim(config) * pairs
+    attention = 4 * max(heads_of(config, ranks).query) * head_dim(config) * pairs
     layer = {
         "forward": t.forward_flops / machine.matmul + attention / machine.attention,
         "backward": t.backward_flops / machine.matmul

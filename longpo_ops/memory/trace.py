@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from longpo_ops.attention import ulysses
 from longpo_ops.attention.shared_prefix import GROUP
-from longpo_ops.memory.mesh import busiest
+from longpo_ops.memory.mesh import heads_of
 from longpo_ops.parallel import Shards
 
 NAME = "longpo_ops_plan"
@@ -279,8 +279,8 @@ class _Config(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32_gradients: bool, ranks: int) -> Trace:
-    heads = busiest(config.config, ranks)
-    shared = {} if ranks == 1 else {"shards": Shards(ranks * rows, _Rank(heads.rank, ranks))}
+    heads = heads_of(config.config, ranks)
+    shared = {} if ranks == 1 else {"shards": Shards(ranks * rows, _Rank(heads.busiest, ranks))}
     model = build(config.config, 1, dtype)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -334,7 +334,7 @@ def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32
     peaks = {name: peak - positions - size for name, (_, peak, _) in marks.items()}
     return Trace(
         input=size,
-        attention=ranks * rows * heads.query * (layer.self_attn.head_dim * dtype.itemsize + 4),
+        attention=ranks * rows * max(heads.query) * (layer.self_attn.head_dim * dtype.itemsize + 4),
         positions=positions,
         held=marks["norm"][0] - positions - size,
         forward_flops=marks["forward"][2],

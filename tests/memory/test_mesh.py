@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longpo_ops.attention.ulysses import exchanged_numbers
-from longpo_ops.memory.mesh import Mesh, busiest
+from longpo_ops.memory.mesh import Mesh, heads_of
 from longpo_ops.memory.plan import Machine, Settings, Work, predict, weights_of
 from longpo_ops.memory.search import fit, longest
 from longpo_ops.memory.splits import best, splits
@@ -69,8 +69,7 @@ def test_the_table_of_splits_is_reproduced(row):
     assert loss <= phases["loss"]["gathered"] + phases["loss"]["loss"]
     assert plan.peak.total / GIB == pytest.approx(total, rel=0.05)
     # The table has the mean over ranks; of 28 heads on 8 ranks the busiest has four.
-    uneven = busiest(plan.work.config, sp)
-    share = 66 / 63 if (uneven.all_query, sp) == (28, 8) else 1.0
+    share = 66 / 63 if (plan.work.config.num_attention_heads, sp) == (28, 8) else 1.0
     assert plan.sent.get("Ulysses", 0) / GIB == pytest.approx(share * ulysses, rel=0.001)
     assert plan.sent["FSDP2"] / GIB == pytest.approx(fsdp, rel=0.005)
     assert mesh.data_parallel * sp == cards
@@ -181,19 +180,13 @@ def test_a_head_is_gathered_for_the_loss_and_a_tied_one_throughout():
 )
 def test_the_busiest_rank_sets_the_pace(heads, kv_heads, ranks, query, kv):
     config = small(hidden_size=32 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    found = busiest(config, ranks)
-    assert (found.query, found.kv) == (query, kv)
-    assert found.all_query == heads and found.all_kv == max(kv_heads, ranks)  # a kv head is sent to all that need it
-    sent, mean = found.sent(1024, ranks, 32, 2), 2 * exchanged_numbers(1024, heads, kv_heads, 32, ranks)
+    found = heads_of(config, ranks)
+    assert (found.query[found.busiest], found.kv[found.busiest]) == (query, kv)
+    assert sum(found.query) == heads and sum(found.kv) == max(kv_heads, ranks)  # a kv head is sent to all that need it
+    sent, mean = found.sent(1024, 32, 2), 2 * exchanged_numbers(1024, heads, kv_heads, 32, ranks)
     assert sent == mean if ranks * query == heads else mean < sent < 1.5 * mean
     plan = predict(Work(config, 1024 * ranks, mesh=Mesh(ranks, ranks)), Settings(), machine(GIB, attention=1.0))
     assert plan.seconds["forward"] == pytest.approx(4 * 4 * query * 32 * (1024 * ranks) ** 2 / 2, rel=1e-3)
-
-
-def test_ranks_that_share_a_kv_head_are_sent_it_twice():
-    assert planned("qwen2.5-72b", 512 * K, 16, 64).sent["Ulysses"] == pytest.approx(
-        planned("qwen2.5-72b", 512 * K, 8, 64).sent["Ulysses"] * (8 / 16) * (15 / 16) / (7 / 8) * (64 + 16) / (64 + 8)
-    )
 
 
 def test_neighbours_on_other_machines_are_further_away():
@@ -244,7 +237,7 @@ def test_packs_that_one_card_cannot_hold_are_shared(work):
 
 
 def test_the_longest_pack_is_that_of_the_most_ranks(work):
-    limits = machine(64 << 20)
+    limits = machine(100 << 20)
     tried = splits(work, limits, find_longest=True)
     lengths = [split.plan.work.length for split in tried[:3]]
     assert lengths == sorted(lengths) and lengths[2] > 2 * lengths[0]
