@@ -288,16 +288,17 @@ def _weights(key: str, hidden: _Hidden) -> Weights:
 
 
 def traced(work: Work, settings: Settings) -> Trace:
-    """A layer of a card. Where weights are sharded, the whole gradients of a layer are new in every backward."""
+    """A layer of a card. Where weights are sharded, the whole gradients of a layer are new in every backward, in the dtype that
+    is computed in; shards of them are summed over packs."""
     held = work.accumulation > 1 and not work.mesh.sharded
     mode = "freed" if settings.step_in_backward else "held" if held else "new"
     ranks = work.mesh.sequence_parallel
-    return trace(work.config, work.rows, settings.tile_rows, work.dtype, mode, _float32_gradients(work), ranks)
+    wide = _float32_gradients(work) and not work.mesh.sharded
+    return trace(work.config, work.rows, settings.tile_rows, work.dtype, mode, wide, ranks)
 
 
 def _float32_gradients(work: Work) -> bool:
-    """Whether 16-bit weights ask for float32 gradients: FSDP2 keeps them in the dtype of the weights."""
-    return work.accumulation > 1 and work.dtype.itemsize < 4 and not work.mesh.sharded
+    return work.accumulation > 1 and work.dtype.itemsize < 4
 
 
 def predict(work: Work, settings: Settings, machine: Machine) -> Plan:

@@ -167,15 +167,15 @@ def assumptions(plan: Plan) -> list[str]:
     mesh, machine, parts = plan.work.mesh, plan.machine, plan.bytes_per_weight
     if not mesh.sharded:
         return []
-    why = {
-        "bf16": "mixed_precision bf16: accelerate keeps weights, states and gradients in float32",
-        "no": "mixed_precision no: FSDP2 keeps gradients in the weights' precision",
-    }
+    wide = plan.work.accumulation > 1
+    why = "accelerate keeps weights in float32 then, and gradients"
+    if mesh.mixed_precision == "no":
+        why = "several packs' gradients are summed in float32" if wide else "one pack a step"
     told = " + ".join(f"{nbytes:.3g} {name}" for name, nbytes in parts.items())
     where = f", master and states on the hosts, each shared by {mesh.on_node} GPUs" * plan.settings.host
     return [
         f"Bytes a weight: {told} = {sum(parts.values()):.3g}, sharded over {mesh.cards} GPUs{where} "
-        f"({why[mesh.mixed_precision]}).",
+        f"(mixed_precision {mesh.mixed_precision}: {why}).",
         f"Assumed: a GPU sends {machine.inside_node / 1e9:g} GB/s to the {mesh.on_node - 1} others of its machine and "
         f"{machine.between_nodes / 1e9:g} GB/s to other machines; attention waits for its exchanges; FSDP2's traffic is hidden "
         "behind the layers as far as they take as long.",

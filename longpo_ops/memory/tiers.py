@@ -306,6 +306,12 @@ class Staging:
             free_page(self._pages.get(), self._lane.pinned)
 
 
+def processes_here() -> int:
+    """Processes of this run on this machine, as launchers say it; all of the group's where none does."""
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(told) if told else torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def available_host_bytes() -> int:
     """Host memory that can be taken without swapping, the limit of a container included. 2^62 where it is unknown."""
     try:

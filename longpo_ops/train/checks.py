@@ -6,8 +6,8 @@ check_not_empty    in the trainer: that each process holds the models' weights, 
 check_pairs        before weights are read: what the method reads of every record, and that it fits
 check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
 check_schedule     before the reference is loaded: that a step has a rate above 0
-plan_memory        what `fit: auto` will choose for the longest pack on this machine
-kept_memory        or what it chose when the run that goes on began
+plan_memory        what `fit: auto` will choose for the longest pack on this machine, or on all of the run's
+agreed_memory      or what it chose when the run that goes on began
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +27,16 @@ from transformers import get_scheduler
 from ..attention import check_ranks, check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
+from ..memory.mesh import ONE_CARD, Mesh
 from ..memory.optimizer import check_optim
 from ..memory.settings import Memory, machine_here
+from ..memory.tiers import processes_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
+from ..parallel.mesh import check_alike
 from ..pretrained import explain_zeros
-from .arithmetic import base_model
+from .arithmetic import AUTOCAST, base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
 from .packed import PackedPairs, select
@@ -166,8 +170,16 @@ def check_rates(scheduler, steps: int, config: LongPOConfig) -> None:
 
 def refuse_unplanned(model: nn.Module, config: LongPOConfig) -> None:
     """Raises ValueError where `fit: auto` has no plan for a run."""
-    if config.fit == "auto" and (hasattr(model, "get_base_model") or config.world_size > 1):
-        raise ValueError("fit='auto' plans full fine-tuning on one device: set memory by hand, and fit to 'off'")
+    if config.fit != "auto":
+        return
+    if hasattr(model, "get_base_model"):
+        raise ValueError("fit='auto' plans full fine-tuning: set memory by hand, and fit to 'off'")
+    if config.world_size > 1 and config.fsdp_version != 2:
+        held = f"with FSDP{config.fsdp_version}" if config.fsdp_version else "without it"
+        raise ValueError(
+            f"fit='auto' plans one process, or several that shard the weights by FSDP2; {config.world_size} came {held}: set "
+            "sequence_parallel or fsdp, or memory by hand and fit to 'off'"
+        )
 
 
 def memory_file(config: LongPOConfig) -> Path:
@@ -200,11 +212,24 @@ def kept_memory(config: LongPOConfig) -> Memory | None:
     return memory
 
 
+def agreed_memory(config: LongPOConfig) -> Memory | None:
+    """What kept_memory says. A collective of all ranks. Raises ValueError, on all of them, where they do not find the same."""
+    kept, error = None, None
+    try:
+        kept = kept_memory(config)
+    except ValueError as damaged:
+        error = damaged
+    check_alike({memory_file(config).name: str(error or kept)})
+    if error is not None:
+        raise error
+    return kept
+
+
 def plan_memory(
     model: nn.Module, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]], reference: nn.Module | None
 ) -> plan.Plan:
-    """What the planner chooses for the longest pack, trained on or evaluated, beside an online reference. Raises ValueError
-    where nothing fits."""
+    """What the planner chooses for the longest pack, trained on or evaluated, beside an online reference. A collective of all
+    ranks, which choose alike. Raises ValueError where nothing fits."""
     refuse_unplanned(model, config)
     longest = max(packed_length(select(pair, config.method)) for pairs in datasets for pair in pairs)
     online = reference is not None and config.reference == "online"
@@ -213,9 +238,24 @@ def plan_memory(
         max(longest, config.pack_tokens or 0),
         accumulation=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,
-        dtype=model.dtype,
+        dtype=model.dtype if config.world_size == 1 else AUTOCAST[config.mixed_precision] or model.dtype,
         workspace_bytes=config.workspace_bytes or default_workspace(config.device),
         reference_bytes=sum(p.nbytes for p in reference.parameters()) if online else 0,
         optim=check_optim(config.optim),
+        mesh=_mesh(config),
     )
-    return search.fit(work, machine_here(config.device, host_bytes=config.host_bytes), config.allow_lossy)
+    return search.fit(work, _least_machine(config), config.allow_lossy)
+
+
+def _mesh(config: LongPOConfig) -> Mesh:
+    if config.world_size == 1:
+        return ONE_CARD
+    return Mesh(config.world_size, config.sequence_parallel, processes_here(), config.mixed_precision)
+
+
+def _least_machine(config: LongPOConfig) -> plan.Machine:
+    """Rank 0's, with no more memory than the rank that has the least: all ranks plan for the same."""
+    here = machine_here(config.device, host_bytes=config.host_bytes)
+    machines = gather_object([here]) if config.world_size > 1 else [here]
+    memory = ("device_bytes", "host_bytes", "disk_bytes")
+    return replace(machines[0], **{name: min(getattr(each, name) for each in machines) for name in memory})

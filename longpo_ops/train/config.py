@@ -188,6 +188,13 @@ class LongPOConfig(TrainingArguments):
         return bool(self.fsdp) or launch.is_sharded()
 
     @property
+    def fsdp_version(self) -> int | None:
+        """Of FSDP, as the launcher's file or fsdp_config says; None where the weights are whole."""
+        if not self.is_sharded:
+            return None
+        return launch.launched_fsdp() or int((self.fsdp_config or {}).get("version", 2))
+
+    @property
     def data_ranks(self) -> int:
         """Ranks, or groups of them, that hold different packs."""
         return self.world_size // self.sequence_parallel

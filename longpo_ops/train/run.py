@@ -25,12 +25,12 @@ from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_toke
 from ..runs.validate import check_kinds
 from .checkpoints import check_going_on, last_checkpoint
 from .checks import (
+    agreed_memory,
     check_model,
     check_packs,
     check_pairs,
     check_schedule,
     count_steps,
-    kept_memory,
     needs_reference,
     packs_of,
     plan_memory,
@@ -302,7 +302,7 @@ def prepare(run: TrainRun) -> Prepared:
 
 
 def _plan(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> Plan | None:
-    if config.fit != "auto" or kept_memory(config) is not None:
+    if config.fit != "auto" or agreed_memory(config) is not None:
         return None
     beside = config.method.reference is not None and config.reference == "online"
     reference = run.empty_model(run.reference_model or run.model, policy=False) if beside else None

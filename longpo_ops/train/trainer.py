@@ -45,12 +45,12 @@ from ..runs.usage import peak_bytes
 from .arithmetic import Arithmetic, base_model, keep_float32_master, widen
 from .checkpoints import check_one_folder
 from .checks import (
+    agreed_memory,
     check_not_empty,
     check_packs,
     check_pairs,
     check_rates,
     check_shared_rows,
-    kept_memory,
     memory_file,
     packs_of,
     plan_memory,
@@ -147,7 +147,7 @@ class LongPOTrainer(RanksTrainer):
     def _fitted(self, model: nn.Module, args: LongPOConfig, datasets, reference_model: nn.Module | None) -> Memory:
         """What the planner chooses for the longest pack on this machine, or chose for the checkpoint it goes on from."""
         file = memory_file(args)
-        if (kept := kept_memory(args)) is not None:
+        if (kept := agreed_memory(args)) is not None:
             log.info("%s: goes on with what was planned when the run began, %s", file, kept)
             return kept
         planned = plan_memory(model, args, datasets, reference_model)

@@ -97,7 +97,8 @@ def test_8_bits_a_weight_take_what_the_table_says(name, sp, cards, total):
     ("precision", "accumulation", "states", "expected"),
     [
         ("bf16", 8, "float32", {"weight": 4, "master": 0, "states": 8, "gradient": 4}),
-        ("no", 8, "float32", {"weight": 2, "master": 2, "states": 8, "gradient": 2}),
+        ("no", 8, "float32", {"weight": 2, "master": 2, "states": 8, "gradient": 4}),
+        ("no", 8, "8bit", {"weight": 2, "master": 2, "states": 2.03125, "gradient": 4}),
         ("no", 1, "8bit", {"weight": 2, "master": 2, "states": 2.03125, "gradient": 2}),
     ],
 )
