@@ -27,7 +27,7 @@ ROOMS = {
     "runs": ("data",),
     "documents": ("lazy",),
     "engines": ("ops", "pretrained"),
-    "memory": ("attention", "kinds", "lazy", "ops", "pretrained", "runs"),
+    "memory": ("attention", "kinds", "lazy", "ops", "parallel", "pretrained", "runs"),
     "generate": ("data", "documents", "engines", "lazy", "pretrained", "recipes", "runs"),
     "evaluate": ("data", "documents", "engines", "lazy", "pretrained", "runs"),
     "train": ("attention", "data", "launch", "memory", "ops", "parallel", "pretrained", "recipes", "runs"),
