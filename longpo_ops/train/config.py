@@ -129,7 +129,8 @@ class LongPOConfig(TrainingArguments):
         if memory.states is not None or self.fit == "auto":
             replace(memory, states=memory.states or "float32").check_optimizer(self)
         if memory.step_in_backward:
-            refuse_step_in_backward(self.gradient_accumulation_steps, self.max_grad_norm, self.world_size)
+            settings = self.gradient_accumulation_steps, self.max_grad_norm, self.world_size, self.mixed_precision
+            refuse_step_in_backward(*settings)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Trainer's, and none where a ratio comes to less than a step."""

@@ -197,7 +197,7 @@ class LongPOTrainer(CheckpointedTrainer):
             model, args = self.model if model is None else model, self.args
             decayed = set(self.get_decay_parameter_names(model))
             trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
-            if args.gradient_accumulation_steps > 1:
+            if args.gradient_accumulation_steps > 1 and not self.is_fsdp_enabled:  # which gives gradients another dtype
                 float32_gradients(p for _, p in trained)
             groups = [
                 {"params": [p for d, p in trained if d == decays], "weight_decay": args.weight_decay * decays}
@@ -205,6 +205,16 @@ class LongPOTrainer(CheckpointedTrainer):
             ]
             self.optimizer = self.memory.make_optimizer(groups, **named_optimizer(args))
         return super().create_optimizer(model)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        """Trainer's. Sharded weights get each pack's gradients at once: until then every rank would hold those of the whole
+        model, summed in the dtype that they are computed in."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled and self.args.gradient_accumulation_steps > 1:
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+            if self.memory.states is not None:
+                float32_gradients(self.model.parameters())
+        return prepared
 
     def _packs(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PackedPairs:
         return packs_of(pairs, args, self._target_length)

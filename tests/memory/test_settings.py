@@ -188,6 +188,7 @@ def test_the_host_that_a_run_states_reaches_its_plan(tmp_path, monkeypatch):
         ({"memory": {"offload": True, "host_bytes": "80 GiB"}}, "memory: host_bytes='80 GiB': expected int"),
         ({"memory": {"step_in_backward": True}}, "set states to float32 or 8bit"),
         ({"memory": OURS | {"step_in_backward": True}}, "max_grad_norm=1.0 needs all gradients"),
+        ({"memory": OURS | {"step_in_backward": True}, "max_grad_norm": 0, "fp16": True}, "fp16 scales the loss"),
         ({"memory": OURS, "fit": "auto"}, "expected one of the two"),
         ({"fit": "best"}, "expected 'off' or 'auto'"),
         ({"fit": "auto", "allow_lossy": "some"}, "allow_lossy='some': expected one of nothing, states, all"),
