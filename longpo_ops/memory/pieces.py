@@ -6,7 +6,8 @@
 w weight decay, c1 and c2 AdamW's bias corrections. A piece steps by blocks: on a CPU those that stay in its caches, as a pass
 over memory is what a step costs there. Numbers, gradients and averages come with each step, and are written in place; what
 is kept of them, and in which shape, is states.py's. What torch does on whole tensors is done here bit by bit, as each number
-steps by itself.
+steps by itself; but torch's fused AdamW takes the last numbers of a tensor on a CPU, which fill no vector register, by code
+whose last bits differ, so that a shard's last numbers may differ from the same ones amid a whole weight.
 
 Tests: tests/memory/test_optimizer.py.
 """

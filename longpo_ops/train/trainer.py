@@ -32,6 +32,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..data import TokenizedPair
 from ..memory import search
+from ..memory.cost import weight_bytes
 from ..memory.optimizer import MasterOptimizer, float32_gradients
 from ..memory.plan_report import allocator_advice, describe_settings
 from ..memory.settings import Memory, named_optimizer
@@ -203,7 +204,18 @@ class LongPOTrainer(CheckpointedTrainer):
                 {"params": [p for d, p in trained if d == decays], "weight_decay": args.weight_decay * decays}
                 for decays in (True, False)
             ]
-            self.optimizer = self.memory.make_optimizer(groups, **named_optimizer(args))
+            named = named_optimizer(args)
+            self.optimizer = self.memory.make_optimizer(groups, **named)
+            cost = weight_bytes(
+                trained[0][1].dtype,
+                self.memory.states,
+                self.memory.master,
+                optim=named["optim"],
+                mixed_precision=args.mixed_precision,
+                accumulation=args.gradient_accumulation_steps,
+                fsdp=self.is_fsdp_enabled,
+            )
+            log.info("%s%s", cost, ", shared by the ranks" * self.is_fsdp_enabled)
         return super().create_optimizer(model)
 
     def _prepare_for_training(self, *args, **kwargs):

@@ -119,11 +119,13 @@ def test_one_optimizer_is_given(tmp_path, argument):
         trainer.train()
 
 
-def test_16_bit_weights_keep_their_dtype_and_resume_bitwise(tmp_path):
+def test_16_bit_weights_keep_their_dtype_and_resume_bitwise(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "longpo_ops.train")
     options = dict(dtype=torch.bfloat16, learning_rate=1e-6, gradient_accumulation_steps=2, max_grad_norm=1.0)
     whole, trainer = trained(tmp_path / "whole", OURS, **options)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
     assert {p.grad_dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert "16 bytes a weight (2 weight, 2 master, 8 states, 4 gradient)" in caplog.text
     trained(tmp_path / "half", OURS, **options, save_steps=2, save_strategy="steps")
     checkpoint = str(tmp_path / "half" / "checkpoint-2")
     again, _ = trained(tmp_path / "half", OURS, resume=checkpoint, **options)
