@@ -10,10 +10,20 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from longpo_ops.memory import optimizer as module
 from longpo_ops.memory import pieces
-from longpo_ops.memory.optimizer import AdamW, RMSprop, float32_gradients, join, refuse_step_in_backward, split
+from longpo_ops.memory.optimizer import (
+    SETTINGS,
+    AdamW,
+    RMSprop,
+    float32_gradients,
+    join,
+    refuse_step_in_backward,
+    split,
+)
+from longpo_ops.memory.states import Blocks
 
 torchao = pytest.importorskip("torchao")
 
@@ -129,6 +139,19 @@ def test_is_bitwise_torchs_on_a_float32_copy(algorithm, master, decay, host, mon
         assert torch.equal(p.flatten(), weight if master == "residue" else q.flatten().bfloat16())
 
 
+def masters_of(model: nn.Module, optimizer) -> list[torch.Tensor]:
+    """(n,) float32 of each weight."""
+    found = []
+    for weight in model.parameters():
+        state = optimizer.state[weight]
+        found.append(
+            join(weight.detach().flatten(), state["residue"].flatten().view(torch.int16))
+            if "residue" in state
+            else state["master"].flatten()
+        )
+    return found
+
+
 @pytest.mark.parametrize("states", ["float32", "8bit"])
 def test_residue_and_float32_master_agree_wherever_they_live(states):
     """Rounding halves differs (away from zero, to even), so the masters are compared: bit by bit."""
@@ -137,10 +160,7 @@ def test_residue_and_float32_master_agree_wherever_they_live(states):
         model = network()
         optimizer = AdamW(model.parameters(), lr=1e-3, **options)
         train(model, optimizer)
-        saved = [w["master"] for w in optimizer.state_dict()["state"].values()]
-        if options["master"] == "residue":
-            saved = [join(p.detach().flatten(), r) for p, r in zip(model.parameters(), saved, strict=True)]
-        masters.append(torch.cat(saved))
+        masters.append(torch.cat(masters_of(model, optimizer)))
     assert all(same_bits(masters[0], other) for other in masters[1:])
 
 
@@ -198,9 +218,9 @@ def test_loaded_state_is_a_copy():
     train(model, optimizer, range(3))
     twin.load_state_dict(model.state_dict())
     copy.load_state_dict(optimizer.state_dict())
-    before = [w["pieces"][0]["exp_avg"].clone() for w in optimizer.state_dict()["state"].values()]
+    before = [w["exp_avg"].clone() for w in optimizer.state_dict()["state"].values()]
     train(twin, copy, range(3, 6))
-    after = [w["pieces"][0]["exp_avg"] for w in optimizer.state_dict()["state"].values()]
+    after = [w["exp_avg"] for w in optimizer.state_dict()["state"].values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -209,11 +229,9 @@ def test_states_of_8_bits_take_two_bytes_a_weight():
     optimizer = AdamW(model.parameters(), lr=1e-3, states="8bit")
     gradients(model, 0)
     optimizer.step()
-    pieces = optimizer.state_dict()["state"][0]["pieces"]
-    tensors = [
-        t for piece in pieces for name in ("exp_avg", "exp_avg_sq") for t in (piece[name].codes, piece[name].scale)
-    ]
-    assert sum(t.nbytes for t in tensors) == 2 * 256 * 256 * (1 + 4 / 256)
+    state = optimizer.state_dict()["state"][0]
+    kept = [state[f"{name}_{part}"] for name in ("exp_avg", "exp_avg_sq") for part in ("codes", "scale")]
+    assert sum(t.nbytes for t in kept) == 2 * 256 * 256 * (1 + 4 / 256)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -226,18 +244,17 @@ def test_float32_weights_are_their_own_master(algorithm, decay):
     train(torchs, reference)
     assert equal(ours, torchs)
     for weight, state in zip(optimizer.state_dict()["state"].values(), reference.state.values(), strict=True):
-        for name in weight["pieces"][0].keys() - {"step"}:
-            assert torch.equal(torch.cat([piece[name] for piece in weight["pieces"]]), state[name].flatten())
+        for name in weight:
+            assert torch.equal(weight[name], state[name])
 
 
 def test_rmsprop_keeps_one_number_a_weight():
     model = network()
     optimizer = RMSprop(model.parameters(), lr=1e-3)
     train(model, optimizer, range(1))
-    kept = [piece for weight in optimizer.state_dict()["state"].values() for piece in weight["pieces"]]
-    assert sum(t.nbytes for piece in kept for t in piece.values()) == 4 * (
-        sum(p.numel() for p in model.parameters()) + len(kept)
-    )
+    kept = optimizer.state_dict()["state"].values()
+    assert [weight.keys() for weight in kept] == [{"step", "residue", "square_avg"}] * 4
+    assert sum(weight["square_avg"].nbytes for weight in kept) == 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_compiled_8_bit_steps_as_trained():
@@ -251,7 +268,7 @@ for _ in range(3):
     weight.grad = torch.ones_like(weight)
     optimizer.param_groups[0]["lr"] /= 2
     optimizer.step()
-master = join(weight.detach().flatten(), optimizer.state_dict()["state"][0]["master"])
+master = join(weight.detach().flatten(), optimizer.state[weight]["residue"].flatten().view(torch.int16))
 assert (master - (1 - 1e-3 * 0.875)).abs().max() < 1e-5, master
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
@@ -351,18 +368,132 @@ def test_accumulation_and_clipping_without_it():
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("norm", [0.0, 1.0])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_combination_is_allowed_or_refused_with_a_reason(accumulation, norm, processes):
-    if (accumulation, norm, processes) == (1, 0.0, 1):
-        refuse_step_in_backward(accumulation, norm, processes)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_every_combination_is_allowed_or_refused_with_a_reason(accumulation, norm, processes, precision):
+    if (accumulation, norm, processes, precision) == (1, 0.0, 1, "bf16"):
+        refuse_step_in_backward(accumulation, norm, processes, precision)
         return
     reasons = {
         "gradient_accumulation_steps=4": accumulation > 1,
         "max_grad_norm=1.0": norm > 0,
         "2 processes": processes > 1,
+        "fp16 scales the loss": precision == "fp16",
     }
     first = next(text for text, holds in reasons.items() if holds)
     with pytest.raises(ValueError, match=first):
-        refuse_step_in_backward(accumulation, norm, processes)
+        refuse_step_in_backward(accumulation, norm, processes, precision)
+
+
+# -- states and checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+@pytest.mark.parametrize("algorithm", [AdamW, RMSprop])
+def test_saving_before_the_first_step_leaves_no_trace(algorithm, states):
+    """torch's function steps an optimizer that has no states, with gradients of 0 at a rate of 0."""
+    if algorithm is RMSprop and states == "8bit":
+        return
+    models = [network(), network()]
+    optimizers = [algorithm(m.parameters(), lr=1e-3, weight_decay=0.1, states=states) for m in models]
+    random = torch.get_rng_state()
+    saved = get_optimizer_state_dict(models[0], optimizers[0])
+    assert torch.equal(random, torch.get_rng_state())
+    assert {float(state["step"]) for state in saved["state"].values()} == {0.0} and equal(models[0], network())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(3))
+    assert equal(*models)
+
+
+def test_a_first_step_at_a_rate_of_0_counts():
+    """As a warm-up's first is: its gradients are averaged, whatever its rate."""
+    ours, torchs = network(torch.float32), network(torch.float32)
+    optimizers = (
+        AdamW(ours.parameters(), lr=0.0),
+        torch.optim.AdamW(torchs.parameters(), lr=0.0, weight_decay=0.0, fused=True),
+    )
+    for model, optimizer in zip((ours, torchs), optimizers, strict=True):
+        for step in range(3):
+            gradients(model, step)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 1e-3
+    assert equal(ours, torchs) and not equal(ours, network(torch.float32))
+
+
+def by_pieces(optimizer) -> dict:
+    """The state as versions before 2026-11-28 wrote it."""
+    saved, names = optimizer.state_dict(), optimizer._steps.averages
+    weights = {}
+    for (i, state), p in zip(saved["state"].items(), optimizer.state, strict=True):
+        n, master = p.numel(), state.get("master", state.get("residue", torch.empty(0)).view(torch.int16))
+        pieces = [{"step": state["step"]} for _ in range(0, n, module.PIECE)]
+        for name in names:
+            values = state[name].flatten() if name in state else eight_bit(state, p, name)
+            for piece, start in zip(pieces, range(0, n, module.PIECE), strict=True):
+                piece[name] = values[start : start + module.PIECE]
+        weights[i] = {"master": master.flatten() if p.itemsize < 4 else None, "pieces": pieces}
+    groups = [{k: v for k, v in group.items() if k not in SETTINGS} for group in saved["param_groups"]]
+    return {"state": weights, "param_groups": groups, "settings": dict(optimizer.settings)}
+
+
+def eight_bit(state: dict, weight, name: str):
+    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
+
+    levels = torch.tensor(get_qmap_signed() if name == "exp_avg" else get_qmap_unsigned())
+    scale = state[f"{name}_scale"].flatten()[Blocks(weight).places(slice(0, weight.numel()))]
+    return OptimState8bit(state[f"{name}_codes"].flatten(), scale, levels, name == "exp_avg", dtype=torch.float32)
+
+
+EARLIER = [
+    (AdamW, "float32", "residue"),
+    (AdamW, "8bit", "residue"),
+    (AdamW, "8bit", "float32"),
+    (RMSprop, "float32", "float32"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "states", "master"), EARLIER)
+def test_states_of_earlier_versions_go_on_bitwise(algorithm, states, master):
+    def make(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 128), nn.Linear(384, 32)).bfloat16()
+        return model, algorithm(model.parameters(), lr=1e-3, states=states, master=master)
+
+    model, optimizer = make(0)
+    train(model, optimizer, range(3))
+    again, other = make(1)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(by_pieces(optimizer))
+    for m, o in ((model, optimizer), (again, other)):
+        train(m, o, range(3, 6))
+    assert equal(model, again)
+
+
+def test_states_of_earlier_versions_that_do_not_fit_are_refused():
+    model = network()
+    optimizer = AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    earlier = by_pieces(optimizer)
+    named = earlier | {"settings": {"states": "float32", "master": "residue"}}  # of versions that had AdamW only
+    AdamW(model.parameters()).load_state_dict(named)
+    with pytest.raises(ValueError, match=r"state of .*'AdamW'.*: expected .*'RMSprop'"):
+        RMSprop(model.parameters()).load_state_dict(named)
+    with pytest.raises(
+        ValueError, match=r"2048 numbers of exp_avg in float32.*held in 8 bits now: go on with that version"
+    ):
+        of_parts = earlier | {"settings": optimizer.settings | {"states": "8bit"}}
+        del of_parts["state"][0]["pieces"][0]["exp_avg"], of_parts["state"][0]["pieces"][0]["exp_avg_sq"]
+        of_parts["state"][0]["pieces"] = of_parts["state"][0]["pieces"][1:]
+        AdamW(model.parameters(), states="8bit").load_state_dict(of_parts)
+    wider = nn.Sequential(nn.Linear(65, 96), nn.Tanh(), nn.Linear(96, 8)).bfloat16()
+    with pytest.raises(ValueError, match=r"master of another size for a weight of shape \(96, 65\)"):
+        AdamW(wider.parameters()).load_state_dict(by_pieces(optimizer))
+
+
+def test_blocks_of_rows_that_no_block_fits():
+    """Three blocks of 256 in two rows of 384: each row has room for two scales, the fourth place stays empty."""
+    weight = torch.empty(12, 384)
+    assert Blocks(weight).places(slice(0, weight.numel())).tolist()[:7] == [0, 1, 2, 4, 5, 6, 8]
+    assert Blocks(torch.empty(4, 512)).places(slice(512, 1536)) == slice(2, 6)
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -402,15 +533,15 @@ def test_state_of_other_settings_or_weights_is_refused():
         RMSprop(model.parameters()).load_state_dict(saved)
     with pytest.raises(ValueError, match=r"state of .*'RMSprop'.*: expected .*'AdamW'"):
         AdamW(model.parameters()).load_state_dict(RMSprop(model.parameters()).state_dict())
-    earlier = saved | {"settings": {"states": "float32", "master": "residue"}}  # of versions that had AdamW only
-    AdamW(model.parameters()).load_state_dict(earlier)
-    with pytest.raises(ValueError, match=r"state of .*'AdamW'.*: expected .*'RMSprop'"):
-        RMSprop(model.parameters()).load_state_dict(earlier)
     with pytest.raises(ValueError, match="state of None"):
         RMSprop(model.parameters()).load_state_dict(torch.optim.RMSprop(model.parameters()).state_dict())
+    trained = AdamW(model.parameters())
+    train(model, trained, range(1))
     other = nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 8)).bfloat16()
-    with pytest.raises(ValueError, match=r"does not fit a weight of shape|expected \(3072,\)"):
-        AdamW(other.parameters()).load_state_dict(saved)
+    with pytest.raises(
+        ValueError, match=r"residue of \(96, 64, 2\).*expected \(96, 32, 2\) torch.uint8, for a weight of shape"
+    ):
+        AdamW(other.parameters()).load_state_dict(trained.state_dict())
 
 
 def test_without_torchao(monkeypatch):
@@ -421,41 +552,47 @@ def test_without_torchao(monkeypatch):
 
 def test_a_compiled_step_with_wrong_numbers_is_refused(monkeypatch):
     """Code for vectors twice as long leaves every second vector out: what inductor's cache gave on another processor."""
-    weight = torch.nn.Parameter(torch.randn(4096).bfloat16())
+    weight = torch.nn.Parameter(torch.randn(64, 64).bfloat16())
     optimizer = AdamW([weight], lr=1e-3, states="8bit")
     monkeypatch.setattr(pieces, "_COMPARED", set())
-    piece, weight.grad = optimizer._weights[weight].pieces[0], torch.randn_like(weight)
-    whole = piece.inner.step
+    inner, weight.grad = optimizer._steps.inner(torch.empty(0)), torch.randn_like(weight)
+    whole, (stand_in,) = inner.step, inner.param_groups[0]["params"]
+    calls = []
 
     def halves():
-        before = piece.stand_in.data.clone()
+        before = stand_in.data.clone()
         whole()
-        skipped = torch.arange(4096) % 32 >= 16
-        piece.stand_in.data.copy_(torch.where(skipped, before, piece.stand_in.data))
+        calls.append(1)
+        if len(calls) == 2:  # the first is the uncompiled one
+            stand_in.data.copy_(torch.where(torch.arange(4096) % 32 >= 16, before, stand_in.data))
 
     before = optimizer.state_dict()
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="compiled step of 8-bit states differs"):
-        patch.setattr(piece.inner, "step", halves)
+        patch.setattr(inner, "step", halves)
         optimizer.step()
     with pytest.raises(RuntimeError, match=r"a step raised midway.*: load the weights and the optimizer's state"):
         optimizer.step()
     optimizer.load_state_dict(before)
     optimizer.step()  # and the code of this machine is right
-    assert {(4096, torch.float32, torch.device("cpu"))} == pieces._COMPARED
+    assert {(4096, torch.float32, torch.device("cpu"), True)} == pieces._COMPARED
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-9, 5e-7])
 def test_a_small_step_that_rounds_otherwise_is_right(monkeypatch, lr):
     """At the paper's rates a step is of the size of a weight's own rounding, which compiled code does in its own order."""
-    weight = torch.nn.Parameter(4 * torch.randn(4096))
+    weight = torch.nn.Parameter(4 * torch.randn(64, 64))
     optimizer = AdamW([weight], lr=lr, states="8bit")
     monkeypatch.setattr(pieces, "_COMPARED", set())
-    piece, weight.grad = optimizer._weights[weight].pieces[0], torch.randn_like(weight)
-    whole = piece.inner.step
+    inner, weight.grad = optimizer._steps.inner(weight), torch.randn_like(weight)
+    whole, (stand_in,) = inner.step, inner.param_groups[0]["params"]
+
+    calls = []
 
     def rounded():
         whole()
-        piece.stand_in.data.copy_(torch.nextafter(piece.stand_in.data, torch.tensor(torch.inf)))
+        calls.append(1)
+        if len(calls) == 2:  # the first is the uncompiled one
+            stand_in.data.copy_(torch.nextafter(stand_in.data, torch.tensor(torch.inf)))
 
-    monkeypatch.setattr(piece.inner, "step", rounded)
+    monkeypatch.setattr(inner, "step", rounded)
     optimizer.step()
