@@ -68,10 +68,6 @@ class Mesh:
         """A card's part of bytes or numbers that are sharded over all cards."""
         return -(-total // self.cards)
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Of a weight as a card keeps it, and of its gradient there, for a model that computes in dtype."""
-        return 4 if self.sharded and self.mixed_precision != "no" else dtype.itemsize
-
     def reduced_bytes(self, dtype: torch.dtype) -> int:
         """Of a number of a gradient on its way to be summed, for a model that computes in dtype."""
         return self.reduce_bytes or dtype.itemsize

@@ -24,6 +24,7 @@ import torch
 
 from longpo_ops.kinds import FLOATS, check_choice, check_each, check_number, check_object, check_whole, refusal
 from longpo_ops.memory import optimizer, pieces
+from longpo_ops.memory.cost import WeightBytes, weight_bytes
 from longpo_ops.memory.host_step import room_bytes
 from longpo_ops.memory.mesh import ONE_CARD, Mesh, heads_of
 from longpo_ops.memory.offload import Placement
@@ -37,15 +38,13 @@ GIB = 1 << 30
 ERROR = 0.1  # of a predicted peak, at most, in tests/memory/test_plan.py: real <= predicted / (1 - ERROR)
 DEVICE_RESERVE = 2 * GIB  # context, libraries, gaps between blocks of the allocator
 HOST_RESERVE = 8 * GIB  # system, Python, data, and room to write a checkpoint
-MASTER_BYTES = {"residue": 2, "float32": 4}
 STEP_BYTES = 16  # scratch of an optimizer step, for each number of the piece it works on
 
 
 class StepCost(NamedTuple):
-    """Bytes a weight. states: held. passes: what the step's operators read and write on a device. host: what a host copies,
-    read and written, while it steps a weight."""
+    """Bytes a weight. passes: what the step's operators read and write on a device. host: what a host copies, read and
+    written, while it steps a weight."""
 
-    states: float
     passes: int
     host: int
 
@@ -54,8 +53,8 @@ class StepCost(NamedTuple):
 # where it copied 11.3 GB/s, AdamW took 7.7 ns, in which 26 bytes come from memory or go there, and 71 ns, in which torchao's
 # quantisation computes; where it copied 13.4 GB/s, RMSprop took 8.0 ns and AdamW 6.4.
 STEP_COSTS = {
-    optimizer.AdamW: {"float32": StepCost(8, 28, 87), "8bit": StepCost(2 * (1 + 4 / 256), 16, 800)},
-    optimizer.RMSprop: {"float32": StepCost(4, 52, 107)},
+    optimizer.AdamW: {"float32": StepCost(28, 87), "8bit": StepCost(16, 800)},
+    optimizer.RMSprop: {"float32": StepCost(52, 107)},
 }
 # The H200's are those of whole steps (docs/log.md, 2026-11-27): bf16 products at 65,536 rows and cuDNN's causal attention.
 CARDS = {
@@ -154,16 +153,6 @@ class Work:
         return -(-self.length // self.mesh.sequence_parallel)
 
     @property
-    def weight_bytes(self) -> int:
-        """Of a number of a weight where it is kept."""
-        return self.mesh.weight_bytes(self.dtype)
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of a number of a gradient, once it is complete."""
-        return 4 if _float32_gradients(self) else self.weight_bytes
-
-    @property
     def step_costs(self) -> dict[str, StepCost]:
         """By the states that its optimizer may have."""
         return STEP_COSTS[optimizer.OPTIMS[self.optim]]
@@ -245,12 +234,9 @@ class Plan(NamedTuple):
         return self.work.mesh.data_parallel * self.work.accumulation * self.work.length / self.step_seconds
 
     @property
-    def bytes_per_weight(self) -> dict[str, float]:
+    def bytes_per_weight(self) -> WeightBytes:
         """Of all cards together."""
-        work = self.work
-        master = MASTER_BYTES[self.settings.master] if work.weight_bytes < 4 else 0
-        states = work.step_costs[self.settings.states].states
-        return {"weight": work.weight_bytes, "master": master, "states": states, "gradient": work.gradient_bytes}
+        return kept_bytes(self.work, self.settings)
 
 
 # -- prediction --------------------------------------------------------------------------------------------------------
@@ -334,7 +320,7 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
         tuple(_phases(work, settings, machine, t, w, inputs)),
         {name: n for name, n in host.items() if n},
         {"layer inputs": inputs.disk * stored} if inputs.disk else {},
-        step_seconds(work, settings, machine, t, w, inputs, encoded),
+        step_seconds(work, settings, machine, t, w, inputs, encoded, kept_bytes(work, settings)),
         sent_bytes(work, w),
     )
 
@@ -353,14 +339,26 @@ def encoded_bytes(t: Trace, work: Work, settings: Settings) -> int:
     return CODECS[settings.store].nbytes(torch.empty(count, dtype=work.dtype, device="meta"))
 
 
+def kept_bytes(work: Work, settings: Settings) -> WeightBytes:
+    return weight_bytes(
+        work.dtype,
+        settings.states,
+        settings.master,
+        optim=work.optim,
+        mixed_precision=work.mesh.mixed_precision,
+        accumulation=work.accumulation,
+        fsdp=work.mesh.sharded,
+    )
+
+
 def _optimizer_bytes(work: Work, settings: Settings, w: Weights) -> dict[str, int]:
-    share, master = work.mesh.share(w.total), MASTER_BYTES[settings.master] if work.weight_bytes < 4 else 0
-    return {"master": master * share, "optimizer states": int(work.step_costs[settings.states].states * share)}
+    share, kept = work.mesh.share(w.total), kept_bytes(work, settings)
+    return {"master": kept.master * share, "optimizer states": int(kept.states * share)}
 
 
 def _host_scratch(work: Work, settings: Settings, w: Weights) -> int:
     """The two rooms that pieces cross through, and what the host's step of one takes."""
-    numbers, size = min(optimizer.PIECE, work.mesh.share(w.largest)), work.weight_bytes
+    numbers, size = min(optimizer.PIECE, work.mesh.share(w.largest)), kept_bytes(work, settings).weight
     at_once = numbers if settings.states == "8bit" else min(pieces.BLOCK, numbers)
     return 2 * room_bytes(numbers, size, max(4, size)) + STEP_BYTES * at_once
 
@@ -369,8 +367,9 @@ def _phases(
     work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, inputs: Placement
 ) -> Iterator[Phase]:
     size, layers, tiers, mesh = work.dtype.itemsize, w.layers, inputs.tiers(), work.mesh
-    g = work.gradient_bytes
-    base = {"reserve": machine.device_reserve, "weights": mesh.share(w.total) * work.weight_bytes}
+    kept_of_each = kept_bytes(work, settings)
+    g = kept_of_each.gradient
+    base = {"reserve": machine.device_reserve, "weights": mesh.share(w.total) * kept_of_each.weight}
     base |= {"ids and positions": t.positions} | ({"reference": work.reference_bytes} if work.reference_bytes else {})
     if not settings.host:
         base |= _optimizer_bytes(work, settings, w)

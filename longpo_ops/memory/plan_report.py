@@ -55,7 +55,7 @@ def as_json(plan: Plan, allow_lossy: str, tried: Sequence[Split] = ()) -> dict:
         "seconds": plan.seconds,
         "tokens_per_second": plan.tokens_per_second,
         "sent_per_pack": plan.sent,
-        "bytes_per_weight": plan.bytes_per_weight,
+        "bytes_per_weight": plan.bytes_per_weight._asdict(),
         "splits": [_split_as_json(split) for split in tried],
         "phases": [{"name": phase.name} | phase.parts for phase in plan.phases],
     }
@@ -171,11 +171,9 @@ def assumptions(plan: Plan) -> list[str]:
     why = "accelerate keeps weights in float32 then, and gradients"
     if mesh.mixed_precision == "no":
         why = "several packs' gradients are summed in float32" if wide else "one pack a step"
-    told = " + ".join(f"{nbytes:.3g} {name}" for name, nbytes in parts.items())
-    where = f", master and states on the hosts, each shared by {mesh.on_node} GPUs" * plan.settings.host
+    where = ", master and states on the hosts" * plan.settings.host
     return [
-        f"Bytes a weight: {told} = {sum(parts.values()):.3g}, sharded over {mesh.cards} GPUs{where} "
-        f"(mixed_precision {mesh.mixed_precision}: {why}).",
+        f"Kept: {parts}, sharded over {mesh.cards} GPUs{where} (mixed_precision {mesh.mixed_precision}: {why}).",
         f"Assumed: a GPU sends {machine.inside_node / 1e9:g} GB/s to the {mesh.on_node - 1} others of its machine and "
         f"{machine.between_nodes / 1e9:g} GB/s to other machines; attention waits for its exchanges; FSDP2's traffic is hidden "
         "behind the layers as far as they take as long.",

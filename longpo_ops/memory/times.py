@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from longpo_ops.memory.mesh import PASSES, head_dim, heads_of
 
 if TYPE_CHECKING:
+    from longpo_ops.memory.cost import WeightBytes
     from longpo_ops.memory.offload import Placement
     from longpo_ops.memory.plan import Machine, Settings, Weights, Work
     from longpo_ops.memory.trace import Trace
@@ -42,7 +43,14 @@ def sent_bytes(work: Work, w: Weights) -> dict[str, int]:
 
 
 def step_seconds(
-    work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, inputs: Placement, stored: int
+    work: Work,
+    settings: Settings,
+    machine: Machine,
+    t: Trace,
+    w: Weights,
+    inputs: Placement,
+    stored: int,
+    kept: WeightBytes,
 ) -> dict[str, float]:
     """By component. stored: bytes of a layer input away from the device, not rounded to pages."""
     config, layers, ranks = work.config, w.layers, work.mesh.sequence_parallel
@@ -63,7 +71,7 @@ def step_seconds(
     seconds["waiting for copies"] = sum(layers * max(0.0, copied - time, spilled - time) for time in layer.values())
     seconds |= _sending_seconds(work, machine, w, layer)
     seconds = {name: work.accumulation * time for name, time in seconds.items()}
-    return seconds | {"optimizer": _optimizer_seconds(work, settings, machine, w)}
+    return seconds | {"optimizer": _optimizer_seconds(work, settings, machine, w, kept)}
 
 
 def _sending_seconds(work: Work, machine: Machine, w: Weights, layer: dict[str, float]) -> dict[str, float]:
@@ -84,11 +92,10 @@ def _sending_seconds(work: Work, machine: Machine, w: Weights, layer: dict[str, 
     }
 
 
-def _optimizer_seconds(work: Work, settings: Settings, machine: Machine, w: Weights) -> float:
+def _optimizer_seconds(work: Work, settings: Settings, machine: Machine, w: Weights, kept: WeightBytes) -> float:
     """A step on the host takes as long as the slower of two: the copies of weights and gradients, and the host's own work."""
-    size, cost, weights = work.weight_bytes, work.step_costs[settings.states], work.mesh.share(w.total)
+    cost, weights = work.step_costs[settings.states], work.mesh.share(w.total)
     if not settings.host:
-        conversions = CONVERSIONS[settings.master] if size < 4 else 0
+        conversions = CONVERSIONS[settings.master] if kept.master else 0
         return (cost.passes + conversions) * weights / machine.device_memory
-    crossing = 2 * size + work.gradient_bytes
-    return weights * max(crossing / machine.copy, cost.host / machine.host_memory)
+    return weights * max((2 * kept.weight + kept.gradient) / machine.copy, cost.host / machine.host_memory)

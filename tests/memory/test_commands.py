@@ -131,7 +131,7 @@ def test_command_compares_every_split_of_several_gpus(folder):
         "sequence parallel 1 x data parallel 8, numbers of one GPU, 16 of them a step",
         "tokens/s of all GPUs",
         "FSDP2",
-        "Bytes a weight: 2 weight + 2 master + 8 states + 4 gradient = 16, sharded over 8 GPUs",
+        "16 bytes a weight (2 weight, 2 master, 8 states, 4 gradient), sharded over 8 GPUs (mixed_precision no: several packs",
         "Assumed: a GPU sends 300 GB/s to the 7 others of its machine and 45 GB/s to other machines",
     ):
         assert text in told, (text, told)
