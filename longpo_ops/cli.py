@@ -6,13 +6,16 @@ What a command does is its own module's; options of several commands are engines
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import launch
 from .demo.commands import demo
 from .evaluate.commands import evaluate
 from .evolve.commands import evolve
@@ -137,15 +140,33 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def _speak_once() -> None:
+    """Of the processes of a launcher the first one says what goes on; the others tell errors alone."""
+    if launch.rank():
+        warnings.simplefilter("ignore")
+        quiet = {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        }
+        os.environ.update(quiet)
+    logging.basicConfig(level=logging.ERROR if launch.rank() else logging.INFO, format="%(message)s")
+
+
+def _who() -> str:
+    """Which process tells an error, where there are several."""
+    return f"rank {launch.rank()}: " if launch.processes() > 1 else ""
+
+
 def main() -> None:
     """The console script: one line for a failure that says what to do, a traceback for a bug."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _speak_once()
     for name in ("torchao", "torch.utils._pytree"):  # their warnings at import concern nobody here
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"{_who()}error: {error}", err=True)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
         from .evaluate.answers import is_out_of_memory
@@ -153,7 +174,7 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         advice = "train with --fit auto, or shorter texts; `longpo plan` says what fits"
-        typer.echo(f"error: out of memory: {error}\n{advice}", err=True)
+        typer.echo(f"{_who()}error: out of memory: {error}\n{advice}", err=True)
         sys.exit(1)
 
 

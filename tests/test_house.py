@@ -17,6 +17,7 @@ ROOMS = {
     "kinds": (),
     "lazy": (),
     "recipes": (),
+    "launch": (),
     "pretrained": (),
     "kernels": (),
     "parallel": (),
@@ -26,14 +27,14 @@ ROOMS = {
     "runs": ("data",),
     "documents": ("lazy",),
     "engines": ("ops", "pretrained"),
-    "memory": ("attention", "kinds", "lazy", "ops", "pretrained", "runs"),
+    "memory": ("attention", "kinds", "lazy", "ops", "parallel", "pretrained", "runs"),
     "generate": ("data", "documents", "engines", "lazy", "pretrained", "recipes", "runs"),
     "evaluate": ("data", "documents", "engines", "lazy", "pretrained", "runs"),
-    "train": ("attention", "data", "memory", "ops", "pretrained", "recipes", "runs"),
+    "train": ("attention", "data", "launch", "memory", "ops", "parallel", "pretrained", "recipes", "runs"),
     "evolve": ("data", "documents", "evaluate", "generate", "lazy", "pretrained", "recipes", "runs", "train"),
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
-    "cli": ("demo", "evaluate", "evolve", "generate", "memory", "runs", "train"),
+    "cli": ("demo", "evaluate", "evolve", "generate", "launch", "memory", "runs", "train"),
 }
 TRAINER = re.compile(r"transformers\.(Trainer|Training|trainer|integrations|Seq2SeqTrain)\w*")
 MAY_TRAIN = ("train", "evolve", "demo", "cli")

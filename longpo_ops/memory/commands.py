@@ -12,7 +12,10 @@ from ..runs import terminal
 
 def plan(
     model: Annotated[
-        str, typer.Option(help="mistral-7b, llama-3-8b, qwen2.5-7b, qwen2.5-1.5b, or any causal LM: a name or folder.")
+        str,
+        typer.Option(
+            help="mistral-7b, llama-3-8b, qwen2.5-1.5b, -7b, -32b or -72b, or any causal LM: a name or folder."
+        ),
     ],
     length: Annotated[int, typer.Option(help="Tokens of a pack: prefix, chosen and rejected tails.")] = 524288,
     tail: Annotated[
@@ -21,6 +24,18 @@ def plan(
     device_gib: Annotated[float, typer.Option(help="Memory of the device.")] = 141.0,
     host_gib: Annotated[float, typer.Option(help="Memory of the host.")] = 128.0,
     disk_gib: Annotated[float, typer.Option(help="Disk space for layer inputs.")] = 0.0,
+    gpus: Annotated[int, typer.Option(help="GPUs, over all of which FSDP2 shards the weights.")] = 1,
+    sequence_parallel: Annotated[
+        int | None, typer.Option(help="GPUs that share the rows of a pack; default: every divisor of --gpus is tried.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int, typer.Option(help="GPUs of a machine; its --host-gib and --disk-gib are shared by them.")
+    ] = 8,
+    mixed_precision: Annotated[
+        str, typer.Option(help="accelerate's, of several GPUs: no, or bf16, which keeps float32 weights and gradients.")
+    ] = "no",
+    inside_gb_s: Annotated[float, typer.Option(help="What a GPU sends to others of its machine, GB/s (NVLink).")] = 300,
+    between_gb_s: Annotated[float, typer.Option(help="What a GPU sends to other machines, GB/s (400 Gbit/s).")] = 45,
     accumulation: Annotated[int, typer.Option(help="Packs a step accumulates gradients over.")] = 8,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 for none.")] = 1.0,
     optim: Annotated[
@@ -44,7 +59,7 @@ def plan(
 ) -> None:
     """Predict memory and time of a training step, and choose settings that fit. Nothing is allocated.
 
-    Defaults are those of `longpo train` on one H200.
+    Defaults are those of `longpo train` on one H200. With --gpus, all numbers are of one of them.
     """
     import json
 
@@ -52,7 +67,9 @@ def plan(
 
     from . import plan as planner
     from . import search
-    from .plan_report import as_json, draw_plan, print_plan
+    from .mesh import Mesh
+    from .plan_report import as_json, draw_plan, print_plan, print_splits
+    from .splits import best, splits
     from .trace import read_config
 
     gib, config = planner.GIB, read_config(model)
@@ -60,7 +77,12 @@ def plan(
         search.check_lossy(allow_lossy)
         if dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype={dtype!r}: expected bfloat16, float16 or float32")
+        if online and gpus > 1:
+            raise ValueError(
+                f"online with gpus={gpus}: a reference beside a sharded policy is not supported; leave it out"
+            )
         kind = getattr(torch, dtype)
+        mesh = Mesh(gpus, sequence_parallel or 1, gpus_per_node, mixed_precision)
         work = planner.Work(
             config,
             length,
@@ -71,27 +93,35 @@ def plan(
             int(workspace_gib * gib),
             planner.weights_of(config).total * kind.itemsize if online else 0,
             optim,
+            mesh,
         )
+    tried = []
     try:
         machine = planner.Machine(
             int(device_gib * gib),
             int(host_gib * gib),
             int(disk_gib * gib),
+            inside_node=inside_gb_s * 1e9,
+            between_nodes=between_gb_s * 1e9,
             device_reserve=int(device_reserve_gib * gib),
             host_reserve=int(host_reserve_gib * gib),
-        )
-        found = (
-            search.longest(work, machine, allow_lossy=allow_lossy)
-            if longest
-            else search.fit(work, machine, allow_lossy)
-        )
+        ).shared_by(mesh.on_node)
+        if gpus > 1 and sequence_parallel is None:
+            tried = splits(work, machine, allow_lossy, longest)
+            found = best(tried, longest)
+        elif longest:
+            found = search.longest(work, machine, allow_lossy=allow_lossy)
+        else:
+            found = search.fit(work, machine, allow_lossy)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     title = f"{model}, one pack of {found.work.length:,} tokens"
     if json_:
-        typer.echo(json.dumps(as_json(found, allow_lossy), indent=1))
+        typer.echo(json.dumps(as_json(found, allow_lossy, tried), indent=1))
     else:
+        if tried:
+            print_splits(tried, found)
         print_plan(found, title, allow_lossy)
     if picture is not None:
         draw_plan(found, title, picture)

@@ -3,27 +3,34 @@
     device(phase) = weights + master + states + gradients so far + layer inputs kept or passing + what the phase itself needs
     phases: forward of layer 0..L-1, last norm, loss, backward of layer L-1..0, embedding, optimizer
 
+    one of C cards (mesh.py): weights, master, states and gradients a C-th; rows and layer inputs those of its rank
+    + gathered   the weights of two layers, the one at work and the next; the head, from the last norm to its backward
+    + reduced    gradients on their way to be summed, of a layer or the head
+
 What a layer needs comes from trace.py, which runs one on the meta device; the rest is arithmetic. Everything here is
-derived, not measured: times are operations over the rates of Machine, copies that are longer than a layer's time are added,
-and nothing else (norms, launches, data) is in them. Full fine-tuning in one dtype on one device; adapters and sharding are
-not modelled.
+derived, not measured: times are operations over the rates of Machine, copies and FSDP2's traffic where they are longer than a
+layer's time are added, the exchanges of heads in full, and nothing else (norms, launches, data) is in them. Full fine-tuning;
+of several cards FSDP2 as accelerate sets it up, with Ulysses. Adapters are not modelled.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 
 from longpo_ops.kinds import FLOATS, check_choice, check_each, check_number, check_object, check_whole, refusal
 from longpo_ops.memory import optimizer, pieces
+from longpo_ops.memory.cost import WeightBytes, weight_bytes
 from longpo_ops.memory.host_step import room_bytes
+from longpo_ops.memory.mesh import ONE_CARD, Mesh, heads_of
 from longpo_ops.memory.offload import Placement
 from longpo_ops.memory.quantise import CODECS
 from longpo_ops.memory.tiers import PAGE
+from longpo_ops.memory.times import sent_bytes, step_seconds
 from longpo_ops.memory.trace import Trace, build, trace
 from longpo_ops.ops.sweep import DEFAULT_WORKSPACE, workspace_of
 
@@ -31,17 +38,13 @@ GIB = 1 << 30
 ERROR = 0.1  # of a predicted peak, at most, in tests/memory/test_plan.py: real <= predicted / (1 - ERROR)
 DEVICE_RESERVE = 2 * GIB  # context, libraries, gaps between blocks of the allocator
 HOST_RESERVE = 8 * GIB  # system, Python, data, and room to write a checkpoint
-MASTER_BYTES = {"residue": 2, "float32": 4}
 STEP_BYTES = 16  # scratch of an optimizer step, for each number of the piece it works on
-# What the way to a float32 master and back reads and writes on a device, bytes a weight.
-CONVERSIONS = {"residue": 66, "float32": 12}
 
 
 class StepCost(NamedTuple):
-    """Bytes a weight. states: held. passes: what the step's operators read and write on a device. host: what a host copies,
-    read and written, while it steps a weight."""
+    """Bytes a weight. passes: what the step's operators read and write on a device. host: what a host copies, read and
+    written, while it steps a weight."""
 
-    states: float
     passes: int
     host: int
 
@@ -50,8 +53,8 @@ class StepCost(NamedTuple):
 # where it copied 11.3 GB/s, AdamW took 7.7 ns, in which 26 bytes come from memory or go there, and 71 ns, in which torchao's
 # quantisation computes; where it copied 13.4 GB/s, RMSprop took 8.0 ns and AdamW 6.4.
 STEP_COSTS = {
-    optimizer.AdamW: {"float32": StepCost(8, 28, 87), "8bit": StepCost(2 * (1 + 4 / 256), 16, 800)},
-    optimizer.RMSprop: {"float32": StepCost(4, 52, 107)},
+    optimizer.AdamW: {"float32": StepCost(28, 87), "8bit": StepCost(16, 800)},
+    optimizer.RMSprop: {"float32": StepCost(52, 107)},
 }
 # The H200's are those of whole steps (docs/log.md, 2026-11-27): bf16 products at 65,536 rows and cuDNN's causal attention.
 CARDS = {
@@ -63,7 +66,8 @@ CARDS = {
 @dataclass(frozen=True)
 class Machine:
     """Memory in bytes, and rates: operations or bytes a second, read and written ones together for device_memory and
-    host_memory. The defaults are those of an H200 on PCIe 5."""
+    host_memory. The defaults are those of an H200 on PCIe 5. With several cards: one of them, its share of the host, and what
+    it sends a second to cards of its node (NVLink) and of others (400 Gbit/s a card, nine tenths of it)."""
 
     device_bytes: int
     host_bytes: int = 0
@@ -75,6 +79,8 @@ class Machine:
     copy: float = 50e9
     disk: float = 3e9
     host_memory: float = 100e9
+    inside_node: float = 300e9
+    between_nodes: float = 45e9
     device_reserve: int = DEVICE_RESERVE
     host_reserve: int = HOST_RESERVE
     error: float = ERROR  # of the device's peak, for which room is left
@@ -90,11 +96,20 @@ class Machine:
             else:
                 check_number(name, value, above=0)
 
+    def shared_by(self, processes: int) -> Machine:
+        """What a process has that shares the host and its disk evenly with the others; the card is its own."""
+        shared = ("host_bytes", "disk_bytes", "host_reserve")
+        parts = {name: getattr(self, name) // processes for name in shared}
+        rates = {"host_memory": self.host_memory / processes, "disk": self.disk / processes}
+        return replace(self, **parts, **rates)
+
 
 @dataclass(frozen=True)
 class Work:
     """A step: packs of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config.
-    reference_bytes: weights of a reference that stays on the device beside the policy. optim: a name of optimizer.OPTIMS."""
+    reference_bytes: weights of a reference that stays on the device beside the policy. optim: a name of optimizer.OPTIMS.
+    dtype: what is computed in, and on one card what weights are kept in. mesh: the cards; accumulation is of one data-parallel
+    group."""
 
     config: object
     length: int
@@ -105,6 +120,7 @@ class Work:
     workspace_bytes: int = DEFAULT_WORKSPACE["cuda"]
     reference_bytes: int = 0
     optim: str = "adamw_torch"
+    mesh: Mesh = ONE_CARD
 
     def __post_init__(self):
         if not hasattr(self.config, "to_json_string") or isinstance(self.config, type):
@@ -124,6 +140,17 @@ class Work:
             raise ValueError(
                 f"length={self.length!r}, tails={self.tails}: expected a pack longer than its rejected tails"
             )
+        check_object("mesh", self.mesh, Mesh, "a Mesh")
+        if self.length < self.mesh.sequence_parallel:
+            raise refusal(
+                "length", self.length, f"a token for each of the {self.mesh.sequence_parallel} ranks at least"
+            )
+        heads_of(self.config, self.mesh.sequence_parallel)
+
+    @property
+    def rows(self) -> int:
+        """Of a pack, on one card."""
+        return -(-self.length // self.mesh.sequence_parallel)
 
     @property
     def step_costs(self) -> dict[str, StepCost]:
@@ -170,7 +197,8 @@ class Phase(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A prediction: device memory over the step, host and disk memory and seconds by component."""
+    """A prediction: device memory over the step, host and disk memory and seconds by component; bytes that a card sends for
+    a pack."""
 
     work: Work
     machine: Machine
@@ -179,6 +207,7 @@ class Plan(NamedTuple):
     host: dict[str, int]
     disk: dict[str, int]
     seconds: dict[str, float]
+    sent: dict[str, int]
 
     @property
     def peak(self) -> Phase:
@@ -198,6 +227,16 @@ class Plan(NamedTuple):
     @property
     def step_seconds(self) -> float:
         return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all data-parallel groups together."""
+        return self.work.mesh.data_parallel * self.work.accumulation * self.work.length / self.step_seconds
+
+    @property
+    def bytes_per_weight(self) -> WeightBytes:
+        """Of all cards together."""
+        return kept_bytes(self.work, self.settings)
 
 
 # -- prediction --------------------------------------------------------------------------------------------------------
@@ -235,8 +274,13 @@ def _weights(key: str, hidden: _Hidden) -> Weights:
 
 
 def traced(work: Work, settings: Settings) -> Trace:
-    mode = "freed" if settings.step_in_backward else "held" if work.accumulation > 1 else "new"
-    return trace(work.config, work.length, settings.tile_rows, work.dtype, mode, _float32_gradients(work))
+    """A layer of a card. Where weights are sharded, the whole gradients of a layer are new in every backward, in the dtype that
+    is computed in; shards of them are summed over packs."""
+    held = work.accumulation > 1 and not work.mesh.sharded
+    mode = "freed" if settings.step_in_backward else "held" if held else "new"
+    ranks = work.mesh.sequence_parallel
+    wide = _float32_gradients(work) and not work.mesh.sharded
+    return trace(work.config, work.rows, settings.tile_rows, work.dtype, mode, wide, ranks)
 
 
 def _float32_gradients(work: Work) -> bool:
@@ -252,7 +296,7 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
     check_object("settings", settings, Settings, "a Settings")
     check_choice(f"optim={work.optim!r}, states", settings.states, tuple(work.step_costs))
     if settings.step_in_backward:
-        optimizer.refuse_step_in_backward(work.accumulation, work.max_grad_norm)
+        optimizer.refuse_step_in_backward(work.accumulation, work.max_grad_norm, work.mesh.cards)
     t, w = traced(work, settings), weights_of(work.config)
     layers = w.layers
     inputs = (
@@ -260,7 +304,8 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
     )
     if sum(inputs) != layers:
         raise ValueError(f"kept, on_host and on_disk are {tuple(inputs)}: expected {layers} layers in all")
-    stored = paged(encoded_bytes(t, work, settings))
+    encoded = encoded_bytes(t, work, settings)
+    stored = paged(encoded)
     attention = settings.attention_layers * paged(t.attention)
     optimizer_bytes = _optimizer_bytes(work, settings, w)
     host = {
@@ -275,7 +320,8 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
         tuple(_phases(work, settings, machine, t, w, inputs)),
         {name: n for name, n in host.items() if n},
         {"layer inputs": inputs.disk * stored} if inputs.disk else {},
-        _seconds(work, settings, machine, t, w, inputs),
+        step_seconds(work, settings, machine, t, w, inputs, encoded, kept_bytes(work, settings)),
+        sent_bytes(work, w),
     )
 
 
@@ -293,14 +339,26 @@ def encoded_bytes(t: Trace, work: Work, settings: Settings) -> int:
     return CODECS[settings.store].nbytes(torch.empty(count, dtype=work.dtype, device="meta"))
 
 
+def kept_bytes(work: Work, settings: Settings) -> WeightBytes:
+    return weight_bytes(
+        work.dtype,
+        settings.states,
+        settings.master,
+        optim=work.optim,
+        mixed_precision=work.mesh.mixed_precision,
+        accumulation=work.accumulation,
+        fsdp=work.mesh.sharded,
+    )
+
+
 def _optimizer_bytes(work: Work, settings: Settings, w: Weights) -> dict[str, int]:
-    master = MASTER_BYTES[settings.master] if work.dtype.itemsize < 4 else 0
-    return {"master": master * w.total, "optimizer states": int(work.step_costs[settings.states].states * w.total)}
+    share, kept = work.mesh.share(w.total), kept_bytes(work, settings)
+    return {"master": kept.master * share, "optimizer states": int(kept.states * share)}
 
 
 def _host_scratch(work: Work, settings: Settings, w: Weights) -> int:
     """The two rooms that pieces cross through, and what the host's step of one takes."""
-    numbers, size = min(optimizer.PIECE, w.largest), work.dtype.itemsize
+    numbers, size = min(optimizer.PIECE, work.mesh.share(w.largest)), kept_bytes(work, settings).weight
     at_once = numbers if settings.states == "8bit" else min(pieces.BLOCK, numbers)
     return 2 * room_bytes(numbers, size, max(4, size)) + STEP_BYTES * at_once
 
@@ -308,14 +366,15 @@ def _host_scratch(work: Work, settings: Settings, w: Weights) -> int:
 def _phases(
     work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, inputs: Placement
 ) -> Iterator[Phase]:
-    size, layers, tiers = work.dtype.itemsize, w.layers, inputs.tiers()
-    g = 4 if _float32_gradients(work) else size
-    base = {"reserve": machine.device_reserve, "weights": w.total * size, "ids and positions": t.positions}
-    base |= {"reference": work.reference_bytes} if work.reference_bytes else {}
+    size, layers, tiers, mesh = work.dtype.itemsize, w.layers, inputs.tiers(), work.mesh
+    kept_of_each = kept_bytes(work, settings)
+    g = kept_of_each.gradient
+    base = {"reserve": machine.device_reserve, "weights": mesh.share(w.total) * kept_of_each.weight}
+    base |= {"ids and positions": t.positions} | ({"reference": work.reference_bytes} if work.reference_bytes else {})
     if not settings.host:
         base |= _optimizer_bytes(work, settings, w)
     held, freed = work.accumulation > 1, settings.step_in_backward
-    step_scratch = 0 if settings.host else STEP_BYTES * min(optimizer.PIECE, w.largest)
+    step_scratch = 0 if settings.host else STEP_BYTES * min(optimizer.PIECE, mesh.share(w.largest))
     scratch = step_scratch if freed else 0
     encoded = encoded_bytes(t, work, settings) if settings.store != "exact" else 0
 
@@ -323,81 +382,53 @@ def _phases(
         return layer >= 0 and tiers[layer] != "device"
 
     def phase(name: str, gradients: int, kept: int, passing: int, **needs: int) -> Phase:
-        parts = base | {"gradients": w.total * g if held else gradients, "layer inputs": kept * t.input + passing}
+        """gradients: numbers of those that are complete."""
+        numbers = w.total if held else gradients
+        parts = base | {"gradients": mesh.share(numbers) * g, "layer inputs": kept * t.input + passing}
         parts |= {n.replace("_", " "): v for n, v in needs.items()}
         predicted = sum(parts.values()) - machine.device_reserve
         return Phase(name, parts | {"error": int(predicted * (1 / (1 - machine.error) - 1))})
 
-    last = layers - 1
+    def sharding(head: bool, reduced: int = 0, whole: int = 0) -> dict[str, int]:
+        """What there is beside a card's share: gathered weights, of the head where it is, and numbers of gradients that are
+        summed up just now, or still whole. A head that is the embedding is gathered throughout."""
+        if not mesh.sharded:
+            return {}
+        gathered = size * (2 * w.layer + w.embedding * (head or w.tied))
+        return {
+            "gathered": gathered,
+            "reduced": mesh.reduced_bytes(work.dtype) * reduced,
+            "whole_gradients": size * whole,
+        }
+
+    last, head = layers - 1, w.embedding
     for layer in range(layers):
         kept = layer + 1 - sum(map(away, range(layer + 1)))
-        yield phase(f"forward {layer}", 0, kept, (t.input + encoded) * away(layer), layer=max(t.forward, 0))
+        passing = (t.input + encoded) * away(layer)
+        yield phase(f"forward {layer}", 0, kept, passing, layer=max(t.forward, 0), **sharding(False))
     passing = (t.input + encoded) * away(last)
     kept = tiers.count("device")
-    yield phase("last norm", 0, kept, passing, layer=t.norm)
-    head, dw = w.embedding * g, w.embedding * (4 + (size if size < 4 else 0))
-    yield phase("loss", 0, kept, passing, layer=t.held, loss=_workspace(work) + dw)
-    own = 0 if freed else head
-    yield phase("backward last norm", own, kept, passing, layer=t.norm_backward + (head if freed else 0))
+    yield phase("last norm", 0, kept, passing, layer=t.norm, **sharding(True))
+    dw = head * (4 + (size if size < 4 else 0))
+    yield phase("loss", 0, kept, passing, layer=t.held, loss=_workspace(work) + dw, **sharding(True))
+    summed, whole = (0, head) if w.tied else (head, 0)  # a tied head's gradient waits for the embedding's
+    own = 0 if freed or mesh.sharded else head
+    held_back = t.norm_backward + (head * g if freed else 0)
+    yield phase("backward last norm", own, kept, passing, layer=held_back, **sharding(True, summed, head))
     for layer in reversed(range(layers)):
-        gradients = 0 if freed else head + (last - layer) * w.layer * g
+        gradients = 0 if freed else head + (last - layer) * w.layer
         kept = layer + 1 - sum(map(away, range(layer + 1)))
         passing = (t.input + encoded) * away(layer) + (encoded or t.input) * away(layer - 1)
-        yield phase(f"backward {layer}", gradients, kept, passing, layer=t.backward, optimizer_scratch=scratch)
-    gradients = 0 if freed else head + layers * w.layer * g
-    yield phase("embedding", gradients, 1, 0, layer=t.embedding_backward, optimizer_scratch=scratch)
+        needs = sharding(False, summed if layer == last else w.layer, whole)
+        yield phase(f"backward {layer}", gradients, kept, passing, layer=t.backward, optimizer_scratch=scratch, **needs)
+    gradients = 0 if freed else head + layers * w.layer
+    needs = sharding(True, head, whole)
+    yield phase("embedding", gradients, 1, 0, layer=t.embedding_backward, optimizer_scratch=scratch, **needs)
     if not freed:
-        yield phase("optimizer", w.total * g, 0, 0, optimizer_scratch=step_scratch)
+        yield phase("optimizer", w.total, 0, 0, optimizer_scratch=step_scratch)
 
 
 def _workspace(work: Work) -> int:
     """Scratch of the loss: what it may use, or all it can use."""
     weight = torch.empty(work.config.vocab_size, work.config.hidden_size, dtype=work.dtype, device="meta")
-    return min(work.workspace_bytes, workspace_of(work.length, weight, work.dtype))
-
-
-def attention_pairs(length: int, tails: tuple[int, ...], window: int | None = None) -> float:
-    """Pairs of a query and a key it sees, in a pack of one pair: prefix and chosen tail causal, rejected tails see the prefix.
-
-    How long the chosen tail is makes no difference but in what rejected ones see: taken as long as they are on average.
-    """
-    rows = length - sum(tails)
-    prefix = rows - (sum(tails) // len(tails) if tails else 0)
-    seen = [(rows, 0), *((tail, prefix) for tail in tails)]
-    if window is None:
-        return sum(n * n / 2 + n * before for n, before in seen)
-    return sum(min(n, window) ** 2 / 2 + max(0, n - window) * window + n * min(before, window) for n, before in seen)
-
-
-def _seconds(
-    work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, inputs: Placement
-) -> dict[str, float]:
-    config, layers = work.config, w.layers
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pairs = attention_pairs(work.length, work.tails, getattr(config, "sliding_window", None))
-    attention = 4 * config.num_attention_heads * size * pairs
-    layer = {
-        "forward": t.forward_flops / machine.matmul + attention / machine.attention,
-        "backward": t.backward_flops / machine.matmul
-        + 2.5 * attention / machine.attention_backward
-        + (1 - settings.attention_layers / layers) * attention / machine.attention,
-    }
-    seconds = {name: layers * time for name, time in layer.items()}
-    seconds["loss"] = 6 * work.length * w.embedding / machine.matmul
-    stored, rest = encoded_bytes(t, work, settings), inputs.host + inputs.disk
-    saved = settings.attention_layers * t.attention / layers
-    copied = (rest * stored / layers + saved) / machine.copy
-    spilled = inputs.disk * stored / max(rest, 1) / machine.disk
-    seconds["waiting for copies"] = sum(layers * max(0.0, copied - time, spilled - time) for time in layer.values())
-    seconds = {name: work.accumulation * time for name, time in seconds.items()}
-    return seconds | {"optimizer": _step_seconds(work, settings, machine, w)}
-
-
-def _step_seconds(work: Work, settings: Settings, machine: Machine, w: Weights) -> float:
-    """A step on the host takes as long as the slower of two: the copies of weights and gradients, and the host's own work."""
-    size, cost = work.dtype.itemsize, work.step_costs[settings.states]
-    if not settings.host:
-        conversions = CONVERSIONS[settings.master] if size < 4 else 0
-        return (cost.passes + conversions) * w.total / machine.device_memory
-    crossing = 2 * size + (4 if _float32_gradients(work) else size)
-    return w.total * max(crossing / machine.copy, cost.host / machine.host_memory)
+    return min(work.workspace_bytes, workspace_of(work.rows, weight, work.dtype))

@@ -8,19 +8,31 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from longpo_ops.memory.mesh import Mesh
 from longpo_ops.memory.optimizer import OPTIMS
 from longpo_ops.memory.plan import DEVICE_RESERVE, GIB, Plan
 from longpo_ops.memory.search import lossy_offers
+from longpo_ops.memory.splits import Split
 
-LAST = ("weights", "master", "optimizer states", "gradients", "layer inputs", "layer", "loss")  # drawn first, lowest
+LAST = (
+    "weights",
+    "master",
+    "optimizer states",
+    "gathered",
+    "gradients",
+    "layer inputs",
+    "layer",
+    "loss",
+)  # drawn first, lowest
 
 
-def as_json(plan: Plan, allow_lossy: str) -> dict:
-    """Everything that was derived, in bytes and seconds."""
+def as_json(plan: Plan, allow_lossy: str, tried: Sequence[Split] = ()) -> dict:
+    """Everything that was derived, in bytes and seconds; of several cards, of one of them."""
     work = plan.work
     return {
         "derived": True,
@@ -30,6 +42,7 @@ def as_json(plan: Plan, allow_lossy: str) -> dict:
         "accumulation": work.accumulation,
         "max_grad_norm": work.max_grad_norm,
         "optim": work.optim,
+        "mesh": dataclasses.asdict(work.mesh),
         "settings": dataclasses.asdict(plan.settings),
         "lossy_offers": lossy_offers(plan, allow_lossy),
         "fits": not plan.shortfalls,
@@ -40,8 +53,20 @@ def as_json(plan: Plan, allow_lossy: str) -> dict:
         "host": plan.host,
         "disk": plan.disk,
         "seconds": plan.seconds,
+        "tokens_per_second": plan.tokens_per_second,
+        "sent_per_pack": plan.sent,
+        "bytes_per_weight": plan.bytes_per_weight._asdict(),
+        "splits": [_split_as_json(split) for split in tried],
         "phases": [{"name": phase.name} | phase.parts for phase in plan.phases],
     }
+
+
+def _split_as_json(split: Split) -> dict:
+    told = {"sequence_parallel": split.sequence_parallel, "data_parallel": split.data_parallel}
+    if (plan := split.plan) is None:
+        return told | {"fits": False, "refused": split.refused}
+    numbers = {"length": plan.work.length, "peak_bytes": plan.peak.total, "tokens_per_second": plan.tokens_per_second}
+    return told | {"fits": True} | numbers
 
 
 def allocator_advice() -> str | None:
@@ -88,7 +113,11 @@ def print_plan(plan: Plan, title: str, allow_lossy: str) -> None:
     from rich.table import Table
 
     console = Console(width=100)
-    step = f"{plan.work.accumulation} of them a step, max_grad_norm {plan.work.max_grad_norm:g}"
+    work, mesh = plan.work, plan.work.mesh
+    packs = work.accumulation * mesh.data_parallel
+    step = f"{packs} of them a step, max_grad_norm {work.max_grad_norm:g}"
+    if mesh.sharded:
+        title += f", {mesh.cards} GPUs, {split_words(mesh)}, numbers of one GPU"
     console.print(f"{title}, {step} (derived, not measured)", soft_wrap=True)
     table = Table()
     for column in ("", "at the peak", ""):
@@ -109,17 +138,69 @@ def print_plan(plan: Plan, title: str, allow_lossy: str) -> None:
             if nbytes:
                 table.add_row(f"  {part}", f"{nbytes / GIB:.2f}", "")
         table.add_section()
+    if plan.sent:
+        table.add_row("[bold]sent for a pack, GiB[/]", f"[bold]{sum(plan.sent.values()) / GIB:.1f}[/]", "")
+        for part, nbytes in plan.sent.items():
+            table.add_row(f"  {part}", f"{nbytes / GIB:.1f}", "")
+        table.add_section()
     total = plan.step_seconds
-    rate = plan.work.length * plan.work.accumulation / total
-    table.add_row("[bold]seconds of a step[/]", f"[bold]{total:.3g}[/]", f"{rate:,.0f} tokens/s")
+    rate = f"{plan.tokens_per_second:,.0f} tokens/s" + " of all GPUs" * mesh.sharded
+    table.add_row("[bold]seconds of a step[/]", f"[bold]{total:.3g}[/]", rate)
     for part, time in plan.seconds.items():
         table.add_row(f"  {part}", f"{time:.3g}", "")
     console.print(table)
     console.print(f"Settings: {describe_settings(plan)}.", soft_wrap=True)
+    for line in assumptions(plan):
+        console.print(line, soft_wrap=True)
     for offer in lossy_offers(plan, allow_lossy):
         console.print(f"Lossy storage: {offer}.", soft_wrap=True)
     if advice := allocator_advice():
         console.print(f"Allocator: {advice}.", soft_wrap=True)
+
+
+def split_words(mesh: Mesh) -> str:
+    return f"sequence parallel {mesh.sequence_parallel} x data parallel {mesh.data_parallel}"
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What a plan for several cards rests on, beside what is counted."""
+    mesh, machine, parts = plan.work.mesh, plan.machine, plan.bytes_per_weight
+    if not mesh.sharded:
+        return []
+    wide = plan.work.accumulation > 1
+    why = "accelerate keeps weights in float32 then, and gradients"
+    if mesh.mixed_precision == "no":
+        why = "several packs' gradients are summed in float32" if wide else "one pack a step"
+    where = ", master and states on the hosts" * plan.settings.host
+    return [
+        f"Kept: {parts}, sharded over {mesh.cards} GPUs{where} (mixed_precision {mesh.mixed_precision}: {why}).",
+        f"Assumed: a GPU sends {machine.inside_node / 1e9:g} GB/s to the {mesh.on_node - 1} others of its machine and "
+        f"{machine.between_nodes / 1e9:g} GB/s to other machines; attention waits for its exchanges; FSDP2's traffic is hidden "
+        "behind the layers as far as they take as long.",
+    ]
+
+
+def print_splits(tried: Sequence[Split], chosen: Plan) -> None:
+    """A line for every split of the cards, and why it was refused."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=100)
+    table = Table(title=f"{chosen.work.mesh.cards} GPUs, every split (derived, not measured)")
+    for column in ("sequence x data", "tokens of a pack", "packs a step", "GiB a GPU", "tokens/s", ""):
+        table.add_column(column, justify="right")
+    for split in tried:
+        name = f"{split.sequence_parallel} x {split.data_parallel}"
+        if (plan := split.plan) is None:
+            table.add_row(name, "", "", "", "", "refused")
+            continue
+        packs, verdict = plan.work.accumulation * split.data_parallel, "chosen" if plan is chosen else ""
+        numbers = f"{plan.work.length:,}", str(packs), f"{plan.peak.total / GIB:.1f}", f"{plan.tokens_per_second:,.0f}"
+        table.add_row(name, *numbers, verdict)
+    console.print(table)
+    for split in tried:
+        if split.refused:
+            console.print(f"{split.sequence_parallel} x {split.data_parallel}: {split.refused}", soft_wrap=True)
 
 
 def draw_plan(plan: Plan, title: str, path: Path) -> None:

@@ -109,7 +109,7 @@ def _rank(s: Settings) -> tuple:
 def _candidates(work: Work, allow_lossy: str) -> Iterator[list[Settings]]:
     """Groups of settings, each considered only where none of the groups before it has one that fits."""
     tiles = [None] if work.config.model_type not in FAMILIES else [None, ROWS] if work.length > ROWS else [None]
-    early = work.accumulation == 1 and not work.max_grad_norm
+    early = work.accumulation == 1 and not work.max_grad_norm and not work.mesh.sharded
     check_lossy(allow_lossy)
     kinds = ("float32",) if allow_lossy == "nothing" else tuple(work.step_costs)
     for store in ("exact", "int8") if allow_lossy == "all" else ("exact",):
@@ -170,7 +170,9 @@ def explain_shortfall(plan: Plan) -> str:
     if "disk" in plan.shortfalls or "host" in plan.shortfalls:
         advice += " (a host or a disk that takes the layer inputs)"
     late = plan.work.accumulation > 1 or plan.work.max_grad_norm
-    if late and "device" in plan.shortfalls:
+    if plan.work.mesh.sharded:
+        advice += ", a larger sequence_parallel, or more GPUs"
+    elif late and "device" in plan.shortfalls:
         advice += (
             f"; gradient_accumulation_steps=1 and max_grad_norm=0 would let weights step in backward and free "
             f"{gib(max(phase.parts['gradients'] for phase in plan.phases))} of gradients"

@@ -163,7 +163,8 @@ def _number(value: str, optim_args: str) -> float:
 
 
 def machine_here(device: torch.device, spill_dir: str | None = None, host_bytes: int | None = None) -> plan.Machine:
-    """What this machine has. Without a GPU the host's memory is the device's, and only disk is further away.
+    """What this process has of its machine. Without a GPU the host's memory is the device's, and only disk is further away. The
+    run's other processes on the machine have as much (Machine.shared_by).
 
     host_bytes: of the host in all. Default: what is available now, which is too little in a guest whose memory grows as it
     is used. Of that the system already has its part, so that half of the reserve does.
@@ -174,5 +175,6 @@ def machine_here(device: torch.device, spill_dir: str | None = None, host_bytes:
         card = torch.cuda.get_device_properties(device)
         rates = next((rates for name, rates in plan.CARDS.items() if name in card.name), {})
         reserve = plan.HOST_RESERVE // (2 if host_bytes is None else 1)
-        return plan.Machine(card.total_memory, host, disk, host_reserve=reserve, **rates)
-    return plan.Machine(host, 0, disk, device_reserve=plan.GIB, host_reserve=0)
+        return plan.Machine(card.total_memory, host, disk, host_reserve=reserve, **rates).shared_by(processes_here())
+    here = processes_here()
+    return plan.Machine(host // here, 0, disk, device_reserve=plan.GIB, host_reserve=0).shared_by(here)

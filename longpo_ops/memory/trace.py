@@ -5,7 +5,9 @@
 
 A Ledger sees every operation: storages that appear and go give the bytes alive, matrix products their floating-point
 operations. Whatever the model's own code, or tile_layers, does is counted as it is. A stand-in takes the place of attention: it
-allocates what shared-prefix attention does (Attention), as the scratch of its kernels cannot be seen from here.
+allocates what shared-prefix attention does (Attention), as the scratch of its kernels cannot be seen from here. Where ranks
+share a pack, the layer runs at the rows of one of them, the one with the most heads: ulysses.py's own code exchanges heads for
+rows around attention, and a stand-in takes the place of its collective.
 
 Tests: tests/memory/test_plan.py.
 """
@@ -24,7 +26,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from longpo_ops.attention import ulysses
 from longpo_ops.attention.shared_prefix import GROUP
+from longpo_ops.memory.mesh import heads_of
+from longpo_ops.parallel import Shards
 
 NAME = "longpo_ops_plan"
 PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::bmm": 1, "aten::baddbmm": 2}  # where the left factor's columns are
@@ -104,8 +109,35 @@ class Attention(torch.autograd.Function):
         return min(heads, per_key * max(1, GROUP // (batch * per_key * rows * size)))
 
 
-def _attend(module, q, k, v, mask, **_):
-    return Attention.apply(q, k, v), None
+def _attend(module, q, k, v, mask, shards: Shards | None = None, **_):
+    if shards is None:
+        return Attention.apply(q, k, v), None
+    heads, kv_heads = q.shape[1], k.shape[1]
+    out = Attention.apply(*ulysses.to_heads(q, k, v, shards))
+    return ulysses.to_rows(out, heads, kv_heads, shards), None
+
+
+class _Rank(NamedTuple):
+    """What Shards asks of a process group, without processes."""
+
+    index: int
+    ranks: int
+
+    def rank(self) -> int:
+        return self.index
+
+    def size(self) -> int:
+        return self.ranks
+
+
+class _Exchanges:
+    """In place of ulysses.py's collective: allocates what comes, and counts."""
+
+    count = 0
+
+    def __call__(self, sent: Tensor, sizes: list[int], sizes_to_come: list[int], shards: Shards) -> Tensor:
+        self.count += 1
+        return sent.new_empty(sum(sizes_to_come))
 
 
 class _Mark(torch.autograd.Function):
@@ -219,15 +251,17 @@ def trace(
     dtype: torch.dtype = torch.bfloat16,
     gradients: str = "new",
     float32_gradients: bool = False,
+    ranks: int = 1,
 ) -> Trace:
-    """One layer of `config` at `rows` rows.
+    """One layer of `config` at `rows` rows, those of one of so many ranks that share a pack.
 
     gradients: "new" appear in this backward, "held" were there before (accumulation), "freed" go as soon as they are there.
-    Raises ValueError for a model that cannot run without data (a RoPE that reads its positions, say).
+    Raises ValueError for heads that the ranks cannot share, and for a model that cannot run without data (a RoPE that reads
+    its positions, say).
     """
     config = first_layers(config, 1)  # however many there are, this one is traced
     key = config.to_json_string(use_diff=False)
-    return _trace(_Config(key, config), rows, tile_rows, dtype, gradients, float32_gradients)
+    return _trace(_Config(key, config), rows, tile_rows, dtype, gradients, float32_gradients, ranks)
 
 
 class _Config(NamedTuple):
@@ -244,7 +278,9 @@ class _Config(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32_gradients: bool) -> Trace:
+def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32_gradients: bool, ranks: int) -> Trace:
+    heads = heads_of(config.config, ranks)
+    shared = {} if ranks == 1 else {"shards": Shards(ranks * rows, _Rank(heads.busiest, ranks))}
     model = build(config.config, 1, dtype)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -259,7 +295,7 @@ def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32
             known.append(p.grad)
         elif gradients == "freed":
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    ledger = Ledger(known)
+    ledger, exchanges = Ledger(known), _Exchanges()
     marks: dict[str, tuple[int, int, int]] = {}
 
     def mark(name: str) -> None:
@@ -279,23 +315,26 @@ def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32
 
     layer.register_forward_pre_hook(before, with_kwargs=True)
     layer.register_forward_hook(after)
-    with _tiled(model, tile_rows), ledger:
+    with _tiled(model, tile_rows), mock.patch.object(ulysses, "_all_to_all", exchanges), ledger:
         ids = torch.empty(1, rows, dtype=torch.int64, device="meta")
         try:
-            loss = _Loss.apply(body(input_ids=ids, use_cache=False).last_hidden_state)
+            loss = _Loss.apply(body(input_ids=ids, use_cache=False, **shared).last_hidden_state)
         except (NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{type(model).__name__} cannot be planned: its forward needs data ({error})") from error
+        if shared and not exchanges.count:
+            raise ValueError(
+                f"{type(model).__name__} does not pass shards on to its attention: expected sequence_parallel=1"
+            )
         mark("norm")
         loss.backward()
         mark("embedding_backward")
     del loss
     size = rows * config.config.hidden_size * dtype.itemsize
     positions = marks["embedding"][0] - size
-    heads, head = config.config.num_attention_heads, layer.self_attn.head_dim
     peaks = {name: peak - positions - size for name, (_, peak, _) in marks.items()}
     return Trace(
         input=size,
-        attention=rows * heads * (head * dtype.itemsize + 4),
+        attention=ranks * rows * max(heads.query) * (layer.self_attn.head_dim * dtype.itemsize + 4),
         positions=positions,
         held=marks["norm"][0] - positions - size,
         forward_flops=marks["forward"][2],

@@ -2,13 +2,14 @@
 
 from .config import DTYPES, loading, read_config, read_whole_config, replace_rope, text_config
 from .tokenizer import check_ids, load_tokenizer
-from .weights import build_empty, check_weights, load_model, require_causal_lm
+from .weights import build_empty, check_weights, explain_zeros, load_model, require_causal_lm
 
 __all__ = [
     "DTYPES",
     "build_empty",
     "check_ids",
     "check_weights",
+    "explain_zeros",
     "load_model",
     "load_tokenizer",
     "loading",

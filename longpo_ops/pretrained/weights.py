@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ from .config import loading, read_whole_config
 
 log = logging.getLogger("longpo_ops.pretrained")
 
+ZEROS_READ = 2**20  # numbers at a time
 SHOWN = 4  # names of weights in a message; the others are counted
 # How checkpoints of models with several parts name those of the text part, and how the text part does.
 TEXT_PART = {
@@ -81,10 +84,12 @@ def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: boo
 def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool = False):
     """The causal LM `name` under a config (read_config's, perhaps changed) on the CPU, from safetensors.
 
-    dtype: one of DTYPES. Raises ValueError for weights that are not whole (check_weights), NaN or infinite.
+    dtype: one of DTYPES. Raises ValueError for weights that are not whole (check_weights), NaN or infinite, or 0 throughout,
+    and where the environment tells transformers to leave them at 0 on all processes but one.
     """
     from transformers import AutoModelForCausalLM
 
+    _refuse_empty_processes()
     check_weights(name, config, dtype, trust_remote_code)
     with loading(name), _quiet(bar=True):
         parts = _parts(name, trust_remote_code)
@@ -99,6 +104,8 @@ def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool =
         )
         _refuse(found, model, bool(parts))
         _refuse_not_finite(model)
+        if told := explain_zeros(model):
+            raise ValueError(f"{told}; fetch the model again")
     if parts:
         model._weight_conversions = None  # it is saved as the text model that it is, not under the checkpoint's names
         others = sorted({key.split(".")[0] for key in found["unexpected_keys"]})
@@ -199,6 +206,40 @@ def _refuse_not_finite(model) -> None:
             wrong += [] if torch.stack(weight.aminmax()).isfinite().all() else [name]
     if wrong:
         raise ValueError(f"{len(wrong)} weights hold NaN or infinity ({_some(wrong)}); fetch the model again")
+
+
+def _refuse_empty_processes() -> None:
+    """Raises ValueError where transformers would load zeros in all processes of a machine but the first: accelerate hands out
+    the weights of the model that trains afterwards, and of no other, such as a reference."""
+    switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    on = all(os.environ.get(switch, "").lower() in ("1", "true", "yes", "y", "t", "on") for switch in switches)
+    if on and (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"FSDP_CPU_RAM_EFFICIENT_LOADING is on, under which {processes} processes would hold models of zeros, all but the "
+            "first of each machine, and a reference stays one: set fsdp_cpu_ram_efficient_loading to false in the launcher's "
+            "file (fsdp_config), or the variable to false"
+        )
+
+
+def explain_zeros(model) -> str | None:
+    """Which parts of a model hold nothing but zeros, and so compute nothing and never train: its embedding, its head, all
+    matrices of a layer. None where there are none; adapters, whose zeros are a beginning, are not looked at. Reads little
+    more than the first numbers of each."""
+    adapters = hasattr(model, "get_base_model")
+    matrices: dict[str, list[torch.Tensor]] = {}
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and weight.device.type != "meta" and not (adapters and weight.requires_grad):
+            layer = re.match(r".*?\.\d+(?=\.)", name)  # the outermost list: of experts' too, the layer
+            matrices.setdefault(layer[0] if layer else name, []).append(weight)
+    empty = [name for name, weights in matrices.items() if not any(map(_has_number, weights))]
+    return f"{len(empty)} parts of it hold nothing but zeros ({_some(empty)})" if empty else None
+
+
+def _has_number(weight: torch.Tensor) -> bool:
+    """Whether any is not 0. Shards are taken for such, as rows of zeros may fill one."""
+    if hasattr(weight, "to_local"):
+        return True
+    return any(bool(part.any()) for part in weight.detach().reshape(-1).split(ZEROS_READ))
 
 
 def _some(names) -> str:

@@ -9,7 +9,7 @@ Checkpoints are ordered by their numbers, never by time. One that lacks a file o
 refused by name: whoever knows what befell the disk decides whether to remove it and go on from the one before.
 
 The digest of a file is of its size and of the MiB at either end: cut off, emptied and exchanged files are seen, a bit that
-flips in the middle of the weights is not. Not covered: nodes that do not share the output folder.
+flips in the middle of the weights is not. Machines that do not share the output folder are refused at the start.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..runs.journal import sync
+from .states import gather, is_sharded, load_optimizer, load_weights
 
 log = logging.getLogger("longpo_ops.train")
 
@@ -47,6 +51,16 @@ class CheckpointedTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; under FSDP, too, a folder that from_pretrained reads. Only a checkpoint holds shards."""
+        if _internal_call or not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        whole = gather(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=whole)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save_checkpoint(self, model, trial) -> None:
         run = Path(super()._get_output_dir(trial))
         partial = run / PARTIAL
@@ -59,23 +73,40 @@ class CheckpointedTrainer(Trainer):
         finally:
             self._partial = None
         self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == partial:
-            self.state.best_model_checkpoint = str(run / Path(best).name)
+        if self.state.best_global_step == (
+            step := self.state.global_step
+        ):  # Trainer looks too early for a folder of shards
+            self.state.best_model_checkpoint = str(run / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if self.args.should_save:
             (written,) = partial.iterdir()
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            write_manifest(written, resumable=not self.args.save_only_model)
+            write_manifest(written, not self.args.save_only_model, packs_per_step(self.args))
             publish(written, run / written.name)
             rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()  # the best of them may be asked for at once
+
+    def _is_foreign(self, checkpoint: str) -> bool:
+        """Whether it holds whole weights and the run has shards, or the other way."""
+        return is_sharded(checkpoint) != self.is_fsdp_enabled and not self.is_deepspeed_enabled
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._is_foreign(resume_from_checkpoint):
+            load_weights(resume_from_checkpoint, self.model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        check_checkpoint(self.state.best_model_checkpoint)
-        super()._load_best_model()
+        check_checkpoint(best := self.state.best_model_checkpoint)
+        if self._is_foreign(best):
+            load_weights(best, self.model)
+        else:
+            super()._load_best_model()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's, where as many processes wrote it: others begin random states anew, all of them alike."""
+        if checkpoint is None or len(list(Path(checkpoint).glob("rng_state*.pth"))) == self.args.world_size:
+            super()._load_rng_state(checkpoint)
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
         begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
@@ -88,7 +119,11 @@ class CheckpointedTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self._is_foreign(checkpoint):
+                load_optimizer(checkpoint, self.model, self.optimizer)
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         except KeyError as error:
             raise ValueError(
                 f"{checkpoint}: its optimizer state has no {error}, so it is another optimizer's; go on with the settings it "
@@ -116,10 +151,12 @@ class CheckpointedTrainer(Trainer):
         return super()._finalize_training(*args, **kwargs)
 
     def restore(self, folder: str | os.PathLike) -> None:
-        """The model and state that save_model and save_state wrote there. Sharded models (FSDP, ZeRO) stay as they are."""
-        if hasattr(self.model, "get_base_model"):
+        """The model and state that save_model and save_state wrote there. Models of DeepSpeed stay as they are."""
+        if self.is_fsdp_enabled:
+            load_weights(folder, self.model)
+        elif hasattr(self.model, "get_base_model"):
             self.model.load_adapter(str(folder), self.model.active_adapters[0], is_trainable=True)
-        elif not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        elif not self.is_deepspeed_enabled:
             super()._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
 
@@ -144,11 +181,47 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return str(found[-1]) if found else None
 
 
-def write_manifest(folder: Path, resumable: bool) -> None:
-    """The files below a folder, each with its size and digest. resumable: whether an optimizer is among them."""
+def check_one_folder(args: TrainingArguments) -> None:
+    """A collective of all processes. Raises ValueError, on all of them, where they do not share output_dir: each would write
+    its shards where the others cannot read them."""
+    if args.world_size == 1:
+        return
+    (name,) = broadcast_object_list([f".seen-by-all-{os.urandom(8).hex()}"])
+    mark = Path(args.output_dir, name)
+    if args.process_index == 0:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    args.distributed_state.wait_for_everyone()
+    blind = gather_object([] if mark.exists() else [args.process_index])
+    if args.process_index == 0:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise ValueError(
+            f"output_dir={args.output_dir}: {len(blind)} of {args.world_size} processes, process {blind[0]} the first, do not "
+            "see what process 0 writes there; expected a folder that all machines share"
+        )
+
+
+def packs_per_step(args: TrainingArguments) -> int:
+    """Of all processes; those that share the rows of a pack count it once."""
+    return args.gradient_accumulation_steps * args.data_ranks
+
+
+def advise_packs(packs: int, data_ranks: int) -> str:
+    """What to set so that a step has so many packs, with data_ranks processes or groups that have packs of their own."""
+    told = f"{data_ranks} process{'es (over sequence_parallel)' if data_ranks > 1 else ''}"
+    if packs % data_ranks:
+        return f"{told} cannot share {packs} evenly, start as many as divide it"
+    return f"with {told} set gradient_accumulation_steps to {packs // data_ranks} to keep it"
+
+
+def write_manifest(folder: Path, resumable: bool, packs: int) -> None:
+    """The files below a folder, each with its size and digest. resumable: whether an optimizer is among them. packs: of a
+    step."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     described = {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"resumable": resumable, "files": described}, indent=1) + "\n")
+    told = {"resumable": resumable, "packs_per_step": packs, "files": described}
+    (folder / MANIFEST).write_text(json.dumps(told, indent=1) + "\n")
 
 
 def check_checkpoint(folder: str | os.PathLike) -> None:
@@ -165,7 +238,8 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
 
 def check_going_on(checkpoint: str | os.PathLike, steps: int, args: TrainingArguments) -> None:
     """Raises ValueError where a run of so many steps cannot go on from a checkpoint: one that is not whole, is beyond them,
-    has no optimizer although steps are left, or whose best model so far went missing although it will be asked for."""
+    has no optimizer or steps of other sizes although steps are left, or whose best model so far went missing although it
+    will be asked for."""
     check_checkpoint(checkpoint)
     left = steps - _state(checkpoint).global_step
     if left < 0:
@@ -177,6 +251,11 @@ def check_going_on(checkpoint: str | os.PathLike, steps: int, args: TrainingArgu
         raise ValueError(
             f"{checkpoint} holds a model and no optimizer (save_only_model), so none of the {left} steps that are left can be "
             "made from it; give another output_dir, or remove this one's checkpoints to start over"
+        )
+    packs = _read_manifest(checkpoint)["packs_per_step"]
+    if left and packs not in (None, now := packs_per_step(args)):
+        raise ValueError(
+            f"{checkpoint} is of steps of {packs} packs, and now they have {now}; {advise_packs(packs, args)}"
         )
     best = best_checkpoint(checkpoint, args.output_dir)
     if args.load_best_model_at_end and best is not None and not best.is_dir():
@@ -199,7 +278,8 @@ def _read_manifest(folder: str | os.PathLike) -> dict:
     file = Path(folder, MANIFEST)
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        return {"resumable": bool(manifest["resumable"]), "files": dict(manifest["files"])}
+        packs = manifest.get("packs_per_step")  # earlier versions did not name it
+        return {"resumable": bool(manifest["resumable"]), "packs_per_step": packs, "files": dict(manifest["files"])}
     except (OSError, ValueError, KeyError, TypeError):
         told = "is damaged" if file.exists() else "is missing"
         raise ValueError(

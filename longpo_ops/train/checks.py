@@ -1,11 +1,13 @@
 """What can be known to fail before a run trains: the run, its dry run and the trainer ask the same functions.
 
 check_model        before anything is tokenised: the family, the head, adapters, the reference, weights (headers only)
+check_shared_rows  likewise, and in the trainer: heads, RoPE and auxiliary loss of a model whose packs several processes share
+check_not_empty    in the trainer: that each process holds the models' weights, and not zeros in their place
 check_pairs        before weights are read: what the method reads of every record, and that it fits
 check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
 check_schedule     before the reference is loaded: that a step has a rate above 0
-plan_memory        what `fit: auto` will choose for the longest pack on this machine
-kept_memory        or what it chose when the run that goes on began
+plan_memory        what `fit: auto` will choose for the longest pack on this machine, or on all of the run's
+agreed_memory      or what it chose when the run that goes on began
 """
 
 from __future__ import annotations
@@ -13,22 +15,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import get_scheduler
 
-from ..attention import check_rope, rope_depends_on_length, use_shared_prefix
+from ..attention import check_ranks, check_rope, rope_depends_on_length, use_shared_prefix
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
+from ..memory.mesh import ONE_CARD, Mesh
 from ..memory.optimizer import check_optim
 from ..memory.settings import Memory, machine_here
+from ..memory.tiers import processes_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
-from .arithmetic import base_model
+from ..parallel.mesh import check_alike
+from ..pretrained import explain_zeros
+from .arithmetic import AUTOCAST, base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
 from .packed import PackedPairs, select
@@ -49,11 +57,38 @@ def check_model(run: TrainRun, config: LongPOConfig) -> nn.Module:
     the reference and of their weights, which are not read."""
     policy = run.empty_model(run.model, policy=True)
     refuse_unplanned(policy, config)
+    check_shared_rows(policy, config)
     prepare_model(policy)
     read_head(policy.get_output_embeddings(), merge_lora=False)  # attach waits for weights with it
     if needs_reference(config) and run.reference_model is not None:
         prepare_model(run.empty_model(run.reference_model, policy=False))
     return policy
+
+
+def check_shared_rows(model: nn.Module, config: LongPOConfig) -> None:
+    """Raises ValueError for a model that cannot compute on rows that several processes share."""
+    if (ranks := config.sequence_parallel) > 1:
+        check_ranks(base_model(model), ranks)
+        if getattr(base_model(model).config.get_text_config(), "output_router_logits", False):
+            raise ValueError(
+                f"sequence_parallel={ranks}: {type(base_model(model)).__name__} adds a loss of its experts' load, which is no "
+                "sum over rows; set output_router_logits to false in its config, or sequence_parallel to 1"
+            )
+
+
+def check_not_empty(models: dict[str, nn.Module | None], config: LongPOConfig) -> None:
+    """A collective of all processes. Raises ValueError, on all of them, where one holds a model of zeros: loaded by others
+    than load_model, under a setting that loads the weights in one process of a machine alone."""
+    told = [
+        f"process {config.process_index}: {name}: {why}"
+        for name, model in models.items()
+        if model is not None and (why := explain_zeros(model))
+    ]
+    if told := gather_object(told):
+        raise ValueError(
+            f"{'; '.join(told)}: expected its weights; where FSDP_CPU_RAM_EFFICIENT_LOADING is on "
+            "(fsdp_cpu_ram_efficient_loading), switch it off before models are loaded"
+        )
 
 
 def needs_reference(config: LongPOConfig) -> bool:
@@ -81,6 +116,11 @@ def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None) -
             f"record {pair.id!r}: {selected.length} tokens, target_length is {target}; raise it (or "
             "max_position_embeddings, its default for logo), or set it to 0 to leave positions as they are"
         )
+    if (tokens := packed_length(selected)) < config.sequence_parallel:
+        raise ValueError(
+            f"record {pair.id!r}: {tokens} tokens in its pack, fewer than the {config.sequence_parallel} processes that share "
+            "it; lower sequence_parallel, or leave the record out"
+        )
     if method.reference is not None:
         DataReference().logps(pair) if config.reference == "data" else readings(pair, method.reference)
     return selected.length
@@ -102,7 +142,7 @@ def count_steps(num_packs: int, config: LongPOConfig) -> int:
     """Optimizer steps of a run on num_packs packs, as Trainer counts them."""
     if config.max_steps > 0:
         return config.max_steps
-    of_process = num_packs / config.world_size
+    of_process = num_packs / config.data_ranks
     of_process = math.floor(of_process) if config.dataloader_drop_last else math.ceil(of_process)
     return math.ceil(config.num_train_epochs * max(1, math.ceil(of_process / config.gradient_accumulation_steps)))
 
@@ -130,8 +170,16 @@ def check_rates(scheduler, steps: int, config: LongPOConfig) -> None:
 
 def refuse_unplanned(model: nn.Module, config: LongPOConfig) -> None:
     """Raises ValueError where `fit: auto` has no plan for a run."""
-    if config.fit == "auto" and (hasattr(model, "get_base_model") or config.world_size > 1):
-        raise ValueError("fit='auto' plans full fine-tuning on one device: set memory by hand, and fit to 'off'")
+    if config.fit != "auto":
+        return
+    if hasattr(model, "get_base_model"):
+        raise ValueError("fit='auto' plans full fine-tuning: set memory by hand, and fit to 'off'")
+    if config.world_size > 1 and config.fsdp_version != 2:
+        held = f"with FSDP{config.fsdp_version}" if config.fsdp_version else "without it"
+        raise ValueError(
+            f"fit='auto' plans one process, or several that shard the weights by FSDP2; {config.world_size} came {held}: set "
+            "sequence_parallel or fsdp, or memory by hand and fit to 'off'"
+        )
 
 
 def memory_file(config: LongPOConfig) -> Path:
@@ -164,11 +212,24 @@ def kept_memory(config: LongPOConfig) -> Memory | None:
     return memory
 
 
+def agreed_memory(config: LongPOConfig) -> Memory | None:
+    """What kept_memory says. A collective of all ranks. Raises ValueError, on all of them, where they do not find the same."""
+    kept, error = None, None
+    try:
+        kept = kept_memory(config)
+    except ValueError as damaged:
+        error = damaged
+    check_alike({memory_file(config).name: str(error or kept)})
+    if error is not None:
+        raise error
+    return kept
+
+
 def plan_memory(
     model: nn.Module, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]], reference: nn.Module | None
 ) -> plan.Plan:
-    """What the planner chooses for the longest pack, trained on or evaluated, beside an online reference. Raises ValueError
-    where nothing fits."""
+    """What the planner chooses for the longest pack, trained on or evaluated, beside an online reference. A collective of all
+    ranks, which choose alike. Raises ValueError where nothing fits."""
     refuse_unplanned(model, config)
     longest = max(packed_length(select(pair, config.method)) for pairs in datasets for pair in pairs)
     online = reference is not None and config.reference == "online"
@@ -177,9 +238,24 @@ def plan_memory(
         max(longest, config.pack_tokens or 0),
         accumulation=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,
-        dtype=model.dtype,
+        dtype=model.dtype if config.world_size == 1 else AUTOCAST[config.mixed_precision] or model.dtype,
         workspace_bytes=config.workspace_bytes or default_workspace(config.device),
         reference_bytes=sum(p.nbytes for p in reference.parameters()) if online else 0,
         optim=check_optim(config.optim),
+        mesh=_mesh(config),
     )
-    return search.fit(work, machine_here(config.device, host_bytes=config.host_bytes), config.allow_lossy)
+    return search.fit(work, _least_machine(config), config.allow_lossy)
+
+
+def _mesh(config: LongPOConfig) -> Mesh:
+    if config.world_size == 1:
+        return ONE_CARD
+    return Mesh(config.world_size, config.sequence_parallel, processes_here(), config.mixed_precision)
+
+
+def _least_machine(config: LongPOConfig) -> plan.Machine:
+    """Rank 0's, with no more memory than the rank that has the least: all ranks plan for the same."""
+    here = machine_here(config.device, host_bytes=config.host_bytes)
+    machines = gather_object([here]) if config.world_size > 1 else [here]
+    memory = ("device_bytes", "host_bytes", "disk_bytes")
+    return replace(machines[0], **{name: min(getattr(each, name) for each in machines) for name in memory})

@@ -1,21 +1,32 @@
 """The settings that are ours, beside those of transformers.TrainingArguments.
 
-Tests: tests/train/test_trainer.py.
+Tests: tests/train/test_trainer.py, tests/train/test_config.py.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from accelerate import ParallelismConfig
 from transformers import TrainingArguments
 
+from .. import launch
 from ..memory.optimizer import refuse_step_in_backward
 from ..memory.search import check_lossy
 from ..memory.settings import Memory
 from .methods import Method, resolve_method
 
 REFERENCES = ("precompute", "online", "data")
+SHARDED = ("SHARDED_STATE_DICT", "3")  # of fsdp_state_dict_type, by name and by number
+FSDP2 = {  # layer classes are those that the model itself names
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "cpu_ram_efficient_loading": False,  # a reference would be zeros on all ranks but one
+    "state_dict_type": "SHARDED_STATE_DICT",
+}
 
 
 @dataclass
@@ -39,6 +50,8 @@ class LongPOConfig(TrainingArguments):
     host_bytes: the host's memory, for fit="auto". Default: what is available now; say it where a guest's memory grows as it is
         used.
     allow_lossy: what fit="auto" may store in 8 bits: "nothing", optimizer "states", or "all", layer inputs as well.
+    sequence_parallel: processes that share the rows of every pack; the weights are sharded over all processes (FSDP2) then.
+        Default: what the launcher's file says (parallelism_config_cp_size), or 1. Numbers stay those of one process.
 
     warmup_steps: a number of steps, or below 1 the part of all steps, rounded up as transformers has it, but 0 where it comes
         to less than one step: a warm-up begins with a step at rate 0, which may not be all of a short run.
@@ -60,6 +73,7 @@ class LongPOConfig(TrainingArguments):
     dataloader_pin_memory: bool = field(default=False)  # a pack stays on the host until the loss has planned it
     report_to: str | list[str] | None = field(default="none")
 
+    fsdp: bool | str | None = field(default=None, metadata={"help": "true: shard weights over processes (FSDP2)"})
     objective: str = field(default="longpo", metadata={"help": "training method: longpo, dpo, simpo, sft_chosen, ..."})
     objective_options: dict | None = field(default=None, metadata={"help": "fields of the objective, as JSON"})
     reference: str = field(default="precompute", metadata={"help": "precompute | online | data"})
@@ -73,6 +87,7 @@ class LongPOConfig(TrainingArguments):
 
     host_bytes: int | None = field(default=None, metadata={"help": "of fit: memory of the host, which may still grow"})
     allow_lossy: str = field(default="nothing", metadata={"help": "of fit: nothing | states | all"})
+    sequence_parallel: int | None = field(default=None, metadata={"help": "processes that share a pack's rows"})
 
     def __post_init__(self):
         self.method.make_objective(self.objective_options or {})
@@ -90,7 +105,7 @@ class LongPOConfig(TrainingArguments):
                     f"{name}={getattr(self, name)}: expected 1, as a pack is a batch; use pack_tokens to put "
                     "several pairs in one and gradient_accumulation_steps for larger steps"
                 )
-        leasts = {"pack_tokens": 1, "target_length": 0, "workspace_bytes": 1, "host_bytes": 1}
+        leasts = {"pack_tokens": 1, "target_length": 0, "workspace_bytes": 1, "host_bytes": 1, "sequence_parallel": 1}
         leasts["gradient_accumulation_steps"] = 1
         for name, least in leasts.items():
             value = getattr(self, name)
@@ -125,12 +140,65 @@ class LongPOConfig(TrainingArguments):
                 )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True: expected False, as a pack has no columns")
+        self._share_rows()
         super().__post_init__()
+        self._check_processes()
         if memory.states is not None or self.fit == "auto":
             replace(memory, states=memory.states or "float32").check_optimizer(self)
         if memory.step_in_backward:
             settings = self.gradient_accumulation_steps, self.max_grad_norm, self.world_size, self.mixed_precision
             refuse_step_in_backward(*settings)
+
+    def _share_rows(self) -> None:
+        """sequence_parallel as a number, and accelerate's mesh and FSDP2 for it unless a launcher's file has them."""
+        given = self.parallelism_config
+        asked = self.sequence_parallel if given is None else given.cp_size
+        self.sequence_parallel = shared = launch.sequence_parallel(asked)
+        launch.check_processes(shared)
+        if (self.fsdp or shared > 1) and launch.launched_fsdp() is None:
+            theirs = self.fsdp_config or {}
+            if isinstance(theirs, str):
+                theirs = json.loads(Path(theirs).read_text(encoding="utf-8"))
+            named = {name.removeprefix("fsdp_"): value for name, value in theirs.items()}
+            self.fsdp, self.fsdp_config = self.fsdp or True, FSDP2 | named
+        if shared > 1:
+            refuse_unshared(self)
+            if launch.launched("cp") is None and given is None:
+                self.parallelism_config = ParallelismConfig(cp_size=shared, dp_shard_size=launch.data_ranks(shared))
+        if self.is_sharded:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
+
+    def _check_processes(self) -> None:
+        launch.check_group(self.world_size)
+        if self.is_sharded:
+            refuse_sharding(self)
+        if self.is_sharded and self.method.reference is not None and self.reference == "online":
+            raise ValueError(
+                "reference='online': its forward passes do not fit the policy's, which FSDP shards over all ranks; expected "
+                "'precompute', which is done before weights are sharded, or 'data' for references that one card cannot hold"
+            )
+        if self.sequence_parallel > 1 and self.accelerator_config.even_batches is False:
+            raise ValueError(
+                "accelerator_config: even_batches=False with sequence_parallel: ranks with fewer packs would leave the others "
+                "waiting; expected true, its default"
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP shards the weights over ranks."""
+        return bool(self.fsdp) or launch.is_sharded()
+
+    @property
+    def fsdp_version(self) -> int | None:
+        """Of FSDP, as the launcher's file or fsdp_config says; None where the weights are whole."""
+        if not self.is_sharded:
+            return None
+        return launch.launched_fsdp() or int((self.fsdp_config or {}).get("version", 2))
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks, or groups of them, that hold different packs."""
+        return self.world_size // self.sequence_parallel
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Trainer's, and none where a ratio comes to less than a step."""
@@ -139,3 +207,34 @@ class LongPOConfig(TrainingArguments):
     @property
     def method(self) -> Method:
         return resolve_method(self.objective)
+
+
+def refuse_unshared(config: LongPOConfig) -> None:
+    """Raises ValueError for what is wrong, silently or not, where the rows of a pack lie on several processes."""
+    deepspeed = config.deepspeed or ("of the launcher's file" if launch.is_deepspeed() else None)
+    reasons = {
+        "deepspeed": (deepspeed, "weights are sharded by FSDP2 there; use DeepSpeed with sequence_parallel=1"),
+        "neftune_noise_alpha": (config.neftune_noise_alpha, "its noise depends on the rows that a process holds"),
+    }
+    for name, (value, why) in reasons.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} with sequence_parallel={config.sequence_parallel}: {why}")
+
+
+def refuse_sharding(config: LongPOConfig) -> None:
+    """Raises ValueError for settings of FSDP whose checkpoints a run could not go on from, or that no test has seen."""
+    given = config.fsdp_config if config.fsdp else {}
+    version = given.get("version", launch.launched_fsdp() or 2)
+    if version != 2:
+        raise ValueError(f"fsdp_version={version}: expected 2 (fully_shard)")
+    kind = str(given.get("state_dict_type", launch.launched_state_dict() or SHARDED[0]))
+    if kind not in SHARDED:
+        raise ValueError(
+            f"fsdp_state_dict_type={kind}: expected {SHARDED[0]}, whose checkpoints other numbers of processes go on from; the "
+            "model at the end of a run is whole with either"
+        )
+    if config.save_only_model:
+        raise ValueError(
+            "save_only_model=True with FSDP, whose checkpoints are shards that from_pretrained does not read: expected False; "
+            "the model at the end of a run is whole"
+        )

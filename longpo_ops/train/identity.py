@@ -7,11 +7,11 @@
 A folder goes on with the run it holds, and with no other: what has changed is told in words. Files may be moved, renamed
 and touched. Decided, because a checkpoint would carry the old value on or the steps after it be those of neither run:
 objective, data, tokenizer, models, optimizer, schedule, clipping, precision, storage in 8 bits, seeds, packs a step. Free:
-tiling, offload, devices, whether the reference is computed before or on the fly, the number of processes as long as a step
-has as many packs (random states, of dropout say, are then begun anew), logging, saving, and evaluation where it decides no
-weights (load_best_model_at_end, save_strategy best and a scheduler that looks at it do). max_steps and num_train_epochs may
-be raised; the learning rate then follows the longer schedule from there on, so the weights are not those of a run that was
-as long from its beginning.
+tiling, offload, devices, whether the reference is computed before or on the fly, the number of processes and how many share
+the rows of a pack, as long as a step has as many packs (random states, of dropout say, are then begun anew), logging, saving,
+and evaluation where it decides no weights (load_best_model_at_end, save_strategy best and a scheduler that looks at it do).
+max_steps and num_train_epochs may be raised; the learning rate then follows the longer schedule from there on, so the weights
+are not those of a run that was as long from its beginning.
 
 Cost. A model's weights are read once (about a second per GB), and again when their size or time changes. A model by its
 name on a hub is its commit, or its config alone where no commit is known. Not covered: code that trust_remote_code loads,
@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any
 from ..memory.settings import Memory
 from ..pretrained import loading, read_whole_config
 from ..runs.journal import write_atomically
-from .checkpoints import describe_file
+from .checkpoints import advise_packs, describe_file, packs_per_step
 from .checks import kept_memory, needs_reference
 from .config import LongPOConfig
 from .packed import PairStore, read_digests
+from .states import weight_files
 
 if TYPE_CHECKING:
     from .run import Prepared, TrainRun
@@ -66,12 +67,13 @@ SHOWN = ("training.png", "README.md")  # for people, who may edit them
 @dataclass
 class Identity:
     """Of a run with its output folder; `values` is what run.json holds of it. evaluated: whether evaluation decides weights.
-    steps: of the whole run."""
+    steps: of the whole run. data_ranks: processes, or groups of them, with packs of their own."""
 
     folder: Path
     values: dict[str, Any]
     evaluated: bool
     steps: int
+    data_ranks: int
 
     @classmethod
     def of(cls, run: TrainRun, prepared: Prepared) -> Identity:
@@ -94,11 +96,11 @@ class Identity:
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
         values["objective_options"] = config.objective_options or {}
         values |= {"reference_from": _reference_from(config), "memory": _memory(config)}
-        values["packs_per_step"] = config.gradient_accumulation_steps * config.world_size
+        values["packs_per_step"] = packs_per_step(config)
         values |= {"processes": config.world_size, "contents": contents}
         evaluated = config.load_best_model_at_end or given["save_strategy"] == "best"
         evaluated = evaluated or given["lr_scheduler_type"] == "reduce_lr_on_plateau"
-        return cls(folder, json.loads(json.dumps(values)), evaluated, prepared.steps)
+        return cls(folder, json.loads(json.dumps(values)), evaluated, prepared.steps, config.data_ranks)
 
     @property
     def file(self) -> Path:
@@ -177,9 +179,11 @@ class Identity:
     def _compare(self, theirs: dict[str, Any], checkpoint: str | None) -> None:
         theirs = EARLIER | theirs | {"objective_options": theirs["objective_options"] or {}}
         both = [name for name in DERIVED if None not in (theirs.get(name), self.values[name])]
-        names = (*DECIDING["run"], *DECIDING["config"], "packs_per_step", *both)
+        names = (*DECIDING["run"], *DECIDING["config"], *both)
         before, now = theirs["contents"], self.values["contents"]
         changed = [f"{n}={theirs.get(n)!r} became {self.values[n]!r}" for n in names if theirs.get(n) != self.values[n]]
+        if (packs := theirs["packs_per_step"]) != (here := self.values["packs_per_step"]):
+            changed.append(f"packs_per_step={packs} became {here}: {advise_packs(packs, self.data_ranks)}")
         changed += [f"another {name}" for name in ("tokenizer", "chat template") if before[name] != now[name]]
         for name in ("data", "eval_data"):
             if (before[name] or {}).get("digest") != (now[name] or {}).get("digest"):
@@ -225,7 +229,7 @@ def _is_understood(values: Any) -> bool:
         contents, ended = values["contents"], values.get("finished")
         parts = {name: contents[name] for name in ("data", "eval_data", "model", "reference_model")}
         told = {"tokenizer", "chat template"} <= contents.keys()
-        told &= {"objective_options", "processes", *LENGTH} <= values.keys()
+        told &= {"objective_options", "packs_per_step", "processes", *LENGTH} <= values.keys()
         told &= all(part is None or isinstance(part, dict) for part in parts.values())
         told &= all(not part or {"records", "file"} <= part.keys() for part in (parts["data"], parts["eval_data"]))
         return told and (ended is None or (isinstance(ended["step"], int) and isinstance(ended["files"], dict | list)))
@@ -304,15 +308,6 @@ def model_identity(run: TrainRun, name: str, weights: Weights) -> dict[str, str]
 
 def _config_digest(config: dict[str, Any]) -> str:
     return _digest({k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"})
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a model's folder."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors", "adapter_model.safetensors"]
-    if not (folder / names[0]).exists() and index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [folder / name for name in names if (folder / name).exists()]
 
 
 class Weights:

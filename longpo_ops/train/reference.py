@@ -237,7 +237,7 @@ def precompute(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Fills the store with what this process's share of `pairs` still lacks, under a progress bar."""
+    """Fills the store with what this process's share of `pairs` still lacks, under a progress bar of the first one."""
     if constraint:
         if store.head() is None:
             store.add_head(reference.head())
@@ -247,7 +247,8 @@ def precompute(
     share = range(rank, len(pairs), world_size)
     missing = [i for i in share if not known(pairs[i])]
     known_before = f"{len(share) - len(missing)} of {len(share)} pairs known"
-    for i in tqdm(missing, desc=f"reference ({known_before})", unit="pair") if missing else ():
+    shown = {"desc": f"reference ({known_before})", "unit": "pair", "disable": rank > 0}
+    for i in tqdm(missing, **shown) if missing else ():
         add(pairs[i])
 
 

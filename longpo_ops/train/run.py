@@ -10,14 +10,13 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from .. import recipes
+from .. import launch, recipes
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..data.tokenized import NLL_TOKENS
@@ -26,12 +25,12 @@ from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_toke
 from ..runs.validate import check_kinds
 from .checkpoints import check_going_on, last_checkpoint
 from .checks import (
+    agreed_memory,
     check_model,
     check_packs,
     check_pairs,
     check_schedule,
     count_steps,
-    kept_memory,
     needs_reference,
     packs_of,
     plan_memory,
@@ -40,8 +39,9 @@ from .checks import (
 from .config import LongPOConfig
 from .identity import Identity, holds_run, tokenizer_digest
 from .packed import DIGESTS, PairStore, select
+from .ranks import weights_digest
 from .report import write_report
-from .trainer import LongPOTrainer, weights_digest
+from .trainer import LongPOTrainer
 
 log = logging.getLogger("longpo_ops.train")
 
@@ -58,8 +58,8 @@ class TrainRun:
     max_length, cut_document, system, on_bad_record: as in data.ChatFormat and data.tokenized_pairs.
     recipe: "default", or "official", the published one: what is not given, here or in `training`, is the recipe's
         (recipes.py). What contradicts it stays as it was given, is told, and is named in `title`. A step of the official
-        one has 8 sequences over all processes (WORLD_SIZE); another objective than its own keeps its own options. Records
-        of equal answers, which `default` refuses, are trained on.
+        one has 8 sequences over all processes (WORLD_SIZE / sequence_parallel have sequences of their own); another
+        objective than its own keeps its own options. Records of equal answers, which `default` refuses, are trained on.
     nll_tokens: which tokens the NLL term counts, "contents" or "all" (data.tokenized_pairs); None is the recipe's.
     lora_rank: 0 for full fine-tuning. lora_targets: module names, or "all-linear" (never the head).
     dtype: "auto" is the model's own. What is saved at the end has it, whatever training kept (LongPOTrainer).
@@ -153,7 +153,7 @@ class TrainRun:
             name: getattr(self, name) for name in ("nll_tokens", "lora_rank", "rope_theta", "cut_document", "system")
         }
         given = {name: value for name, value in (own | self.training).items() if value is not None}
-        return given | {name: given[name] * _processes() for name in (ACCUMULATION,) if name in given}
+        return given | {name: given[name] * self._data_ranks() for name in (ACCUMULATION,) if name in given}
 
     def _fill(self, given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """-> given settings and the recipe's under them, and the names of those that contradict it."""
@@ -162,13 +162,17 @@ class TrainRun:
             settings["objective_options"] = given.get("objective_options")
             changed = tuple(name for name in changed if name != "objective_options")
         if ACCUMULATION in settings:
-            settings[ACCUMULATION], rest = divmod(packs := settings[ACCUMULATION], _processes())
+            settings[ACCUMULATION], rest = divmod(packs := settings[ACCUMULATION], self._data_ranks())
             if rest:
                 raise ValueError(
-                    f"recipe={self.recipe!r} has {packs} sequences a step, which {_processes()} processes (WORLD_SIZE) cannot "
-                    f"share evenly; start as many as divide it, or give {ACCUMULATION}"
+                    f"recipe={self.recipe!r} has {packs} sequences a step, which {self._data_ranks()} processes (WORLD_SIZE / "
+                    f"sequence_parallel) cannot share evenly; start as many as divide it, or give {ACCUMULATION}"
                 )
         return settings, changed
+
+    def _data_ranks(self) -> int:
+        """Processes, or groups of them that share packs, which have packs of their own."""
+        return launch.data_ranks(launch.sequence_parallel(self.training.get("sequence_parallel")))
 
     def config(self) -> LongPOConfig:
         """LongPOConfig of the run. Raises ValueError for values it refuses."""
@@ -251,11 +255,6 @@ class TrainRun:
         )
 
 
-def _processes() -> int:
-    """That train together, as launchers tell."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
     """Counts and lengths of what a run would read."""
     selected = (select(pair, config.method) for pair in pairs)
@@ -303,7 +302,7 @@ def prepare(run: TrainRun) -> Prepared:
 
 
 def _plan(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> Plan | None:
-    if config.fit != "auto" or kept_memory(config) is not None:
+    if config.fit != "auto" or agreed_memory(config) is not None:
         return None
     beside = config.method.reference is not None and config.reference == "online"
     reference = run.empty_model(run.reference_model or run.model, policy=False) if beside else None
@@ -352,7 +351,7 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     trainer.add_callback(_UnderWay(identity))
     trainer.train(resume_from_checkpoint=checkpoint)
     if not run.lora_rank:
-        policy.to(dtype)
+        trainer.model.to(dtype)
         trainer.check_moved(untrained, f"they are lost in rounding to {dtype}, in which the model is saved")
     trainer.save_model()
     trainer.save_state()

@@ -10,7 +10,8 @@ says output_router_logits.
 
 What is ours: the loss (every method of methods.py), where the reference comes from, the normalisation by pairs, the
 metrics, and that a run which trains nothing says so. The rest is transformers' Trainer, with the checkpoints of
-checkpoints.py. Not covered: several packs in one forward, and one pack on several devices.
+checkpoints.py. A pack's rows may lie on several processes (ranks.py): each then has the whole pack on its host, runs the
+model and the head on its own rows, and knows the whole pack's loss and metrics. Not covered: several packs in one forward.
 """
 
 from __future__ import annotations
@@ -39,15 +40,18 @@ from ..memory.settings import Memory, named_optimizer
 from ..ops.divergence import linear_kl
 from ..ops.logprobs import linear_cross_entropy
 from ..ops.preference import packed_preference_loss
+from ..parallel import Shards
 from ..runs.journal import write_atomically
 from ..runs.usage import peak_bytes
 from .arithmetic import Arithmetic, base_model, keep_float32_master, widen
-from .checkpoints import CheckpointedTrainer
+from .checkpoints import check_one_folder
 from .checks import (
+    agreed_memory,
+    check_not_empty,
     check_packs,
     check_pairs,
     check_rates,
-    kept_memory,
+    check_shared_rows,
     memory_file,
     packs_of,
     plan_memory,
@@ -57,12 +61,13 @@ from .checks import (
 from .config import LongPOConfig
 from .metrics import Totals, total
 from .packed import Pack, PackedPairs, collate
+from .ranks import RanksTrainer, check_ranks, weights_digest
 from .reference import DataReference, Reference, ReferenceStore, precompute
 
 log = logging.getLogger("longpo_ops.train")
 
 
-class LongPOTrainer(CheckpointedTrainer):
+class LongPOTrainer(RanksTrainer):
     """Trains a causal LM (or a PEFT model of one) on tokenised pairs.
 
     model: of a family that shared-prefix attention knows. Its attention is set and its forward attached (ops/head.py).
@@ -75,9 +80,9 @@ class LongPOTrainer(CheckpointedTrainer):
     (autocast): such steps are lost in rounding otherwise. Checkpoints then hold float32 weights.
 
     Raises ValueError, before training, for a missing reference, for a record that lacks what the method reads, and where
-    nothing could be trained (no parameter requires a gradient, a schedule whose every rate is 0); while training, at the
-    first log or checkpoint after a loss that is not finite; at its end, if no weight has moved (not looked at where FSDP or
-    DeepSpeed shard them).
+    nothing could be trained (no parameter requires a gradient, a schedule whose every rate is 0), and on all ranks alike where
+    they hold other settings or data; while training, at the first log or checkpoint after a loss that is not finite; at its
+    end, if no weight has moved (not looked at where DeepSpeed shards them).
     """
 
     def __init__(
@@ -101,7 +106,12 @@ class LongPOTrainer(CheckpointedTrainer):
         self._tokens, self._since = 0, 0.0  # trained on since the last log, and when the first of them came
         self._teacher_head: Tensor | None = None
         self._target_length = target_length(model, args)
-        datasets = [pairs for pairs in (train_dataset, eval_dataset) if pairs is not None]
+        named = {"training data": train_dataset, "evaluation data": eval_dataset}
+        check_ranks(args, named := {name: pairs for name, pairs in named.items() if pairs is not None})
+        check_shared_rows(model, args)
+        check_one_folder(args)
+        check_not_empty({"model": model, "reference_model": reference_model}, args)
+        datasets = list(named.values())
         longest = max(check_pairs(pairs, args, self._target_length) for pairs in datasets)
         positions = getattr(base_model(model).config, "max_position_embeddings", None)
         if positions is not None and longest > positions:
@@ -138,7 +148,7 @@ class LongPOTrainer(CheckpointedTrainer):
     def _fitted(self, model: nn.Module, args: LongPOConfig, datasets, reference_model: nn.Module | None) -> Memory:
         """What the planner chooses for the longest pack on this machine, or chose for the checkpoint it goes on from."""
         file = memory_file(args)
-        if (kept := kept_memory(args)) is not None:
+        if (kept := agreed_memory(args)) is not None:
             log.info("%s: goes on with what was planned when the run began, %s", file, kept)
             return kept
         planned = plan_memory(model, args, datasets, reference_model)
@@ -164,8 +174,8 @@ class LongPOTrainer(CheckpointedTrainer):
 
     def check_moved(self, untrained: list[int], why: str) -> None:
         """Raises ValueError where steps were made and the weights have the digest that they had before all of them."""
-        steps, sharded = self.state.global_step, self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if steps and not sharded and weights_digest(self.model) == untrained:
+        steps = self.state.global_step
+        if steps and not self.is_deepspeed_enabled and weights_digest(self.model) == untrained:
             raise ValueError(
                 f"no weight has moved in {steps} steps of learning_rate={self.args.learning_rate:g}: {why}; raise it, or "
                 "train and save in float32 (dtype)"
@@ -282,7 +292,7 @@ class LongPOTrainer(CheckpointedTrainer):
         """Pairs of the whole step: what Eq. 14 divides by, instead of Trainer's tokens."""
         pairs = sum(inputs["pack"].batch.num_pairs for inputs in batch_samples)
         if self.args.world_size > 1:
-            pairs = int(self.accelerator.gather(torch.tensor([pairs], device=device)).sum())
+            pairs = round(float(self._sum_over_packs(torch.tensor(pairs, device=device))))
         return pairs or None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -294,30 +304,35 @@ class LongPOTrainer(CheckpointedTrainer):
         self._logged.add(metrics)
         self._tokens += pack.batch.layout.length
         if num_items_in_batch is not None:
-            loss = loss * self.args.world_size  # DDP averages over ranks; the step's pairs are those of all of them
+            loss = (
+                loss * self.args.world_size
+            )  # DDP and FSDP average over ranks; the step's pairs are those of all of them
         return (loss, {}) if return_outputs else loss
 
     def _loss(self, model, pack: Pack, num_pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
         """A pack's share of the mean over num_pairs pairs, and its metrics: (2,) each, as Totals takes them."""
-        device = self.args.device
+        device, batch = self.args.device, pack.batch
         compute = self._preference if self.objective is not None else self._supervised
         references = self._references(pack)
+        shards = self._shards(batch, references)
+        rows = slice(None) if shards is None else shards.rows
         (loss, metrics), outputs = model(
-            input_ids=pack.batch.input_ids.to(device, non_blocking=True),
-            position_ids=pack.batch.position_ids.to(device, non_blocking=True),
-            shared_prefix_layout=pack.batch.layout,
+            input_ids=batch.input_ids[:, rows].to(device, non_blocking=True),
+            position_ids=batch.position_ids[:, rows].to(device, non_blocking=True),
+            shared_prefix_layout=batch.layout,
+            shards=shards,
             use_cache=False,
-            compute=lambda hidden, head: compute(hidden[0], head, pack, references, num_pairs),
+            compute=lambda hidden, head: compute(hidden[0], head, pack, references, num_pairs, shards),
             return_outputs=True,
         )
         aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is not None:
             weight = base_model(self.model).config.get_text_config().router_aux_loss_coef
-            loss = loss + weight * pack.batch.num_pairs / num_pairs * aux_loss.to(loss)
-            metrics["aux_loss"] = total(aux_loss * pack.batch.num_pairs, pack.batch.num_pairs)
-        return loss, metrics | {"loss": total(loss * num_pairs, pack.batch.num_pairs)}
+            loss = loss + weight * batch.num_pairs / num_pairs * aux_loss.to(loss)
+            metrics["aux_loss"] = total(aux_loss * batch.num_pairs, batch.num_pairs)
+        return loss, metrics | {"loss": total(loss * num_pairs, batch.num_pairs)}
 
-    def _preference(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float):
+    def _preference(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float, shards: Shards | None):
         batch = pack.batch
         ref_chosen, ref_rejected = references
         out = head(
@@ -332,6 +347,7 @@ class LongPOTrainer(CheckpointedTrainer):
             objective=self.objective,
             num_pairs=num_pairs,
             workspace_bytes=self.args.workspace_bytes,
+            shards=shards,
         )
         margins = out.chosen_rewards[list(batch.rejected_pair)] - out.rejected_rewards
         sequences = {
@@ -346,7 +362,7 @@ class LongPOTrainer(CheckpointedTrainer):
         metrics = {name: total(values, values.numel()) for name, values in sequences.items()}
         return out.loss, metrics | {name: total(share * num_pairs, batch.num_pairs) for name, share in pairs.items()}
 
-    def _supervised(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float):
+    def _supervised(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float, shards: Shards | None):
         batch, scratch = pack.batch, self.args.workspace_bytes
         nll = head(
             hidden,
@@ -355,32 +371,38 @@ class LongPOTrainer(CheckpointedTrainer):
             row_weights=batch.nll_weights,
             reduction="sum",
             workspace_bytes=scratch,
+            shards=shards,
         )
         metrics = {"nll_loss": total(nll, batch.num_pairs)}
         if not self.method.constraint:
             return nll / num_pairs, metrics
-        kl = self._constraint(hidden, head, pack, references)
+        kl = self._constraint(hidden, head, pack, torch.cat(references), shards)
         metrics["kl"] = total(kl, batch.num_pairs)
         return (nll + self.args.constraint_weight * kl) / num_pairs, metrics
 
-    def _constraint(self, hidden: Tensor, head, pack: Pack, teacher: list[Tensor]) -> Tensor:
-        """sum over pairs of the method's mean over answer rows of KL(policy on the long input || reference on the short)."""
-        answers = (pack.batch.segments >= 0).nonzero().squeeze(-1).to(hidden.device)
+    def _constraint(self, hidden: Tensor, head, pack: Pack, teacher: Tensor, shards: Shards | None) -> Tensor:
+        """sum over pairs of the method's mean over answer rows of KL(policy on the long input || reference on the short).
+        teacher: (answer rows, H) of all pairs."""
+        answers = (pack.batch.segments >= 0).nonzero().squeeze(-1)
         weights = torch.cat([self._row_weights(pair) for pair in pack.pairs])
+        if shards is not None:  # this rank's answer rows, maybe none
+            first, end = torch.searchsorted(answers, torch.tensor([shards.rows.start, shards.rows.stop])).tolist()
+            answers, weights, teacher = answers[first:end] - shards.rows.start, weights[first:end], teacher[first:end]
         if self._teacher_head is None:
             self._teacher_head = self.reference.head().to(hidden.device)
         return head(
-            hidden[answers],
+            hidden[answers.to(hidden.device)],
             (),
             loss=lambda student, weight, **map: linear_kl(
                 student,
                 weight,
-                torch.cat(teacher).to(student),
+                teacher.to(student),
                 self._teacher_head.to(weight.dtype),
                 kind="reverse",
                 row_weights=weights.to(student.device),
                 reduction="sum",
                 workspace_bytes=self.args.workspace_bytes,
+                group=self.sequence_group,
                 **map,
             ),
         )
@@ -421,9 +443,9 @@ class LongPOTrainer(CheckpointedTrainer):
         means over pairs, too, not over steps; `pairs` counts those of `loss`. Raises ValueError for a loss that is not
         finite: its step has spoilt the weights, so no checkpoint may follow."""
         if self._logged and logs.keys() & {"loss", "train_loss"}:
-            logs |= self._logged.means(self.accelerator.reduce)
-            logs["pairs"] = self._logged.count("loss", self.accelerator.reduce)
-            tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=self.args.device))
+            logs |= self._logged.means(self._sum_over_packs)
+            logs["pairs"] = self._logged.count("loss", self._sum_over_packs)
+            tokens = self._sum_over_packs(torch.tensor(self._tokens, device=self.args.device))
             logs["tokens_per_second"] = float(tokens) / (time.perf_counter() - self._since)
             logs["peak_memory_gib"] = _peak_memory(self.args.device) / 2**30
             self._logged, self._tokens = Totals(), 0
@@ -446,15 +468,6 @@ class LongPOTrainer(CheckpointedTrainer):
                 "learning_rate, or check rope_theta, objective_options and the model. The same command goes on from the last "
                 "checkpoint"
             )
-
-
-def weights_digest(model: nn.Module) -> list[int]:
-    """A number for each trained parameter: the sum of its bits as integers, which a weight that moves changes. 32 MiB of
-    scratch."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    trained = (p.detach() for p in model.parameters() if p.requires_grad)
-    parts = (p.view(integers[p.itemsize]).reshape(-1).split(2**22) for p in trained)
-    return [int(sum(part.sum(dtype=torch.int64) for part in each)) for each in parts]
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -111,3 +111,71 @@ def test_command_plans_for_the_optimizer_it_is_told(folder):
     assert "8-bit optimizer states are not to be had with rmsprop" in told
     other = run(*given, "--optim", "sgd")
     assert other.exit_code == 2 and "optim='sgd': expected one of adamw_torch" in " ".join(other.output.split())
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_command_compares_every_split_of_several_gpus(folder):
+    given = ("--model", str(folder / "model"), "--length", "1024", "--device-gib", "1", "--device-reserve-gib", "0")
+    result = run(*given, "--gpus", "8", "--accumulation", "2")
+    assert result.exit_code == 0, result.output
+    told = words(result.output)
+    for text in (
+        "8 GPUs, every split (derived, not measured)",
+        "1 x 8",
+        "chosen",
+        "refused",
+        "8 x 1: sequence_parallel=8: the attention has 4 query and 2 kv heads",
+        "sequence parallel 1 x data parallel 8, numbers of one GPU, 16 of them a step",
+        "tokens/s of all GPUs",
+        "FSDP2",
+        "16 bytes a weight (2 weight, 2 master, 8 states, 4 gradient), sharded over 8 GPUs (mixed_precision no: several packs",
+        "Assumed: a GPU sends 300 GB/s to the 7 others of its machine and 45 GB/s to other machines",
+    ):
+        assert text in told, (text, told)
+    shared = words(run(*given, "--gpus", "4", "--sequence-parallel", "4").output)
+    assert "every split" not in shared and "sequence parallel 4 x data parallel 1" in shared and "Ulysses" in shared
+
+
+def test_several_gpus_in_json(folder):
+    given = ("--model", str(folder / "model"), "--length", "1024", "--device-gib", "1", "--json")
+    given += ("--device-reserve-gib", "0", "--accumulation", "1")
+    told = json.loads(run(*given, "--gpus", "16", "--gpus-per-node", "4", "--between-gb-s", "1").output)
+    assert [s["sequence_parallel"] for s in told["splits"]] == [1, 2, 4, 8, 16]
+    assert [s["fits"] for s in told["splits"]] == [True, True, True, False, False]
+    assert told["mesh"]["cards"] == 16 and told["sent_per_pack"]["FSDP2"] == weights_of(small()).total * 6 * 15 // 16
+    assert told["bytes_per_weight"] == {"weight": 2, "master": 2, "states": 8, "gradient": 2}
+    wide = json.loads(run(*given, "--gpus", "4", "--mixed-precision", "bf16").output)
+    assert wide["bytes_per_weight"] == {"weight": 4, "master": 0, "states": 8, "gradient": 4}
+    alone = json.loads(run(*given).output)
+    assert alone["splits"] == [] and alone["sent_per_pack"] == {} and alone["mesh"]["cards"] == 1
+    assert alone == json.loads(run(*given, "--gpus", "1", "--mixed-precision", "no", "--gpus-per-node", "2").output) | {
+        "mesh": alone["mesh"]
+    }
+
+
+def test_gpus_of_a_machine_share_its_host(folder):
+    given = ("--model", str(folder / "model"), "--length", "512", "--device-gib", "8", "--host-gib", "128")
+    for gpus, share in ((("--gpus", "4"), "32.0"), (("--gpus", "16", "--gpus-per-node", "2"), "64.0")):
+        assert f"of {share}: fits" in run(*given, *gpus, "--sequence-parallel", "1").output
+
+
+def test_what_several_gpus_cannot_do_is_a_wrong_usage(folder):
+    given = ("--model", str(folder / "model"), "--length", "4096", "--device-gib", "1", "--device-reserve-gib", "0")
+    for more, message in (
+        (
+            ("--gpus", "8", "--sequence-parallel", "3"),
+            "sequence_parallel=3: expected a divisor of the number of GPUs, 8",
+        ),
+        (("--sequence-parallel", "2"), "sequence_parallel=2: expected a divisor of the number of GPUs, 1"),
+        (("--gpus", "8", "--sequence-parallel", "8"), "the attention has 4 query and 2 kv heads"),
+        (("--gpus", "2", "--online"), "online with gpus=2"),
+        (("--gpus", "2", "--mixed-precision", "fp8"), "mixed_precision='fp8': expected one of no, fp16, bf16"),
+        (("--gpus", "0"), "cards=0: expected an int >= 1"),
+    ):
+        result = run(*given, *more)
+        assert result.exit_code == 2 and message in words(result.output.replace("│", "")), (more, result.output)
+    none = run(*given[:4], "--device-gib", "0.001", "--device-reserve-gib", "0", "--gpus", "2")
+    assert none.exit_code == 1 and "no split of sequence_parallel x data_parallel fits" in none.output

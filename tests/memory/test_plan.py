@@ -18,12 +18,12 @@ from longpo_ops.memory.plan import (
     Machine,
     Settings,
     Work,
-    attention_pairs,
     predict,
     weights_of,
 )
 from longpo_ops.memory.search import fit, longest, lossy_offers, placed
 from longpo_ops.memory.tiers import gib
+from longpo_ops.memory.times import attention_pairs
 from longpo_ops.memory.trace import carried_models, read_config, trace
 from longpo_ops.ops.head import attach
 from longpo_ops.ops.logprobs import linear_cross_entropy
@@ -172,7 +172,15 @@ def test_attention_pairs_are_those_of_the_mask():
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("mistral-7b", 7.242), ("llama-3-8b", 8.030), ("qwen2.5-7b", 7.616), ("qwen2.5-1.5b", 1.544)]
+    ("name", "billions"),
+    [
+        ("mistral-7b", 7.242),
+        ("llama-3-8b", 8.030),
+        ("qwen2.5-7b", 7.616),
+        ("qwen2.5-1.5b", 1.544),
+        ("qwen2.5-32b", 32.764),
+        ("qwen2.5-72b", 72.706),
+    ],
 )
 def test_carried_shapes_have_the_published_sizes(name, billions):
     assert name in carried_models()

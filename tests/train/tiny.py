@@ -22,16 +22,15 @@ VOCAB = 61
 
 def make_model(seed: int = 0, dtype=torch.float64, rope_theta: float = 10000.0, **shape) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4) | shape
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.15,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         bos_token_id=None,
         eos_token_id=None,
-        **sizes,
+        **sizes | {"num_key_value_heads": 2} | shape,
     )
     return LlamaForCausalLM(config).to(dtype)
 

@@ -84,7 +84,7 @@ def test_what_breaks_is_reported(monkeypatch):
 def test_useful_operations_are_those_of_the_formula():
     config, n = TINY.config(), TINY.length
     layer = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 160
-    from longpo_ops.memory.plan import attention_pairs
+    from longpo_ops.memory.times import attention_pairs
 
     attention = 4 * 4 * 16 * attention_pairs(n, (TINY.tail,))
     expected = 3 * (6 * n * layer + 3.5 * attention) + 6 * n * config.vocab_size * 64

@@ -1,0 +1,166 @@
+"""Weights and optimizer states on their way between a folder and a model that FSDP2 may hold in shards.
+
+    plain      model.safetensors or adapter_model.safetensors, optimizer.pt      by one process, and by DDP
+    sharded    pytorch_model_fsdp_0/, optimizer_0/ (torch's DCP, by names)       under FSDP2, by all processes together
+
+Trainer and accelerate read a checkpoint of the run's own kind; of sharded ones any number of processes take their shards. One
+of the other kind is read here: every process reads whole tensors and keeps what it holds of each, so that none waits for
+another. Nothing is skipped: a name that is missing or unknown, another shape and a wider dtype are a ValueError.
+
+Cost. A gathered model is whole in the host memory of the first process, and on the devices one weight at a time. The other
+kind of checkpoint is whole in every process's host memory while it is read.
+
+Tests: tests/parallel/test_checkpoints_ranks.py.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from accelerate.utils.constants import OPTIMIZER_NAME as FSDP_OPTIMIZER_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from transformers.trainer import OPTIMIZER_NAME
+
+MODEL_FOLDER, OPTIMIZER_FOLDER = f"{FSDP_MODEL_NAME}_0", f"{FSDP_OPTIMIZER_NAME}_0"
+
+
+def is_sharded(checkpoint: str | Path) -> bool:
+    """Whether it was written under FSDP2."""
+    return Path(checkpoint, MODEL_FOLDER).is_dir()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a model's folder."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors", "adapter_model.safetensors"]
+    if not (folder / names[0]).exists() and index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def gather(model: nn.Module) -> dict[str, Tensor]:
+    """A collective of all processes -> the model's weights, of a PEFT model those that train, whole and on the host of the
+    first one; nothing on the others. Tied weights have one name."""
+    adapters = hasattr(model, "get_base_model")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
+    whole, others = get_model_state_dict(model, options=options), _other_names(model)
+    return {name: weight for name, weight in whole.items() if name not in others}
+
+
+def load_weights(folder: str | Path, model: nn.Module) -> None:
+    """Weights of a checkpoint, or of a finished run, into a model of whole weights or of shards."""
+    folder, own = Path(folder), _held(model)
+    if is_sharded(folder):
+        kept = read_dcp(folder / MODEL_FOLDER)["model"]
+    else:
+        kept = {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
+    known = own | model.state_dict()  # with the other names of tied weights
+    if differing := [*(own.keys() - kept.keys()), *(kept.keys() - known.keys())]:
+        raise ValueError(
+            f"{folder}: {len(differing)} of its weights are of another model ({min(differing)}, ...); go on with the settings "
+            "it began with, or give another output_dir"
+        )
+    with torch.no_grad():
+        for name, weight in own.items():
+            _check_fits(folder, name, kept[name], weight)
+            weight.copy_(shard_like(kept[name], weight))
+
+
+def load_optimizer(checkpoint: str | Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """The state of a checkpoint's optimizer into one that steps whole weights or shards. Raises ValueError for another's."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    named_groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    if is_sharded(checkpoint):
+        kept = _by_position(read_dcp(Path(checkpoint, OPTIMIZER_FOLDER))["optimizer"], named_groups)
+    else:
+        kept = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+    states = {
+        position: {name: _state_like(value, stepped[position]) for name, value in state.items()}
+        for position, state in kept["state"].items()
+    }
+    optimizer.load_state_dict(kept | {"state": states})
+
+
+def read_dcp(folder: Path) -> dict[str, Any]:
+    """What a DCP folder holds, nested as it was saved, in whole tensors on the host."""
+    reader = dcp.FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    flat = {
+        key: torch.empty(kept.size, dtype=kept.properties.dtype) if isinstance(kept, TensorStorageMetadata) else None
+        for key, kept in metadata.state_dict_metadata.items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that one process reads it
+        dcp.load(flat, storage_reader=reader, no_dist=True)
+    nested: dict[str, Any] = {}
+    for key, path in metadata.planner_data.items():
+        here = nested
+        for part in path[:-1]:
+            here = here.setdefault(part, {})
+        here[path[-1]] = flat[key]
+    return nested
+
+
+def shard_like(whole: Tensor, held: Tensor) -> Tensor:
+    """whole, or the shards of it that a sharded tensor has of its own; a copy of no other process's is asked for."""
+    if not isinstance(held, DTensor):
+        return whole
+    return distribute_tensor(whole.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model, each tied weight once: adapters of a PEFT model, else all weights."""
+    if hasattr(model, "get_base_model"):
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(model, adapter_name=model.active_adapters[0])
+    others = _other_names(model)
+    return {name: weight for name, weight in model.state_dict().items() if name not in others}
+
+
+def _other_names(model: nn.Module) -> set[str]:
+    """Those of tied weights but the first."""
+    return dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+
+
+def _check_fits(folder: Path, name: str, kept: Tensor, own: Tensor) -> None:
+    if kept.shape != own.shape:
+        raise ValueError(f"{folder}: {name} has the shape {tuple(kept.shape)}, the model's has {tuple(own.shape)}")
+    if torch.promote_types(kept.dtype, own.dtype) != own.dtype:
+        raise ValueError(
+            f"{folder}: {name} is {kept.dtype}, in which the run stepped it, and the model holds {own.dtype}, which would lose "
+            "its last steps in rounding; go on as the run began (FSDP2 steps float32 weights where bf16 or fp16 is set), or "
+            "set dtype=float32"
+        )
+
+
+def _by_position(kept: dict[str, Any], named_groups: list[list[str]]) -> dict[str, Any]:
+    """An optimizer's state by names -> by positions in its groups, as its own state_dict has it."""
+    groups = [kept["param_groups"][number] for number in sorted(kept["param_groups"])]
+    of_names = {frozenset(group["params"]): group for group in groups}
+    position, state, placed = 0, {}, []
+    for names in named_groups:
+        group = of_names[frozenset(names)]
+        placed.append(group | {"params": list(range(position, position + len(names)))})
+        for name in names:
+            state[position] = kept["state"][name]
+            position += 1
+    return {"state": state, "param_groups": placed}
+
+
+def _state_like(value: Any, parameter: Tensor) -> Any:
+    """A value of a parameter's state: sharded as the parameter is where it has a number for each of its own."""
+    whole = isinstance(value, Tensor) and value.shape == parameter.shape
+    return shard_like(value, parameter) if whole else value
