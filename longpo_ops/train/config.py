@@ -146,7 +146,8 @@ class LongPOConfig(TrainingArguments):
         if memory.states is not None or self.fit == "auto":
             replace(memory, states=memory.states or "float32").check_optimizer(self)
         if memory.step_in_backward:
-            refuse_step_in_backward(self.gradient_accumulation_steps, self.max_grad_norm, self.world_size)
+            settings = self.gradient_accumulation_steps, self.max_grad_norm, self.world_size, self.mixed_precision
+            refuse_step_in_backward(*settings)
 
     def _share_rows(self) -> None:
         """sequence_parallel as a number, and accelerate's mesh and FSDP2 for it unless a launcher's file has them."""

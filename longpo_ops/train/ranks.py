@@ -5,7 +5,7 @@
 
 What accelerate and Trainer do to a batch under a "cp" dimension is passed over: they cut what they take for its columns,
 demand another attention and refuse windows; the loss cuts rows itself (parallel.Shards). Gradients are reduced after each
-pack, so that accumulation holds shards of them and no whole ones. Not covered: FSDP1.
+pack: until then every rank would hold those of the whole model, in the dtype they are computed in. Not covered: FSDP1.
 
 Tests: tests/parallel/test_trainer_ranks.py.
 """

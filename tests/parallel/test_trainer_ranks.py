@@ -50,6 +50,8 @@ def trained(folder, method: str, ranks_of_data: int = 1, lora: bool = False, **s
     settings = STEPS | {"gradient_accumulation_steps": PACKS_A_STEP // ranks_of_data} | settings
     trainer = make_trainer(folder, method, PAIRS, policy, None if lora else make_model(1), EVALUATION, **settings)
     assert trainer.args.data_ranks == ranks_of_data
+    synchronised = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    assert synchronised == dist.is_initialized()  # no rank keeps whole gradients between packs
     trainer.train()
     after = {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
     return trainer.state.log_history, {name: (before[name], after[name]) for name in before}
