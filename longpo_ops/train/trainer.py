@@ -229,13 +229,10 @@ class LongPOTrainer(RanksTrainer):
         return super().create_optimizer(model)
 
     def _prepare_for_training(self, *args, **kwargs):
-        """Trainer's. Sharded weights get each pack's gradients at once: until then every rank would hold those of the whole
-        model, summed in the dtype that they are computed in."""
+        """Trainer's. Sharded weights sum the gradients of several packs in float32 where `memory` has the optimizer."""
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled and self.args.gradient_accumulation_steps > 1:
-            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-            if self.memory.states is not None:
-                float32_gradients(self.model.parameters())
+        if self.is_fsdp_enabled and self.args.gradient_accumulation_steps > 1 and self.memory.states is not None:
+            float32_gradients(self.model.parameters())
         return prepared
 
     def _packs(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PackedPairs:
