@@ -144,7 +144,12 @@ def _speak_once() -> None:
     """Of the processes of a launcher the first one says what goes on; the others tell errors alone."""
     if launch.rank():
         warnings.simplefilter("ignore")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        quiet = {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        }
+        os.environ.update(quiet)
     logging.basicConfig(level=logging.ERROR if launch.rank() else logging.INFO, format="%(message)s")
 
 

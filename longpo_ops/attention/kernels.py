@@ -27,6 +27,7 @@ from einops import rearrange
 from torch import Tensor
 
 SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}  # scores per block of the blockwise kernel: cache there, launch cost here
+ROWS = 256  # at most, of one block: a float32 product adds up its rows one by one, and loses a digit over thousands
 aten = torch.ops.aten
 
 
@@ -83,7 +84,7 @@ def _blocks(case: Case, heads: int, device: torch.device) -> Iterator[tuple[slic
     reach = case.keys if case.window is None else min(case.keys, 2 * max(case.window, 128))
     scores = SCORES.get(device.type, SCORES["cuda"])
     # Rows far apart share few keys, hence no more of them at once than half the reach.
-    step = max(16, min(scores // (heads * reach), reach // 2))
+    step = max(16, min(scores // (heads * reach), reach // 2, ROWS))
     for i0 in range(0, case.rows, step):
         i1 = min(i0 + step, case.rows)
         j0 = 0 if case.window is None else max(0, i0 + case.offset - case.window + 1)

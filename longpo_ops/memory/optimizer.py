@@ -14,6 +14,7 @@ algorithms, and RMSprop's momentum and centred variant.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -82,7 +83,7 @@ class MasterOptimizer(Optimizer):
         through two rooms of up to 6 bytes for each of PIECE numbers, page-locked for a GPU, from the first step on.
     step_in_backward: a weight steps as soon as its gradient is there, and the gradient is freed. Backward then equals backward
         and step(), which is left to do nothing. One backward per step: another one before step() raises RuntimeError.
-        Clipping needs all gradients at once (refuse_step_in_backward).
+        Clipping needs all gradients at once (refuse_step_in_backward). Weights do not keep their optimizer alive: hold it.
 
     state_dict is exact: loading it, and the weights it was saved with, goes on bitwise. A state of another algorithm, of other
     states or of another master is refused. A step that raised may have moved some
@@ -171,10 +172,12 @@ class MasterOptimizer(Optimizer):
     def _step_in_backward(self) -> None:
         if torch.distributed.is_initialized():
             refuse_step_in_backward(1, None, torch.distributed.get_world_size())
+        ready = weakref.WeakMethod(self._ready)  # a hook that held the optimizer would keep the weights for ever
         for number, group in enumerate(self.param_groups):  # by number: load_state_dict makes new groups
             for parameter in group["params"]:
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(lambda p, number=number: self._ready(p, number))
+                    handle = parameter.register_post_accumulate_grad_hook(lambda p, number=number: ready()(p, number))
+                    weakref.finalize(self, handle.remove)
 
     @torch.no_grad()
     def _ready(self, parameter: nn.Parameter, number: int) -> None:

@@ -53,7 +53,11 @@ STEP_COSTS = {
     optimizer.AdamW: {"float32": StepCost(8, 28, 87), "8bit": StepCost(2 * (1 + 4 / 256), 16, 800)},
     optimizer.RMSprop: {"float32": StepCost(4, 52, 107)},
 }
-CARDS = {"H100": {"device_memory": 3.0e12, "matmul": 798e12}, "H200": {"device_memory": 4.3e12, "matmul": 788e12}}
+# The H200's are those of whole steps (docs/log.md, 2026-11-27): bf16 products at 65,536 rows and cuDNN's causal attention.
+CARDS = {
+    "H100": {"device_memory": 3.0e12, "matmul": 798e12},
+    "H200": {"device_memory": 4.15e12, "matmul": 687e12, "attention": 475e12, "attention_backward": 525e12},
+}
 
 
 @dataclass(frozen=True)

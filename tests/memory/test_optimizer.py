@@ -1,8 +1,10 @@
 """AdamW and RMSprop with an exact master: bits, bitwise equality with float32 training, resume, and what is refused."""
 
+import gc
 import io
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -285,30 +287,44 @@ def test_stepping_in_backward_is_stepping_after_it(algorithm, options):
 
 def test_no_two_gradients_live_together():
     model = network()
-    AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
+    optimizer = AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
     most = []
     for p in model.parameters():  # runs before the optimizer's own hook of the same weight frees the gradient
         p.register_hook(lambda grad: most.append(sum(q.grad is not None for q in model.parameters())))
     backward(model, 0)
-    assert most == [0, 0, 0, 0]
+    assert most == [0, 0, 0, 0] and optimizer
+
+
+def test_weights_go_with_their_model_and_optimizer():
+    """A hook that held the optimizer kept both alive for ever: a model's memory was never given back."""
+    model = network()
+    optimizer = AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
+    backward(model, 0)
+    optimizer.step()
+    alive = [weakref.ref(p) for p in model.parameters()]
+    del model, optimizer
+    gc.collect()
+    assert [p for p in alive if p() is not None] == []
 
 
 def test_accumulation_with_stepping_in_backward_is_an_error():
     model = network()
-    AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
+    optimizer = AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
     backward(model, 0)
     with pytest.raises(RuntimeError, match="second backward pass before step"):
         backward(model, 1)
+    assert optimizer
 
 
 def test_a_weight_used_after_its_step_is_an_error_of_autograd():
     model = nn.Linear(64, 64, bias=False).bfloat16()
-    AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
+    optimizer = AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
     x = torch.randn(4, 64, requires_grad=True).bfloat16()
     first, second = model(x).sum(), model(x).sum()
     first.backward()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         second.backward()
+    assert optimizer
 
 
 def test_accumulation_and_clipping_without_it():

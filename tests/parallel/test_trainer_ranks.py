@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from longpo_ops.train.ranks import weights_digest
 
@@ -19,8 +19,20 @@ STEPS = dict(
     max_steps=5, learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0, seed=3, reference="precompute",
     eval_strategy="steps", eval_steps=5, pack_tokens=70,
 )  # fmt: skip
-PACKS_A_STEP = 4
+PACKS_A_STEP = 2
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, max_position_embeddings=256, initializer_range=0.15, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
 UNLIKE = {"epoch", "tokens_per_second", "peak_memory_gib", "train_runtime"}  # those of time and machine
+
+
+def policy_of(method: str, lora: bool):
+    """For DPO one whose layers see a window, which accelerate would refuse to share."""
+    if method == "dpo":
+        torch.manual_seed(0)
+        return MistralForCausalLM(MistralConfig(sliding_window=9, **SIZES)).double()
+    return with_adapters(make_model()) if lora else make_model()
 
 
 def with_adapters(model):
@@ -33,10 +45,11 @@ def with_adapters(model):
 def trained(folder, method: str, ranks_of_data: int = 1, lora: bool = False, **settings):
     """-> what was logged, and the weights that training moved: (before, after) of each."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # what the trainer before left
-    policy = with_adapters(make_model()) if lora else make_model()
+    policy = policy_of(method, lora)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
     settings = STEPS | {"gradient_accumulation_steps": PACKS_A_STEP // ranks_of_data} | settings
     trainer = make_trainer(folder, method, PAIRS, policy, None if lora else make_model(1), EVALUATION, **settings)
+    assert trainer.args.data_ranks == ranks_of_data
     trainer.train()
     after = {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
     return trainer.state.log_history, {name: (before[name], after[name]) for name in before}
@@ -78,15 +91,14 @@ def start(folder, policy=None, pairs=PAIRS, **settings):
 def other_packs(folder):
     """As if the files of rank 1 had changed since it looked at them."""
     trainer = start(folder, eval_strategy="no")
-    trainer.train_dataset.pairs = [PAIRS, [make_pair(9), *PAIRS[1:]]][dist.get_rank()]
+    trainer.train_dataset.pairs = [PAIRS, [make_pair(30 + i) for i in range(8)]][dist.get_rank()]
     trainer.reference.logps = lambda pair: (-1.0, (-2.0,) * len(pair.rejected))
     trainer.train()
 
 
 def mixture():
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=8)
-    sizes |= dict(num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
-    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, **sizes))
+    experts = dict(num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, **experts))
 
 
 REFUSED = {
@@ -98,6 +110,8 @@ REFUSED = {
     "noise": lambda folder: start(folder, neftune_noise_alpha=5.0),
     "uneven": lambda folder: start(folder, accelerator_config={"even_batches": False}),
     "online": lambda folder: start(folder, reference="online"),
+    "fsdp 1": lambda folder: start(folder, fsdp_config={"fsdp_version": 1}),
+    "no accelerator": lambda folder: start(folder, use_cpu=False, sequence_parallel=1),
     "three": lambda folder: start(folder, sequence_parallel=3),
     "nothing moves": lambda folder: start(folder, learning_rate=1e-300, max_steps=1, eval_strategy="no").train(),
 }
@@ -110,6 +124,8 @@ SAID = {
     "noise": "neftune_noise_alpha=5.0 with sequence_parallel=2",
     "uneven": "even_batches=False with sequence_parallel",
     "online": "reference='online': .* expected 'precompute'",
+    "fsdp 1": "fsdp_version=1.*: expected 2",
+    "no accelerator": r"WORLD_SIZE=2, but the process group has 1 process.*use_cpu=true",
     "three": "sequence_parallel=3 with 2 processes",
     "nothing moves": "no weight has moved in 1 steps",
 }

@@ -1,0 +1,49 @@
+"""What LongPOConfig makes of processes that share packs, as far as one process can ask (the rest: tests/parallel)."""
+
+import pytest
+
+from longpo_ops.train import LongPOConfig
+from longpo_ops.train.checks import check_pairs
+from longpo_ops.train.run import TrainRun
+
+from .tiny import make_pair
+
+
+def test_one_process_has_its_packs_alone(tmp_path):
+    config = LongPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert (config.sequence_parallel, config.data_ranks, config.is_sharded) == (1, 1, False)
+    assert config.parallelism_config is None and not config.fsdp
+
+
+@pytest.mark.parametrize("value", [0, -2, 1.5, "2"])
+def test_it_is_a_whole_number(tmp_path, value):
+    with pytest.raises(ValueError, match=f"sequence_parallel={value!r}: expected a whole number of at least 1"):
+        LongPOConfig(output_dir=str(tmp_path), use_cpu=True, sequence_parallel=value)
+
+
+def test_a_single_process_shares_with_none(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"sequence_parallel=2 with 1 process \(WORLD_SIZE\).*torchrun --nproc-per-node 2"
+    ):
+        LongPOConfig(output_dir=str(tmp_path), use_cpu=True, sequence_parallel=2)
+
+
+def test_a_launchers_file_of_deepspeed_shares_no_packs(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match='deepspeed="of the launcher\'s file" with sequence_parallel=2'):
+        LongPOConfig(output_dir=str(tmp_path), sequence_parallel=2)
+
+
+def test_a_pack_shorter_than_the_processes_that_share_it_is_refused_by_its_record(tmp_path):
+    config, pair = LongPOConfig(output_dir=str(tmp_path), objective="simpo", use_cpu=True), make_pair(3)
+    config.sequence_parallel = 64
+    check_pairs([make_pair(4, document=80)], config, None)
+    with pytest.raises(ValueError, match=r"record 'pair-3': \d\d tokens in its pack, fewer than the 64 processes"):
+        check_pairs([make_pair(4, document=80), pair], config, None)
+
+
+def test_sequences_of_a_recipes_step_are_those_of_groups_that_share_packs(monkeypatch):
+    run = TrainRun("m", "d", "o", recipe="official", training={"sequence_parallel": 4})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert run.settings()["gradient_accumulation_steps"] == 4
