@@ -73,9 +73,8 @@ class CheckpointedTrainer(Trainer):
         finally:
             self._partial = None
         self.accelerator.wait_for_everyone()
-        if self.state.best_global_step == (
-            step := self.state.global_step
-        ):  # Trainer looks too early for a folder of shards
+        step = self.state.global_step
+        if self.state.best_global_step == step:  # Trainer looks too early for a folder of shards
             self.state.best_model_checkpoint = str(run / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if self.args.should_save:
             (written,) = partial.iterdir()
