@@ -73,9 +73,8 @@ class CheckpointedTrainer(Trainer):
         finally:
             self._partial = None
         self.accelerator.wait_for_everyone()
-        if self.state.best_global_step == (
-            step := self.state.global_step
-        ):  # Trainer looks too early for a folder of shards
+        step = self.state.global_step
+        if self.state.best_global_step == step:  # Trainer looks too early for a folder of shards
             self.state.best_model_checkpoint = str(run / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if self.args.should_save:
             (written,) = partial.iterdir()
@@ -89,19 +88,24 @@ class CheckpointedTrainer(Trainer):
         """Whether it holds whole weights and the run has shards, or the other way."""
         return is_sharded(checkpoint) != self.is_fsdp_enabled and not self.is_deepspeed_enabled
 
+    def _reads_itself(self, checkpoint: str) -> bool:
+        """Whether Trainer reads its weights: of whole models it would pass over those whose names differ in the files."""
+        trusted = self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "get_base_model")
+        return trusted and not self._is_foreign(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(resume_from_checkpoint)
-        if self._is_foreign(resume_from_checkpoint):
-            load_weights(resume_from_checkpoint, self.model)
-        else:
+        if self._reads_itself(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(resume_from_checkpoint, self.model)
 
     def _load_best_model(self) -> None:
         check_checkpoint(best := self.state.best_model_checkpoint)
-        if self._is_foreign(best):
-            load_weights(best, self.model)
-        else:
+        if self._reads_itself(best):
             super()._load_best_model()
+        else:
+            load_weights(best, self.model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's, where as many processes wrote it: others begin random states anew, all of them alike."""
@@ -152,12 +156,10 @@ class CheckpointedTrainer(Trainer):
 
     def restore(self, folder: str | os.PathLike) -> None:
         """The model and state that save_model and save_state wrote there. Models of DeepSpeed stay as they are."""
-        if self.is_fsdp_enabled:
-            load_weights(folder, self.model)
-        elif hasattr(self.model, "get_base_model"):
+        if hasattr(self.model, "get_base_model") and not self.is_fsdp_enabled:
             self.model.load_adapter(str(folder), self.model.active_adapters[0], is_trainable=True)
         elif not self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(str(folder))
+            load_weights(folder, self.model)
         self.state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
 
 
@@ -254,9 +256,8 @@ def check_going_on(checkpoint: str | os.PathLike, steps: int, args: TrainingArgu
         )
     packs = _read_manifest(checkpoint)["packs_per_step"]
     if left and packs not in (None, now := packs_per_step(args)):
-        raise ValueError(
-            f"{checkpoint} is of steps of {packs} packs, and now they have {now}; {advise_packs(packs, args)}"
-        )
+        told = f"{checkpoint} is of a run with {packs} packs a step, and this one has {now}"
+        raise ValueError(f"{told}: {advise_packs(packs, args.data_ranks)}")
     best = best_checkpoint(checkpoint, args.output_dir)
     if args.load_best_model_at_end and best is not None and not best.is_dir():
         raise ValueError(

@@ -28,8 +28,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
 
 MODEL_FOLDER, OPTIMIZER_FOLDER = f"{FSDP_MODEL_NAME}_0", f"{FSDP_OPTIMIZER_NAME}_0"
@@ -61,10 +63,7 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
 def load_weights(folder: str | Path, model: nn.Module) -> None:
     """Weights of a checkpoint, or of a finished run, into a model of whole weights or of shards."""
     folder, own = Path(folder), _held(model)
-    if is_sharded(folder):
-        kept = read_dcp(folder / MODEL_FOLDER)["model"]
-    else:
-        kept = {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
+    kept = read_dcp(folder / MODEL_FOLDER)["model"] if is_sharded(folder) else _read_plain(folder, model)
     known = own | model.state_dict()  # with the other names of tied weights
     if differing := [*(own.keys() - kept.keys()), *(kept.keys() - known.keys())]:
         raise ValueError(
@@ -111,6 +110,17 @@ def read_dcp(folder: Path) -> dict[str, Any]:
             here = here.setdefault(part, {})
         here[path[-1]] = flat[key]
     return nested
+
+
+def _read_plain(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Adapters as they lie there; a model under its own names, which for a mixture of experts are not those of the files."""
+    if hasattr(model, "get_base_model"):
+        return {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
+    kind = next(k for k in type(model).__mro__ if issubclass(k, PreTrainedModel) and not issubclass(k, FSDPModule))
+    whole, found = kind.from_pretrained(folder, dtype="auto", use_safetensors=True, output_loading_info=True)
+    if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+        raise ValueError(f"{folder}: {len(wrong)} of its weights are missing or unknown to the model ({wrong[0]}, ...)")
+    return whole.state_dict()
 
 
 def shard_like(whole: Tensor, held: Tensor) -> Tensor:

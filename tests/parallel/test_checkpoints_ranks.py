@@ -202,9 +202,9 @@ def in_bfloat16(folder):
 
 
 def best_of_three(folder):
-    """The steps are so long that the first is the best, and one checkpoint is kept."""
+    """The first is the best, as the largest loss is asked for; one checkpoint is kept."""
     more = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
-    trainer = make(folder, max_steps=3, learning_rate=0.5, load_best_model_at_end=True, **more)
+    trainer = make(folder, max_steps=3, load_best_model_at_end=True, greater_is_better=True, **more)
     trainer.train()
     trainer.save_model()
     return whole_weights(trainer.model)
@@ -322,7 +322,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_from_its_shards(two, folder):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_both_processes_refuse_alike(two, case):
-    said = {each[1][case] for each in two}
+    said = {each[1][case].replace(f"folders/{rank}", "folders") for rank, each in enumerate(two)}
     assert len(said) == 1
     assert re.search(SAID[case], *said), said
 

@@ -159,3 +159,36 @@ def test_a_model_whose_text_part_is_no_causal_lm_is_refused_by_name(tmp_path):
     name = str(tmp_path)
     with pytest.raises(ValueError, match="no causal LM of type 'qwen2_5_vl_text'"):
         load_model(name, read_config(name))
+
+
+@pytest.mark.parametrize(
+    ("emptied", "told"),
+    [
+        (["lm_head.weight"], r"1 parts of it hold nothing but zeros \(lm_head.weight\)"),
+        (["model.layers.1."], r"1 parts of it hold nothing but zeros \(model.layers.1\)"),
+        ([""], r"4 parts of it hold nothing but zeros \(lm_head.weight, model.embed_tokens.weight, model.layers.0, "),
+        (
+            ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"],
+            None,
+        ),  # a layer that begins as the identity
+    ],
+)
+def test_parts_of_zeros_are_refused(tmp_path, emptied, told):
+    save(tmp_path, llama())
+    zeroed = lambda name, w: torch.zeros_like(w) if any(name.startswith(part) for part in emptied) else w  # noqa: E731
+    name = change(tmp_path, lambda weights: {n: zeroed(n, w) for n, w in weights.items()})
+    if told is None:
+        load_model(name, read_config(name))
+    else:
+        with pytest.raises(ValueError, match=f"(?s){tmp_path}.*{told}"):
+            load_model(name, read_config(name))
+
+
+def test_a_setting_that_leaves_processes_with_zeros_is_refused(tmp_path, monkeypatch):
+    save(tmp_path, llama())
+    for switch in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(switch, "True")
+    load_model(str(tmp_path), read_config(str(tmp_path)))  # one process has all weights
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"under which 2 processes .* set fsdp_cpu_ram_efficient_loading to false"):
+        load_model(str(tmp_path), read_config(str(tmp_path)))

@@ -262,7 +262,7 @@ def made(run: Path, *steps: int) -> None:
         folder = run / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "weights").write_text(str(step))
-        write_manifest(folder, resumable=True)
+        write_manifest(folder, resumable=True, packs=1)
 
 
 @pytest.mark.parametrize(

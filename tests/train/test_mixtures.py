@@ -99,3 +99,24 @@ def test_without_router_logits_nothing_is_added(tmp_path):
             trainer.compute_loss(policy.train(), {"pack": trainer.train_dataset[0]}),
             naive_loss("longpo", truth_model, plain(reference), PAIRS),
         )
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_run_goes_on_with_the_experts_of_its_checkpoint(tmp_path, family):
+    """Whose names in the files are not those of the model."""
+    more = {
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+    }
+    whole, again = (make_trainer(tmp_path, "sft_chosen", PAIRS, make_mixture(family), **more) for _ in range(2))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for (name, weight), (_, of_whole) in zip(
+        again.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(weight, of_whole), name
+    again.restore(tmp_path / "checkpoint-1")
+    assert not torch.equal(again.model.lm_head.weight, whole.model.lm_head.weight)
