@@ -45,6 +45,10 @@ def evolve(
     if dry_run:
         for stage in check(evolution, base=True):
             _show(stage)
+        if evolution.launch:
+            typer.echo(
+                f"trained by {' '.join(evolution.launch)}, whose processes check their settings before anything runs"
+            )
         return
     with terminal.resumable(f"what there is lies in {evolution.out}"), show_progress() as progress:
         result = run_evolution(evolution, progress)
