@@ -36,7 +36,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     task = json.loads((folder / TASK).read_text(encoding="utf-8"))
     threading.Thread(target=_watch, args=(folder, task["machine"]), daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if _is_first() else logging.ERROR, format="%(message)s")
     try:
         _work(folder, task)
     except KeyboardInterrupt:
