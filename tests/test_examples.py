@@ -1,13 +1,17 @@
 """The examples run; TRL's loss and gradients through fused_preference_loss equal its own on the same batch."""
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.loop.openai_server import OpenAIServer, Reply, sentence
 from longpo_ops import DPO, IPO, Hinge, SimPO
+from longpo_ops.data import Pair, Turn, join_context, read_pairs, write_pairs
 
 from .attention.dense import TrueFloat64
 
@@ -98,3 +102,37 @@ def test_other_objectives_go_through_trl_too_and_a_missing_reference_is_named(tm
             module.make_trainer(module.FusedDPOTrainer, str(tmp_path), objective=DPO())
     finally:
         module.DPOTrainer.__init__ = kept
+
+
+def test_ray_asks_for_new_answers(tmp_path):
+    """Where ray is installed. One request fails once; one answer to prefer is cut off, so its pair is left out."""
+    pytest.importorskip("ray.data.llm")  # `ray` alone may be the folder of the example
+
+    def pair(i: int) -> Pair:
+        turns = (Turn(f"Who is it, {j}?", f"Ann {i} is here.", "before", ("before, too",)) for j in range(2))
+        return Pair(f"harbour {i}", f"Harbour {i}. " * 40, tuple(turns))
+
+    def behave(number, seen):
+        if number == 3:
+            return Reply(503)
+        cut = {"choices": [{"message": {"content": "Ann is"}, "finish_reason": "length"}]}
+        asked = seen.body["messages"][0]["content"]
+        return Reply(body=cut) if asked == join_context("Ann 3 is here.", "Who is it, 1?") else None
+
+    write_pairs(map(pair, range(5)), tmp_path / "pairs.jsonl")
+    with OpenAIServer(behave) as server:
+        words = ["--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "new.jsonl", "--url", server.url]
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / "ray/answers.py", *words, "--model", "little", "--at-once", "2"],
+            env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "RAY_raylet_start_wait_time_s": "300"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "20 answers, 4 pairs in" in done.stdout and len(server.seen) == 20 + 1
+    found = list(read_pairs(tmp_path / "new.jsonl"))
+    assert [each.id for each in found] == [f"harbour {i}" for i in (0, 1, 2, 4)]
+    for turn in (turn for each in found for turn in each.turns):
+        request = join_context(turn.chunk, turn.instruction)
+        assert turn.chosen == sentence(request) and turn.rejected != (turn.chosen,) and "before" not in turn.rejected[0]
