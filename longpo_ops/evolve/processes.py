@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,6 +79,8 @@ class Apart:
         with open(self.folder / PARENT, "wb") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             with open(self.folder / LOG, "ab") as log:
+                log.write(f"$ {shlex.join(self.words)}\n".encode())
+                log.flush()
                 process = subprocess.Popen(
                     self.words,
                     stdin=subprocess.DEVNULL,
