@@ -124,7 +124,7 @@ def test_ray_asks_for_new_answers(tmp_path):
         words = ["--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "new.jsonl", "--url", server.url]
         done = subprocess.run(
             [sys.executable, EXAMPLES / "ray/answers.py", *words, "--model", "little", "--at-once", "2"],
-            env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "RAY_raylet_start_wait_time_s": "300"},
+            env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
             capture_output=True,
             text=True,
             timeout=500,
