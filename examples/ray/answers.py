@@ -11,9 +11,6 @@ import os
 from dataclasses import replace
 from functools import partial
 
-import ray
-from ray.data.llm import HttpRequestProcessorConfig, build_processor
-
 from longpo_ops.data import join_context, read_pairs, write_pairs
 
 
@@ -45,6 +42,9 @@ def answered(pairs, given):
 
 
 def main(arguments=None):
+    import ray
+    from ray.data.llm import HttpRequestProcessorConfig, build_processor
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("--pairs", "--out", "--url", "--model"):
         parser.add_argument(name, required=True)
