@@ -95,9 +95,9 @@ def test_with_a_gpu_evaluation_has_its_own_process(finished, tmp_path, monkeypat
     assert result.rows == finished[1].rows[:3]
 
 
-def test_which_stages_have_processes_of_their_own(finished, monkeypatch):
-    alone = Evolution.from_settings(finished[0])
-    launched = Evolution.from_settings(finished[0] | {"launch": "torchrun --nproc-per-node 2"})
+def test_which_stages_have_processes_of_their_own(make_settings, tmp_path, monkeypatch):
+    alone = Evolution.from_settings(settings := make_settings(tmp_path / "out"))
+    launched = Evolution.from_settings(settings | {"launch": "torchrun --nproc-per-node 2"})
     pairs, _, train, evaluate = (stage.run for stage in plan(alone)[1:5])
     for gpu, of_alone, of_launched in (
         (False, [False] * 3, [False, True, False]),
@@ -108,14 +108,14 @@ def test_which_stages_have_processes_of_their_own(finished, monkeypatch):
         assert [_is_apart(launched, run) for run in (pairs, train, evaluate)] == of_launched
 
 
-def test_runs_are_the_same_in_another_process(finished):
-    for stage in plan(Evolution.from_settings(finished[0])):
+def test_runs_are_the_same_in_another_process(make_settings, tmp_path):
+    for stage in plan(Evolution.from_settings(make_settings(tmp_path / "out"))):
         assert from_plain(json.loads(json.dumps(to_plain(stage.run)))) == stage.run
 
 
-def test_the_recipe_is_filled_in_where_the_training_runs(finished, monkeypatch):
-    settings = finished[0] | {"recipe": "official", "launch": ["torchrun"], "rounds": finished[0]["rounds"][:1]}
-    settings["rounds"][0] = settings["rounds"][0] | {"train": {"use_cpu": True}}
+def test_the_recipe_is_filled_in_where_the_training_runs(make_settings, tmp_path, monkeypatch):
+    settings = make_settings(tmp_path / "out", rope_theta=1e7, train={"use_cpu": True})
+    settings |= {"recipe": "official", "launch": ["torchrun"]}
     run = next(stage.run for stage in plan(Evolution.from_settings(settings)) if stage.kind == "train")
     monkeypatch.setenv("WORLD_SIZE", "4")
     there = from_plain(to_plain(run))
@@ -137,8 +137,8 @@ def test_the_recipe_is_filled_in_where_the_training_runs(finished, monkeypatch):
         (["env", "--config_file=no/such.yaml"], r"--config_file no/such\.yaml: no such file"),
     ],
 )
-def test_a_launcher_that_cannot_run_is_refused_before_anything_runs(finished, tmp_path, launch, message):
-    settings = begun(finished, tmp_path / "out") | {"launch": launch}
+def test_a_launcher_that_cannot_run_is_refused_before_anything_runs(make_settings, tmp_path, launch, message):
+    settings = make_settings(tmp_path / "out") | {"launch": launch}
     with pytest.raises(ValueError, match=f"launch: {message}"):
         evolve(Evolution.from_settings(settings))
     assert not (tmp_path / "out").exists()
