@@ -1,13 +1,18 @@
 """The examples run; TRL's loss and gradients through fused_preference_loss equal its own on the same batch."""
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
+from benchmarks.loop.openai_server import OpenAIServer, Reply, sentence
 from longpo_ops import DPO, IPO, Hinge, SimPO
+from longpo_ops.data import Pair, Turn, join_context, read_pairs, write_pairs
 
 from .attention.dense import TrueFloat64
 
@@ -18,7 +23,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 def on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
-    for name in ("bare_loop", "transformers_trainer", "trl_dpo"):
+    for name in ("bare_loop", "transformers_trainer", "trl_dpo", "answers"):
         sys.modules.pop(name, None)
 
 
@@ -98,3 +103,57 @@ def test_other_objectives_go_through_trl_too_and_a_missing_reference_is_named(tm
             module.make_trainer(module.FusedDPOTrainer, str(tmp_path), objective=DPO())
     finally:
         module.DPOTrainer.__init__ = kept
+
+
+def one_pair(i: int) -> Pair:
+    turns = (Turn(f"Who is it, {j}?", f"Ann {i} is here.", "before", ("before, too",)) for j in range(2))
+    return Pair(f"harbour {i}", f"Harbour {i}. " * 40, tuple(turns))
+
+
+def cut_one_off(number, seen):
+    """One answer of five pairs' ends too early."""
+    cut = {"choices": [{"message": {"content": "Ann is"}, "finish_reason": "length"}]}
+    asked = seen.body["messages"][0]["content"]
+    return Reply(body=cut) if asked == join_context("Ann 3 is here.", "Who is it, 1?") else None
+
+
+def check_answered(pairs: list[Pair]) -> None:
+    assert [each.id for each in pairs] == [f"harbour {i}" for i in (0, 1, 2, 4)]
+    for each in pairs:
+        for turn in each.turns:
+            assert turn.chosen == sentence(join_context(turn.chunk, turn.instruction))
+            assert turn.rejected == (sentence(join_context(each.document, turn.instruction)),)
+
+
+def test_requests_for_new_answers_make_pairs(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "ray"))
+    answers, pairs = importlib.import_module("answers"), [one_pair(i) for i in range(5)]
+    with OpenAIServer(cut_one_off) as server:
+
+        def ask(row: dict) -> dict:
+            body = answers.payload(row, model="little", tokens=64)["payload"]
+            return answers.answer(
+                row | {"http_response": httpx.post(f"{server.url}/chat/completions", json=body).json()}
+            )
+
+        given = {row["key"]: row for row in map(ask, answers.questions(pairs))}
+        assert len(given) == len(server.seen) == 5 * 2 * 2
+    check_answered(list(answers.answered(pairs, given)))
+
+
+def test_ray_asks_for_new_answers(tmp_path):
+    """Where ray is installed. One request fails once."""
+    pytest.importorskip("ray.data.llm")  # `ray` alone may be the folder of the example
+    write_pairs(map(one_pair, range(5)), tmp_path / "pairs.jsonl")
+    with OpenAIServer(lambda number, seen: Reply(503) if number == 3 else cut_one_off(number, seen)) as server:
+        words = ["--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "new.jsonl", "--url", server.url]
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / "ray/answers.py", *words, "--model", "little", "--at-once", "2"],
+            env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "20 answers, 4 pairs in" in done.stdout and len(server.seen) == 20 + 1
+    check_answered(list(read_pairs(tmp_path / "new.jsonl")))

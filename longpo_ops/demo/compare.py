@@ -23,7 +23,7 @@ import yaml
 
 from ..evaluate import Scores, evaluate
 from ..evolve import Evolution, plan
-from ..evolve.run import StepsTold
+from ..evolve.work import StepsTold
 from ..runs import terminal
 from ..runs.journal import write_atomically
 from ..train.run import TrainRun, train

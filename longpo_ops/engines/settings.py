@@ -1,17 +1,25 @@
 """Which engine answers, and with which settings: what every run that asks a model has in common.
 
-Tests: tests/pretrained/test_config.py, tests/evaluate/test_run.py.
+Tests: tests/engines/test_settings.py, tests/pretrained/test_config.py, tests/evaluate/test_run.py.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..pretrained import DTYPES, load_tokenizer, read_config
 from . import NAMES, Engine
+
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+# Of a server that is one of several which share a model's ranks. One that waits for the others would wait for ever here.
+OF_SERVERS = (
+    *("data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local", "data_parallel_external_lb"),
+    *("data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb", "nnodes", "node_rank", "headless"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +29,8 @@ class EngineSettings:
     model: a name or a folder; its tokenizer and chat template are used here, its weights by the local engines.
     rope: entries of the model's rope_parameters that are replaced, for local engines. endpoints, served_model,
     concurrency, timeout, patience, key_variable: of servers. template_kwargs: variables of the chat template.
-    engine_options: vLLM's engine arguments, or further fields of every request to a server.
+    engine_options: vLLM's engine arguments, among them tensor_parallel_size and data_parallel_size, or further fields of every
+    request to a server.
     """
 
     model: str
@@ -49,7 +58,23 @@ class EngineSettings:
                 f"engine {self.engine!r} with endpoints {list(self.endpoints)}; expected endpoints for 'server' only"
             )
         self.require_positive("concurrency", "timeout", "patience")
+        self._check_options(self.engine_options or {})
         self.check_rope("rope")
+
+    def _check_options(self, options: dict) -> None:
+        """Raises ValueError for options that are not the engine's, and for ranks that this process cannot have."""
+        if self.engine == "transformers" and options:
+            raise ValueError(
+                f"engine options {sorted(options)}; the transformers engine has none, and one device: take vllm, or servers"
+            )
+        if self.engine == "server" and (wrong := [name for name in options if name in (*SIZES, *OF_SERVERS)]):
+            flag = f"--{wrong[0].replace('_', '-')} {options[wrong[0]]}"
+            raise ValueError(
+                f"engine option {wrong[0]}: a request cannot change the ranks of a running server; start it with them: "
+                f"vllm serve {self.model} {flag}"
+            )
+        if self.engine == "vllm":
+            _check_ranks(options)
 
     def check_rope(self, name: str) -> None:
         """Raises ValueError for entries with which no model reads anything, and for a server, which has its own."""
@@ -91,8 +116,6 @@ class EngineSettings:
 
             return VLLMEngine(self.model, **local, concurrency=self.concurrency, options=options)
         if self.engine == "transformers":
-            if options:
-                raise ValueError(f"engine options {sorted(options)}; the transformers engine has none")
             from .transformers import TransformersEngine
 
             return TransformersEngine(self.model, **local)
@@ -108,6 +131,26 @@ class EngineSettings:
             template_kwargs=self.template_kwargs,
             extra=options,
         )
+
+
+def _check_ranks(options: dict) -> None:
+    """Raises ValueError for ranks that are no number, more than there are GPUs, or partly another process's."""
+    for name in SIZES:
+        value = options.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"engine option {name}={value!r}: expected a whole number of ranks, at least 1")
+    if wrong := [name for name in OF_SERVERS if name in options]:
+        raise ValueError(
+            f"engine option {wrong[0]}: vLLM in this process starts all its ranks on this machine; expected "
+            "data_parallel_size alone, or servers (vllm serve, on every machine) and their endpoints"
+        )
+    import torch
+
+    wanted, there = math.prod(options.get(name, 1) for name in SIZES), torch.cuda.device_count()
+    ray = "ray" in (options.get("distributed_executor_backend"), options.get("data_parallel_backend"))
+    if torch.cuda.is_available() and wanted > there and not ray:
+        sizes = ", ".join(f"{name}={options[name]}" for name in SIZES if name in options)
+        raise ValueError(f"engine options {sizes} take {wanted} GPUs; there are {there} here")
 
 
 def _check_rope(what: str, rope: dict) -> None:

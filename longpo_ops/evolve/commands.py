@@ -30,6 +30,9 @@ def one_set_of_bars(command: Callable) -> Callable:
 def evolve(
     config: Annotated[Path, typer.Option(help="YAML file of the rounds.")],
     out: Annotated[str | None, typer.Option(help="Folder of everything, instead of the file's.")] = None,
+    launch: Annotated[
+        str | None, typer.Option(help='What starts the processes of a training, such as "torchrun --nproc-per-node 8".')
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the stages and their settings, then stop.")] = False,
 ) -> None:
     """Rounds of generating, training and evaluating, each from the model before it; goes on where it was stopped."""
@@ -41,10 +44,15 @@ def evolve(
 
     with terminal.wrong_usage():
         evolution = Evolution.from_file(config)
-        evolution = dataclasses.replace(evolution, out=out) if out else evolution
+        given = {name: value for name, value in {"out": out, "launch": launch}.items() if value is not None}
+        evolution = dataclasses.replace(evolution, **given)
     if dry_run:
         for stage in check(evolution, base=True):
             _show(stage)
+        if evolution.launch:
+            typer.echo(
+                f"trained by {' '.join(evolution.launch)}, whose processes check their settings before anything runs"
+            )
         return
     with terminal.resumable(f"what there is lies in {evolution.out}"), show_progress() as progress:
         result = run_evolution(evolution, progress)

@@ -5,8 +5,9 @@
 Cost. host_bytes is the peak of this process's resident memory while the stage ran: the kernel keeps it (VmHWM) and is
 told to begin anew at the start of each stage (/proc/self/clear_refs), so nothing is sampled and no peak is missed. Where a
 system has no such thing it is the peak since the process began, and `exact` is false. device_bytes is torch's peak of
-allocated memory on the CUDA device. Processes that an engine starts (vLLM's) are in neither. A killed stage's cost is
-that of its last whole second or two, and the next attempt adds its seconds and raises its peaks.
+allocated memory on the CUDA device. Of a stage in processes of its own (processes.py) they are those of the first one.
+Processes that an engine starts (vLLM's) are in neither. A killed stage's cost is that of its last whole second or two, and
+the next attempt adds its seconds and raises its peaks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,13 +80,16 @@ class Receipt:
         write_atomically(self.path, (json.dumps(kept, indent=1) + "\n").encode())
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Within it time and memory are counted towards the stage's cost; left without an exception, it is done."""
+    def measured(self, apart: Callable[[], tuple[int, int]] | None = None) -> Iterator[None]:
+        """Within it time and memory are counted towards the stage's cost; left without an exception, it is done. apart: gives
+        the peaks of a stage that runs in another process.
+        """
         _free()
-        before, exact, began, over = self.cost, _reset_peaks(), time.monotonic(), threading.Event()
+        exact = _reset_peaks() if apart is None else True
+        before, began, over = self.cost, time.monotonic(), threading.Event()
 
         def count() -> None:
-            host, device = _peaks()
+            host, device = (apart or peaks)()
             self.cost = Cost(
                 before.seconds + time.monotonic() - began,
                 max(before.host_bytes, host),
@@ -131,7 +135,7 @@ def _reset_peaks() -> bool:
         return False
 
 
-def _peaks() -> tuple[int, int]:
+def peaks() -> tuple[int, int]:
     """Bytes, of this process and of its CUDA device."""
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return peak_bytes(), device

@@ -4,11 +4,14 @@
     OUT/ROUND/pairs, untrained             what the generator made; the starting model with theta raised, measured
     OUT/ROUND/train, evaluate              the trained model and its checkpoints; the same measured
     OUT/ROUND/*.json                       receipts of these stages (receipt.py)
+    OUT/ROUND/*.process                    what a stage in processes of its own was told, says and prints (child.py)
     OUT/results.json, report.html, .md     after every stage
 
 A stage whose receipt says that it is done is skipped; one that was stopped goes on by its own means: the generator's
-journal, the trainer's checkpoints, the evaluator's journal. Memory: that of the stage under way. Not covered: several
-processes, which are refused; docs/evolve.md tells how such a round is trained by hand.
+journal, the trainer's checkpoints, the evaluator's journal. Memory: that of the stage under way.
+
+Processes. A stage that uses a GPU is one of its own, as this process would keep what torch and vLLM take there, and so is a
+training that has a launcher, or several. On a CPU without a launcher all runs here: starting a process takes ten seconds.
 """
 
 from __future__ import annotations
@@ -19,21 +22,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import TrainerCallback
+import torch
 
 from ..data import ChatFormat
 from ..documents import find_files
-from ..evaluate import EvaluateRun, evaluate
+from ..evaluate import EvaluateRun
 from ..evaluate.run import Plan as EvaluationPlan
-from ..generate import GenerateRun, generate_and_summarise
+from ..generate import GenerateRun
 from ..generate import check as check_generation
 from ..runs.journal import locked
 from ..train.checks import check_model
-from ..train.run import TrainRun, train
+from ..train.run import TrainRun
+from .processes import Apart, check_launch
 from .report import write_report
 from .results import Result, collect, judge, why_stopped
 from .settings import BASE, Evolution
-from .stages import EVALUATE, PAIRS, TRAIN, Stage, naming, plan
+from .stages import EVALUATE, PAIRS, TRAIN, Stage, plan
+from .work import naming, perform, to_plain
 
 Progress = Callable[[str, float, str], None]
 Run = TypeVar("Run", GenerateRun, TrainRun, EvaluateRun)
@@ -47,13 +52,18 @@ def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
     stage raises (EngineStopped, OSError for a full disk): mend it and run the same again.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("evolve runs in one process; a round on several is trained by hand, see docs/evolve.md")
+        raise ValueError(
+            "evolve runs in one process and starts the others itself: run `longpo evolve` without a launcher, and name that "
+            "in its file, such as launch: [torchrun, --nproc-per-node, 8]"
+        )
+    progress = progress or (lambda *_: None)
     stages = check(evolution)
     lock = _open(Path(evolution.out))
     try:
+        _check_apart(evolution, stages, lock, progress)
         for stage in stages:
             try:
-                _work(stage, progress or (lambda *_: None))
+                _work(evolution, stage, lock, progress)
                 judged = judge(evolution, stage) if stage.kind == EVALUATE and stage.round else []
             except Exception as error:
                 reason = str(error) if isinstance(error, ValueError) else f"{stage.name}: {error}"
@@ -70,10 +80,11 @@ def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
 
 def check(evolution: Evolution, base: bool = False) -> list[Stage]:
     """The stages, after trying what can be known to fail. base: its evaluation, too, which a run looks at as it begins.
-    Raises ValueError.
+    What a training refuses of its settings is found out in its own processes, where it has any. Raises ValueError.
     """
+    check_launch(evolution.launch)
     stages = plan(evolution)
-    origins, asked = {stage.model.path: stage.model.origin for stage in stages}, []
+    origins, asked = _origins(stages), []
     for stage in stages:
         with naming(stage.name):
             stage.receipt()
@@ -83,7 +94,8 @@ def check(evolution: Evolution, base: bool = False) -> list[Stage]:
                 if run.model == stage.run.model:  # a model that is not there yet reads more than its origin
                     check_generation(run)
             if stage.kind == TRAIN:
-                check_model(run, run.config())
+                if not _is_apart(evolution, run) or (base and not evolution.launch):
+                    check_model(run, run.config())
                 if run.reference_model is not None:
                     run.load_tokenizer()  # the reference reads its ids
             elif (talk := (run.model, run.template_kwargs)) not in asked:
@@ -92,6 +104,29 @@ def check(evolution: Evolution, base: bool = False) -> list[Stage]:
             if stage.kind == EVALUATE and (_differs(stage, run, evolution) if stage.round else base):
                 EvaluationPlan(run).check()
     return stages
+
+
+def _check_apart(evolution: Evolution, stages: list[Stage], lock: int, progress: Progress) -> None:
+    """The settings of trainings, in such processes as they will have, before other stages take hours. Raises ValueError."""
+    to_do = [stage for stage in stages if not stage.receipt().done]
+    apart = [stage for stage in to_do if stage.kind == TRAIN and _is_apart(evolution, stage.run)]
+    if apart and to_do[0].kind != TRAIN:
+        origins, folder = _origins(stages), Path(evolution.out) / BASE / "check.process"
+        runs = {stage.name: to_plain(_on_what_is_there(stage.run, origins)) for stage in apart}
+        told = "the settings of training"
+        Apart(folder, evolution.launch).run({"check": runs}, lock, lambda *_: progress(told, 0.0, "in its processes"))
+        progress(told, 1.0, "")
+
+
+def _is_apart(evolution: Evolution, run: Run) -> bool:
+    """Whether a stage has processes of its own."""
+    if isinstance(run, TrainRun):
+        return bool(evolution.launch) or (torch.accelerator.is_available() and not run.settings().get("use_cpu"))
+    return run.engine != "server" and torch.accelerator.is_available()
+
+
+def _origins(stages: list[Stage]) -> dict[str, str]:
+    return {stage.model.path: stage.model.origin for stage in stages}
 
 
 def _differs(stage: Stage, run: EvaluateRun, evolution: Evolution) -> bool:
@@ -117,7 +152,7 @@ def _open(out: Path) -> int:
         raise ValueError(f"out {out} cannot be written ({error.strerror}); expected a folder of your own") from None
 
 
-def _work(stage: Stage, progress: Progress) -> None:
+def _work(evolution: Evolution, stage: Stage, lock: int, progress: Progress) -> None:
     def tell(fraction: float, note: str = "") -> None:
         progress(stage.name, fraction, note)
 
@@ -125,48 +160,12 @@ def _work(stage: Stage, progress: Progress) -> None:
     if receipt.done:
         return tell(1.0, "done before")
     tell(0.0)
-    with naming(stage.name), receipt.measured():
-        WORK[type(stage.run)](stage.run, tell)
+    if _is_apart(evolution, stage.run):
+        launch = evolution.launch if stage.kind == TRAIN else ()
+        apart = Apart(stage.out.with_name(f"{stage.out.name}.process"), launch)
+        with naming(stage.name), receipt.measured(apart.peaks):
+            apart.run(to_plain(stage.run), lock, tell)
+    else:
+        with naming(stage.name), receipt.measured():
+            perform(stage.run, tell)
     return tell(1.0)
-
-
-def _generate(run: GenerateRun, tell) -> None:
-    result, summary = generate_and_summarise(
-        run, lambda fraction, documents, made, _: tell(fraction, f"{documents:,} documents, {made:,} pairs")
-    )
-    if result.missing:
-        raise ValueError(
-            f"{result.missing} documents that were begun are no longer there; put them back, or remove {run.out} to begin again"
-        )
-    if not result.made:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in summary["left_out"].items())
-        raise ValueError(
-            f"no pair is left of {summary['documents']} documents, so there is nothing to train on. Turns left out: "
-            f"{reasons}; see {run.out}/summary.html"
-        )
-
-
-def _train(run: TrainRun, tell) -> None:
-    trainer = train(run, StepsTold(tell))
-    if run.lora_rank:
-        merged = str(Path(run.output_dir) / "merged")
-        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
-        trainer.processing_class.save_pretrained(merged)
-    trainer.accelerator.free_memory()
-
-
-def _evaluate(run: EvaluateRun, tell) -> None:
-    evaluate(run, lambda done, total, label: tell(done / max(1, total), label))
-
-
-WORK = {GenerateRun: _generate, TrainRun: _train, EvaluateRun: _evaluate}
-
-
-class StepsTold(TrainerCallback):
-    """Calls tell(fraction, note) after every step of a training."""
-
-    def __init__(self, tell: Callable[[float, str], None]):
-        self.tell = tell
-
-    def on_step_end(self, args, state, control, **_):
-        self.tell(state.global_step / max(1, state.max_steps), f"step {state.global_step:,} of {state.max_steps:,}")

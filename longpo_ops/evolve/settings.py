@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ class Bound:
 class Evolution:
     """model: the base, a name or a folder. out: folder of everything. evaluate: fields of EvaluateRun but model, out
     and rope. retention: all of these must hold after a round, or the loop stops. recipe: "default" or "official", of all
-    pairs and trainings that name no other.
+    pairs and trainings that name no other. launch: words of the launcher that starts the processes of a training, a list or
+    a line as a shell reads it, such as "torchrun --nproc-per-node 8"; none: one process.
 
     Raises ValueError for names nobody knows and for rounds that point forward.
     """
@@ -112,9 +114,11 @@ class Evolution:
     evaluate: dict[str, Any]
     retention: tuple[Bound, ...] = ()
     recipe: str = DEFAULT
+    launch: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_recipe(self.recipe)
+        _set(self, "launch", _words(self.launch))
         for name in ("model", "out"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected text")
@@ -273,6 +277,20 @@ def _texts(what: str, value: Any) -> tuple[str, ...]:
     if not isinstance(values, list | tuple) or not all(isinstance(each, str) for each in values):
         raise ValueError(f"{what}: {value!r}; expected text, or a list of it")
     return tuple(values)
+
+
+def _words(launch: Any) -> tuple[str, ...]:
+    """Of a command line: a list of texts and numbers, or one text."""
+    try:
+        words = shlex.split(launch) if isinstance(launch, str) else launch
+    except ValueError as error:
+        raise ValueError(f"launch: {launch!r}: {error}") from None
+    right = isinstance(words, list | tuple) and all(type(each) in (str, int) for each in words)
+    if not right or (launch and not words) or not all(map(str, words)):
+        raise ValueError(
+            f"launch: {launch!r}; expected the words of a launcher, such as [torchrun, --nproc-per-node, 8]"
+        )
+    return tuple(map(str, words))
 
 
 def _set(frozen: Any, name: str, value: Any) -> None:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +20,11 @@ from typing import Any, NamedTuple
 from ..evaluate import EvaluateRun
 from ..generate import GenerateRun
 from ..pretrained import read_config
-from ..recipes import RECIPES
-from ..train.run import TrainRun
+from ..recipes import OFFICIAL, RECIPES
+from ..train.run import ACCUMULATION, TrainRun
 from .receipt import Receipt
 from .settings import BASE, GENERATOR, LAST, Evolution, Round
+from .work import MERGED, naming
 
 PAIRS, UNTRAINED, TRAIN, EVALUATE = KINDS = ("pairs", "untrained", "train", "evaluate")
 FREE = {  # settings that do not decide what comes out: they may change when a stage goes on, or after it
@@ -41,6 +40,7 @@ FREE = {  # settings that do not decide what comes out: they may change when a s
     ),
     *("memory", "fit", "workspace_bytes", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"),
     *("save_only_model", "logging_steps", "logging_strategy", "disable_tqdm", "report_to", "dataloader_num_workers"),
+    *("sequence_parallel", "fsdp", "fsdp_config", "ddp_backend", "ddp_timeout"),
 }
 
 
@@ -98,7 +98,7 @@ def plan(evolution: Evolution) -> list[Stage]:
             theta = start.theta if each.rope_theta is None else float(each.rope_theta)
             pairs = _pairs(evolution, each, generator, theta)
             train = _training(evolution, each, start, reference, theta, pairs)
-            merged = "merged" if train.run.lora_rank else ""
+            merged = MERGED if train.run.lora_rank else ""
             path, identity = str(train.out / merged), f"{each.name} {train.digest}"
             after = Model(path, identity, theta, train.run.max_position_embeddings, start.origin)
             untrained = _evaluation(evolution, each, UNTRAINED, start, theta)
@@ -112,15 +112,6 @@ def read_model(name: str, trust_remote_code: bool = False) -> Model:
     config = read_config(name, trust_remote_code)
     rope = getattr(config, "rope_parameters", None) or {}
     return Model(name, name, rope.get("rope_theta"), getattr(config, "max_position_embeddings", None), name)
-
-
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """A ValueError from within says where it came from."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
 
 
 def _pairs(evolution: Evolution, each: Round, generator: Model, theta: float | None) -> Stage:
@@ -143,6 +134,11 @@ def _training(evolution: Evolution, each: Round, start: Model, reference: Model,
     paths["reference_model"] = None if reference == start else reference.path
     identity = dict(model=start.identity, reference_model=reference.identity, data=pairs.digest)
     run = TrainRun.from_settings(given | context | paths)
+    if evolution.launch and run.recipe == OFFICIAL and ACCUMULATION in given:
+        raise ValueError(
+            f"train: {ACCUMULATION} beside launch: how many sequences a step would have is known to the launcher alone; leave "
+            "it out, and the official recipe's 8 are shared by its processes"
+        )
     return Stage(TRAIN, each, out, run, start, theta, _decided(run, run.settings(), given, **context, **identity))
 
 

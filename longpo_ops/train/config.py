@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from accelerate import ParallelismConfig
 from transformers import TrainingArguments
 
@@ -215,6 +216,12 @@ class LongPOConfig(TrainingArguments):
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Trainer's, and none where a ratio comes to less than a step."""
         return super().get_warmup_steps(num_training_steps) if self.warmup_steps * num_training_steps >= 1 else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Trainer's. Of several processes on a CPU it is "cpu:0", "cpu:1", ..., for which torch.load knows no place."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def method(self) -> Method:

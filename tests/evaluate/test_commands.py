@@ -67,11 +67,11 @@ def test_options_reach_the_run(call, world, monkeypatch):
     done = call("--length", 4096, "--tasks", "vt, cwe", "--tasks", "names", "--needles", world / "needles", "--no-prefill",
                 "--rope", '{"rope_theta": 1e7}', "--harness", "mmlu,arc_easy:5", "--judge", "http://h/v1", "--seed", 3,
                 "--judge-model", "j", "--judge-key-variable", "K", "--published", "a", "--published", "b", "--questions", "q",
-                "--dtype", "float32", "--engine", "vllm", "--engine-option", "tensor_parallel_size=2")  # fmt: skip
+                "--dtype", "float32", "--engine", "vllm", "--engine-option", "max_num_seqs=2")  # fmt: skip
     assert done.exit_code == 0, done.output
     run = runs[1]
     assert (run.tasks, run.harness, run.published) == (("vt", "cwe", "names"), ("mmlu", "arc_easy:5"), ("a", "b"))
-    assert run.rope == {"rope_theta": 1e7} and not run.prefill and run.engine_options == {"tensor_parallel_size": 2}
+    assert run.rope == {"rope_theta": 1e7} and not run.prefill and run.engine_options == {"max_num_seqs": 2}
     assert (run.judge, run.judge_model, run.judge_key_variable) == ("http://h/v1", "j", "K")
     assert (run.engine, run.dtype, run.seed, run.questions) == ("vllm", "float32", 3, "q")
     assert call("--perplexity", world / "held", "--perplexity-length", 50).exit_code == 0 and runs[2].tasks == ()

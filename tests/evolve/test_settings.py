@@ -40,6 +40,8 @@ def changed(**changes) -> dict:
     [
         (changed(colour="red"), "the evolution: colour unknown; expected some of model, out"),
         (changed(rounds=[]), "rounds: none; expected one at least"),
+        (changed(launch={"torchrun": 8}), "launch: {'torchrun': 8}; expected the words of a launcher, such as"),
+        (changed(launch=["torchrun", ""]), r"launch: \['torchrun', ''\]; expected the words of a launcher"),
         (changed(rounds="one"), "rounds: expected a list, got str"),
         (changed(rounds=["one"]), r"rounds\[0\]: expected names and values, got str"),
         (changed(rounds=[{"name": "one"}]), r"rounds\[0\]: length, documents missing"),
@@ -320,3 +322,14 @@ def test_rounds_follow_the_recipe_of_the_evolution_or_their_own(model, caplog):
     room = 2 * (80 + 24)  # in the official recipe `length` bounds the document alone
     assert [each["train"].run.max_position_embeddings for each in found] == [1024 + room] * 3
     assert [each["pairs"].run.short_rope for each in found] == [None] * 3
+
+
+def test_a_launcher_is_a_list_of_words_or_a_line():
+    line = "accelerate launch --config_file 'my file.yaml'"
+    for given, words in (
+        (["torchrun", "--nproc-per-node", 8], ("torchrun", "--nproc-per-node", "8")),
+        (line, ("accelerate", "launch", "--config_file", "my file.yaml")),
+        ([], ()),
+        ("", ()),
+    ):
+        assert Evolution.from_settings(changed(launch=given)).launch == words
