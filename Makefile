@@ -1,4 +1,5 @@
-# make demo | venv | environments | test | test-torch | test-vllm | quick | bench | gpu-pack | gpu-check | gpu-rehearse | lint
+# make demo | venv | environments | test | test-parallel | test-torch | test-vllm | quick | bench | gpu-pack | gpu-check |
+#      gpu-rehearse | lint
 #
 #   PYTHON       the interpreter .venv is made from; a fitting torch it already has is used      (python3)
 #   TORCH_INDEX  one more wheel index to look in, say the one that holds torch's CPU wheels      (none)
@@ -20,6 +21,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_
 FUNCTIONS := $(addprefix tests/ops/test_,operators.py preference.py logprobs.py head.py)
 REHEARSE := $(OLDEST)/bin/python -m benchmarks.gpu.check --rehearse
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+RANKS  := tests/parallel/test_*_ranks.py
 # GPU machines have Python 3.12, and kernels are packed for one Python: taken where it is found.
 PYTHONS_312 = python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python3.12
 PYTHON_312 = $(or $(firstword $(shell for p in $(PYTHONS_312); do $$p -c '' 2>/dev/null && echo $$p; done)),$(PYTHON))
@@ -29,8 +31,8 @@ HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, to
 
 export PATH := $(BIN):$(PATH):/usr/local/cuda/bin
 
-.PHONY: demo venv environments test test-library test-interpreter test-compile test-torch test-vllm quick bench gpu-pack \
-        gpu-check gpu-rehearse lint clean
+.PHONY: demo venv environments test test-library test-parallel test-interpreter test-compile test-torch test-vllm quick bench \
+        gpu-pack gpu-check gpu-rehearse lint clean
 
 venv: $(STAMP)
 
@@ -50,7 +52,11 @@ demo: $(STAMP)
 test: test-library test-interpreter test-compile
 
 test-library: $(STAMP)
-	$(PYTEST) tests --ignore=tests/kernels
+	$(PYTEST) tests --ignore=tests/kernels --ignore-glob='$(RANKS)'
+
+# Tests that start several processes, which meet in a gloo group.
+test-parallel: $(STAMP)
+	$(PYTEST) $(RANKS)
 
 test-interpreter: $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) --dist load tests/kernels/test_interpreter.py
@@ -86,7 +92,7 @@ $(VLLM)/.ready: requirements/vllm.txt
 	touch $@
 
 quick: $(STAMP)
-	$(PYTEST) -m quick tests --ignore=tests/kernels
+	$(PYTEST) -m quick tests --ignore=tests/kernels --ignore-glob='$(RANKS)'
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.losses.run
