@@ -1,4 +1,4 @@
-# make demo | venv | environments | test | test-parallel | test-torch | test-vllm | quick | bench | gpu-pack | gpu-check |
+# make demo | venv | test | test-parallel | test-torch | test-vllm | quick | bench | gpu-pack | gpu-check |
 #      gpu-rehearse | lint
 #
 #   PYTHON       the interpreter .venv is made from; a fitting torch it already has is used      (python3)
@@ -31,7 +31,7 @@ HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, to
 
 export PATH := $(BIN):$(PATH):/usr/local/cuda/bin
 
-.PHONY: demo venv environments test test-library test-parallel test-interpreter test-compile test-torch test-vllm quick bench \
+.PHONY: demo venv test test-library test-parallel test-interpreter test-compile test-torch test-vllm quick bench \
         gpu-pack gpu-check gpu-rehearse lint clean
 
 venv: $(STAMP)
@@ -75,9 +75,6 @@ $(OLDEST)/.ready: requirements/torch-oldest.txt
 	$(PYTHON_312) -m venv $(OLDEST)
 	$(subst $(BIN),$(abspath $(OLDEST))/bin,$(PIP)) -r requirements/torch-oldest.txt
 	touch $@
-
-# Both environments beside .venv, without their tests.
-environments: $(OLDEST)/.ready $(VLLM)/.ready
 
 # vLLM's CPU build pins a torch of its own: an environment of its own (3.5 GB). Only if that cannot be made is this no test.
 test-vllm:

@@ -4,11 +4,7 @@ DeepSpeed is no dependency of the tests: where it is not installed, as in CI, Ze
 seen by hand.
 """
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longpo_ops import LongPO, attach
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..parallel.ranks import run_ranks
+
 PAIRS, T, V = 5, 14, 53
 STEPS = [(slice(0, 2), slice(2, 3)), (slice(3, 4), slice(4, 5))]  # of each rank
 
@@ -91,35 +88,19 @@ VARIANTS = [(wrapper, tied) for wrapper in ("ddp", "fsdp2", "fsdp2, then attach"
 ZERO3 = [(order, tied) for order in ("zero3", "zero3, then attach", "zero3 from birth") for tied in (False, True)]
 
 
-def test_two_processes_equal_one(tmp_path):
-    compare_two_processes(tmp_path, "VARIANTS")
+def test_two_processes_equal_one():
+    compare_two_processes("VARIANTS")
 
 
 @pytest.mark.slow
-def test_two_processes_of_zero3_equal_one(tmp_path):
+def test_two_processes_of_zero3_equal_one():
     pytest.importorskip("deepspeed")
-    compare_two_processes(tmp_path, "ZERO3")
+    compare_two_processes("ZERO3")
 
 
-def compare_two_processes(tmp_path, variants: str):
+def compare_two_processes(variants: str):
     """All variants in one pair of processes: starting them costs more than what they do."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    environment |= {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2"}
-    code = "from tests.ops import test_distributed as here; here.worker({}, {!r}, here.{})"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code.format(rank, str(tmp_path), variants)], cwd=ROOT, text=True,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        printed = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(printed)
-    results = torch.load(tmp_path / "results.pt")
+    results, _ = run_ranks(worker, 2, variants, environment={"DS_ACCELERATOR": "cpu"})
     assert list(results) == globals()[variants]
     for (wrapper, tied), (loss, gradients) in results.items():
         truth, true_gradients = whole_batch(tied)
@@ -127,15 +108,10 @@ def compare_two_processes(tmp_path, variants: str):
         compare(gradients, true_gradients)
 
 
-def worker(rank: int, folder: str, variants: list) -> None:
+def worker(variants: str) -> dict:
     """One of two ranks: two accumulation steps, three pairs on rank 0 and two on rank 1."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    train_as = train_zero3 if variants is ZERO3 else train
-    results = {variant: train_as(rank, *variant) for variant in variants}
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    train_as = train_zero3 if variants == "ZERO3" else train
+    return {variant: train_as(dist.get_rank(), *variant) for variant in globals()[variants]}
 
 
 def train(rank: int, wrapper: str, tied: bool):

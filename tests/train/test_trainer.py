@@ -1,11 +1,7 @@
 """Every method's loss and gradients are those of separate sequences; steps are normalised by pairs; what is logged."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +13,9 @@ from longpo_ops.train.checkpoints import check_checkpoint
 from longpo_ops.train.packed import PackedPairs
 
 from ..attention.dense import TrueFloat64
+from ..parallel.ranks import run_ranks
 from .tiny import answer_logp, gradients, make_model, make_pair, make_trainer, naive_loss, plain, reference_logps
 
-ROOT = Path(__file__).resolve().parents[2]
 PAIRS = [make_pair(1), make_pair(2, turns=1, document=9), make_pair(3, rejected=2, answer=6)]
 ONE_STEP = {
     "max_steps": 1,
@@ -148,17 +144,13 @@ def test_accumulated_rows_of_different_sizes_are_one_large_batch(tmp_path, name)
 
 
 TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
-WORKER = """
-import sys
-import torch
-from tests.train.test_trainer import step
-parameters, log, rows = step(sys.argv[1], sys.argv[2], gradient_accumulation_steps=1, pack_tokens=int(sys.argv[3]),
-                             reference="precompute", target_length=0, save_strategy="steps", evaluate_packs_of=130)
-if torch.distributed.get_rank() == 0:
-    torch.save({"parameters": {k: v.detach() for k, v in parameters.items()}, "log": log}, sys.argv[1] + "/result.pt")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()  # left to the interpreter's exit, gloo's threads may abort the process
-"""
+
+
+def one_of_two(folder, name, rows):
+    """On a rank -> parameters after the step, and what was logged and evaluated."""
+    settings = dict(gradient_accumulation_steps=1, pack_tokens=rows, target_length=0, save_strategy="steps")
+    parameters, log, _ = step(folder, name, evaluate_packs_of=130, reference="precompute", **settings)
+    return {each: parameter.detach() for each, parameter in parameters.items()}, log
 
 
 @pytest.mark.parametrize("name", ["longpo"])
@@ -171,25 +163,15 @@ def test_two_processes_are_one(tmp_path, name):
     with TrueFloat64():
         truth = float(naive_loss(name, plain(trained), reference, five_pairs(name)).detach())
     assert log["eval_loss"] == pytest.approx(truth, rel=1e-6)
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
     rows = 220
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "two"), name, str(rows)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = torch.load(tmp_path / "two" / "result.pt")
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    (parameters, logged), _ = run_ranks(one_of_two, 2, tmp_path / "two", name, rows, environment=environment)
     for parameter in whole:
         # Their processes compute norms and angles in float32, as transformers does outside TrueFloat64.
-        close(result["parameters"][parameter], whole[parameter].detach(), 2.0**-23)
+        close(parameters[parameter], whole[parameter].detach(), 2.0**-23)
     compared = [n for n in log if n.startswith(("eval_", "rewards/", "logps/")) or n.endswith("loss")]
     for metric in set(compared) - TIMES:
-        assert result["log"][metric] == pytest.approx(log[metric], rel=1e-6, abs=1e-6), metric
+        assert logged[metric] == pytest.approx(log[metric], rel=1e-6, abs=1e-6), metric
     assert len(list((tmp_path / "two" / "reference").glob("*/logps-*.jsonl"))) == 2  # each computed its share
     checkpoint = tmp_path / "two" / "checkpoint-1"  # with the random state of each
     check_checkpoint(checkpoint)

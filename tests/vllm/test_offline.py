@@ -23,45 +23,39 @@ def question(document: int, turn: int, **sampling) -> Request:
     return Request(text, Sampling(24, **sampling), group=f"document {document}", logprobs=True)
 
 
-def run_in(engine, work):
-    """work(engine) between start and close."""
-
-    async def whole():
-        await engine.start()
+@pytest.fixture(scope="module")
+def engines(model):
+    """vLLM and transformers, both started, and what runs a coroutine in the loop they live in."""
+    vllm = VLLMEngine(str(model), length=1024, dtype="float32", options=OPTIONS | {"disable_log_stats": False})
+    transformers = TransformersEngine(str(model), length=1024, dtype="float32")
+    with asyncio.Runner() as runner:
         try:
-            return await work(engine)
+            for engine in (vllm, transformers):
+                runner.run(engine.start())
+            yield vllm, transformers, runner.run
         finally:
-            await engine.close()
+            for engine in (vllm, transformers):
+                runner.run(engine.close())
 
-    return asyncio.run(whole())
 
-
-def test_vllm_agrees_with_transformers_and_shares_prefills(model):
+def test_vllm_agrees_with_transformers_and_shares_prefills(engines):
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
+    vllm, transformers, run = engines
     greedy = [question(document, turn) for document in range(2) for turn in range(4)]
     drawn = question(0, 0, temperature=1.5, seed=5)
-
-    def counters() -> dict[str, float]:
-        found = {metric.name: metric for metric in get_metrics_snapshot()}
-        return {name: found[f"vllm:prefix_cache_{name}"].value for name in ("queries", "hits")}
 
     async def ask(engine):
         texts = [*await engine.batch(greedy[:1]), *await engine.batch(greedy[1:])]
         ids = engine.tokenizer(greedy[0].content)["input_ids"]
         return texts, await engine.batch([drawn, drawn]), await engine.score(ids)
 
-    async def ask_vllm(engine):
-        found = await ask(engine)
-        too_long = Request("The wind turned. " * 1000, Sampling(24))
-        with pytest.raises(RequestFailed, match="the engine refused"):
-            await engine.generate(too_long)
-        return *found, counters()
-
-    texts, twice, scores, counted = run_in(
-        VLLMEngine(str(model), length=1024, dtype="float32", options=OPTIONS | {"disable_log_stats": False}), ask_vllm
-    )
-    truth, _, expected = run_in(TransformersEngine(str(model), length=1024, dtype="float32"), ask)
+    texts, twice, scores = run(ask(vllm))
+    with pytest.raises(RequestFailed, match="the engine refused"):
+        run(vllm.generate(Request("The wind turned. " * 1000, Sampling(24))))
+    found = {metric.name: metric for metric in get_metrics_snapshot()}
+    counted = {name: found[f"vllm:prefix_cache_{name}"].value for name in ("queries", "hits")}
+    truth, _, expected = run(ask(transformers))
     assert [answer.text for answer in texts] == [answer.text for answer in truth]
     assert [answer.token_ids for answer in texts] == [answer.token_ids for answer in truth]
     assert [answer.finish for answer in texts] == [answer.finish for answer in truth]
@@ -76,8 +70,9 @@ def test_vllm_agrees_with_transformers_and_shares_prefills(model):
     assert counted["hits"] >= sum(answer.cached_tokens for answer in texts) and counted["queries"] > counted["hits"]
 
 
-def test_a_prefill_and_token_ids_go_on_as_with_transformers(model):
-    asked = Request(f"{tiny.document(0)}\n\n{tiny.QUESTIONS[0]}", Sampling(24))
+def test_a_prefill_and_token_ids_go_on_as_with_transformers(engines):
+    *both, run = engines
+    asked = Request(f"{tiny.document(2)}\n\n{tiny.QUESTIONS[0]}", Sampling(24))
 
     async def ask(engine):
         whole = await engine.generate(asked)
@@ -89,8 +84,8 @@ def test_a_prefill_and_token_ids_go_on_as_with_transformers(model):
         assert rest[0].prompt_tokens == rest[1].prompt_tokens == whole.prompt_tokens + 2
         return [whole.text, *(each.text for each in rest)]
 
-    ours = run_in(VLLMEngine(str(model), length=1024, dtype="float32", options=OPTIONS), ask)
-    assert ours == run_in(TransformersEngine(str(model), length=1024, dtype="float32"), ask)
+    ours, theirs = (run(ask(engine)) for engine in both)
+    assert ours == theirs
 
 
 def test_chunks_and_documents_are_read_by_one_vllm_after_the_other(model, settings, tmp_path):

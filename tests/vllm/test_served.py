@@ -25,9 +25,12 @@ class Served:
     """A vLLM server in processes of its own."""
 
     def __init__(self, model: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self._kept = (
+            socket.socket()
+        )  # nobody else is given its port, while a server that reuses addresses may listen there
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind(("127.0.0.1", 0))
+        self.port = self._kept.getsockname()[1]
         self.model, self.url = model, f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:
