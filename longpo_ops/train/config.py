@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import ParallelismConfig
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .. import launch
 from ..memory.optimizer import refuse_step_in_backward
@@ -143,6 +144,7 @@ class LongPOConfig(TrainingArguments):
             raise ValueError("remove_unused_columns=True: expected False, as a pack has no columns")
         self._share_rows()
         super().__post_init__()
+        unset_hf_deepspeed_config()  # else transformers parts every model over the ranks as it is made, a reference, too
         self._check_processes()
         if memory.states is not None or self.fit == "auto":
             replace(memory, states=memory.states or "float32").check_optimizer(self)

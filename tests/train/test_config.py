@@ -2,12 +2,14 @@
 
 import pytest
 from accelerate import ParallelismConfig
+from transformers import AutoModelForCausalLM
+from transformers.integrations import deepspeed
 
 from longpo_ops.train import LongPOConfig
 from longpo_ops.train.checks import check_pairs
 from longpo_ops.train.run import TrainRun
 
-from .tiny import make_pair
+from .tiny import make_model, make_pair
 
 
 def test_one_process_has_its_packs_alone(tmp_path):
@@ -57,3 +59,19 @@ def test_a_mesh_of_ones_own_is_looked_at_too(tmp_path, monkeypatch):
         LongPOConfig(sequence_parallel=2, parallelism_config=ParallelismConfig(cp_size=4), **given)
     with pytest.raises(ValueError, match="parallelism_config_tp_size=4: tensor parallelism is not supported"):
         LongPOConfig(parallelism_config=ParallelismConfig(tp_size=4), **given)
+
+
+class ZeRO3:
+    """What transformers asks of the settings of DeepSpeed."""
+
+    def is_zero3(self):
+        return True
+
+
+def test_models_are_made_whole_beside_settings_of_zero3(tmp_path):
+    """Which TrainingArguments leave to transformers, for all models to be made."""
+    deepspeed.set_hf_deepspeed_config(settings := ZeRO3())
+    LongPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    model = make_model()
+    made = AutoModelForCausalLM.from_config(model.config)
+    assert settings.is_zero3() and {p.shape for p in made.parameters()} == {p.shape for p in model.parameters()}
