@@ -60,7 +60,8 @@ def sequence_parallel(given: int | None) -> int:
 
     Raises ValueError where both say and differ, and for a launcher's file that asks for another kind of parallelism.
     """
-    _refuse_others()
+    refuse_others(launched("tp") or 1, launched("sp") or 1)
+    _refuse_ring()
     told = launched("cp")
     if None not in (given, told) and given != told:
         raise ValueError(
@@ -68,6 +69,16 @@ def sequence_parallel(given: int | None) -> int:
             "two, or the same number in both"
         )
     return given or told or 1
+
+
+def refuse_others(tp: int, sp: int) -> None:
+    """Raises ValueError where tensor parallelism, or DeepSpeed's sequence parallelism, has more than one process."""
+    if tp > 1:
+        raise ValueError(f"parallelism_config_tp_size={tp}: tensor parallelism is not supported; {INSTEAD}")
+    if sp > 1:
+        raise ValueError(
+            f"parallelism_config_sp_size={sp}: DeepSpeed's sequence parallelism is not supported; {INSTEAD}"
+        )
 
 
 def data_ranks(shared: int) -> int:
@@ -101,13 +112,7 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
-def _refuse_others() -> None:
-    if (size := launched("tp") or 1) > 1:
-        raise ValueError(f"parallelism_config_tp_size={size}: tensor parallelism is not supported; {INSTEAD}")
-    if (size := launched("sp") or 1) > 1:
-        raise ValueError(
-            f"parallelism_config_sp_size={size}: DeepSpeed's sequence parallelism is not supported; {INSTEAD}"
-        )
+def _refuse_ring() -> None:
     strategy = os.environ.get("PARALLELISM_CONFIG_CP_COMM_STRATEGY", "allgather")
     if (launched("cp") or 1) > 1 and strategy != "allgather":
         raise ValueError(

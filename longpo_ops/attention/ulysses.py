@@ -14,8 +14,9 @@ backward, and recomputation under checkpointing),
 
     n_r (2 H + 2 max(Hk, n)) D (n - 1) / n     numbers (exchanged_numbers)
 
-Memory beside the arguments: the buffer that is sent and the one that comes, and no further copy: what comes is q, k and v;
-the attention's output is sent from where it lies. No key-value caches, one row at a time.
+Memory beside arguments and results: from rows to heads the buffer that is sent, and what comes is the result; from heads to
+rows the buffer that comes, and one for the gradients of q, k and v together (an output is sent from where it lies). Not
+covered: key-value caches, several rows at a time, heads of k and v of different sizes.
 """
 
 from __future__ import annotations

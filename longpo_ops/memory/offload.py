@@ -34,7 +34,18 @@ from longpo_ops.kinds import check_choice, check_flag, check_object, check_whole
 from longpo_ops.memory.attention_outputs import recall_contexts
 from longpo_ops.memory.quantise import CODECS, Exact
 from longpo_ops.memory.stored import Move, Mover, Stored
-from longpo_ops.memory.tiers import DEVICE, DISK, HOST, PAGE, HostPages, SpillPages, available_host_bytes, gib, lane_of
+from longpo_ops.memory.tiers import (
+    DEVICE,
+    DISK,
+    HOST,
+    PAGE,
+    HostPages,
+    SpillPages,
+    available_host_bytes,
+    gib,
+    lane_of,
+    processes_here,
+)
 
 log = logging.getLogger("longpo_ops.memory")
 
@@ -68,11 +79,13 @@ def place(
     host_bytes: int = 0,
     disk_bytes: int = 0,
     page_bytes: int = PAGE,
+    sharers: int = 1,
 ) -> Placement:
     """Where the inputs of `layers` layers go: to the device first, then the host, then disk.
 
     input_bytes: of one layer's input; stored_bytes: of the same away from the device (default: as many); the budgets are
-    what is left of them. Raises ValueError where they do not hold all, naming what is short and settings that would do.
+    what is left of them. sharers: processes that host_bytes as it is set is shared out to, this one's share is given here.
+    Raises ValueError where they do not hold all, naming what is short and settings that would do.
     """
     sizes = {"layers": (layers, 0), "input_bytes": (input_bytes, 1), "page_bytes": (page_bytes, 1)}
     budgets = {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}
@@ -87,11 +100,13 @@ def place(
     disk = min(layers - device - host, disk_bytes // paged)
     missing = layers - device - host - disk
     if missing:
+        told = f", shared out to {sharers} processes" if sharers > 1 else ""
         raise ValueError(
             f"offload: {layers} layer inputs of {gib(input_bytes)} ({gib(paged)} away from the device) do not fit: "
             f"device_bytes has room for {device}, host_bytes for {host}, the spill_dir for {disk}, which leaves {missing} "
-            f"({gib(missing * paged)}) without a place. Set host_bytes at least {gib(missing * paged)} higher "
-            f"({(host + missing) * paged} bytes free of other use), or device_bytes {gib(missing * input_bytes)} higher"
+            f"({gib(missing * paged)}) without a place. Set host_bytes at least {gib(missing * paged * sharers)} higher "
+            f"({(host + missing) * paged * sharers} bytes free of other use{told}), or device_bytes "
+            f"{gib(missing * input_bytes)} higher"
             + (f", or free {gib(missing * paged)} in the spill_dir" if disk_bytes else ", or give a spill_dir")
             + (", or use store='int8'" if stored == input_bytes else "")
         )
@@ -168,6 +183,7 @@ class Offloader:
             host_bytes=host.room() * page,
             disk_bytes=disk.room() * page if disk else 0,
             page_bytes=page,
+            sharers=host.sharers,
         )
         host.reserve(placement.host * host.count(self.stored_bytes))
         if disk:
@@ -291,7 +307,8 @@ def offload_activations(
 ) -> OffloadHandle:
     """Checkpoints every layer of a transformers model (or a PEFT model of one) and offloads what that saves.
 
-    device_bytes: of layer inputs that stay on the device. host_bytes: of host memory to use, page-locked for a GPU;
+    device_bytes: of layer inputs that stay on the device. host_bytes: of the machine's memory to use, page-locked for a GPU, by
+    all of the run's processes on it, each of which takes its share (LOCAL_WORLD_SIZE), as it does of the space in spill_dir;
     default four fifths of what is available. More than is available is taken at its word, with a warning, as the memory of
     a guest may grow when it is used; pages are made when a forward pass first needs them. spill_dir: folder for what the
     host does not hold; its disk should be local. store: "exact", or "int8" for half the bytes of bfloat16 at an error of
@@ -325,8 +342,9 @@ def offload_activations(
             "to %d or less, and give a spill_dir or device_bytes for the rest",
             *(gib(host_bytes), gib(available), available),
         )
-    disk = None if spill_dir is None else SpillPages(page_bytes, spill_dir)
-    mover = Mover(lane, HostPages(page_bytes, host_bytes, lane), disk)
+    sharers = processes_here()
+    disk = None if spill_dir is None else SpillPages(page_bytes, spill_dir, sharers)
+    mover = Mover(lane, HostPages(page_bytes, host_bytes // sharers, lane, sharers), disk)
     offloader = Offloader(mover, len(layers), CODECS[store], device_bytes, save_attention)
     before = [(layer, {n: layer.__dict__[n] for n in CHECKPOINTING if n in layer.__dict__}) for layer in layers]
     runs = [partial(offloader.run, number) for number in range(len(layers))]

@@ -6,6 +6,10 @@ A step runs over pieces of at most PIECE numbers: a piece's master is joined in 
 (pieces.py) and split again, block by block. The inner optimizers never see the 16-bit weights. Weights on a device that step
 on the host cross in their own dtype while the host steps the piece before (host_step.py).
 
+Weights may be DTensors (FSDP2): each rank steps its own shard, as every number steps by itself, and what is kept of a weight
+is sharded like it (states.py). States are made at the first step, of the parameters that param_groups hold then, as those
+are sharded after an optimizer is made of them.
+
 Bytes per weight: 2 residue or 4 float32 master (none for float32 weights); states 8 of AdamW, 4 of RMSprop, in 8 bits 2.03
 of AdamW. Scratch: about four float32 pieces. Residue and full master give bitwise the same weights. Not covered: other
 algorithms, and RMSprop's momentum and centred variant.
@@ -13,54 +17,70 @@ algorithms, and RMSprop's momentum and centred variant.
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from longpo_ops.kinds import check_choice, check_each, check_flag, check_number, refusal
 from longpo_ops.memory.host_step import Crossing, HostSteps, room_bytes
-from longpo_ops.memory.pieces import AdamWPiece, CompiledAdamWPiece, RMSpropPiece
+from longpo_ops.memory.pieces import AdamWSteps, CompiledAdamWSteps, EightBit, RMSpropSteps
+from longpo_ops.memory.states import (
+    MASTERS,
+    Blocks,
+    Like,
+    averages_like,
+    check_cuts,
+    flat,
+    is_quantised,
+    join,
+    local,
+    numbers_of,
+    split,
+    whole_state,
+)
 from longpo_ops.memory.tiers import lane_of
 
 PIECE = 1 << 24  # numbers: 64 MiB of float32, and few enough shapes for what torchao compiles per shape
 STATES = ("float32", "8bit")
-MASTERS = ("residue", "float32")
-HALF = 1 << 15  # of the unit in the last place of bfloat16, in float32 bits
-
-
-def split(master: Tensor, weight: Tensor, residue: Tensor) -> None:
-    """master (n,) float32 -> weight (n,) bfloat16 and residue (n,) int16, written in place; exact for every number. Leaves no
-    numbers in master.
-
-    The largest numbers round to an infinite weight, as in any conversion, and are still exact; NaN becomes the plain NaN.
-    """
-    # A NaN of all ones would carry into the sign and look like 0.
-    bits = master.nan_to_num_(torch.nan, torch.inf, -torch.inf).view(torch.int32)
-    residue.copy_(bits)  # the low half: what the conversion to int16 keeps
-    weight.view(torch.int16).copy_(bits.add_(HALF).bitwise_right_shift_(16))
-
-
-def join(weight: Tensor, residue: Tensor) -> Tensor:
-    """weight (n,) bfloat16 and residue (n,) int16 -> (n,) float32, the inverse of split."""
-    bits = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    return bits.add_(residue).view(torch.float32)
+SETTINGS = (
+    "algorithm",
+    "states",
+    "master",
+)  # of every group of parameters, so that they are in every state that is saved
 
 
 def float32_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Lets 16-bit weights gather their gradients in float32 (4 bytes a weight): what sums over several packs need."""
+    """Lets 16-bit weights gather their gradients in float32 (4 bytes a weight): what sums over several packs need.
+
+    FSDP2 hands a sharded weight each pack's gradient in the weight's own dtype: those are to be called with once they are
+    sharded, and to be reduced after each pack (accelerate's sync_each_batch), as what is not reduced yet is summed elsewhere.
+    """
     for parameter in check_each("parameters", parameters, Tensor, "a parameter"):
-        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+        if not parameter.requires_grad or parameter.dtype.itemsize >= 4 or parameter.grad_dtype != parameter.dtype:
+            continue
+        if isinstance(parameter, DTensor):
+            parameter.grad_dtype = None  # any: FSDP2 sets the weight's own, which the hook makes float32
+            parameter.register_post_accumulate_grad_hook(_widen_gradient)
+        else:
             parameter.grad_dtype = torch.float32
 
 
-def refuse_step_in_backward(accumulation: int, max_grad_norm: float | None, processes: int = 1) -> None:
+def _widen_gradient(parameter: nn.Parameter) -> None:
+    """FSDP2 adds the next packs' gradients to the first one's, in place."""
+    if parameter.grad.dtype != torch.float32:
+        parameter.grad = parameter.grad.float()
+
+
+def refuse_step_in_backward(
+    accumulation: int, max_grad_norm: float | None, processes: int = 1, mixed_precision: str = "no"
+) -> None:
     """Raises ValueError where weights cannot be stepped as soon as their gradient is there, saying why."""
     what = None
     if accumulation > 1:
@@ -69,6 +89,8 @@ def refuse_step_in_backward(accumulation: int, max_grad_norm: float | None, proc
         what = f"max_grad_norm={max_grad_norm} needs all gradients before the first step; set it to 0"
     elif processes > 1:
         what = f"{processes} processes average gradients after backward; expected one process"
+    elif mixed_precision == "fp16":
+        what = "fp16 scales the loss, and all gradients tell whether its step is made; use bf16"
     if what is not None:
         raise ValueError(f"step_in_backward: {what}, or switch step_in_backward off")
 
@@ -85,15 +107,17 @@ class MasterOptimizer(Optimizer):
         and step(), which is left to do nothing. One backward per step: another one before step() raises RuntimeError.
         Clipping needs all gradients at once (refuse_step_in_backward). Weights do not keep their optimizer alive: hold it.
 
-    state_dict is exact: loading it, and the weights it was saved with, goes on bitwise. A state of another algorithm, of other
-    states or of another master is refused. A step that raised may have moved some
-    weights and not others: until a state is loaded, step() and state_dict() raise RuntimeError.
+    state[p] has what states.py says, where p steps. state_dict is torch's and exact: loading it, and the weights it was saved
+    with, goes on bitwise. So does torch.distributed.checkpoint with get_ and set_optimizer_state_dict, on other numbers of
+    ranks too; saving changes nothing. A state of another algorithm, of other states or of another master is refused, and one
+    of 8-bit blocks that are cut otherwise. A step that raised may have moved some weights and not others: until a state is
+    loaded, step() and state_dict() raise RuntimeError.
 
     Raises ValueError for unknown settings, and for weights that do not fit them; in a step MemoryError, before anything has
-    moved, where the host refuses the memory of the rooms.
+    moved, where the host refuses the memory of the rooms, and ValueError for sharded weights with step_in_backward.
     """
 
-    kinds: ClassVar[dict[str, type]]  # of pieces, by states
+    kinds: ClassVar[dict[str, type]]  # of steps (pieces.py), by states
 
     def __init__(
         self,
@@ -111,40 +135,82 @@ class MasterOptimizer(Optimizer):
                 f"states={states!r}: {name} has {' and '.join(self.kinds)} states only, as torchao has no other; use these, "
                 "or AdamW (optim='adamw_torch')"
             )
-        check_choice("master", master, MASTERS)
+        check_choice("master", master, tuple(MASTERS))
         host, step_in_backward = check_flag("host", host), check_flag("step_in_backward", step_in_backward)
         params = list(check_each("params", params, Tensor | dict | tuple, "a parameter or a group of them"))
-        super().__init__(params, defaults)
         self.settings = {"algorithm": name, "states": states, "master": master}
-        self._weights = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._weights[parameter] = _Weight(parameter, self.kinds[states], master, host)
-        self._host = host
+        self._steps = self.kinds[states]()
+        super().__init__(params, defaults | self.settings)
+        for parameter in self._parameters():
+            self._check(parameter)
+        self._host, self._in_backward = host, step_in_backward
         self._hosts: dict[torch.device, HostSteps] = {}  # by the device that weights are on
         self._broken = False  # a step raised midway
         self._stepped: set[nn.Parameter] = set()  # in the backward passes since the last step()
         if step_in_backward:
             self._step_in_backward()
 
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
+    def _check(self, parameter: nn.Parameter) -> None:
+        """Raises ValueError for a weight that cannot step."""
+        if not local(parameter).is_contiguous():
+            raise ValueError(
+                f"a {type(parameter).__name__} of shape {tuple(parameter.shape)} is not contiguous: expected contiguous "
+                "weights; use an optimizer of torch.optim for others"
+            )
+        if parameter.dtype.itemsize < 4 and self.settings["master"] == "residue" and parameter.dtype != torch.bfloat16:
+            raise ValueError(
+                f"master='residue' holds what bfloat16 rounds away, got {parameter.dtype}: use master='float32'"
+            )
+
     @torch.no_grad()
     def step(self, closure=None):
-        """Steps every weight that has a gradient. Returns closure()'s value."""
+        """Steps every weight that has a gradient. Returns closure()'s value.
+
+        A first step whose rates and gradients are all 0 makes the states and is not counted: torch's
+        get_optimizer_state_dict takes one to have them.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._stepped.clear()
-        self._step((p, group) for group in self.param_groups for p in group["params"] if p.grad is not None)
+        if not self.state and self._moves_nothing():
+            self._make_states()
+        else:
+            self._step([(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None])
         return loss
 
-    def _step(self, stepping: Iterable[tuple[nn.Parameter, dict]]) -> None:
+    def _moves_nothing(self) -> bool:
+        """Whether all rates and, on every rank, all gradients are 0."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        moving = any(bool(local(gradient).any()) for gradient in gradients)
+        meshes = {gradient.device_mesh for gradient in gradients if isinstance(gradient, DTensor)}
+        for mesh in meshes:
+            for group in mesh.get_all_groups():
+                told = torch.tensor(float(moving), device=mesh.device_type)
+                torch.distributed.all_reduce(told, group=group)
+                moving = bool(told)
+        return not moving
+
+    def _step(self, stepping: list[tuple[nn.Parameter, dict]]) -> None:
+        self._refuse_broken()
+        if self._in_backward and any(isinstance(p, DTensor) for p, _ in stepping):
+            raise ValueError(
+                "step_in_backward: weights are sharded since the optimizer was made of them (FSDP2), and their gradients "
+                "are averaged after backward; expected whole weights, or switch step_in_backward off"
+            )
+        self._make_states()
         crossings: dict[torch.device, list[Iterator[Crossing]]] = {}
         for parameter, group in stepping:
-            crossings.setdefault(parameter.device, []).append(self._weights[parameter].crossings(group))
+            crossings.setdefault(parameter.device, []).append(self._crossings(parameter, group))
         for device in crossings if self._host else ():
             if device not in self._hosts:
-                self._hosts[device] = HostSteps(lane_of(device), max(w.room for w in self._weights.values()))
+                self._hosts[device] = HostSteps(lane_of(device), max(map(_room, self._parameters())))
         with self._whole():
             for device, of_device in crossings.items():
                 pieces = (crossing for weight in of_device for crossing in weight)
@@ -153,6 +219,19 @@ class MasterOptimizer(Optimizer):
                 else:
                     for piece in pieces:
                         piece.step(piece.weight, piece.gradient)
+
+    def _crossings(self, parameter: nn.Parameter, group: dict) -> Iterator[Crossing]:
+        """What a step of a weight does, piece by piece. Each is to be stepped before the next but one is asked for."""
+        torch.autograd.graph.increment_version(parameter)  # who saved the weight for a later backward must be told
+        weights, gradients, shard = flat(parameter), flat(parameter.grad), self._shard(parameter)
+        if gradients.itemsize > shard.dtype.itemsize:
+            gradients = gradients.to(shard.dtype)
+        n = weights.numel()
+        for start in range(0, n, PIECE):
+            here = slice(start, min(start + PIECE, n))
+            yield Crossing(weights[here], gradients[here], partial(shard.step, self._steps, here, group))
+        if not n:  # a rank that holds nothing of it
+            shard.count += 1
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -192,25 +271,85 @@ class MasterOptimizer(Optimizer):
 
     # -- state -------------------------------------------------------------------------------------------------------
 
+    def _kept(self, parameter: nn.Parameter) -> dict[str, Like]:
+        """The tensors that are kept of a weight, beside the count of its steps."""
+        kept = MASTERS[self.settings["master"]] if parameter.dtype.itemsize < 4 else {}
+        return kept | averages_like(parameter, self._steps.averages, _wide(parameter.dtype), self._steps.quantised)
+
+    def _make_states(self) -> None:
+        """Those of before the first step, of every weight that trains and has none."""
+        for parameter in self._parameters():
+            if parameter not in self.state and (parameter.requires_grad or parameter.grad is not None):
+                self._check(parameter)
+                self.state[parameter] = self._make(parameter)
+
+    def _make(self, parameter: nn.Parameter) -> dict[str, Any]:
+        device = torch.device("cpu") if self._host else parameter.device
+        state = {name: like.zeros(parameter, device) for name, like in self._kept(parameter).items()}
+        if "master" in state:
+            local(state["master"]).copy_(local(parameter.detach()))
+        shards = {"shards": Blocks(parameter).shards} if self._is_quantised(parameter) else {}
+        return {"step": torch.zeros((), dtype=torch.float32, device=device)} | state | shards
+
+    def _is_quantised(self, parameter: nn.Parameter) -> bool:
+        return self._steps.quantised and is_quantised(parameter)
+
+    def _shard(self, parameter: nn.Parameter) -> _Shard:
+        state = self.state[parameter]
+        kept = {name: flat(value) for name, value in state.items() if name not in ("step", "shards")}
+        if "residue" in kept:
+            kept["residue"] = kept["residue"].view(torch.int16)
+        blocks = Blocks(parameter, state["shards"]) if "shards" in state else None
+        return _Shard(kept, state["step"], numbers_of(parameter), _wide(parameter.dtype), blocks)
+
     def state_dict(self) -> dict[str, Any]:
-        """Settings, param_groups as torch has them, and per weight its master and its pieces' states."""
+        """As torch has it; each group says the settings, and each state of 8-bit blocks how many shards they were cut into."""
         self._refuse_broken()
-        weights = {i: weight.state_dict() for i, weight in enumerate(self._weights.values())}
-        return super().state_dict() | {"state": weights, "settings": dict(self.settings)}
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError for a state of other settings, and for one of other weights."""
-        settings = state_dict.get("settings")
-        if settings:
-            settings = {"algorithm": "AdamW"} | settings  # which earlier versions did not name
+        """Copies what it holds. Raises ValueError for a state of other settings, and for one of other weights, before anything
+        has changed. States of earlier versions, which kept them by pieces, are taken over."""
+        settings = _settings_of(state_dict)
         if settings != self.settings:
             raise ValueError(
                 f"optimizer state of {settings}: expected {self.settings}; go on with the settings it began with"
             )
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for i, weight in enumerate(self._weights.values()):
-            weight.load_state_dict(state_dict["state"][i])
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        loaded = {
+            p: state_dict["state"][n]
+            for n, p in zip(names, self._parameters(), strict=False)
+            if n in state_dict["state"]
+        }
+        if any("pieces" in state for state in loaded.values()):
+            loaded = {p: whole_state(p, state, self._kept(p)) for p, state in loaded.items()}
+        for parameter, state in loaded.items():
+            self._check_fits(parameter, state)
+        before = dict(self.state)
+        groups = [group | self.settings for group in state_dict["param_groups"]]
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        for parameter, state in loaded.items():
+            own = self.state[parameter] = before.get(parameter) or self._make(parameter)
+            for name in own.keys() - {"shards"}:
+                local(own[name]).copy_(local(state[name]))
         self._broken = False
+
+    def _check_fits(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        kept, whole, shard = self._kept(parameter), parameter.shape, local(parameter).shape
+        expected = f"for a weight of shape {tuple(whole)}, {tuple(shard)} of it here"
+        if missing := sorted({"step", *kept} - state.keys()):
+            raise ValueError(
+                f"optimizer state has no {', '.join(missing)} {expected}: it is of another weight or optimizer"
+            )
+        for name, like in kept.items():
+            value = state[name]
+            if value.dtype != like.dtype or value.shape != like.size(whole) or local(value).shape != like.size(shard):
+                raise ValueError(
+                    f"optimizer state has {name} of {tuple(value.shape)} {value.dtype}, {tuple(local(value).shape)} here: "
+                    f"expected {tuple(like.size(whole))} {like.dtype}, {expected}"
+                )
+        if "shards" in state:
+            check_cuts(parameter, int(state["shards"]))
 
 
 class AdamW(MasterOptimizer):
@@ -226,7 +365,7 @@ class AdamW(MasterOptimizer):
     RuntimeError where inductor's code gives wrong numbers.
     """
 
-    kinds: ClassVar[dict[str, type]] = {"float32": AdamWPiece, "8bit": CompiledAdamWPiece}
+    kinds: ClassVar[dict[str, type]] = {"float32": AdamWSteps, "8bit": CompiledAdamWSteps}
 
     def __init__(
         self,
@@ -253,7 +392,7 @@ class RMSprop(MasterOptimizer):
     Raises ValueError as MasterOptimizer does, and for rates that make no sense.
     """
 
-    kinds: ClassVar[dict[str, type]] = {"float32": RMSpropPiece}
+    kinds: ClassVar[dict[str, type]] = {"float32": RMSpropSteps}
 
     def __init__(
         self,
@@ -288,69 +427,59 @@ def _check_rates(lr: float | Tensor, eps: float, weight_decay: float) -> None:
             raise refusal(name, value, "a finite number >= 0")
 
 
-class _Weight:
-    """One parameter: its master, and states for each piece of it. room: bytes that a piece and its gradient take at most."""
+class _Shard:
+    """What a step of a weight writes of its states on this rank, flat. kept: by name; count: of steps made, ()."""
 
-    def __init__(self, parameter: nn.Parameter, kind: type, master: str, host: bool):
-        if not parameter.is_contiguous() or hasattr(parameter, "to_local"):
-            raise ValueError(
-                f"a {type(parameter).__name__} of shape {tuple(parameter.shape)} is sharded or not contiguous: expected plain "
-                "contiguous weights; use an optimizer of torch.optim for others"
-            )
-        if parameter.dtype.itemsize < 4 and master == "residue" and parameter.dtype != torch.bfloat16:
-            raise ValueError(
-                f"master='residue' holds what bfloat16 rounds away, got {parameter.dtype}: use master='float32'"
-            )
-        self.parameter = parameter
-        self.device = torch.device("cpu") if host else parameter.device
-        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
-        self.master: Tensor | None = None
-        if parameter.dtype != self.dtype and master == "residue":
-            self.master = torch.zeros(parameter.numel(), dtype=torch.int16, device=self.device)
-        elif parameter.dtype != self.dtype:
-            self.master = parameter.detach().flatten().to(self.device, torch.float32)
-        count = math.ceil(parameter.numel() / PIECE)
-        self.pieces = [kind(self.device, self.dtype) for _ in range(count)]
-        self.room = room_bytes(min(PIECE, parameter.numel()), parameter.itemsize, self.dtype.itemsize)
+    def __init__(self, kept: dict[str, Tensor], count: Tensor, n: int, dtype: torch.dtype, blocks: Blocks | None):
+        self.kept, self.count, self.n, self.dtype, self.blocks = kept, count, n, dtype, blocks
 
-    def crossings(self, group: dict) -> Iterator[Crossing]:
-        """What a step does, piece by piece. Each is to be stepped before the next but one is asked for."""
-        torch.autograd.graph.increment_version(self.parameter)  # who saved the weight for a later backward must be told
-        weights, gradients = self.parameter.detach().view(-1), self.parameter.grad.reshape(-1)
-        if gradients.itemsize > self.dtype.itemsize:
-            gradients = gradients.to(self.dtype)
-        for number, start in enumerate(range(0, weights.numel(), PIECE)):
-            here = slice(start, start + PIECE)
-            yield Crossing(weights[here], gradients[here], partial(self._step, number, here, group))
-
-    def _step(self, number: int, here: slice, group: dict, weight: Tensor, gradient: Tensor) -> None:
-        """Steps a piece's weight (n,), where master and states live, in place."""
-        master, piece = None if self.master is None else self.master[here], self.pieces[number]
-        for block in piece.blocks(weight.numel()):
+    def step(self, steps, here: slice, group: dict, weight: Tensor, gradient: Tensor) -> None:
+        """Steps a piece's weight (n,), numbers `here` of the shard, where the states live, in place."""
+        for block in steps.blocks(weight.numel(), self.count.device):
             low, grad = weight[block], gradient[block].to(self.dtype)
-            if master is None:
-                piece.step(low, grad, block, group)
-            elif master.dtype == torch.int16:
-                value = join(low, master[block])
-                piece.step(value, grad, block, group)
-                split(value, low, master[block])
+            at = slice(here.start + block.start, here.start + block.stop)
+            averages, done = self._averages(steps, at)
+            if "residue" in self.kept:
+                value = join(low, self.kept["residue"][at])
+                steps.step(value, grad, averages, self.count, group)
+                split(value, low, self.kept["residue"][at])
+            elif "master" in self.kept:
+                steps.step(self.kept["master"][at], grad, averages, self.count, group)
+                low.copy_(self.kept["master"][at])
             else:
-                piece.step(master[block], grad, block, group)
-                low.copy_(master[block])
+                steps.step(low, grad, averages, self.count, group)
+            done()
+        if here.stop == self.n:
+            self.count += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"master": self.master, "pieces": [piece.state() for piece in self.pieces]}
+    def _averages(self, steps, at: slice) -> tuple[list, Callable[[], None]]:
+        """Those of some numbers, and what is to be done when they have stepped."""
+        if self.blocks is None:
+            return [self.kept[name][at] for name in steps.averages], lambda: None
+        places = self.blocks.places(at, self.count.device)
+        codes, scales = ([self.kept[f"{name}_{part}"] for name in steps.averages] for part in EightBit._fields)
+        averages = [EightBit(code[at], scale[places]) for code, scale in zip(codes, scales, strict=True)]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        master, pieces = state["master"], state["pieces"]
-        if len(pieces) != len(self.pieces) or (master is None) != (self.master is None):
-            raise ValueError(f"optimizer state does not fit a weight of shape {tuple(self.parameter.shape)}")
-        if master is not None:
-            if master.shape != self.master.shape or master.dtype != self.master.dtype:
-                raise ValueError(
-                    f"optimizer state has a master of {tuple(master.shape)} {master.dtype}: expected "
-                    f"{tuple(self.master.shape)} {self.master.dtype}, for a weight of shape {tuple(self.parameter.shape)}"
-                )
-            self.master.copy_(master)
-        for piece, saved in zip(self.pieces, pieces, strict=True):
-            piece.load(saved)
+        def done() -> None:
+            for scale, average in zip(scales, averages, strict=True):
+                scale[places] = average.scale  # a copy where a step's scales do not lie side by side
+
+        return averages, done
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which numbers of this dtype step."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _room(parameter: nn.Parameter) -> int:
+    """Bytes that a piece and its gradient take at most."""
+    return room_bytes(min(PIECE, numbers_of(parameter)), parameter.itemsize, _wide(parameter.dtype).itemsize)
+
+
+def _settings_of(state_dict: dict[str, Any]) -> dict[str, str] | None:
+    """Of a state; earlier versions wrote them beside the groups, and had AdamW only at first."""
+    if "settings" in state_dict:
+        return {"algorithm": "AdamW"} | state_dict["settings"]
+    groups = [{name: group.get(name) for name in SETTINGS} for group in state_dict["param_groups"]]
+    return groups[0] if groups and all(group == groups[0] != dict.fromkeys(SETTINGS) for group in groups) else None

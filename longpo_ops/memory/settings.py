@@ -18,7 +18,7 @@ from torch import nn
 from longpo_ops.memory import optimizer, plan
 from longpo_ops.memory.offload import OffloadHandle, offload_activations
 from longpo_ops.memory.quantise import CODECS
-from longpo_ops.memory.tiers import available_host_bytes
+from longpo_ops.memory.tiers import available_host_bytes, processes_here
 from longpo_ops.memory.tiling import tile_layers
 from longpo_ops.runs.validate import check_kinds
 
@@ -27,7 +27,8 @@ from longpo_ops.runs.validate import check_kinds
 class Memory:
     """Settings of tile_layers (tile_rows), offload_activations (offload to save_attention) and the optimizer (the rest).
 
-    states: None leaves the optimizer to transformers. Raises ValueError for values that make no sense.
+    host_bytes: of the machine, for all of the run's processes on it. states: None leaves the optimizer to transformers.
+    Raises ValueError for values that make no sense.
     """
 
     tile_rows: int | None = None
@@ -77,7 +78,7 @@ class Memory:
             tile_rows=s.tile_rows,
             offload=s.offload,
             device_bytes=s.kept * plan.traced(planned.work, s).input,
-            host_bytes=host if s.offload else None,
+            host_bytes=host * processes_here() if s.offload else None,
             spill_dir=spill_dir if s.on_disk else None,
             store=s.store,
             save_attention=s.attention_layers > 0,

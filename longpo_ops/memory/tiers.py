@@ -153,11 +153,12 @@ class Pages:
 
 
 class HostPages(Pages):
-    """Pages of host memory within a budget in bytes, page-locked for a lane that wants it."""
+    """Pages of host memory within a budget in bytes, page-locked for a lane that wants it. sharers: processes of this machine
+    that have the same budget, with this one."""
 
-    def __init__(self, page_bytes: int, budget: int, lane: Lane):
+    def __init__(self, page_bytes: int, budget: int, lane: Lane, sharers: int = 1):
         super().__init__(page_bytes)
-        self.budget, self.lane = budget, lane
+        self.budget, self.lane, self.sharers = budget, lane, sharers
         self._memory: dict[int, Tensor] = {}
 
     def room(self) -> int:
@@ -174,8 +175,8 @@ class HostPages(Pages):
                 missing = (pages - done) * self.page_bytes
                 raise MemoryError(
                     f"the host gave {gib(len(self._memory) * self.page_bytes)} of offload memory and refused the next "
-                    f"{gib(missing)} ({error}): lower host_bytes from {gib(self.budget)} and raise device_bytes or give "
-                    f"a spill_dir"
+                    f"{gib(missing)} ({error}): lower host_bytes from {gib(self.budget * self.sharers)} and raise device_bytes "
+                    "or give a spill_dir"
                 ) from error
             self._memory[self.made] = memory
             self._free.append(self.made)
@@ -218,19 +219,23 @@ def _clear_cuda_error() -> None:
 
 class SpillPages(Pages):
     """Pages of a file without a name in `folder`: the system frees it when this process ends, however it ends, and
-    nobody can remove or rename it. Space is allocated when pages are made, so that a full disk shows before a step."""
+    nobody can remove or rename it. Space is allocated when pages are made, so that a full disk shows before a step. sharers:
+    processes of this machine that spill there, with this one; each takes its share of what is free when this is made."""
 
-    def __init__(self, page_bytes: int, folder: str | os.PathLike):
+    def __init__(self, page_bytes: int, folder: str | os.PathLike, sharers: int = 1):
         super().__init__(page_bytes)
-        self.folder = Path(folder)
+        self.folder, self.share = Path(folder), None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix="longpo-spill-", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise ValueError(f"spill_dir: {str(folder)!r} takes no file ({error}): give a writable folder") from error
+        if sharers > 1:
+            self.share = shutil.disk_usage(self.folder).free // sharers // page_bytes
 
     def room(self) -> int:
-        return shutil.disk_usage(self.folder).free // self.page_bytes + len(self._free)
+        free = shutil.disk_usage(self.folder).free // self.page_bytes
+        return (free if self.share is None else min(free, self.share - self.made)) + len(self._free)
 
     def write(self, page: int, data: Tensor) -> None:
         """Raises OSError, saying where and why."""
@@ -304,6 +309,12 @@ class Staging:
     def close(self) -> None:
         for _ in range(self._count):
             free_page(self._pages.get(), self._lane.pinned)
+
+
+def processes_here() -> int:
+    """Processes of this run on this machine, as launchers say it; all of the group's where none does."""
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(told) if told else torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def available_host_bytes() -> int:

@@ -312,7 +312,7 @@ class _Sweep:
     def _find(self) -> None:
         for number, (stretch, start) in enumerate(self.windows):
             segments = stretch.segments_at(slice(start, start + WINDOW))
-            for k in segments[segments >= 0].unique().tolist():
+            for k in torch.bincount(segments + 1)[1:].nonzero().squeeze(-1).tolist():
                 self.found[k].append(number)
 
     def _windows_of(self, wanted: Tensor) -> list[tuple[Stretch, int]]:

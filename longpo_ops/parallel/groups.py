@@ -3,7 +3,7 @@
 A registered operator takes a group by its name. An error that one rank alone raised would leave the others waiting in
 their next collective, so what can be wrong is checked in a block that all ranks leave alike.
 
-Tests: tests/parallel/test_groups_ranks.py.
+Tests: tests/parallel/test_loss_ranks.py.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 
 A rank that holds other data would send wrong rows, or wait for rows that never come. So what must be alike is compared by
 digests, in one small collective that every rank enters whatever it holds, and all raise alike.
+
+Tests: tests/parallel/test_trainer_ranks.py.
 """
 
 from __future__ import annotations

@@ -146,11 +146,19 @@ class LongPOConfig(TrainingArguments):
         if memory.states is not None or self.fit == "auto":
             replace(memory, states=memory.states or "float32").check_optimizer(self)
         if memory.step_in_backward:
-            refuse_step_in_backward(self.gradient_accumulation_steps, self.max_grad_norm, self.world_size)
+            settings = self.gradient_accumulation_steps, self.max_grad_norm, self.world_size, self.mixed_precision
+            refuse_step_in_backward(*settings)
 
     def _share_rows(self) -> None:
         """sequence_parallel as a number, and accelerate's mesh and FSDP2 for it unless a launcher's file has them."""
         given = self.parallelism_config
+        if given is not None:
+            launch.refuse_others(given.tp_size, given.sp_size)
+            if self.sequence_parallel not in (None, given.cp_size):
+                raise ValueError(
+                    f"sequence_parallel={self.sequence_parallel}, and parallelism_config has cp_size={given.cp_size}: expected "
+                    "one of the two"
+                )
         asked = self.sequence_parallel if given is None else given.cp_size
         self.sequence_parallel = shared = launch.sequence_parallel(asked)
         launch.check_processes(shared)
@@ -176,10 +184,15 @@ class LongPOConfig(TrainingArguments):
                 "reference='online': its forward passes do not fit the policy's, which FSDP shards over all ranks; expected "
                 "'precompute', which is done before weights are sharded, or 'data' for references that one card cannot hold"
             )
-        if self.sequence_parallel > 1 and self.accelerator_config.even_batches is False:
+        if self.is_sharded and self.accelerator_config.even_batches is False:
             raise ValueError(
-                "accelerator_config: even_batches=False with sequence_parallel: ranks with fewer packs would leave the others "
-                "waiting; expected true, its default"
+                "accelerator_config: even_batches=False with FSDP: ranks with fewer packs would leave the others waiting; "
+                "expected true, its default"
+            )
+        if self.is_sharded and self.gradient_checkpointing_kwargs["use_reentrant"]:
+            raise ValueError(
+                "gradient_checkpointing_kwargs: use_reentrant=True with FSDP, whose layers are gathered for what is recomputed "
+                "only without it; expected false, its default"
             )
 
     @property

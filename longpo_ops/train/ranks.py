@@ -5,7 +5,9 @@
 
 What accelerate and Trainer do to a batch under a "cp" dimension is passed over: they cut what they take for its columns,
 demand another attention and refuse windows; the loss cuts rows itself (parallel.Shards). Gradients are reduced after each
-pack, so that accumulation holds shards of them and no whole ones. Not covered: FSDP1.
+pack: until then every rank would hold those of the whole model, in the dtype they are computed in. Not covered: FSDP1.
+
+Tests: tests/parallel/test_trainer_ranks.py.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class RanksTrainer(CheckpointedTrainer):
     args: LongPOConfig
 
     def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's, without what accelerate would hook into the layers for its own attention over ranks."""
         super().create_accelerator_and_postprocess()
         self.accelerator._prepare_cp = lambda *prepared: prepared
 

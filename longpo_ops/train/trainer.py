@@ -33,6 +33,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..data import TokenizedPair
 from ..memory import search
+from ..memory.cost import weight_bytes
 from ..memory.optimizer import MasterOptimizer, float32_gradients
 from ..memory.plan_report import allocator_advice, describe_settings
 from ..memory.settings import Memory, named_optimizer
@@ -207,14 +208,32 @@ class LongPOTrainer(RanksTrainer):
             model, args = self.model if model is None else model, self.args
             decayed = set(self.get_decay_parameter_names(model))
             trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
-            if args.gradient_accumulation_steps > 1:
+            if args.gradient_accumulation_steps > 1 and not self.is_fsdp_enabled:  # which gives gradients another dtype
                 float32_gradients(p for _, p in trained)
             groups = [
                 {"params": [p for d, p in trained if d == decays], "weight_decay": args.weight_decay * decays}
                 for decays in (True, False)
             ]
-            self.optimizer = self.memory.make_optimizer(groups, **named_optimizer(args))
+            named = named_optimizer(args)
+            self.optimizer = self.memory.make_optimizer(groups, **named)
+            cost = weight_bytes(
+                trained[0][1].dtype,
+                self.memory.states,
+                self.memory.master,
+                optim=named["optim"],
+                mixed_precision=args.mixed_precision,
+                accumulation=args.gradient_accumulation_steps,
+                fsdp=self.is_fsdp_enabled,
+            )
+            log.info("%s%s", cost, ", shared by the ranks" * self.is_fsdp_enabled)
         return super().create_optimizer(model)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        """Trainer's. Sharded weights sum the gradients of several packs in float32 where `memory` has the optimizer."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled and self.args.gradient_accumulation_steps > 1 and self.memory.states is not None:
+            float32_gradients(self.model.parameters())
+        return prepared
 
     def _packs(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PackedPairs:
         return packs_of(pairs, args, self._target_length)

@@ -1,5 +1,9 @@
 """What shared-prefix attention must equal, as separate sequences and dense masks, and how close it must come."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -14,6 +18,7 @@ __all__ = [
     "positions",
     "separate_attention",
     "sequences",
+    "true_float64",
     "visible",
 ]
 
@@ -37,3 +42,15 @@ class TrueFloat64(TorchFunctionMode):
         if function in (torch.Tensor.to, torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax):
             args, kwargs = tuple(map(widen, args)), {name: widen(x) for name, x in (kwargs or {}).items()}
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def true_float64() -> Iterator[None]:
+    """The same where a checkpoint is recomputed in the backward, which knows no modes: methods of Tensor itself."""
+    to, widen = Tensor.to, lambda x: torch.float64 if x is torch.float32 else x
+    changed = dict(
+        to=lambda self, *args, **kwargs: to(self, *map(widen, args), **{n: widen(x) for n, x in kwargs.items()}),
+        float=Tensor.double,
+    )
+    with mock.patch.multiple(Tensor, **changed):
+        yield

@@ -241,6 +241,17 @@ def test_refuses_positions_that_do_not_fit(shared):
         shared(ids, position_ids=positions(LAYOUT), use_cache=False)
 
 
+@pytest.mark.parametrize("row", [5, 30, 40, 60], ids=["prefix", "chosen", "first rejected", "second pair"])
+def test_refuses_positions_that_go_back_within_a_sequence(shared, row):
+    layout = make_layout((23, 11, 9, 2), (15, 3, 4))
+    given = positions(layout)
+    ids = make_ids(layout)
+    shared(ids, position_ids=given, shared_prefix_layout=layout, use_cache=False)
+    given[0, row] = given[0, row - 1] - 1
+    with pytest.raises(ValueError, match=r"position_ids do not fit .* go back"):
+        shared(ids, position_ids=given, shared_prefix_layout=layout, use_cache=False)
+
+
 def test_takes_positions_that_jump_ahead(shared):
     """Position synthesis skips positions: stock transformers would take each jump for a new sequence."""
     ids, jump = make_ids()[:, :20], torch.arange(20)[None] + 50 * (torch.arange(20) >= 10)

@@ -47,6 +47,20 @@ def test_a_budget_too_small_is_refused_before_anything_is_computed():
         assert same(step(model), plain_step(make_model()))
 
 
+def test_processes_of_a_machine_share_its_host_bytes(monkeypatch):
+    """Each of three takes its third, and is told of a budget of all of them."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    model, all_fit = make_model(), 3 * LAYERS * INPUT
+    with offload_activations(model, host_bytes=all_fit - 1, page_bytes=PAGE), pytest.raises(ValueError) as refusal:
+        step(model)
+    text = str(refusal.value)
+    assert f"host_bytes for {LAYERS - 1}" in text and "shared out to 3 processes" in text
+    assert f"({all_fit} bytes free of other use" in text
+    with offload_activations(model, host_bytes=all_fit, page_bytes=PAGE) as handle:
+        assert same(step(model), plain_step(make_model()))
+        assert handle.host_bytes == LAYERS * INPUT
+
+
 def test_host_bytes_beyond_the_host_are_taken_at_their_word_with_a_warning(caplog):
     """The memory of a guest may grow when it is used. What the host then refuses is a MemoryError of the first forward pass."""
     model = make_model()

@@ -15,6 +15,8 @@ from longpo_ops.memory import optimizer as module
 from longpo_ops.memory import pieces
 from longpo_ops.memory.optimizer import AdamW, RMSprop, float32_gradients, join, refuse_step_in_backward, split
 
+from .trained import equal, gradients, network, train
+
 torchao = pytest.importorskip("torchao")
 
 
@@ -70,32 +72,6 @@ def test_infinite_and_nan_stay_what_they_are():
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def network(dtype=torch.bfloat16, seed=0) -> nn.Sequential:
-    """Two layers; the first weight has 1.5 pieces, the biases are too small for 8-bit states."""
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 8)).to(dtype)
-
-
-def gradients(model: nn.Module, step: int) -> None:
-    """Sets gradients that depend on the step only, in each weight's dtype."""
-    random = torch.Generator().manual_seed(step)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=random).to(p.dtype)
-
-
-def train(model, optimizer, steps=range(50)):
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    for step in steps:
-        gradients(model, step)
-        optimizer.step()
-        scheduler.step()
-    return model
-
-
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
 OPTIONS = [
     dict(states=states, master=master, host=host)
     for states in ("float32", "8bit")
@@ -129,6 +105,19 @@ def test_is_bitwise_torchs_on_a_float32_copy(algorithm, master, decay, host, mon
         assert torch.equal(p.flatten(), weight if master == "residue" else q.flatten().bfloat16())
 
 
+def masters_of(model: nn.Module, optimizer) -> list[torch.Tensor]:
+    """(n,) float32 of each weight."""
+    found = []
+    for weight in model.parameters():
+        state = optimizer.state[weight]
+        found.append(
+            join(weight.detach().flatten(), state["residue"].flatten().view(torch.int16))
+            if "residue" in state
+            else state["master"].flatten()
+        )
+    return found
+
+
 @pytest.mark.parametrize("states", ["float32", "8bit"])
 def test_residue_and_float32_master_agree_wherever_they_live(states):
     """Rounding halves differs (away from zero, to even), so the masters are compared: bit by bit."""
@@ -137,10 +126,7 @@ def test_residue_and_float32_master_agree_wherever_they_live(states):
         model = network()
         optimizer = AdamW(model.parameters(), lr=1e-3, **options)
         train(model, optimizer)
-        saved = [w["master"] for w in optimizer.state_dict()["state"].values()]
-        if options["master"] == "residue":
-            saved = [join(p.detach().flatten(), r) for p, r in zip(model.parameters(), saved, strict=True)]
-        masters.append(torch.cat(saved))
+        masters.append(torch.cat(masters_of(model, optimizer)))
     assert all(same_bits(masters[0], other) for other in masters[1:])
 
 
@@ -198,9 +184,9 @@ def test_loaded_state_is_a_copy():
     train(model, optimizer, range(3))
     twin.load_state_dict(model.state_dict())
     copy.load_state_dict(optimizer.state_dict())
-    before = [w["pieces"][0]["exp_avg"].clone() for w in optimizer.state_dict()["state"].values()]
+    before = [w["exp_avg"].clone() for w in optimizer.state_dict()["state"].values()]
     train(twin, copy, range(3, 6))
-    after = [w["pieces"][0]["exp_avg"] for w in optimizer.state_dict()["state"].values()]
+    after = [w["exp_avg"] for w in optimizer.state_dict()["state"].values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -209,11 +195,9 @@ def test_states_of_8_bits_take_two_bytes_a_weight():
     optimizer = AdamW(model.parameters(), lr=1e-3, states="8bit")
     gradients(model, 0)
     optimizer.step()
-    pieces = optimizer.state_dict()["state"][0]["pieces"]
-    tensors = [
-        t for piece in pieces for name in ("exp_avg", "exp_avg_sq") for t in (piece[name].codes, piece[name].scale)
-    ]
-    assert sum(t.nbytes for t in tensors) == 2 * 256 * 256 * (1 + 4 / 256)
+    state = optimizer.state_dict()["state"][0]
+    kept = [state[f"{name}_{part}"] for name in ("exp_avg", "exp_avg_sq") for part in ("codes", "scale")]
+    assert sum(t.nbytes for t in kept) == 2 * 256 * 256 * (1 + 4 / 256)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -226,18 +210,17 @@ def test_float32_weights_are_their_own_master(algorithm, decay):
     train(torchs, reference)
     assert equal(ours, torchs)
     for weight, state in zip(optimizer.state_dict()["state"].values(), reference.state.values(), strict=True):
-        for name in weight["pieces"][0].keys() - {"step"}:
-            assert torch.equal(torch.cat([piece[name] for piece in weight["pieces"]]), state[name].flatten())
+        for name in weight:
+            assert torch.equal(weight[name], state[name])
 
 
 def test_rmsprop_keeps_one_number_a_weight():
     model = network()
     optimizer = RMSprop(model.parameters(), lr=1e-3)
     train(model, optimizer, range(1))
-    kept = [piece for weight in optimizer.state_dict()["state"].values() for piece in weight["pieces"]]
-    assert sum(t.nbytes for piece in kept for t in piece.values()) == 4 * (
-        sum(p.numel() for p in model.parameters()) + len(kept)
-    )
+    kept = optimizer.state_dict()["state"].values()
+    assert [weight.keys() for weight in kept] == [{"step", "residue", "square_avg"}] * 4
+    assert sum(weight["square_avg"].nbytes for weight in kept) == 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_compiled_8_bit_steps_as_trained():
@@ -251,7 +234,7 @@ for _ in range(3):
     weight.grad = torch.ones_like(weight)
     optimizer.param_groups[0]["lr"] /= 2
     optimizer.step()
-master = join(weight.detach().flatten(), optimizer.state_dict()["state"][0]["master"])
+master = join(weight.detach().flatten(), optimizer.state[weight]["residue"].flatten().view(torch.int16))
 assert (master - (1 - 1e-3 * 0.875)).abs().max() < 1e-5, master
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
@@ -351,18 +334,20 @@ def test_accumulation_and_clipping_without_it():
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("norm", [0.0, 1.0])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_combination_is_allowed_or_refused_with_a_reason(accumulation, norm, processes):
-    if (accumulation, norm, processes) == (1, 0.0, 1):
-        refuse_step_in_backward(accumulation, norm, processes)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_every_combination_is_allowed_or_refused_with_a_reason(accumulation, norm, processes, precision):
+    if (accumulation, norm, processes, precision) == (1, 0.0, 1, "bf16"):
+        refuse_step_in_backward(accumulation, norm, processes, precision)
         return
     reasons = {
         "gradient_accumulation_steps=4": accumulation > 1,
         "max_grad_norm=1.0": norm > 0,
         "2 processes": processes > 1,
+        "fp16 scales the loss": precision == "fp16",
     }
     first = next(text for text, holds in reasons.items() if holds)
     with pytest.raises(ValueError, match=first):
-        refuse_step_in_backward(accumulation, norm, processes)
+        refuse_step_in_backward(accumulation, norm, processes, precision)
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -402,15 +387,15 @@ def test_state_of_other_settings_or_weights_is_refused():
         RMSprop(model.parameters()).load_state_dict(saved)
     with pytest.raises(ValueError, match=r"state of .*'RMSprop'.*: expected .*'AdamW'"):
         AdamW(model.parameters()).load_state_dict(RMSprop(model.parameters()).state_dict())
-    earlier = saved | {"settings": {"states": "float32", "master": "residue"}}  # of versions that had AdamW only
-    AdamW(model.parameters()).load_state_dict(earlier)
-    with pytest.raises(ValueError, match=r"state of .*'AdamW'.*: expected .*'RMSprop'"):
-        RMSprop(model.parameters()).load_state_dict(earlier)
     with pytest.raises(ValueError, match="state of None"):
         RMSprop(model.parameters()).load_state_dict(torch.optim.RMSprop(model.parameters()).state_dict())
+    trained = AdamW(model.parameters())
+    train(model, trained, range(1))
     other = nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 8)).bfloat16()
-    with pytest.raises(ValueError, match=r"does not fit a weight of shape|expected \(3072,\)"):
-        AdamW(other.parameters()).load_state_dict(saved)
+    with pytest.raises(
+        ValueError, match=r"residue of \(96, 64, 2\).*expected \(96, 32, 2\) torch.uint8, for a weight of shape"
+    ):
+        AdamW(other.parameters()).load_state_dict(trained.state_dict())
 
 
 def test_without_torchao(monkeypatch):
@@ -421,41 +406,47 @@ def test_without_torchao(monkeypatch):
 
 def test_a_compiled_step_with_wrong_numbers_is_refused(monkeypatch):
     """Code for vectors twice as long leaves every second vector out: what inductor's cache gave on another processor."""
-    weight = torch.nn.Parameter(torch.randn(4096).bfloat16())
+    weight = torch.nn.Parameter(torch.randn(64, 64).bfloat16())
     optimizer = AdamW([weight], lr=1e-3, states="8bit")
     monkeypatch.setattr(pieces, "_COMPARED", set())
-    piece, weight.grad = optimizer._weights[weight].pieces[0], torch.randn_like(weight)
-    whole = piece.inner.step
+    inner, weight.grad = optimizer._steps.inner(torch.empty(0)), torch.randn_like(weight)
+    whole, (stand_in,) = inner.step, inner.param_groups[0]["params"]
+    calls = []
 
     def halves():
-        before = piece.stand_in.data.clone()
+        before = stand_in.data.clone()
         whole()
-        skipped = torch.arange(4096) % 32 >= 16
-        piece.stand_in.data.copy_(torch.where(skipped, before, piece.stand_in.data))
+        calls.append(1)
+        if len(calls) == 2:  # the first is the uncompiled one
+            stand_in.data.copy_(torch.where(torch.arange(4096) % 32 >= 16, before, stand_in.data))
 
     before = optimizer.state_dict()
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="compiled step of 8-bit states differs"):
-        patch.setattr(piece.inner, "step", halves)
+        patch.setattr(inner, "step", halves)
         optimizer.step()
     with pytest.raises(RuntimeError, match=r"a step raised midway.*: load the weights and the optimizer's state"):
         optimizer.step()
     optimizer.load_state_dict(before)
     optimizer.step()  # and the code of this machine is right
-    assert {(4096, torch.float32, torch.device("cpu"))} == pieces._COMPARED
+    assert {(4096, torch.float32, torch.device("cpu"), True)} == pieces._COMPARED
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-9, 5e-7])
 def test_a_small_step_that_rounds_otherwise_is_right(monkeypatch, lr):
     """At the paper's rates a step is of the size of a weight's own rounding, which compiled code does in its own order."""
-    weight = torch.nn.Parameter(4 * torch.randn(4096))
+    weight = torch.nn.Parameter(4 * torch.randn(64, 64))
     optimizer = AdamW([weight], lr=lr, states="8bit")
     monkeypatch.setattr(pieces, "_COMPARED", set())
-    piece, weight.grad = optimizer._weights[weight].pieces[0], torch.randn_like(weight)
-    whole = piece.inner.step
+    inner, weight.grad = optimizer._steps.inner(weight), torch.randn_like(weight)
+    whole, (stand_in,) = inner.step, inner.param_groups[0]["params"]
+
+    calls = []
 
     def rounded():
         whole()
-        piece.stand_in.data.copy_(torch.nextafter(piece.stand_in.data, torch.tensor(torch.inf)))
+        calls.append(1)
+        if len(calls) == 2:  # the first is the uncompiled one
+            stand_in.data.copy_(torch.nextafter(stand_in.data, torch.tensor(torch.inf)))
 
-    monkeypatch.setattr(piece.inner, "step", rounded)
+    monkeypatch.setattr(inner, "step", rounded)
     optimizer.step()

@@ -119,11 +119,13 @@ def test_one_optimizer_is_given(tmp_path, argument):
         trainer.train()
 
 
-def test_16_bit_weights_keep_their_dtype_and_resume_bitwise(tmp_path):
+def test_16_bit_weights_keep_their_dtype_and_resume_bitwise(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "longpo_ops.train")
     options = dict(dtype=torch.bfloat16, learning_rate=1e-6, gradient_accumulation_steps=2, max_grad_norm=1.0)
     whole, trainer = trained(tmp_path / "whole", OURS, **options)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
     assert {p.grad_dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert "16 bytes a weight (2 weight, 2 master, 8 states, 4 gradient)" in caplog.text
     trained(tmp_path / "half", OURS, **options, save_steps=2, save_strategy="steps")
     checkpoint = str(tmp_path / "half" / "checkpoint-2")
     again, _ = trained(tmp_path / "half", OURS, resume=checkpoint, **options)
@@ -188,6 +190,7 @@ def test_the_host_that_a_run_states_reaches_its_plan(tmp_path, monkeypatch):
         ({"memory": {"offload": True, "host_bytes": "80 GiB"}}, "memory: host_bytes='80 GiB': expected int"),
         ({"memory": {"step_in_backward": True}}, "set states to float32 or 8bit"),
         ({"memory": OURS | {"step_in_backward": True}}, "max_grad_norm=1.0 needs all gradients"),
+        ({"memory": OURS | {"step_in_backward": True}, "max_grad_norm": 0, "fp16": True}, "fp16 scales the loss"),
         ({"memory": OURS, "fit": "auto"}, "expected one of the two"),
         ({"fit": "best"}, "expected 'off' or 'auto'"),
         ({"fit": "auto", "allow_lossy": "some"}, "allow_lossy='some': expected one of nothing, states, all"),

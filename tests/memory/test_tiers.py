@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 
 from longpo_ops.memory import tiers
 from longpo_ops.memory.quantise import BLOCK, CHUNK, Exact, Int8
-from longpo_ops.memory.tiers import HostPages, Lane, SpillPages, available_host_bytes, free_page, lane_of, make_page
+from longpo_ops.memory.tiers import (
+    HostPages,
+    Lane,
+    SpillPages,
+    available_host_bytes,
+    free_page,
+    lane_of,
+    make_page,
+    processes_here,
+)
 
 PAGE = 4096
 
@@ -116,6 +126,27 @@ def test_spill_file_has_no_name_and_keeps_pages_apart(tmp_path):
     assert not file.closed
     pages.give(numbers)
     assert file.closed
+
+
+def test_processes_share_what_is_free_on_the_disk(tmp_path, monkeypatch):
+    """A share is of what was free at first: what the others take since is theirs."""
+    free = [100 * PAGE]
+    monkeypatch.setattr(tiers.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[0]))
+    pages = SpillPages(PAGE, tmp_path, sharers=4)
+    assert pages.room() == 25
+    numbers, free[0] = pages.take(5), 60 * PAGE
+    assert pages.room() == 20
+    pages.give(numbers[:2])
+    assert pages.room() == 22
+    free[0] = 3 * PAGE  # others took more than theirs
+    assert pages.room() == 3 + 2
+
+
+def test_processes_here_are_those_of_the_launcher(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processes_here() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert processes_here() == 8
 
 
 def test_refuses_a_folder_that_takes_no_file(tmp_path):

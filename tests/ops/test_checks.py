@@ -1,6 +1,8 @@
 # ruff: noqa: E501 -- a table of one line per mistake
 """Wrong input: each failure is a ValueError that names the argument, what came and what was expected."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from longpo_ops import (
 )
 from longpo_ops.ops.checks import check_workspace
 from longpo_ops.ops.sweep import scratch_bytes
+from longpo_ops.parallel import Shards
 
 B, T, H, V, N = 2, 6, 8, 11, 12
 
@@ -195,3 +198,22 @@ def test_the_smallest_workspace_holds_one_row_and_no_less():
 def test_the_default_workspace_grows_with_a_row_that_does_not_fit():
     weight = torch.empty(1 << 25, 1, device="meta")  # a row of 128 MiB
     assert check_workspace(None, weight, torch.float32) >= 4 * weight.shape[0]
+
+
+@pytest.mark.parametrize("call", [packed, cross_entropy])
+def test_shards_of_one_process_are_all_rows(call):
+    def shards(length):
+        return Shards(length, SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+
+    found = []
+    for given in ({}, {"shards": shards(N)}):
+        torch.manual_seed(0)
+        out = call(**given)
+        found.append(getattr(out, "loss", out))
+    assert torch.equal(*found)
+    with pytest.raises(
+        ValueError, match=f"hidden has {N} rows on rank 0 of 1: expected {N + 1}, rows 0 to {N} of {N + 1}"
+    ):
+        call(shards=shards(N + 1))
+    with pytest.raises(ValueError, match=r"shards: expected a longpo_ops\.parallel\.Shards, got slice"):
+        call(shards=slice(0, N))

@@ -70,6 +70,8 @@ RIGHT = {  # the groups of VALUES that an argument takes
     "ignore_index": {"small int", "zero", "negative"},
     "workspace_bytes": {"nothing"},
     "backend": {"nothing"},
+    "shards": {"nothing"},
+    "group": {"nothing"},
     "device": {"nothing"} | ({"small int", "zero"} if torch.backends.cuda.is_built() else set()),  # its number
     "kind": set(),
     "reduction": set(),
@@ -110,16 +112,17 @@ CALLS = {
         "objective": "hinge"} | PAIRS),
     "packed": (packed_preference_loss, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "labels": ids(N), "sequences": torch.arange(N) // 3,
-        "num_chosen": B, "nll_weights": torch.rand(N), "objective": "dpo"} | PAIRS),
+        "num_chosen": B, "nll_weights": torch.rand(N), "objective": "dpo", "shards": None} | PAIRS),
     "cross-entropy": (linear_cross_entropy, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "labels": ids(N), "row_weights": torch.rand(N),
-        "reduction": "mean", "temperature": 1.0} | LABELLED),
+        "reduction": "mean", "temperature": 1.0, "shards": None} | LABELLED),
     "log-probs": (linear_logprobs, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "labels": ids(N), "temperature": 1.0} | LABELLED),
     "kl": (linear_kl, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "teacher_hidden": hidden(N, 5), "teacher_weight": torch.randn(V, 5),
         "kind": "jsd", "beta": 0.5, "mask": torch.ones(N, dtype=torch.bool), "row_weights": torch.rand(N), "reduction": "none",
-        "temperature": 1.0, "teacher_bias": torch.randn(V), "teacher_scale": 1.0, "teacher_softcap": 4.0} | OPTIONS),
+        "temperature": 1.0, "teacher_bias": torch.randn(V), "teacher_scale": 1.0, "teacher_softcap": 4.0,
+        "group": None} | OPTIONS),
     "head": (preference_head, {
         "weight": torch.randn(V, H), "bias": torch.randn(V), "softcap": 5.0, "scale": 1.0,
         "hidden": hidden(N), "labels": ids(N)}),

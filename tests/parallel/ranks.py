@@ -54,7 +54,7 @@ def run_ranks(
     environment: dict[str, str] | None = None,
     prelude: Callable[[], None] | None = None,
     hang: float = 60.0,
-    timeout: float = 240.0,
+    timeout: float = 400.0,
 ) -> list:
     """function(*arguments) on each rank -> what each returned.
 

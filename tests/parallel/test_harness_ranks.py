@@ -60,7 +60,7 @@ def test_a_failure_is_told_with_its_rank_and_the_others_end(function, said):
 
 def test_ranks_that_hang_are_told_with_their_stacks():
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(hangs_on_one, 2, hang=3)
+        run_ranks(hangs_on_one, 2, hang=10)
     assert "still running" in failed.value.told[1] and "in hangs_on_one" in failed.value.told[1]
     assert "imed out" in failed.value.told[0]
 

@@ -50,6 +50,8 @@ def trained(folder, method: str, ranks_of_data: int = 1, lora: bool = False, **s
     settings = STEPS | {"gradient_accumulation_steps": PACKS_A_STEP // ranks_of_data} | settings
     trainer = make_trainer(folder, method, PAIRS, policy, None if lora else make_model(1), EVALUATION, **settings)
     assert trainer.args.data_ranks == ranks_of_data
+    synchronised = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    assert synchronised == dist.is_initialized()  # no rank keeps whole gradients between packs
     trainer.train()
     after = {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
     return trainer.state.log_history, {name: (before[name], after[name]) for name in before}
@@ -109,6 +111,7 @@ REFUSED = {
     "one head": lambda folder: start(folder, make_model(num_attention_heads=1, num_key_value_heads=1)),
     "noise": lambda folder: start(folder, neftune_noise_alpha=5.0),
     "uneven": lambda folder: start(folder, accelerator_config={"even_batches": False}),
+    "reentrant": lambda folder: start(folder, gradient_checkpointing_kwargs={"use_reentrant": True}),
     "online": lambda folder: start(folder, reference="online"),
     "fsdp 1": lambda folder: start(folder, fsdp_config={"fsdp_version": 1}),
     "no accelerator": lambda folder: start(folder, use_cpu=False, sequence_parallel=1),
@@ -122,7 +125,8 @@ SAID = {
     "experts": "sequence_parallel=2: MixtralForCausalLM adds a loss of its experts' load",
     "one head": "sequence_parallel=2: the attention has 1 query",
     "noise": "neftune_noise_alpha=5.0 with sequence_parallel=2",
-    "uneven": "even_batches=False with sequence_parallel",
+    "uneven": "even_batches=False with FSDP",
+    "reentrant": "use_reentrant=True with FSDP",
     "online": "reference='online': .* expected 'precompute'",
     "fsdp 1": "fsdp_version=1.*: expected 2",
     "no accelerator": r"WORLD_SIZE=2, but the process group has 1 process.*use_cpu=true",

@@ -1,6 +1,7 @@
 """What LongPOConfig makes of processes that share packs, as far as one process can ask (the rest: tests/parallel)."""
 
 import pytest
+from accelerate import ParallelismConfig
 
 from longpo_ops.train import LongPOConfig
 from longpo_ops.train.checks import check_pairs
@@ -47,3 +48,12 @@ def test_sequences_of_a_recipes_step_are_those_of_groups_that_share_packs(monkey
     run = TrainRun("m", "d", "o", recipe="official", training={"sequence_parallel": 4})
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert run.settings()["gradient_accumulation_steps"] == 4
+
+
+def test_a_mesh_of_ones_own_is_looked_at_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    given = dict(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="sequence_parallel=2, and parallelism_config has cp_size=4"):
+        LongPOConfig(sequence_parallel=2, parallelism_config=ParallelismConfig(cp_size=4), **given)
+    with pytest.raises(ValueError, match="parallelism_config_tp_size=4: tensor parallelism is not supported"):
+        LongPOConfig(parallelism_config=ParallelismConfig(tp_size=4), **given)
