@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from accelerate.utils.constants import OPTIMIZER_NAME as FSDP_OPTIMIZER_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
@@ -54,10 +54,28 @@ def weight_files(folder: Path) -> list[Path]:
 def gather(model: nn.Module) -> dict[str, Tensor]:
     """A collective of all processes -> the model's weights, of a PEFT model those that train, whole and on the host of the
     first one; nothing on the others. Tied weights have one name."""
-    adapters = hasattr(model, "get_base_model")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
-    whole, others = get_model_state_dict(model, options=options), _other_names(model)
-    return {name: weight for name, weight in whole.items() if name not in others}
+    adapters, others, parameters = hasattr(model, "get_base_model"), _other_names(model), dict(model.named_parameters())
+    frozen = {name for name, weight in parameters.items() if not weight.requires_grad} if adapters else set()
+    whole = {name: _gathered(weight) for name, weight in model.state_dict().items() if name not in others | frozen}
+    return {name: weight for name, weight in whole.items() if weight is not None}
+
+
+def _gathered(weight: Tensor) -> Tensor | None:
+    """A weight on the host of the first process, None on others. FSDP2 cuts rows into equal parts but for the last ones."""
+    if isinstance(weight, DTensor):
+        (dim,) = (i for i, placement in enumerate(weight.placements) if not placement.is_replicate())
+        group, rows = weight.device_mesh.get_group(dim), weight.shape[0]
+        if weight.placements[dim] != Shard(0):
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} is {weight.placements[dim]}; expected Shard(dim=0)"
+            )
+        local, size, first = weight.to_local(), dist.get_world_size(group), dist.get_rank(group) == 0
+        sent = local.new_zeros(-(-rows // size), *weight.shape[1:])
+        sent[: local.shape[0]] = local
+        came = [torch.empty_like(sent) for _ in range(size)] if first else None
+        dist.gather(sent, came, group=group, group_dst=0)
+        weight = torch.cat(came)[:rows] if first else None
+    return weight.cpu() if dist.get_rank() == 0 else None
 
 
 def load_weights(folder: str | Path, model: nn.Module) -> None:
