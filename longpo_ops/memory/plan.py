@@ -4,8 +4,10 @@
     phases: forward of layer 0..L-1, last norm, loss, backward of layer L-1..0, embedding, optimizer
 
     one of C cards (mesh.py): weights, master, states and gradients a C-th; rows and layer inputs those of its rank
-    + gathered   the weights of two layers, the one at work and the next; the head, from the last norm to its backward
-    + reduced    gradients on their way to be summed, of a layer or the head
+    + gathered   the weights of a layer and as many more: those on their way, or the buffer that they came in; the head
+                 likewise, from the last norm to the loss, and its weights until their backward; before the embedding's
+                 backward its weights, though nothing there reads them
+    + reduced    gradients on their way to be summed, of a layer or the head, whose gathered weights have gone by then
 
 What a layer needs comes from trace.py, which runs one on the meta device; the rest is arithmetic. Everything here is
 derived, not measured: times are operations over the rates of Machine, copies and FSDP2's traffic where they are longer than a
@@ -72,10 +74,10 @@ class Machine:
     device_bytes: int
     host_bytes: int = 0
     disk_bytes: int = 0
-    matmul: float = 788e12
-    attention: float = 600e12
-    attention_backward: float = 510e12
-    device_memory: float = 4.3e12
+    matmul: float = CARDS["H200"]["matmul"]
+    attention: float = CARDS["H200"]["attention"]
+    attention_backward: float = CARDS["H200"]["attention_backward"]
+    device_memory: float = CARDS["H200"]["device_memory"]
     copy: float = 50e9
     disk: float = 3e9
     host_memory: float = 100e9
@@ -389,40 +391,44 @@ def _phases(
         predicted = sum(parts.values()) - machine.device_reserve
         return Phase(name, parts | {"error": int(predicted * (1 / (1 - machine.error) - 1))})
 
-    def sharding(head: bool, reduced: int = 0, whole: int = 0) -> dict[str, int]:
-        """What there is beside a card's share: gathered weights, of the head where it is, and numbers of gradients that are
-        summed up just now, or still whole. A head that is the embedding is gathered throughout."""
+    def sharding(gathered: int, reduced: int = 0, whole: int = 0) -> dict[str, int]:
+        """What there is beside a card's share, of so many gathered weights and gradients: of those summed up just now, and of
+        those still whole."""
         if not mesh.sharded:
             return {}
-        gathered = size * (2 * w.layer + w.embedding * (head or w.tied))
         return {
-            "gathered": gathered,
+            "gathered": size * gathered,
             "reduced": mesh.reduced_bytes(work.dtype) * reduced,
             "whole_gradients": size * whole,
         }
 
     last, head = layers - 1, w.embedding
+    # A head that is the embedding is gathered from the first layer to the last, and its gradient waits for the embedding's.
+    throughout, whole, summed = (head, head, 0) if w.tied else (0, 0, head)
+    complete = summed if mesh.sharded else head
     for layer in range(layers):
         kept = layer + 1 - sum(map(away, range(layer + 1)))
         passing = (t.input + encoded) * away(layer)
-        yield phase(f"forward {layer}", 0, kept, passing, layer=max(t.forward, 0), **sharding(False))
+        yield phase(f"forward {layer}", 0, kept, passing, layer=max(t.forward, 0), **sharding(throughout + 2 * w.layer))
     passing = (t.input + encoded) * away(last)
-    kept = tiers.count("device")
-    yield phase("last norm", 0, kept, passing, layer=t.norm, **sharding(True))
+    kept, at_loss = tiers.count("device"), sharding(head + w.layer if w.tied else 2 * head)
+    yield phase("last norm", 0, kept, passing, layer=t.norm, **at_loss)
     dw = head * (4 + (size if size < 4 else 0))
-    yield phase("loss", 0, kept, passing, layer=t.held, loss=_workspace(work) + dw, **sharding(True))
-    summed, whole = (0, head) if w.tied else (head, 0)  # a tied head's gradient waits for the embedding's
+    yield phase("loss", 0, kept, passing, layer=t.held, loss=_workspace(work) + dw, **at_loss)
     own = 0 if freed or mesh.sharded else head
     held_back = t.norm_backward + (head * g if freed else 0)
-    yield phase("backward last norm", own, kept, passing, layer=held_back, **sharding(True, summed, head))
+    before, after = sharding(head + w.layer, 0, head), sharding(throughout + w.layer, summed, head)
+    needs = max(before, after, key=lambda parts: sum(parts.values()))
+    yield phase("backward last norm", own, kept, passing, layer=held_back, **needs)
     for layer in reversed(range(layers)):
-        gradients = 0 if freed else head + (last - layer) * w.layer
+        gradients = 0 if freed else complete + (last - layer) * w.layer
         kept = layer + 1 - sum(map(away, range(layer + 1)))
         passing = (t.input + encoded) * away(layer) + (encoded or t.input) * away(layer - 1)
-        needs = sharding(False, summed if layer == last else w.layer, whole)
+        following = w.layer if layer else summed  # an embedding of its own comes where the next layer did
+        needs = sharding(throughout + w.layer + following, summed if layer == last else w.layer, whole)
         yield phase(f"backward {layer}", gradients, kept, passing, layer=t.backward, optimizer_scratch=scratch, **needs)
-    gradients = 0 if freed else head + layers * w.layer
-    needs = sharding(True, head, whole)
+    gradients = 0 if freed else complete + layers * w.layer
+    needs = sharding(head, w.layer, whole)
     yield phase("embedding", gradients, 1, 0, layer=t.embedding_backward, optimizer_scratch=scratch, **needs)
     if not freed:
         yield phase("optimizer", w.total, 0, 0, optimizer_scratch=step_scratch)

@@ -87,9 +87,7 @@ def measured(work: Work, settings: Settings) -> int:
             )
         step()
         resident = sum(p.nbytes for p in model.parameters())
-        resident += sum(
-            t.nbytes for w in optimizer.state_dict()["state"].values() for p in w["pieces"] for t in p.values()
-        )
+        resident += sum(t.nbytes for w in optimizer.state_dict()["state"].values() for t in w.values())
         return resident + allocated(step)
 
 

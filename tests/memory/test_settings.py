@@ -169,7 +169,7 @@ def test_a_stated_host_is_taken_at_its_word(monkeypatch):
     assert stated.host_bytes == 1 << 50 and stated.host_reserve == HOST_RESERVE
     assert here.device_bytes == 79 << 30 and here.device_memory == 3.0e12
     card.name = "NVIDIA H200"
-    assert machine_here(device).device_memory == Machine(1).device_memory == 4.3e12
+    assert machine_here(device).device_memory == Machine(1).device_memory == 4.15e12
     assert machine_here(torch.device("cpu"), host_bytes=1 << 50).device_bytes == 1 << 50
 
 
