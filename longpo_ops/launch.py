@@ -58,10 +58,12 @@ def is_deepspeed() -> bool:
 def sequence_parallel(given: int | None) -> int:
     """Processes that share the rows of a pack: `given`, or what the launcher's file says, or 1.
 
-    Raises ValueError where both say and differ, and for a launcher's file that asks for another kind of parallelism.
+    Raises ValueError where both say and differ, for a launcher's file that asks for another kind of parallelism, and for
+    processes of srun or mpirun that nobody told of each other.
     """
     refuse_others(launched("tp") or 1, launched("sp") or 1)
     _refuse_ring()
+    _refuse_untold()
     told = launched("cp")
     if None not in (given, told) and given != told:
         raise ValueError(
@@ -110,6 +112,17 @@ def check_group(world: int) -> None:
 
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
+
+
+def _refuse_untold() -> None:
+    """srun and mpirun start processes and set nothing that torch reads: each would train alone, in one folder."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        started = int(os.environ.get(name, 1))
+        if started > 1 and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"{started} processes were started ({name}) without WORLD_SIZE, so each would train alone; start one torchrun or "
+                "accelerate launch on each machine (srun --ntasks-per-node 1 torchrun --nnodes ... --nproc-per-node ...)"
+            )
 
 
 def _refuse_ring() -> None:

@@ -166,8 +166,9 @@ def packed_preference_loss(
         N, the same on every rank. Every output is the whole row's, the same on every rank; the gradient of hidden is that
         of this rank's rows, those of weight and bias are its rows' share, and shares add up over the ranks. FSDP and DDP
         average gradients over all their ranks: multiply the loss by the world size. Every rank raises the same ValueError,
-        before any row is read, for what is wrong on one of them, and for arguments that differ between them (references
-        may). The host waits for the device once; K and 1 float64 numbers go round beside that.
+        before any row is read, for rows, labels, sequences, pairs and references that are wrong on one of them, and for
+        arguments that differ between them (of references that is not looked at); kinds, shapes and dtypes of arguments are
+        each rank's own. The host waits for the device once; K and 1 float64 numbers go round beside that.
     Everything else, errors and source as in fused_preference_loss.
     """
     check_head(hidden, weight, bias)

@@ -3,7 +3,7 @@
     mesh     (dp_replicate, dp_shard, cp)      the ranks of "cp" share each pack's rows; others have other packs
 
 A rank that holds other data would send wrong rows, or wait for rows that never come. So what must be alike is compared by
-digests, in one small collective that every rank enters whatever it holds, and all raise alike.
+name, in a collective that every rank enters whatever it holds, and all raise alike.
 
 Tests: tests/parallel/test_trainer_ranks.py.
 """
@@ -15,25 +15,26 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-SEQUENCE = ("cp", "sp")  # names of the dimension in accelerate, now and to come
+SEQUENCE = "cp"  # the dimension of accelerate whose ranks share rows
 
 
 def sequence_group(mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
     """The ranks that share the rows of a pack with this one, or None where it has them all."""
     names = () if mesh is None else mesh.mesh_dim_names or ()
-    shared = [name for name in SEQUENCE if name in names and mesh[name].size() > 1]
-    return mesh[shared[0]].get_group() if shared else None
+    return mesh[SEQUENCE].get_group() if SEQUENCE in names and mesh[SEQUENCE].size() > 1 else None
 
 
 def check_alike(held: dict[str, str], group: dist.ProcessGroup | None = None) -> None:
-    """A collective over `group`, default all ranks: each gives what it holds under the same names. Raises ValueError, on all
-    of them alike, for names under which they hold different text."""
+    """A collective over `group`, default all ranks: each gives what it holds under names. Raises ValueError, on all of them
+    alike, for names under which they hold different text, or which some do not hold."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     gathered: list[dict[str, str]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(gathered, held, group=group)
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    different = {name: texts for name in held if len(set(texts := [each[name] for each in gathered])) > 1}
+    names = dict.fromkeys(name for each in gathered for name in each)
+    held_by_all = {name: [each.get(name, "none") for each in gathered] for name in names}
+    different = {name: texts for name, texts in held_by_all.items() if len(set(texts)) > 1}
     if different:
         told = [f"{name} ({_first_of_each(ranks, texts)})" for name, texts in different.items()]
         raise ValueError(

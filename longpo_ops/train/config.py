@@ -72,6 +72,7 @@ class LongPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False)  # it logs a loss that is not finite as 0
     num_train_epochs: float = field(default=1.0)
     remove_unused_columns: bool = field(default=False)
+    ddp_timeout: int = field(default=10800)  # seconds that processes wait for the first one to tokenise the pairs
     dataloader_pin_memory: bool = field(default=False)  # a pack stays on the host until the loss has planned it
     report_to: str | list[str] | None = field(default="none")
 

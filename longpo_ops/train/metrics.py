@@ -30,7 +30,7 @@ class Totals:
 
     def add(self, shares: dict[str, Tensor]) -> None:
         for name, share in shares.items():
-            self._sums[name] = self._sums[name] + share if name in self._sums else share
+            self._sums[name] = self._sums.get(name, 0) + share.double()
 
     def count(self, name: str, reduce: Callable[[Tensor], Tensor]) -> int:
         """Of how many pairs or sequences the mean of that name is."""

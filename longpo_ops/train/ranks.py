@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from ..data import PairBatch, TokenizedPair
@@ -35,6 +37,11 @@ TOGETHER = (
     "sequence_parallel",
     "gradient_accumulation_steps",
     "reference",
+    "fit",
+    "memory",
+    "gradient_checkpointing",
+    "load_best_model_at_end",
+    "eval_on_start",
     *(f"{when}_{what}" for when in ("logging", "eval", "save") for what in ("strategy", "steps")),
 )
 
@@ -45,9 +52,14 @@ class RanksTrainer(CheckpointedTrainer):
     args: LongPOConfig
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's, without what accelerate would hook into the layers for its own attention over ranks."""
+        """Trainer's, without what accelerate would hook into the layers for its own attention over ranks, and without what
+        FSDP2 would round by its own mixed precision: losses and metrics that the model returns, and sums of gradients."""
         super().create_accelerator_and_postprocess()
         self.accelerator._prepare_cp = lambda *prepared: prepared
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+            kept = replace(plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32)
+            plugin.mixed_precision_policy = kept
 
     def _build_accelerator_args(self, **kwargs):
         kwargs["gradient_accumulation_plugin"].sync_each_batch |= self.args.is_sharded

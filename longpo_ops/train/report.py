@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .checkpoints import packs_per_step
+
 PANELS = {
     "rewards": ("rewards/chosen", "rewards/rejected"),
     "reward margin": ("rewards/margins",),
@@ -66,7 +68,7 @@ def _card(trainer, base: str, recipe: str, rows: list[dict]) -> str:
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "pairs": len(trainer.train_dataset.pairs),
         "steps": trainer.state.global_step,
-        "packs a step": args.gradient_accumulation_steps * args.world_size,
+        "packs a step": packs_per_step(args),
         "seed": args.seed,
     }
     lines = [

@@ -21,6 +21,7 @@ from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
 from ..data.records import data_files
 from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
+from ..parallel.mesh import check_alike
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
 from ..runs.validate import check_kinds
 from .checkpoints import check_going_on, last_checkpoint
@@ -332,6 +333,9 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     with prepared.config.main_process_first(local=False):
         identity = Identity.of(run, prepared)
         ended = identity.begin(checkpoint)
+    check_alike(
+        {name: str(value) for name, value in identity.values.items()} | {"last checkpoint": f"{checkpoint}, {ended}"}
+    )
     if ended is not None:
         log.info("%s holds this run, which ended at step %d: nothing is left to do", run.output_dir, ended)
     elif checkpoint is not None:

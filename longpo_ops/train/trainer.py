@@ -229,8 +229,11 @@ class LongPOTrainer(RanksTrainer):
         return super().create_optimizer(model)
 
     def _prepare_for_training(self, *args, **kwargs):
-        """Trainer's. Sharded weights sum the gradients of several packs in float32 where `memory` has the optimizer."""
+        """Trainer's. Sharded weights sum the gradients of several packs in float32 where `memory` has the optimizer. accelerate
+        may have widened them: what they are before the first step is what none of them may still be."""
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled and not self.state.global_step:
+            self._untrained = weights_digest(self.model)
         if self.is_fsdp_enabled and self.args.gradient_accumulation_steps > 1 and self.memory.states is not None:
             float32_gradients(self.model.parameters())
         return prepared

@@ -20,6 +20,7 @@ STEPS = dict(
     eval_strategy="steps", eval_steps=5, pack_tokens=70,
 )  # fmt: skip
 PACKS_A_STEP = 2
+BF16 = dict(dtype=torch.float32, bf16=True, max_steps=2, eval_steps=2)
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=8, max_position_embeddings=256, initializer_range=0.15, bos_token_id=None, eos_token_id=None,
@@ -42,13 +43,15 @@ def with_adapters(model):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).double()
 
 
-def trained(folder, method: str, ranks_of_data: int = 1, lora: bool = False, **settings):
+def trained(folder, method: str, ranks_of_data: int = 1, lora: bool = False, dtype=torch.float64, **settings):
     """-> what was logged, and the weights that training moved: (before, after) of each."""
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # what the trainer before left
-    policy = policy_of(method, lora)
+    policy = policy_of(method, lora).to(dtype)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
     settings = STEPS | {"gradient_accumulation_steps": PACKS_A_STEP // ranks_of_data} | settings
-    trainer = make_trainer(folder, method, PAIRS, policy, None if lora else make_model(1), EVALUATION, **settings)
+    trainer = make_trainer(
+        folder, method, PAIRS, policy, None if lora else make_model(1, dtype), EVALUATION, **settings
+    )
     assert trainer.args.data_ranks == ranks_of_data
     synchronised = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     assert synchronised == dist.is_initialized()  # no rank keeps whole gradients between packs
@@ -69,6 +72,7 @@ def by_two(folder):
     runs = {(m, "cp 2"): trained(folder / f"{m}-cp", m, sequence_parallel=2) for m in METHODS}
     runs["longpo", "lora, cp 2"] = trained(folder / "lora", "longpo", lora=True, sequence_parallel=2)
     runs |= {(m, "dp 2"): trained(folder / f"{m}-dp", m, 2, fsdp=True) for m in METHODS}
+    runs["longpo", "bf16"] = trained(folder / "bf16", "longpo", sequence_parallel=2, **BF16)
     return runs, {name: error_of(case, folder / "refused") for name, case in REFUSED.items()}
 
 
@@ -85,9 +89,9 @@ def error_of(case, folder) -> str:
     return "nothing was refused"
 
 
-def start(folder, policy=None, pairs=PAIRS, **settings):
+def start(folder, policy=None, pairs=PAIRS, evaluation=None, **settings):
     settings = STEPS | {"sequence_parallel": 2, "gradient_accumulation_steps": 1} | settings
-    return make_trainer(folder, "longpo", pairs, policy or make_model(), make_model(1), **settings)
+    return make_trainer(folder, "longpo", pairs, policy or make_model(), make_model(1), evaluation, **settings)
 
 
 def other_packs(folder):
@@ -104,6 +108,7 @@ def mixture():
 
 
 REFUSED = {
+    "other evaluation": lambda folder: start(folder, evaluation=[EVALUATION, None][dist.get_rank()]),
     "other data": lambda folder: start(folder, pairs=PAIRS[dist.get_rank() :]),
     "other settings": lambda folder: start(folder, learning_rate=1e-3 * (1 + dist.get_rank())),
     "other packs": other_packs,
@@ -119,6 +124,7 @@ REFUSED = {
     "nothing moves": lambda folder: start(folder, learning_rate=1e-300, max_steps=1, eval_strategy="no").train(),
 }
 SAID = {
+    "other evaluation": r"ranks hold different evaluation data \(rank 0: 3 records \w+; rank 1: none\)",
     "other data": r"ranks hold different training data \(rank 0: 8 records \w+; rank 1: 7 records \w+\)",
     "other settings": r"ranks hold different learning_rate \(rank 0: 0.001; rank 1: 0.002\)",
     "other packs": r"ranks hold different packs \(rank 0: \w+ of pair-.*; rank 1: \w+ of pair-",
@@ -153,6 +159,7 @@ def ranks(tmp_path_factory):
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     runs = {method: trained(folder / method, method) for method in METHODS}
+    runs["bf16"] = trained(folder / "bf16", "longpo", **BF16)
     return runs | {"lora": trained(folder / "lora", "longpo", lora=True)}
 
 
@@ -174,6 +181,17 @@ def test_five_steps_equal_those_of_one_process(ranks, alone, method, mesh):
             assert torch.equal(weights_of_rank[name][0], before)
             moved = (after - before).norm()
             assert moved > 0 and (weights_of_rank[name][1] - after).norm() <= 1e-6 * moved, name
+
+
+def test_what_is_logged_is_not_rounded_to_what_layers_compute_in(ranks, alone):
+    """FSDP2 would cast all that the model returns: losses, sums of log-probs, and the counts they are divided by."""
+    log = alone["bf16"][0]
+    for log_of_rank, _ in ranks[0]["longpo", "bf16"]:
+        logged = [(row[name], row_of_rank[name]) for row, row_of_rank in zip(log, log_of_rank, strict=True)
+                  for name in ("loss", "eval_loss", "logps/chosen", "nll_loss", "train_loss") if name in row]  # fmt: skip
+        assert len(logged) == 8
+        assert all(torch.tensor(value).bfloat16() != value for _, value in logged)
+        assert [value for _, value in logged] == pytest.approx([value for value, _ in logged], rel=0.05)
 
 
 def test_evaluation_is_the_same_on_one_two_and_four(ranks, alone):
