@@ -178,7 +178,7 @@ class MasterOptimizer(Optimizer):
                 loss = closure()
         self._stepped.clear()
         if not self.state and self._moves_nothing():
-            self._make_states()
+            self._make_states(self._parameters())
         else:
             self._step([(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None])
         return loss
@@ -204,7 +204,8 @@ class MasterOptimizer(Optimizer):
                 "step_in_backward: weights are sharded since the optimizer was made of them (FSDP2), and their gradients "
                 "are averaged after backward; expected whole weights, or switch step_in_backward off"
             )
-        self._make_states()
+        one_by_one = self._in_backward and self.state  # the first makes all states, no later one is to look for them
+        self._make_states([p for p, _ in stepping] if one_by_one else self._parameters())
         crossings: dict[torch.device, list[Iterator[Crossing]]] = {}
         for parameter, group in stepping:
             crossings.setdefault(parameter.device, []).append(self._crossings(parameter, group))
@@ -276,9 +277,9 @@ class MasterOptimizer(Optimizer):
         kept = MASTERS[self.settings["master"]] if parameter.dtype.itemsize < 4 else {}
         return kept | averages_like(parameter, self._steps.averages, _wide(parameter.dtype), self._steps.quantised)
 
-    def _make_states(self) -> None:
-        """Those of before the first step, of every weight that trains and has none."""
-        for parameter in self._parameters():
+    def _make_states(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Those of before the first step, of each of the weights that trains and has none."""
+        for parameter in parameters:
             if parameter not in self.state and (parameter.requires_grad or parameter.grad is not None):
                 self._check(parameter)
                 self.state[parameter] = self._make(parameter)
@@ -289,7 +290,8 @@ class MasterOptimizer(Optimizer):
         if "master" in state:
             local(state["master"]).copy_(local(parameter.detach()))
         shards = {"shards": Blocks(parameter).shards} if self._is_quantised(parameter) else {}
-        return {"step": torch.zeros((), dtype=torch.float32, device=device)} | state | shards
+        counts_on = torch.device("cpu") if self._steps.quantised else device  # where the code that steps reads them
+        return {"step": torch.zeros((), dtype=torch.float32, device=counts_on)} | state | shards
 
     def _is_quantised(self, parameter: nn.Parameter) -> bool:
         return self._steps.quantised and is_quantised(parameter)
@@ -432,10 +434,11 @@ class _Shard:
 
     def __init__(self, kept: dict[str, Tensor], count: Tensor, n: int, dtype: torch.dtype, blocks: Blocks | None):
         self.kept, self.count, self.n, self.dtype, self.blocks = kept, count, n, dtype, blocks
+        self.device = next(iter(kept.values())).device
 
     def step(self, steps, here: slice, group: dict, weight: Tensor, gradient: Tensor) -> None:
         """Steps a piece's weight (n,), numbers `here` of the shard, where the states live, in place."""
-        for block in steps.blocks(weight.numel(), self.count.device):
+        for block in steps.blocks(weight.numel(), self.device):
             low, grad = weight[block], gradient[block].to(self.dtype)
             at = slice(here.start + block.start, here.start + block.stop)
             averages, done = self._averages(steps, at)
@@ -456,7 +459,7 @@ class _Shard:
         """Those of some numbers, and what is to be done when they have stepped."""
         if self.blocks is None:
             return [self.kept[name][at] for name in steps.averages], lambda: None
-        places = self.blocks.places(at, self.count.device)
+        places = self.blocks.places(at, self.device)
         codes, scales = ([self.kept[f"{name}_{part}"] for name in steps.averages] for part in EightBit._fields)
         averages = [EightBit(code[at], scale[places]) for code, scale in zip(codes, scales, strict=True)]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -79,7 +80,10 @@ def _rates(group: dict) -> dict[str, float]:
 
 
 class CompiledAdamWSteps:
-    """torchao's, compiled, in one block: a stand-in parameter holds a piece's numbers only while it steps."""
+    """torchao's, compiled, in one block: a stand-in parameter holds a piece's numbers only while it steps.
+
+    count lies on the host, whatever the numbers lie on: torchao's step reads it there.
+    """
 
     averages: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     quantised: ClassVar[bool] = True
@@ -132,7 +136,7 @@ class CompiledAdamWSteps:
         its.update({name: group[name] for name in ("betas", "eps", "weight_decay")})
         its["lr"].fill_(float(group["lr"]))  # a tensor, as torchao would compile a number in
         empty = stand_in.data
-        inner.state[stand_in] = {"step": count.cpu().clone()} | dict(zip(self.averages, states, strict=True))
+        inner.state[stand_in] = {"step": count.clone()} | dict(zip(self.averages, states, strict=True))
         stand_in.data, stand_in.grad = value, grad
         try:
             inner.step()
@@ -145,11 +149,18 @@ class CompiledAdamWSteps:
         """The average as torchao has it, over the same memory."""
         if not isinstance(average, EightBit):
             return average
-        from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
+        from torchao.optim.subclass_8bit import OptimState8bit
 
-        levels = get_qmap_signed() if signed else get_qmap_unsigned()
-        levels = torch.tensor(levels, dtype=torch.float32, device=average.codes.device)
+        levels = _levels(signed, average.codes.device)
         return OptimState8bit(average.codes, average.scale, levels, signed, dtype=torch.float32)
+
+
+@cache
+def _levels(signed: bool, device: torch.device) -> Tensor:
+    """(256,) float32: the numbers that torchao's codes stand for. Made once, as a device waits for what a host sends."""
+    from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
+
+    return torch.tensor(get_qmap_signed() if signed else get_qmap_unsigned(), dtype=torch.float32, device=device)
 
 
 def _compare(ours: Tensor, theirs: Tensor, rounding: Tensor | float = 0.0) -> None:

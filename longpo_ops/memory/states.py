@@ -3,7 +3,7 @@
     residue | master     (R, ..., 2) uint8 | (R, ...) float32        float32 weights have neither
     m, v                 (R, ...) float32, or in 8 bits two of each:
     codes, scale         (R, ...) uint8, (R, ceil(C / 256)) float32    C numbers of a row, a scale for 256 of them
-    step                 () float32
+    step                 () float32, on the host with states="8bit"
 
 A residue is an int16, kept as its two bytes, as collectives know no int16. The scales of `period` rows, which hold whole
 blocks, lie in those rows, one after the other; what is left over stays 0. So all tensors are cut by rows as FSDP2 cuts the
@@ -81,15 +81,14 @@ class Like(NamedTuple):
 
     def zeros(self, weight: Tensor, device: torch.device) -> Tensor:
         """Sharded as the weight is, on the device."""
-        zeros = torch.zeros(self.size(local(weight).shape), dtype=self.dtype, device=device)
-        if not isinstance(weight, DTensor):
-            return zeros
-        size = self.size(weight.shape)
-        stride = torch.empty(size, device="meta").stride()
-        whole = DTensor.from_local(
-            zeros, weight.device_mesh, weight.placements, run_check=False, shape=size, stride=stride
-        )
-        return whole.to(device)  # from_local moves what is on a host beside a mesh of GPUs
+        like = torch.empty(self.size(local(weight).shape), dtype=self.dtype, device="meta")
+        if isinstance(weight, DTensor):  # without memory, as from_local moves what is on a host to a mesh of GPUs
+            size = self.size(weight.shape)
+            stride = torch.empty(size, device="meta").stride()
+            like = DTensor.from_local(
+                like, weight.device_mesh, weight.placements, run_check=False, shape=size, stride=stride
+            )
+        return torch.zeros_like(like, device=device)
 
 
 MASTERS = {"residue": {"residue": Like(torch.uint8, parts=2)}, "float32": {"master": Like(torch.float32)}}

@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import weakref
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -276,6 +277,25 @@ def test_no_two_gradients_live_together():
         p.register_hook(lambda grad: most.append(sum(q.grad is not None for q in model.parameters())))
     backward(model, 0)
     assert most == [0, 0, 0, 0] and optimizer
+
+
+def test_stepping_in_backward_looks_at_each_weight_once():
+    """Each hook looked for the states of all weights: a model of n weights took n * n look-ups a step."""
+
+    class Watched(defaultdict):
+        looked_up = 0
+
+        def __contains__(self, parameter):
+            self.looked_up += 1
+            return super().__contains__(parameter)
+
+    model = network()
+    optimizer = AdamW(model.parameters(), lr=1e-3, step_in_backward=True)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.state = Watched(dict, optimizer.state)
+    backward(model, 1)
+    assert optimizer.state.looked_up == len(list(model.parameters())) == 4
 
 
 def test_weights_go_with_their_model_and_optimizer():

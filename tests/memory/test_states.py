@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard
+from torch.overrides import TorchFunctionMode
 
 from longpo_ops.memory import optimizer as module
+from longpo_ops.memory import pieces
 from longpo_ops.memory.optimizer import SETTINGS, AdamW, RMSprop
-from longpo_ops.memory.states import Blocks
+from longpo_ops.memory.states import Blocks, Like
 
 from .trained import equal, gradients, network, train
 
@@ -122,6 +125,51 @@ def test_states_of_earlier_versions_that_do_not_fit_are_refused():
     wider = nn.Sequential(nn.Linear(65, 96), nn.Tanh(), nn.Linear(96, 8)).bfloat16()
     with pytest.raises(ValueError, match=r"master of another size for a weight of shape \(96, 65\)"):
         AdamW(wider.parameters()).load_state_dict(by_pieces(optimizer))
+
+
+class Sent(TorchFunctionMode):
+    """Counts tensors made of a host's numbers, which a device waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.sent += function is torch.tensor
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_in_8_bits_neither_reads_from_a_device_nor_sends_numbers_to_it(monkeypatch):
+    """A device that holds no numbers has none to be read; each step copied its count to the host, and 256 levels back."""
+    model = network().to("meta")
+    optimizer = AdamW(model.parameters(), lr=1e-3, states="8bit")
+    monkeypatch.setattr(pieces, "_compare", lambda *args, **kwargs: None)  # which reads, once in a process
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        with Sent() as mode:
+            optimizer.step()
+    assert mode.sent == 0
+    assert {(s["step"].device.type, int(s["step"])) for s in optimizer.state.values()} == {("cpu", 2)}
+
+
+@pytest.mark.parametrize("algorithm", [AdamW, RMSprop])
+def test_float32_states_count_where_their_step_reads_it(algorithm):
+    model = network().to("meta")
+    optimizer = algorithm(model.parameters(), lr=0.0)
+    optimizer.step()
+    assert {s["step"].device.type for s in optimizer.state.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("like", [Like(torch.float32), Like(torch.uint8, parts=2), Like(torch.float32, width=2)])
+def test_states_on_the_host_of_a_shard_on_a_gpu_never_touch_it(like):
+    """There is no GPU here that they could be made on."""
+    mesh = DeviceMesh("cuda", [0], _init_backend=False, _rank=0)
+    weight = DTensor.from_local(torch.empty(5, 7, device="meta"), mesh, [Shard(0)], run_check=False)
+    zeros = like.zeros(weight, torch.device("cpu"))
+    assert zeros.shape == like.size(weight.shape) and zeros.placements == weight.placements
+    shard = zeros.to_local()
+    assert shard.device.type == "cpu" and shard.dtype == like.dtype and not shard.any()
 
 
 def test_blocks_of_rows_that_no_block_fits():
