@@ -120,8 +120,8 @@ def _refuse_untold() -> None:
         started = int(os.environ.get(name, 1))
         if started > 1 and "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                f"{started} processes were started ({name}) without WORLD_SIZE, so each would train alone; start one torchrun or "
-                "accelerate launch on each machine (srun --ntasks-per-node 1 torchrun --nnodes ... --nproc-per-node ...)"
+                f"{started} processes were started ({name}) without WORLD_SIZE, so each would train alone; start one "
+                "torchrun or accelerate launch on each machine (srun --ntasks-per-node 1 torchrun --nnodes ... --nproc-per-node ...)"
             )
 
 

@@ -76,3 +76,13 @@ def test_processes_that_found_no_group_are_refused(told):
     launch.check_group(2)
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2, but the process group has 1 process.* use_cpu=true"):
         launch.check_group(1)
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_nobody_told_of_each_other_are_refused(monkeypatch, name):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(ValueError, match=rf"8 processes were started \({name}\) without WORLD_SIZE.*torchrun"):
+        launch.sequence_parallel(None)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert launch.sequence_parallel(None) == 1

@@ -248,6 +248,14 @@ def test_a_run_does_not_go_on_with_the_state_of_another_optimizer(home, tmp_path
     values = json.loads((tmp_path / "run.json").read_text())
     del values["memory"]  # which earlier versions did not tell
     (tmp_path / "run.json").write_text(json.dumps(values))
+    file = tmp_path / "checkpoint-1/optimizer.pt"
+    kept = torch.load(file, weights_only=True)
+    kept["state"] = {
+        i: {"master": None, "pieces": [state]} for i, state in kept["state"].items()
+    }  # nor had they torch's names
+    torch.save(kept, file)
+    (file.parent / MANIFEST).unlink()
+    write_manifest(file.parent, True, 2)
     with pytest.raises(ValueError, match=r"checkpoint-1: its optimizer state has no 'step'.*memory: states"):
         run_tiny(home, tmp_path, max_steps=2, **more)
     with pytest.raises(ValueError, match="go on with the settings it began with"):

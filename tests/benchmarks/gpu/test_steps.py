@@ -52,7 +52,7 @@ def test_the_headlines_are_the_lengths_of_the_card(cards):
         "8 layers",
         "backward of the last 4 layers",
     ]
-    assert sum(row.seconds for row in parts) < 500
+    assert sum(row.seconds for row in parts) < 560  # of the 570 that docs/measured.md gives them
     assert parts[1].device_bytes > cards["H200"]["long"][2].device_bytes - (4 << 30)
 
 
