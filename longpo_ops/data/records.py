@@ -169,7 +169,7 @@ def write_records(records: Iterable[dict], path: str | os.PathLike, schema=None)
     if not _is_data(path) or path.suffix == ".zst":
         raise ValueError(f"cannot write {path}; expected a name ending in .jsonl, .jsonl.gz or .parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
         count = write(records, partial, schema, path.suffix == ".gz")
         os.replace(partial, path)

@@ -82,8 +82,8 @@ class Shard:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The file appears under its name only when it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """The file appears under its name only when it is complete, whoever else writes it, on this machine or another."""
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")  # containers have equal process ids
     try:
         partial.write_bytes(data)
         sync(partial)

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from ..data import PairBatch, TokenizedPair, pack
 from ..ops.logprobs import linear_logprobs
+from ..runs.journal import write_atomically
 from .arithmetic import Arithmetic, base_model
 
 
@@ -166,6 +167,19 @@ def without_adapters(model: nn.Module, config) -> Iterator[None]:
         body.rotary_emb = rotary
 
 
+@contextlib.contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """A model that lies on the host, on `device`; then on the host again, from where Trainer places or shards it. A model
+    that lies elsewhere, or on several devices, stays there."""
+    host = torch.device("cpu")
+    moves = device != host and all(p.device == host for p in model.parameters())
+    try:
+        yield model.to(device) if moves else model
+    finally:
+        if moves:
+            model.to(host)
+
+
 class ReferenceStore:
     """What a reference said, on disk: values by the content of the pair, under a key of the model and its reading."""
 
@@ -183,7 +197,7 @@ class ReferenceStore:
         lines = self._own.read_bytes().splitlines(keepends=True) if self._own.exists() else []
         good = [line for line in lines if _value(line) is not None]
         if len(good) != len(lines):
-            _write_atomically(self._own, b"".join(good))
+            write_atomically(self._own, b"".join(good))
 
     def reload(self) -> None:
         """Takes in what all processes have written."""
@@ -237,9 +251,10 @@ def precompute(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Fills the store with what this process's share of `pairs` still lacks, under a progress bar of the first one."""
+    """Fills the store with what this process's share of `pairs` still lacks, under a progress bar of the first one, which
+    alone adds the head: the others have it once all are through."""
     if constraint:
-        if store.head() is None:
+        if rank == 0 and store.head() is None:
             store.add_head(reference.head())
         known, add = store.has_hidden, lambda pair: store.add_hidden(pair, reference.hidden(pair))
     else:
@@ -269,19 +284,13 @@ def _value(line: bytes) -> tuple[str, tuple[float, tuple[float, ...]]] | None:
     return digest, (chosen, tuple(rejected))
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
 def _save_tensor(path: Path, tensor: Tensor) -> None:
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     data = tensor.detach().cpu().contiguous()
     checksum = hashlib.sha256(_bytes(data)).hexdigest()
-    _write_atomically(path, save({"tensor": data}, metadata={"sha256": checksum}))
+    write_atomically(path, save({"tensor": data}, metadata={"sha256": checksum}))
 
 
 def _load_tensor(path: Path) -> Tensor | None:

@@ -24,7 +24,7 @@ from ..memory.plan import Plan
 from ..parallel.mesh import check_alike
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
 from ..runs.validate import check_kinds
-from .checkpoints import check_going_on, last_checkpoint
+from .checkpoints import check_going_on, check_one_folder, last_checkpoint
 from .checks import (
     agreed_memory,
     check_model,
@@ -40,7 +40,7 @@ from .checks import (
 from .config import LongPOConfig
 from .identity import Identity, holds_run, tokenizer_digest
 from .packed import DIGESTS, PairStore, select
-from .ranks import weights_digest
+from .ranks import check_ranks, weights_digest
 from .report import write_report
 from .trainer import LongPOTrainer
 
@@ -286,8 +286,11 @@ class Prepared:
 
 def prepare(run: TrainRun) -> Prepared:
     """Raises ValueError for whatever the run would refuse: of the model and its tokenizer before anything is tokenised, of
-    every record before weights are read."""
-    config, vocab_size = run.config(), run.read_config(run.model).vocab_size
+    every record before weights are read; of what several processes must have alike, first of all."""
+    config = run.config()
+    check_ranks(config, {})
+    check_one_folder(config)
+    vocab_size = run.read_config(run.model).vocab_size
     policy, tokenizer = check_model(run, config), run.load_tokenizer()
     with config.main_process_first(local=False):
         pairs = run.load_pairs(run.data, tokenizer, vocab_size)

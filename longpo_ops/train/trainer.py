@@ -62,7 +62,7 @@ from .config import LongPOConfig
 from .metrics import Totals, total
 from .packed import Pack, PackedPairs, collate
 from .ranks import RanksTrainer, check_ranks, weights_digest
-from .reference import DataReference, Reference, ReferenceStore, precompute
+from .reference import DataReference, Reference, ReferenceStore, on_device, precompute
 
 log = logging.getLogger("longpo_ops.train")
 
@@ -269,8 +269,9 @@ class LongPOTrainer(RanksTrainer):
             return reference
         folder = args.reference_cache or os.path.join(args.output_dir, "reference")
         store = ReferenceStore(folder, reference.digest(), self.method.reference, args.process_index)
-        for pairs in datasets:
-            precompute(store, pairs, reference, self.method.constraint, args.process_index, args.world_size)
+        with on_device(reference_model, args.device):
+            for pairs in datasets:
+                precompute(store, pairs, reference, self.method.constraint, args.process_index, args.world_size)
         args.distributed_state.wait_for_everyone()
         store.reload()
         return store

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from longpo_ops.pretrained import load_model, read_config
 from longpo_ops.train import checkpoints
 from longpo_ops.train.checkpoints import check_checkpoint, last_checkpoint
+from longpo_ops.train.run import TrainRun, prepare
 from longpo_ops.train.states import MODEL_FOLDER, read_dcp
 
 from ..processes import CLI, killed_in
@@ -245,10 +246,17 @@ def loaded_in_one_process(folder):
         del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
 
 
+def begin(output, **more):
+    """A run of two processes without a model or data: nothing is read before what they must have alike is compared."""
+    prepare(TrainRun.from_settings(run_settings(output / "nothing", output, fsdp=True, **more)))
+
+
 LEFT = {"tied": tied, "adapters": with_adapters, "bfloat16": in_bfloat16, "best": best_of_three}
 REFUSED = {
     "packs": other_packs,
     "folders": lambda folder: make(folder / str(dist.get_rank())),
+    "folders of a run": lambda folder: begin(folder.parent / "folders" / str(dist.get_rank())),
+    "settings of a run": lambda folder: begin(folder, learning_rate=1e-3 * (1 + dist.get_rank())),
     "reference of zeros": lambda folder: make(folder, reference=zeros(1), objective="longpo"),
     "policy of zeros": lambda folder: make(folder, zeros(0, tie_word_embeddings=True)),
     "layer of zeros": empty_layer,
@@ -261,6 +269,8 @@ SAID = {
     "packs": r"checkpoint-1 is of a run with 2 packs a step, and this one has 4: with 2 processes .* set "
     "gradient_accumulation_steps to 1",
     "folders": r"1 of 2 processes, process 1 the first, do not see .*a folder that all machines share",
+    "folders of a run": r"1 of 2 processes, process 1 the first, do not see .*a folder that all machines share",
+    "settings of a run": r"ranks hold different learning_rate \(rank 0: 0.001; rank 1: 0.002\)",
     "reference of zeros": r"process 1: reference_model: 4 parts of it hold nothing but zeros \(lm_head.weight, .*"
     "FSDP_CPU_RAM_EFFICIENT_LOADING",
     "policy of zeros": r"process 0: model: 3 parts of it hold nothing but zeros \(model.embed_tokens.weight, ",

@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from longpo_ops.train import ReferenceStore
-from longpo_ops.train.reference import model_digest, precompute
+from longpo_ops.runs import journal
+from longpo_ops.train import LongPOConfig, ReferenceStore
+from longpo_ops.train.reference import model_digest, on_device, precompute
 from tests.processes import run
 
 from ..attention.dense import TrueFloat64
@@ -80,6 +81,35 @@ def counted(model) -> list:
 
     model.model.layers[0].register_forward_hook(count, with_kwargs=True)
     return calls
+
+
+def moved(monkeypatch, model, calls=()) -> list[tuple[str, int]]:
+    """Where the model was asked to go, after how many forward passes; it stays on the host."""
+    asked = []
+    monkeypatch.setattr(type(model), "to", lambda self, where: asked.append((str(where), len(calls))) or self)
+    return asked
+
+
+def test_a_peft_policy_answers_on_the_runs_device_and_is_placed_from_the_host(tmp_path, monkeypatch):
+    base = make_model()
+    calls = counted(base)
+    policy = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).double()
+    asked = moved(monkeypatch, policy, calls)
+    monkeypatch.setattr(LongPOConfig, "device", property(lambda self: self._setup_devices and torch.device("cuda")))
+    trainer = make_trainer(tmp_path, "longpo", PAIRS, policy, reference="precompute")
+    assert trainer.args.device.type == "cuda" and len(calls) == SHORT_INPUTS
+    assert asked == [("cuda", 0), ("cpu", SHORT_INPUTS), ("cuda", SHORT_INPUTS)]  # the last by Trainer
+
+
+@pytest.mark.parametrize("device, elsewhere", [("cpu", ""), ("cuda", "model"), ("cuda", "lm_head")])
+def test_a_model_is_moved_only_from_the_host_and_whole(monkeypatch, device, elsewhere):
+    model = make_model()
+    if elsewhere:
+        getattr(model, elsewhere).to("meta")
+    asked = moved(monkeypatch, model)
+    with on_device(model, torch.device(device)) as given:
+        assert given is model
+    assert asked == []
 
 
 def start(folder, reference, pairs=PAIRS, name="longpo"):
@@ -192,6 +222,30 @@ def test_processes_share_the_work_and_read_each_others(tmp_path):
     for store in stores:
         store.reload()
         assert all(store.logps(pair) == reference.logps(pair) for pair in PAIRS)
+
+
+def test_the_first_process_alone_adds_the_head(tmp_path):
+    reference = make_trainer(tmp_path, "sft_constraint", PAIRS, make_model(), make_model(1)).reference
+    stores = [ReferenceStore(tmp_path, "key", "short", rank) for rank in range(2)]
+    precompute(stores[1], PAIRS, reference, True, 1, 2)
+    assert stores[1].head() is None and stores[1].has_hidden(PAIRS[1])
+    precompute(stores[0], PAIRS, reference, True, 0, 2)
+    assert torch.equal(stores[1].head(), reference.head())
+
+
+def test_two_machines_with_one_process_id_may_write_a_file_at_once(tmp_path, monkeypatch):
+    """The second writes all of it while the first waits for its own bytes to be on the disk."""
+    stores, sync = [ReferenceStore(tmp_path, "key", "short", rank) for rank in range(2)], journal.sync
+
+    def meanwhile(path):
+        monkeypatch.setattr(journal, "sync", sync)
+        stores[1].add_head(torch.ones(2, 3))
+        sync(path)
+
+    monkeypatch.setattr(journal, "sync", meanwhile)
+    stores[0].add_head(torch.ones(2, 3))
+    assert torch.equal(stores[1].head(), torch.ones(2, 3))
+    assert [path.name for path in stores[0].folder.iterdir()] == ["head.safetensors"]
 
 
 def test_data_may_hold_the_log_probs(tmp_path):
