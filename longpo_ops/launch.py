@@ -121,7 +121,7 @@ def _refuse_untold() -> None:
         if started > 1 and "WORLD_SIZE" not in os.environ:
             raise ValueError(
                 f"{started} processes were started ({name}) without WORLD_SIZE, so each would train alone; start one "
-                "torchrun or accelerate launch on each machine (srun --ntasks-per-node 1 torchrun --nnodes ... --nproc-per-node ...)"
+                "torchrun or accelerate launch on each machine (srun --ntasks-per-node 1 torchrun ...)"
             )
 
 
