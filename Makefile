@@ -17,8 +17,8 @@ DEADLINE ?= 3600
 
 BIN    := $(abspath $(VENV))/bin
 STAMP  := $(VENV)/.ready
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-FUNCTIONS := $(addprefix tests/ops/test_,operators.py preference.py logprobs.py head.py)
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+FUNCTIONS := tests/ops/test_operators.py
 REHEARSE := $(OLDEST)/bin/python -m benchmarks.gpu.check --rehearse
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 RANKS  := tests/parallel/test_*_ranks.py
@@ -64,7 +64,7 @@ test-interpreter: $(STAMP)
 test-compile: $(STAMP)
 	$(PYTEST) tests/kernels/test_compile.py tests/kernels/test_cuda_source.py
 
-# The functions and the rehearsal of gpu-check with the oldest torch that we take, which GPU machines often have: an environment
+# The registered operators and the rehearsal of gpu-check, which asks every public function, with the oldest torch that we take, which GPU machines often have: an environment
 # of its own (4.6 GB, as that release brings CUDA along). Only if that cannot be made is this no test.
 test-torch:
 	if $(MAKE) --no-print-directory $(OLDEST)/.ready; \

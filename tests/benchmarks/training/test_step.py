@@ -139,7 +139,7 @@ def test_a_single_step_has_states_and_pages_before_it(monkeypatch):
 
     def watched(model, optimizer, loss, offloaded, device):
         seconds = warm_up(model, optimizer, loss, offloaded, device)
-        seen["states"] = [bool(piece.state()) for weight in optimizer._weights.values() for piece in weight.pieces]
+        seen["states"] = [bool(optimizer.state[weight]) for weight in model.parameters()]
         seen["bytes"] = offloaded.host_bytes, offloaded.used_bytes
         return seconds
 
