@@ -7,8 +7,9 @@
     record --sample--> Sample (cut in the middle where it is too long, counted) --engine--> text --score / judge--> 0 to 1
 
 InfiniteBench (arXiv 2402.13718): its prompts for models that complete them, the last words of which begin the answer;
-its limits; its scores. LongBench-Chat (arXiv 2401.18058): another model rates each answer from 1 to 10 against the
-reference, a tenth of which is the score; without a judge the answers are written and stay unjudged. Memory: one file.
+its limits; its scores, as its code has had them since August 2024. LongBench-Chat (arXiv 2401.18058): another model
+rates each answer from 1 to 10 against the reference, a tenth of which is the score; without a judge the answers are
+written and stay unjudged. Memory: one file.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from .text import fill
 
 CHAT, CHAT_TOKENS = "longbench_chat", 1024
 LETTERS = "ABCD"
-MARKS = re.compile(  # space, dashes and quotes, Chinese marks, full-width marks
-    r"[\s\u2013\u2014\u2018-\u201f\u2026\u2027\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303e\u303f"
-    r"\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufe4f]"
+MARKS = (
+    re.compile(  # as published: of the marks around these some stay, such as an opening \u300a, whose closing one goes
+        r"[\s\u2013\u2014\u2018\u2019\u201b-\u201f\u2026\u2027\u3001-\u3003\u300b-\u3011\u3014-\u301f\u3030\u303e\u303f"
+        r"\uff01-\uff0d\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff64\ufe4f]"
+    )
 )
 
 # -- InfiniteBench's prompts: the user's message, how the answer begins, its tokens ------------------------------------
@@ -234,7 +237,7 @@ def _options(record: dict) -> list:
 def references(name: str, record: dict) -> tuple[str, ...]:
     """What answers are scored against. Raises ValueError for an answer that is none of the options."""
     answer = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
-    answer = tuple(map(str, answer))
+    answer = tuple(map(str, answer[0] if answer and isinstance(answer[0], list) else answer))  # math_calc has both
     if name in CHOICES and not (len(answer) == 2 and answer[1] in LETTERS):
         options = [str(option) for option in _options(record)]
         if not answer or answer[0] not in options:
@@ -274,16 +277,16 @@ def _words(text: str, marks: str) -> list[str]:
 
 def _first_number(references: tuple[str, ...], text: str) -> float:
     found = re.search(r"[0-9]+", text)
-    return float(found is not None and found[0] in references)
+    return float(found is not None and found[0] == references[0])
 
 
 def _word(references: tuple[str, ...], text: str) -> float:
-    words = _words(text, "\n:\"'.,?!{}")
-    return float(any(reference in words for reference in references))
+    return float(references[0] in _words(text, "\n:\"'.,?!{}"))
 
 
 def _name(references: tuple[str, ...], text: str) -> float:
-    return float(references[0] in [word.upper() for word in _words(text, "\n:\"'.,?!{}")])
+    text = text.strip().upper()
+    return float(any(reference.upper() in text for reference in references))
 
 
 def _last_integer(references: tuple[str, ...], text: str) -> float:
@@ -296,23 +299,31 @@ def _last_integer(references: tuple[str, ...], text: str) -> float:
 
 def _found_number(references: tuple[str, ...], text: str) -> float:
     found = re.search(r"\d+\.\d+|\d+", text)
-    if found is None or ("." in found[0] and "." not in references[0]):  # a fraction where an integer is asked for
+    kind = int if re.fullmatch(r"-?\d+", references[0]) else float
+    try:
+        return float(found is not None and kind(found[0]) == kind(references[0]))
+    except ValueError:  # a fraction where an integer is asked for, or thousands of digits
         return 0.0
-    return float(float(found[0]) == float(references[0]))
 
 
 def _first_values(references: tuple[str, ...], text: str) -> float:
     """The share of the values that are right before the first wrong one."""
     came, right = re.findall(r"[0-9]+", text), 0
     for expected, value in zip(references, came):
-        if int(value) != int(expected):
+        if value.lstrip("0") != expected.lstrip("0"):  # as texts: a model that repeats itself writes very long numbers
             break
         right += 1
     return right / len(references)
 
 
+def _lone_letter(text: str, letters: str) -> str | None:
+    """The last of the letters that stand alone in the first line that has one; None without any."""
+    found = (re.findall(rf"\b[{letters}]\b", line) for line in text.split("\n"))
+    return next((line[-1] for line in found if line), None)
+
+
 def _after(text: str, beginnings: tuple[str, ...]) -> str | None:
-    """What follows the first of these words that the text has, less one space; None without any."""
+    """What follows the first of these words that the text has, less one character; None without any."""
     for begin in beginnings:
         if begin in text:
             return text.partition(begin)[2][1:]
@@ -321,21 +332,27 @@ def _after(text: str, beginnings: tuple[str, ...]) -> str | None:
 
 def _debug_option(references: tuple[str, ...], text: str) -> float:
     function, letter = references
-    if text[:2] in (f"{letter}.", f"{letter}:"):
+    text = text.strip()
+    if _lone_letter(text, "A-J") == letter:
         return 1.0
-    text = " ".join(re.sub(r"[\n`'\"*-]|[Oo]ption", " ", text).split())
+    text = re.sub(" +", " ", re.sub(r"[\n`'\"*-]|[Oo]ption", " ", text))
     told = _after(text, ("answer is:", "is:", "answer:"))
-    return float(bool(told) and told.startswith((letter, function)))
+    return float(text.startswith((letter, function)) or (told or "").startswith((letter, function)))
 
 
 def _book_option(references: tuple[str, ...], text: str) -> float:
-    if text[:1] and text[0] in LETTERS:
+    text = text.strip()
+    if _lone_letter(text, LETTERS) in references:
+        return 1.0
+    if text[:1] and text[0] in LETTERS:  # an option's own first letter counts as one too
         return float(text[0] in references)
-    words = _words(text, "\n\"'.,?!{}")
-    told = _after(" ".join(words), ("answer is:", "answer:", "answer is", "option is"))
+    if text in references:
+        return 1.0
+    text = re.sub(" +", " ", re.sub(r"[\n\"'.,?!{}]", " ", text))
+    told = _after(text, ("answer is:", "answer:", "answer is", "option is"))
     if told is not None:
         return float(told.startswith(references))
-    first = next((word for word in words if word in LETTERS), None)
+    first = next((word for word in text.split() if word in LETTERS), None)
     return float(first in references)
 
 
@@ -407,7 +424,7 @@ METRICS |= {
     "infinitebench/passkey": _first_number,
     "infinitebench/number_string": _first_number,
     "infinitebench/kv_retrieval": _word,
-    "infinitebench/longbook_sum_eng": lambda references, text: rouge_l_sum(references[0], text),
+    "infinitebench/longbook_sum_eng": lambda references, text: max(rouge_l_sum(each, text) for each in references),
     "infinitebench/longbook_choice_eng": _book_option,
     "infinitebench/longbook_qa_eng": _english_f1,
     "infinitebench/longbook_qa_chn": _chinese_f1,

@@ -10,7 +10,15 @@ import pytest
 from benchmarks.loop.openai_server import OpenAIServer, Reply
 from longpo_ops.evaluate import Sample, Scores, evaluate, score
 from longpo_ops.evaluate.judge import rating
-from longpo_ops.evaluate.published import PROMPTS, Published, cut_middle, judge_prompt, read_published, rouge_l_sum
+from longpo_ops.evaluate.published import (
+    PROMPTS,
+    Published,
+    cut_middle,
+    judge_prompt,
+    read_published,
+    references,
+    rouge_l_sum,
+)
 from longpo_ops.evaluate.samples import Counter
 
 BOOK = "The bell rang at noon. Nobody saw the boats. The wind turned, and the lamps went out. " * 6
@@ -24,7 +32,7 @@ ROWS = {
     "longbook_qa_eng": ("Who rang the bell?", ["Finn", "Old Finn"], []),
     "longbook_qa_chn": ("谁？", ["老芬恩"], []),
     "longdialogue_qa_eng": ("", ["FINN"], []),
-    "math_find": ("You should answer with only one number. The largest number of the list is: ", ["99"], []),
+    "math_find": ("You should answer with only one number. The largest number of the list is: ", [99], []),
     "math_calc": ("1 + 2 - 4 + 9", [1, 3, -1, 8], []),
     "code_run": ("Please give me the exact number of the return value of func_1(-3).", [-8], []),
     "code_debug": ("", ["b.run"], ["a.run", "b.run", "c.run", "d.run"]),
@@ -83,20 +91,37 @@ def chat(tmp_path) -> Path:
         ("longbook_choice_eng", "Because of the bell, A", 1.0),  # it begins with a letter that is an option: B
         ("longbook_choice_eng", "the answer is: B", 1.0),
         ("longbook_choice_eng", "the answer is: Finn", 1.0),
-        ("longbook_choice_eng", "the answer is: C, not B", 0.0),
-        ("longbook_choice_eng", "it was C or B", 0.0),
+        ("longbook_choice_eng", "the answer is: C, not B", 1.0),  # the last letter alone counts
+        ("longbook_choice_eng", "it was C or B", 1.0),
+        ("longbook_choice_eng", "Surely B.\nAnd not C", 1.0),  # of the first line that has one
+        ("longbook_choice_eng", "Surely C.\nAnd not B", 0.0),
+        ("longbook_choice_eng", "(b)", 0.0),
+        ("longbook_choice_eng", "Finn", 1.0),
+        ("longbook_choice_eng", "it was Finn", 0.0),
+        ("longbook_choice_eng", "I think the answer is\nFinn", 1.0),
+        ("longbook_choice_eng", "I think the answer is\n\tFinn", 0.0),
+        ("longbook_choice_eng", "Dan, or the answer is: Finn", 0.0),  # it begins with a letter
+        ("longbook_choice_eng", "the answer is:", 0.0),
         ("longbook_choice_eng", "", 0.0),
         ("longbook_qa_eng", "The Finn!", 1.0),
         ("longbook_qa_eng", "it was old Finn", 2 * (2 / 4) * 1 / (2 / 4 + 1)),
         ("longbook_qa_eng", "Cleo", 0.0),
-        ("longbook_qa_chn", "《老芬恩》。", 1.0),
+        ("longbook_qa_chn", "老芬恩》。", 1.0),
+        ("longbook_qa_chn", "《老芬恩》。", 6 / 7),  # published: the opening mark is a character as others are
+        ("longbook_qa_chn", "「老 芬\u3000恩」……【】", 1.0),
+        ("longbook_qa_chn", "", 0.0),
+        ("longbook_qa_chn", "。。", 0.0),
         ("longbook_qa_chn", "芬恩", 0.8),
         ("longdialogue_qa_eng", "finn, I think", 1.0),
-        ("longdialogue_qa_eng", "Finnegan", 0.0),
+        ("longdialogue_qa_eng", "Finnegan", 1.0),  # published: anywhere
+        ("longdialogue_qa_eng", "FIN N", 0.0),
         ("math_find", "99 is", 1.0),
         ("math_find", "99.0", 0.0),  # published: a fraction is no integer
         ("math_find", "9", 0.0),
+        ("math_find", "9" * 5000, 0.0),
         ("math_calc", "[1, 3, 1, 9]", 0.5),  # published: signs are not read
+        ("math_calc", "[01, 003, 1", 0.5),
+        ("math_calc", "1, " + "3" * 5000, 0.25),  # longer than what int() reads
         ("code_run", "The value is -8.", 1.0),
         ("code_run", "-8 or so", 0.0),
         ("code_run", "8", 0.0),
@@ -104,7 +129,11 @@ def chat(tmp_path) -> Path:
         ("code_debug", "The answer is: `b.run`", 1.0),
         ("code_debug", "Option answer: B", 1.0),
         ("code_debug", "The answer is: C", 0.0),
-        ("code_debug", "B", 0.0),  # published: a letter alone is not enough
+        ("code_debug", "B", 1.0),
+        ("code_debug", " b.run is wrong", 1.0),
+        ("code_debug", "`b.run` is wrong", 0.0),  # published: what takes the mark's place is no beginning
+        ("code_debug", "A, no: B", 1.0),
+        ("code_debug", "First A,\nthen B", 0.0),
         ("code_debug", "the answer is:", 0.0),
     ],
 )
@@ -114,9 +143,34 @@ def test_scores_are_the_published_ones(name, text, value, infinite, tokenizer):
     assert score(sample, text) == pytest.approx(value)
 
 
-def test_fractions_may_be_asked_for(tokenizer):
-    sample = Sample("i", "math_find", 0, "p", references=("0.5",), metric="infinitebench/math_find")
-    assert [score(sample, text) for text in ("0.5", "0.50,", "5", "")] == [1.0, 1.0, 0.0, 0.0]
+@pytest.mark.parametrize(
+    ("name", "answer", "values"),
+    [
+        ("math_find", 0.5, {"0.5": 1.0, "0.50,": 1.0, "5": 0.0, "": 0.0}),
+        ("math_find", [1e16], {"10000000000000000": 1.0, "10000000000000000.0": 1.0}),
+        ("math_find", [2**60 + 1], {str(2**60 + 1): 1.0, str(2**60): 0.0}),
+        ("math_calc", [[1, 3, -1, 8]], {"1, 3": 0.5}),  # a list in a list
+        ("code_run", -8, {"-8": 1.0, "it is: `-8`.": 1.0, "－8": 0.0, "8_0": 0.0}),
+        ("passkey", "71432", {"71432": 1.0, "0071432": 0.0, "": 0.0}),
+        ("longdialogue_qa_eng", ["FINN", "OLD FINN"], {"He is old  Finn": 1.0, "Old": 0.0}),
+        ("longdialogue_qa_eng", ["STONE LEE"], {"stone lee": 1.0}),
+        ("longbook_sum_eng", ["a b c d", "x y"], {"y x": 0.5, "A-B!\nC": 6 / 7}),  # the best of them
+        ("longbook_qa_eng", ["the old bell"], {"A bell, an oldie": 0.5, "the the": 0.0}),
+    ],
+)
+def test_answers_of_every_kind_are_read(name, answer, values):
+    sample = Sample("i", name, 0, "p", references=references(name, {"answer": answer}), metric=f"infinitebench/{name}")
+    assert {text: score(sample, text) for text in values} == pytest.approx(values)
+
+
+def test_chinese_marks_go_and_stay_as_published():
+    sample = Sample("i", "longbook_qa_chn", 0, "p", references=("芬",), metric="infinitebench/longbook_qa_chn")
+    values = {
+        mark: score(sample, f"{mark}芬")
+        for mark in "》「」『』【】〔〕〖〗（）［］｛｝。，、！？：；…—‘’“”％～·《〈〉．・‚〒〓"
+    }
+    stay = {mark for mark, value in values.items() if value == pytest.approx(2 / 3)}
+    assert stay == set("·《〈〉．・‚〒〓") and {values[mark] for mark in values if mark not in stay} == {1.0}
 
 
 def test_summaries_share_words_in_order_line_by_line():
