@@ -17,7 +17,7 @@ from uuid import UUID
 from .samples import Draft
 from .sources import Texts
 from .text import HOLE, NOISE, fill, scatter
-from .vocabulary import draw_keys
+from .vocabulary import draw, draw_keys
 
 HAYSTACKS = ("prose", "essay", "noise", "needles")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -110,7 +110,7 @@ class NeedleTask:
         count = self.needles_per_sample if self.every is None else max(1, length // self.every)
         more = units if self.haystack == "needles" else 0
         self._check_keys(count + more, count, f" at {length} tokens")
-        keys = _different(random, self.keys, count + more)
+        keys = _different(Random(f"{seed}|keys"), self.keys, count + more)  # apart: they are more in a longer text
         values = [[_one(random, self.value) for _ in range(self.values_per_key)] for _ in range(count)]
         asked = keys[: self.asked]  # keys are in no order
         needles = [(key, value) for key, told in zip(keys, values) for value in told]
@@ -146,13 +146,14 @@ def _count(kind: Kind) -> int | None:
 
 
 def _different(random: Random, kind: Kind, count: int) -> list[str]:
+    """`count` different ones; the first are the same for any count."""
     if kind == "words":
         return draw_keys(random, count)
     if kind == "uuids":
         return [_one(random, kind) for _ in range(count)]
     if isinstance(kind, tuple):
-        return random.sample(kind, count)
-    return [str(number) for number in random.sample(range(10 ** (kind - 1), 10**kind), count)]
+        return [kind[i] for i in draw(random, len(kind), count)]
+    return [str(10 ** (kind - 1) + i) for i in draw(random, _count(kind), count)]
 
 
 def _one(random: Random, kind: Kind) -> str:

@@ -76,7 +76,9 @@ class Draft:
 
 
 class Task(Protocol):
-    """How samples of one kind are made. A draft depends on its arguments only, and more units make it longer."""
+    """How samples of one kind are made. A draft depends on its arguments only, more units make it longer, and prefill,
+    references and question depend on seed and number alone, so a curve over lengths is about lengths.
+    """
 
     name: str
     max_tokens: int

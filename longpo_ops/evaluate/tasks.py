@@ -72,15 +72,17 @@ def make_samples(
 ) -> list[Sample]:
     """`count` samples whose prompt, chat template, prefill and answer take at most `length` tokens, and nearly so many.
 
-    Sample i depends on task, length, i, seed, tokenizer and texts, and not on `count`; at another length it hides the
-    same things. Raises ValueError for an unknown
-    task, a length too short for its fixed part (naming the least), a tokenizer without a chat template and texts that
-    cannot be used.
+    Sample i depends on task, length, i, seed, tokenizer and texts, and not on `count`. At another length sample i asks
+    the same question and has the same references: what is hidden is the same, where it lies and what is around it are
+    not. Raises ValueError for an unknown task, a length too short for its fixed part (naming the least), a tokenizer
+    without a chat template and texts that cannot be used.
     """
     found, counter, texts = find_task(task), Counter(tokenizer, template_kwargs or {}), texts or default_texts()
     for name, number in (("length", length), ("count", count)):
         if type(number) is not int or number < 1:
             raise ValueError(f"{name} is {number!r}; expected a whole number of at least 1")
+    if isinstance(found, VariableTracking):
+        found = found.filled(tokenizer)
     samples, guess = [], None
     for number in range(count):
         units, draft = _fitted(found, length, number, seed, counter, texts, guess)

@@ -1,14 +1,16 @@
-"""Plain English words to make keys and lists of: `quiet-harbour` as a key, `harbour` or `stonelamp` in a list of words.
+"""Plain English words to make keys and lists of: `quiet-harbour` as a key, `harbour` in a list of words.
 
-RULER takes its words from a package of some thousand nouns and adjectives. These are fewer, so a key is drawn from
-200 thousand pairs and not from 10 million, and a list with more words than there are here is made of compounds of two
-nouns throughout: every word of a list is of the same kind, so only its frequency tells a common one.
+RULER takes its words from a package of some thousand nouns, adjectives and verbs. A key here is drawn from 200 thousand
+pairs and not from 6 million. The list (vocabulary.txt) is about as long as RULER's: 8,775 words of at most 10 letters.
+None of them is part of another, so an answer contains a word only where it says it.
 
 Tests: tests/evaluate/test_needles.py.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from random import Random
 
 _ADJECTIVES = """
@@ -69,24 +71,28 @@ walnut water waterfall wave weather wheat wheel whistle widow willow window wint
 yarn year zebra zipper
 """
 ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
-SINGLE = tuple(sorted({*NOUNS, *ADJECTIVES}))
+
+
+@cache
+def words() -> tuple[str, ...]:
+    """The words of lists, in alphabetical order."""
+    return tuple(Path(__file__).with_suffix(".txt").read_text(encoding="ascii").split())
 
 
 def draw_keys(random: Random, count: int) -> list[str]:
-    """Different adjective-noun pairs. Raises ValueError for more than there are."""
-    numbers = _sample(random, len(ADJECTIVES) * len(NOUNS), count, "pairs of an adjective and a noun")
+    """Different adjective-noun pairs; the first are the same for any count. Raises ValueError for more than there are."""
+    if count > len(ADJECTIVES) * len(NOUNS):
+        raise ValueError(
+            f"a sample of this length needs {count} different words, and there are {len(ADJECTIVES) * len(NOUNS)} pairs "
+            "of an adjective and a noun"
+        )
+    numbers = draw(random, len(ADJECTIVES) * len(NOUNS), count)
     return [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in numbers]
 
 
-def draw_words(random: Random, count: int) -> list[str]:
-    """Different words of one kind: single ones where there are enough, else compounds. Raises ValueError."""
-    if count <= len(SINGLE):
-        return random.sample(SINGLE, count)
-    numbers = _sample(random, len(NOUNS) ** 2, count, "compounds of two nouns")
-    return [NOUNS[i // len(NOUNS)] + NOUNS[i % len(NOUNS)] for i in numbers]
-
-
-def _sample(random: Random, size: int, count: int, what: str) -> list[int]:
-    if count > size:
-        raise ValueError(f"a sample of this length needs {count} different words, and there are {size} {what}")
-    return random.sample(range(size), count)
+def draw(random: Random, size: int, count: int) -> list[int]:
+    """`count` different numbers below `size`, which is at least as many; the first are the same for any count."""
+    numbers: dict[int, None] = {}
+    while len(numbers) < count:
+        numbers[random.randrange(size)] = None
+    return list(numbers)

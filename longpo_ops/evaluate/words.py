@@ -1,9 +1,11 @@
 """Which words occur most often? Common words in a numbered list, and frequent words in a coded text.
 
-    cwe  10 words 30 times each, all others 3 times (6 and 1 below 4096 tokens), shuffled; asked: the 10
+    cwe  10 words 30 times each, all others 3 times (6 and 1 below 4096 tokens), shuffled; asked: the 10;
+         u units of text beyond the w words there are: 30 u / w and 3 u / w times
     fwe  of N words, floor(N k^-2 / zeta(2)) are the one of rank k; rank 1 is "...", asked: ranks 2 to 4
 
-As in RULER, with its solved example before cwe's list. The words of cwe come from `vocabulary`.
+As in RULER, with its solved example before cwe's list; the words come from `vocabulary`. Where RULER's words end (near
+128K tokens) it takes rarer ones from another list. Here they recur more often instead, so all lengths have one kind.
 
 Tests: tests/evaluate/test_tasks.py.
 """
@@ -18,7 +20,7 @@ from string import ascii_lowercase
 from .samples import Draft
 from .sources import Texts
 from .text import fill
-from .vocabulary import draw_words
+from .vocabulary import words
 
 SHORT = 4096  # tokens below which RULER repeats words less often
 COMMON = 10
@@ -39,7 +41,7 @@ FREQUENT_PREFILL = " Answer: According to the coded text above, the three most f
 
 @dataclass(frozen=True)
 class CommonWords:
-    """RULER's cwe. Its units are different words."""
+    """RULER's cwe. Its units are different words, as far as there are so many."""
 
     name: str = "cwe"
     max_tokens: int = 120
@@ -56,17 +58,19 @@ class CommonWords:
         return Draft(f"{solved}{COMMON_PREFILL} {_numbered(answer)}\n{prompt}", COMMON_PREFILL, tuple(common))
 
 
-def _list(random: Random, count: int, often: int, seldom: int) -> tuple[str, list[str]]:
-    """-> the question about a list of `count` different words, and its common ones."""
-    words = draw_words(random, count)
-    common, others = words[:COMMON], words[COMMON:]
-    entries = common * often + others * seldom
+def _list(random: Random, units: int, often: int, seldom: int) -> tuple[str, list[str]]:
+    """-> the question about a list of `units` different words, and its common ones, the same for any number of units."""
+    common = random.sample(words(), COMMON)
+    taken = set(common)
+    others = random.sample([word for word in words() if word not in taken], min(units, len(words())) - COMMON)
+    times, rest = divmod(seldom * (units - COMMON), len(others))  # seldom and 0, unless the words run out
+    entries = common * (often * (units - COMMON) // len(others)) + others * times + others[:rest]
     random.shuffle(entries)
     return fill(COMMON_TEMPLATE, context=_numbered(entries)), common
 
 
-def _numbered(words: list[str]) -> str:
-    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+def _numbered(entries: list[str]) -> str:
+    return " ".join(f"{i}. {word}" for i, word in enumerate(entries, 1))
 
 
 @dataclass(frozen=True)

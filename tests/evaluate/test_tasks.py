@@ -2,16 +2,22 @@
 
 import json
 import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from longpo_ops.evaluate.own import load_tasks
 from longpo_ops.evaluate.samples import Sample, score
 from longpo_ops.evaluate.sources import Texts
-from longpo_ops.evaluate.tasks import CATEGORIES, TASKS, comparable, make_samples
+from longpo_ops.evaluate.tasks import CATEGORIES, LOADED, TASKS, comparable, make_samples
 from longpo_ops.evaluate.tracing import VariableTracking
+from longpo_ops.evaluate.vocabulary import words
 from longpo_ops.evaluate.words import CommonWords
 from tests.evaluate.readers import answer, chain, common, tokenizer, used
 
+TINY_MODEL = Path(__file__).parents[2] / "longpo_ops/tiny/model"
 LENGTHS = (2048, 6000, 20_000)
 # What a length may fall short by: a share, or the tokens of the largest unit (a paragraph, a line of two uuids).
 LARGEST_UNIT = {"qa_1": 600, "qa_2": 600, "niah_multikey_3": 140}
@@ -115,23 +121,72 @@ def test_arguments():
 
 
 def test_variable_tracking_as_ruler_has_it():
-    draft = VariableTracking().draft("0", 0, 4096, 50, Texts())
-    example, question = re.split(r"\n\n\n\n", draft.prompt)
-    assert question.startswith(
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-    )
+    draft = VariableTracking(example_lines=15).draft("0", 0, 4096, 50, Texts())
+    asked = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+    example, question = (asked + text for text in draft.prompt.split(asked)[1:])
+    assert draft.prompt.startswith(asked) and re.search(r"[A-Z]{3}\n\n\Z", example)  # one empty line between them
     solved, _, told = example.partition(" Answer: According to the chain(s) of variable assignment in the text above, ")
     value = re.search(r"5 variables are assigned the value (\d{5}), they are: ", told)
     assert told[value.end() :].split() == chain(solved) and all(len(name) == 3 for name in chain(solved))
     assert len(draft.references) == 5 and all(re.fullmatch("[A-Z]{5}", name) for name in draft.references)
     told = re.findall(r"VAR (\w+) = ", question)
     assert tuple(told) == draft.references  # the chain runs down the text
-    assert question.count("The grass is green.") == 50 and solved.count("The grass is green.") == 10
+    assert question.count("The grass is green.") == 50 and solved.count("The grass is green.") == 15
     assert re.fullmatch(
         r" Answer: According to the chain\(s\) of variable assignment in the text above, 5 variables are assigned the "
         r"value \d{5}, they are: ",
         draft.prefill,
     )
+
+
+def test_the_solved_chain_fills_500_tokens_with_its_question_and_the_beginning_of_the_answer():
+    def split(text: str, **_) -> dict[str, list[str]]:  # about what usual tokenizers make of it
+        return {"input_ids": re.findall(r"[A-Za-z]+|\d|[^\w ]", text)}
+
+    def example(task: VariableTracking) -> str:
+        return re.match(r"(?s)Memorize.*?they are: ", task.draft("0", 0, 4096, 50, Texts()).prompt)[0]
+
+    full = VariableTracking().filled(split)
+    assert full.example_lines == 15 and len(split(example(full))["input_ids"]) <= 500
+    assert len(split(example(VariableTracking(example_lines=16)))["input_ids"]) > 500
+    for letters, lines in ((AutoTokenizer.from_pretrained(TINY_MODEL), 7), (tokenizer(), 5)):  # five at least
+        (sample,) = make_samples("vt", 4000, 1, letters)
+        assert sample.prompt.partition("Question: ")[0].count("The grass is green.") == lines
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_another_length_asks_the_same(name):
+    def asked(sample: Sample) -> tuple:
+        question = re.split(r"\n(?=What|Question)", sample.prompt)[-1]
+        return question, sample.prefill, sample.references
+
+    few = [asked(sample) for sample in make_samples(name, 3000, 2, tokenizer())]
+    assert few[0] != few[1]
+    assert [asked(sample) for sample in make_samples(name, 6000, 2, tokenizer())] == few
+
+
+@pytest.mark.parametrize("keys", ["words", "uuids", {"digits": 4}, [f"town {i}" for i in range(60)]])
+@pytest.mark.parametrize("counts", [{"every": 150}, {"needles_per_sample": 3, "haystack": "needles"}])
+def test_another_length_asks_the_same_of_ones_own_needles(keys, counts, tmp_path):
+    if isinstance(keys, list) and "haystack" in counts:
+        pytest.skip("a list has an end, a haystack of needles has none")
+    own = {
+        "name": "own",
+        "needle": " {key}: {value}.",
+        "question": "What is {key}?",
+        "keys": keys,
+        "value": {"digits": 5},
+    }
+    (tmp_path / "own.yaml").write_text(json.dumps(own | counts))
+    load_tasks(tmp_path / "own.yaml")
+    try:
+        short, long = (make_samples("own", length, 3, tokenizer()) for length in (1000, 6000))
+    finally:
+        LOADED.clear()
+    assert [sample.references for sample in short] == [sample.references for sample in long]
+    assert [sample.prompt.rpartition("\n")[2] for sample in short] == [
+        sample.prompt.rpartition("\n")[2] for sample in long
+    ]
 
 
 @pytest.mark.parametrize(
@@ -149,13 +204,27 @@ def test_common_words_as_ruler_has_them(length, units, often, seldom, example):
     assert sorted(re.findall(r"\d+\. (\S+)", told)) == sorted(common(solved.partition("Question")[0]))
 
 
-def test_words_of_a_long_list_are_of_one_kind():
-    from longpo_ops.evaluate.vocabulary import NOUNS, SINGLE
+def test_words_are_of_one_kind_at_all_lengths():
+    for units in (11, 300, 5000, len(words()), 3 * len(words()) + 1):
+        draft = CommonWords().draft("0", 0, 100_000, units, Texts())
+        counts = Counter(re.findall(r"\d+\. (\S+)", draft.prompt.rpartition("\nBelow is")[2]))
+        assert set(counts) <= set(words()) and len(counts) == min(units, len(words()))
+        common = {counts.pop(word) for word in draft.references}
+        fold = max(1, (units - 10) / (len(words()) - 10))  # beyond the words there are, each recurs more often
+        assert common == {int(30 * fold)} and set(counts.values()) <= {int(3 * fold), int(3 * fold) + 1}
+        assert (
+            sum(counts.values()) == 3 * (units - 10)
+            and draft.references == CommonWords().draft("0", 0, 4096, 11, Texts()).references
+        )
 
-    prompt = CommonWords().draft("0", 0, 100_000, 2000, Texts()).prompt.rpartition("\nBelow is")[2]
-    words = set(re.findall(r"\d+\. (\S+)", prompt))
-    assert len(words) == 2000 and not words & set(SINGLE)
-    assert all(any(word.startswith(noun) and word[len(noun) :] in NOUNS for noun in NOUNS) for word in words)
+
+def test_the_words_are_as_many_as_rulers_and_none_is_part_of_another():
+    every = set(words())
+    assert len(every) == len(words()) >= 8166 and list(words()) == sorted(every)
+    for word in every:
+        assert re.fullmatch("[a-z]{3,10}", word)
+        inside = {word[i:j] for i in range(len(word)) for j in range(i + 3, len(word) + 1)} - {word}
+        assert not inside & every, word
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
