@@ -2,8 +2,8 @@
 
     VAR A = 12345 .. VAR B = VAR A .. VAR C = VAR B .. VAR D = VAR C .. VAR E = VAR D   ->   A B C D E
 
-As in RULER since 2025: one chain of four hops, names of five capital letters, no assignment behind the last line; before
-it an empty line and a solved example with names of three, of as many lines as 500 tokens hold.
+As in RULER's current code: one chain of four hops, names of five capital letters, no assignment behind the last line;
+before it a solved example with names of three, of as many lines as 500 tokens hold, and an empty line.
 
 Tests: tests/evaluate/test_tasks.py.
 """
