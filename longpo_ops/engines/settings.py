@@ -8,11 +8,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..pretrained import DTYPES, load_tokenizer, read_config
 from . import NAMES, Engine
+from .address import KEY, check_url, read_key
+from .fields import OWN, check_fields
 
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 # Of a server that is one of several which share a model's ranks. One that waits for the others would wait for ever here.
@@ -29,8 +32,8 @@ class EngineSettings:
     model: a name or a folder; its tokenizer and chat template are used here, its weights by the local engines.
     rope: entries of the model's rope_parameters that are replaced, for local engines. endpoints, served_model,
     concurrency, timeout, patience, key_variable: of servers. template_kwargs: variables of the chat template.
-    engine_options: vLLM's engine arguments, among them tensor_parallel_size and data_parallel_size, or further fields of every
-    request to a server.
+    engine_options: vLLM's engine arguments, among them tensor_parallel_size and data_parallel_size, or fields of every
+    request to a server that are added, renamed or left out (fields.py).
     """
 
     model: str
@@ -44,7 +47,7 @@ class EngineSettings:
     concurrency: int = 64
     timeout: float = 1800.0
     patience: float = 300.0
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: str = KEY
     engine_options: dict | None = None
 
     def __post_init__(self):
@@ -55,8 +58,9 @@ class EngineSettings:
             raise ValueError(f"dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if (self.engine == "server") != bool(self.endpoints):
             raise ValueError(
-                f"engine {self.engine!r} with endpoints {list(self.endpoints)}; expected endpoints for 'server' only"
+                f"engine {self.engine!r} with {len(self.endpoints) or 'no'} endpoints; expected endpoints for 'server' only"
             )
+        self.check_server("endpoints", self.endpoints, self.key_variable)
         self.require_positive("concurrency", "timeout", "patience")
         self._check_options(self.engine_options or {})
         self.check_rope("rope")
@@ -73,8 +77,25 @@ class EngineSettings:
                 f"engine option {wrong[0]}: a request cannot change the ranks of a running server; start it with them: "
                 f"vllm serve {self.model} {flag}"
             )
+        if self.engine == "server":
+            check_fields(options)
         if self.engine == "vllm":
             _check_ranks(options)
+
+    @staticmethod
+    def check_server(name: str, urls: Sequence[str], key_variable: str) -> None:
+        """Raises ValueError, without repeating either, for a URL that is none or holds a key, and a key no header can hold."""
+        for url in urls:
+            check_url(url, name)
+        if urls:
+            read_key(key_variable)
+
+    @property
+    def own_fields(self) -> dict:
+        """What the options change of a request's own fields, such as its temperature: another answer comes of it. Names do
+        not matter."""
+        options = self.engine_options or {} if self.engine == "server" else {}
+        return {name: value for name, value in options.items() if name in OWN and not isinstance(value, str)}
 
     def check_rope(self, name: str) -> None:
         """Raises ValueError for entries with which no model reads anything, and for a server, which has its own."""
@@ -129,7 +150,7 @@ class EngineSettings:
             patience=self.patience,
             key_variable=self.key_variable,
             template_kwargs=self.template_kwargs,
-            extra=options,
+            options=options,
         )
 
 

@@ -41,11 +41,11 @@ class TransformersEngine(Engine):
     async def close(self) -> None:
         self._stopped = True  # ends a text under way at its next token
 
-    async def generate(self, request: Request) -> Completion:
+    async def _answer(self, request: Request) -> Completion:
         async with self._lock:
             return await asyncio.to_thread(self._generate, request)
 
-    async def score(self, token_ids: Sequence[int]) -> np.ndarray:
+    async def _logps(self, token_ids: Sequence[int]) -> np.ndarray:
         async with self._lock:
             return await asyncio.to_thread(self._score, token_ids)
 

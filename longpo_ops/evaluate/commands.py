@@ -50,6 +50,9 @@ def evaluate(
     judge_key_variable: Annotated[
         str, typer.Option(help="Environment variable that holds the judge's API key.")
     ] = "JUDGE_API_KEY",
+    judge_option: Annotated[
+        list[str] | None, typer.Option(help="name=value, repeatable: of requests to the judge, as --engine-option.")
+    ] = None,
     engine: options.EngineName = None,
     endpoint: options.Endpoints = None,
     served_model: options.ServedModel = None,
@@ -65,6 +68,7 @@ def evaluate(
 ) -> None:
     """Measure a model by length and depth, or go on with an evaluation that was stopped."""
     given = options.engine_fields(dict(locals()))
+    given["judge_options"] = options.assignments("--judge-option", given.pop("judge_option"))
     from .own import load_tasks
     from .run import EvaluateRun
     from .tasks import TASKS, find_task

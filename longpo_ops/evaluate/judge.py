@@ -32,7 +32,8 @@ async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]
     from ..engines.server import ServerEngine
 
     limits = dict(timeout=run.timeout, patience=run.patience, key_variable=run.judge_key_variable)
-    engine = ServerEngine((run.judge,), run.judge_model, run.concurrency, **limits)
+    options = dict(options=run.judge_options, flag="--judge-option")
+    engine = ServerEngine((run.judge,), run.judge_model, run.concurrency, **limits, **options)
     try:
         await engine.start()
         judge = Answers(engine, journal, who=f"judge {engine.model}")

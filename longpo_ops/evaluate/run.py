@@ -31,6 +31,8 @@ from typing import Any
 
 from ..data import tokenizer_fingerprint
 from ..engines import Engine, EngineStopped, Request, Sampling
+from ..engines.address import shown
+from ..engines.fields import check_fields
 from ..engines.settings import EngineSettings
 from ..pretrained import read_config
 from ..runs.journal import Shard, check_folder, check_settings, locked, write_atomically
@@ -61,7 +63,8 @@ class EvaluateRun(EngineSettings):
     tasks, TASK[:SHOTS][:METRIC], TASK a name or a YAML file. short: a named set of them, "official" the published recipe's.
     published: files of InfiniteBench and LongBench-Chat, cut to the longest length, and of MT-Bench.
     prefill: the engine goes on with a begun answer; False: its beginning is the end of the user's message.
-    judge: URL of an OpenAI-compatible server that rates chats, with judge_model and the key in judge_key_variable.
+    judge: URL of an OpenAI-compatible server that rates chats, with judge_model, the key in judge_key_variable, and
+    judge_options, fields of its requests (engines/fields.py).
     """
 
     out: str
@@ -81,11 +84,16 @@ class EvaluateRun(EngineSettings):
     judge: str | None = None
     judge_model: str | None = None
     judge_key_variable: str = "JUDGE_API_KEY"
+    judge_options: dict | None = None
 
     def __post_init__(self):
         """Raises ValueError for settings that make no sense, saying which."""
         super().__post_init__()
         self.require_positive("samples")
+        self.check_server("judge", () if self.judge is None else (self.judge,), self.judge_key_variable)
+        check_fields(self.judge_options or {}, "--judge-option")
+        if self.judge is None and (self.judge_model or self.judge_options):
+            raise ValueError("judge_model or judge_options without a judge; expected the URL of its server, too")
         for name in ("lengths", "perplexity_lengths"):
             if wrong := [value for value in getattr(self, name) if type(value) is not int or value <= 0]:
                 raise ValueError(f"{name} has {wrong[0]!r}; expected whole numbers of tokens above 0")
@@ -106,12 +114,18 @@ class EvaluateRun(EngineSettings):
         """Tokens that the engine must be able to read; 0 where only the harness asks."""
         return max([*self.lengths, *(self.perplexity_lengths if self.perplexity else ())], default=0)
 
+    @property
+    def judge_shown(self) -> str | None:
+        """The judge's address as settings files may hold it."""
+        return None if self.judge is None else shown(self.judge)
+
     def identity(self, tokenizer) -> dict:
         """What decides an answer besides what is asked. Neither addresses nor keys are in it."""
         kept = ("engine", "served_model", "rope", "dtype", "template_kwargs")
         weights = None if self.engine == "server" else weights_digest(Path(self.model))
         named = {"model": self.model_name, "weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer)}
-        return named | {each: getattr(self, each) for each in kept}
+        fields = {"own_fields": self.own_fields} if self.own_fields else {}
+        return named | {each: getattr(self, each) for each in kept} | fields
 
 
 Progress = Callable[[int, int, str], None]
@@ -449,7 +463,7 @@ def _about(plan: Plan) -> dict[str, Any]:
     identity = run.identity(plan.tokenizer)
     names = ("model", "engine", "served_model", "rope", "dtype", "template_kwargs")
     asked = {name: getattr(run, name) for name in ("short", "samples", "seed", "prefill")}
-    return {name: identity[name] for name in names} | asked
+    return {name: identity[name] for name in (*names, "own_fields") if name in identity} | asked
 
 
 def _positions(run: EvaluateRun) -> int:

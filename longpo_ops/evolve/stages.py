@@ -147,8 +147,9 @@ def _evaluation(evolution: Evolution, each: Round | None, kind: str, model: Mode
     run = EvaluateRun(model=model.path, out=str(out), **given)
     fits = theta == model.theta and run.longest <= (model.positions or run.longest)
     rope = None if fits else _rope(model, theta)
+    told = given | ({"judge": run.judge_shown} if run.judge else {})
     return Stage(
-        kind, each, out, replace(run, rope=rope), model, theta, _identity(given, model=model.identity, rope=rope)
+        kind, each, out, replace(run, rope=rope), model, theta, _identity(told, model=model.identity, rope=rope)
     )
 
 

@@ -237,13 +237,13 @@ class _DocumentWork:
         finally:
             asked.gate.leave()
         text = answer.text.strip().encode("utf-8", "replace").decode("utf-8")
-        answer = replace(answer, text=text, token_ids=None, logprobs=None)
+        answer = replace(answer, text=text, token_ids=None, logprobs=None, reasoning="")
         tally = self.steps.tally
         tally.requests += 1
         tally.prompt_tokens += answer.prompt_tokens
         tally.cached_tokens += answer.cached_tokens
         tally.tokens += answer.tokens
-        value = {name: part for name, part in asdict(answer).items() if part is not None}
+        value = {name: part for name, part in asdict(answer).items() if part not in (None, "") or name == "text"}
         self.shard.record(self.task.document.id, step, value)
         return answer
 
