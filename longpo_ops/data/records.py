@@ -49,6 +49,7 @@ class DataReport:
     cut_tokens: int = 0
     trimmed_contents: int = 0  # contents whose outer whitespace the chat template takes away
     piecewise_pairs: int = 0  # pairs whose answers had to be tokenised on their own (chat.py)
+    swallowed_pairs: int = 0  # pairs with white space at the ends of contents that the template's own tokens take
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.read} records kept"]
@@ -59,6 +60,10 @@ class DataReport:
             lines.append(f"  {self.trimmed_contents} contents trimmed as the chat template does")
         if self.piecewise_pairs:
             lines.append(f"  {self.piecewise_pairs} pairs tokenised piecewise")
+        if self.swallowed_pairs:
+            lines.append(
+                f"  {self.swallowed_pairs} pairs lose outer whitespace of contents to tokens of the chat template"
+            )
         return "\n".join(lines)
 
 
