@@ -17,6 +17,7 @@ import typer
 
 from . import launch
 from .demo.commands import demo
+from .engines import options
 from .evaluate.commands import evaluate
 from .evolve.commands import evolve
 from .generate.commands import generate, pairs
@@ -57,6 +58,7 @@ def train(
     host_bytes: Annotated[
         int | None, typer.Option(help="Of fit: memory of the host, where more can be had than is available now.")
     ] = None,
+    template_kwargs: options.TemplateKwargs = None,
     on_bad_record: Annotated[
         str | None, typer.Option(help="raise, or skip: leave bad records out and count them.")
     ] = None,
@@ -74,6 +76,7 @@ def train(
     given = dict(locals())
     for name in ("config", "set_", "dry_run"):
         del given[name]
+    given["template_kwargs"] = options.from_json("--template-kwargs", template_kwargs)
     settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
     from .train.run import TrainRun, check_output, describe, prepare
     from .train.run import train as run_training

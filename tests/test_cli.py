@@ -132,6 +132,9 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         (["--set", "memory=[1]"], "memory=[1]: expected dict"),
         (["--config", "nowhere.yaml"], "no such file"),
         (["--on-bad-record", "drop"], "expected one of raise, skip"),
+        (["--template-kwargs", "[1]"], "expected names and values"),
+        (["--set", "template_kwargs=3"], "template_kwargs=3: expected dict"),
+        (["--set", "template_kwargs={date: 2024-07-26}"], "date=datetime.date(2024, 7, 26): expected a JSON value"),
         (["--recipe", "paper"], "recipe is 'paper'; expected one of default, official"),
     ],
 )
@@ -139,6 +142,12 @@ def test_wrong_usage_exits_with_2_and_no_traceback(home, tmp_path, arguments, me
     done = in_process("train", "--config", home / "run.yaml", "--output-dir", tmp_path, *arguments)
     assert done.exit_code == 2, done.output
     assert message in " ".join(re.sub("[│\n]", " ", done.output).split()) and "Traceback" not in done.output
+
+
+def test_variables_of_the_chat_template_are_the_template_s(home, tmp_path):
+    for given in (["--template-kwargs", '{"thinking": false}'], ["--set", "template_kwargs={thinking: false}"]):
+        done = in_process("train", "--config", home / "run.yaml", "--output-dir", tmp_path, "--dry-run", *given)
+        assert isinstance(done.exception, ValueError) and "does not read thinking, so" in str(done.exception)
 
 
 def test_missing_settings_are_named(tmp_path):

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from ..kinds import check_choice, check_flag, check_object, check_whole
+from ..template import check_template_kwargs
 from .pairs import Pair, Turn
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records
 from .tokenized import IGNORE, NLL_TOKENS, TokenizedPair, TokenSequence, tokenizer_fingerprint
@@ -91,12 +92,12 @@ class ChatFormat:
     system: optional system prompt of every conversation. join(context, instruction): the first user message.
     max_length: longest allowed sequence, long or short, in tokens. A longer record is refused, unless cut_document:
     then the document, never a question or an answer, loses its end until the sequence fits, and the report counts it.
-    template_kwargs: further variables of the template, as in apply_chat_template (enable_thinking=False).
+    template_kwargs: variables of the template (enable_thinking=False), JSON values.
 
     Raises ValueError at construction for a tokenizer or template that cannot be used: no offsets, no template, no
     generation prompt, contents changed or written twice, no end of turn and no end-of-sequence token, a refused system
-    prompt. Whitespace around contents that the template trims is trimmed from all inputs alike, and counted in the
-    report.
+    prompt, a variable that the template does not read. Whitespace around contents that the template trims is trimmed from
+    all inputs alike, and counted in the report.
     """
 
     def __init__(
@@ -120,7 +121,6 @@ class ChatFormat:
             )
         check_object("system", system, str | None, "text or None")
         check_object("join", join, Callable, "a function of a context and an instruction")
-        check_object("template_kwargs", template_kwargs, dict | None, "a dict or None")
         cut_document = check_flag("cut_document", cut_document)
         if max_length is not None:
             max_length = check_whole("max_length", max_length, 1, "a positive number of tokens, or None")
@@ -128,7 +128,7 @@ class ChatFormat:
             raise ValueError("cut_document needs max_length: to how many tokens should documents be cut?")
         self.tokenizer, self.system, self.join = tokenizer, system, join
         self.max_length, self.cut_document = max_length, cut_document
-        self.template_kwargs = dict(template_kwargs or {})
+        self.template_kwargs = check_template_kwargs(tokenizer, template_kwargs)
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self._added = set(tokenizer.added_tokens_decoder)
         self._swallowing = {token for token, t in tokenizer.added_tokens_decoder.items() if t.lstrip or t.rstrip}

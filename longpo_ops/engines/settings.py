@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..pretrained import DTYPES, load_tokenizer, read_config
+from ..template import check_template_kwargs, check_values
 from . import NAMES, Engine
 from .address import KEY, check_url, read_key
 from .fields import OWN, check_fields
@@ -62,6 +63,7 @@ class EngineSettings:
             )
         self.check_server("endpoints", self.endpoints, self.key_variable)
         self.require_positive("concurrency", "timeout", "patience")
+        check_values(self.template_kwargs)
         self._check_options(self.engine_options or {})
         self.check_rope("rope")
 
@@ -120,12 +122,12 @@ class EngineSettings:
                 raise ValueError(f"{name} is {value}; expected more than 0")
 
     def load_tokenizer(self):
-        """The model's tokenizer. Raises ValueError for a model that has none or cannot be found, and for a tokenizer that
-        loses text or, with a local engine, belongs to another model."""
-        if self.engine == "server":
-            return load_tokenizer(self.model, self.trust_remote_code)
-        config = read_config(self.model, self.trust_remote_code)
-        return load_tokenizer(self.model, self.trust_remote_code, config.vocab_size)
+        """The model's tokenizer. Raises ValueError for a model that has none or cannot be found, for a tokenizer that
+        loses text or, with a local engine, belongs to another model, and for template_kwargs that its template ignores."""
+        rows = None if self.engine == "server" else read_config(self.model, self.trust_remote_code).vocab_size
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code, rows)
+        check_template_kwargs(tokenizer, self.template_kwargs)
+        return tokenizer
 
     def make_engine(self, length: int) -> Engine:
         """The engine, not started, that reads `length` tokens. Raises ValueError for options it does not know."""

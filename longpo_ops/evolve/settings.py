@@ -15,6 +15,7 @@ from typing import Any
 from ..evaluate.shots import harness_names
 from ..recipes import DEFAULT, check_recipe
 from ..runs.validate import check_kinds
+from ..template import check_values
 
 LAST, BASE, GENERATOR = "last", "base", "generator"
 ROLES = ("start", "generator", "reference")  # of models in a round
@@ -103,7 +104,8 @@ class Evolution:
     """model: the base, a name or a folder. out: folder of everything. evaluate: fields of EvaluateRun but model, out
     and rope. retention: all of these must hold after a round, or the loop stops. recipe: "default" or "official", of all
     pairs and trainings that name no other. launch: words of the launcher that starts the processes of a training, a list or
-    a line as a shell reads it, such as "torchrun --nproc-per-node 8"; none: one process.
+    a line as a shell reads it, such as "torchrun --nproc-per-node 8"; none: one process. template_kwargs: variables of the
+    chat template, of all stages that name no others: models are asked, trained and measured in the same format.
 
     Raises ValueError for names nobody knows and for rounds that point forward.
     """
@@ -115,8 +117,10 @@ class Evolution:
     retention: tuple[Bound, ...] = ()
     recipe: str = DEFAULT
     launch: tuple[str, ...] = ()
+    template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self):
+        check_values(self.template_kwargs)
         check_recipe(self.recipe)
         _set(self, "launch", _words(self.launch))
         for name in ("model", "out"):
@@ -140,7 +144,12 @@ class Evolution:
 
     def evaluation(self, each: Round | None = None) -> dict[str, Any]:
         """Fields of EvaluateRun: of the base's evaluation, or of a round's."""
-        return self.evaluate | (each.evaluate if each else {})
+        return self.of_all | self.evaluate | (each.evaluate if each else {})
+
+    @property
+    def of_all(self) -> dict[str, Any]:
+        """Fields of every stage's run."""
+        return {"template_kwargs": self.template_kwargs} if self.template_kwargs else {}
 
     def _check_lengths(self, each: Round) -> None:
         """What is compared must be measured before and after."""

@@ -116,7 +116,10 @@ def read_model(name: str, trust_remote_code: bool = False) -> Model:
 
 def _pairs(evolution: Evolution, each: Round, generator: Model, theta: float | None) -> Stage:
     """A generator that reads too few tokens reads the documents at the policy's theta, and chunks at its own."""
-    out, given = Path(evolution.out) / each.name / PAIRS, {"recipe": evolution.recipe} | each.generate
+    out, given = (
+        Path(evolution.out) / each.name / PAIRS,
+        {"recipe": evolution.recipe} | evolution.of_all | each.generate,
+    )
     run = GenerateRun(model=generator.path, documents=each.documents, length=each.length, out=str(out), **given)
     too_long = run.sequence_length > (generator.positions or run.sequence_length)
     if run.engine != "server" and "rope" not in given and too_long:
@@ -128,7 +131,7 @@ def _pairs(evolution: Evolution, each: Round, generator: Model, theta: float | N
 
 def _training(evolution: Evolution, each: Round, start: Model, reference: Model, theta, pairs: Stage) -> Stage:
     out = Path(evolution.out) / each.name / TRAIN
-    longest, given = pairs.run.sequence_length, {"recipe": evolution.recipe} | each.train
+    longest, given = pairs.run.sequence_length, {"recipe": evolution.recipe} | evolution.of_all | each.train
     context = {"rope_theta": theta, "max_position_embeddings": max(longest, start.positions or 0)}
     paths = {"model": start.path, "data": str(pairs.out), "output_dir": str(out)}
     paths["reference_model"] = None if reference == start else reference.path

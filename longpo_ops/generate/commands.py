@@ -217,6 +217,7 @@ def validate(
     path: Paths,
     model: Annotated[str | None, typer.Option(help="Also lay out and tokenise every pair as training does.")] = None,
     max_length: Annotated[int | None, typer.Option(help="With --model: tokens of the longest sequence.")] = None,
+    template_kwargs: options.TemplateKwargs = None,
     recipe: Annotated[
         str, typer.Option(help="Of the training; the official one takes pairs of equal answers.")
     ] = DEFAULT,
@@ -227,8 +228,11 @@ def validate(
     report, chat = DataReport(), None
     with terminal.wrong_usage():
         equal = check_recipe(recipe) == OFFICIAL
+    variables = options.from_json("--template-kwargs", template_kwargs)
+    if model is None and variables:
+        raise typer.BadParameter("--template-kwargs: expected with --model, whose chat template reads them")
     if model is not None:
-        chat = ChatFormat(load_tokenizer(model), max_length=max_length)
+        chat = ChatFormat(load_tokenizer(model), max_length=max_length, template_kwargs=variables)
     for each in path:
         if chat is None:
             read = read_pairs(each, "skip", report, equal)

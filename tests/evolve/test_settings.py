@@ -324,6 +324,28 @@ def test_rounds_follow_the_recipe_of_the_evolution_or_their_own(model, caplog):
     assert [each["pairs"].run.short_rope for each in found] == [None] * 3
 
 
+def test_variables_of_the_chat_template_reach_all_stages_that_name_no_others(model, tmp_path):
+    copied = Path(shutil.copytree(model, tmp_path / "model"))
+    template = copied / "chat_template.jinja"
+    template.write_text("{% if tone is defined %}{{ tone }}{% endif %}" + template.read_text())
+    plain = changed(model=str(copied), retention=[])
+    assert all("template_kwargs" not in stage.settings for each in rounds(plain) for stage in each.values())
+    settings = plain | {"template_kwargs": {"tone": "calm"}}
+    settings["rounds"][1] |= {"train": {"template_kwargs": {}}, "evaluate": {"template_kwargs": {"tone": "loud"}}}
+    first, second = rounds(settings)
+    calm = {"tone": "calm"}
+    for stage in (*first.values(), second["pairs"]):
+        assert stage.run.template_kwargs == stage.settings["template_kwargs"] == calm
+    assert second["train"].run.template_kwargs is None
+    assert [second[kind].run.template_kwargs for kind in ("untrained", "evaluate")] == [{"tone": "loud"}] * 2
+    with pytest.raises(ValueError, match="template_kwargs: tone=nan: expected a JSON value"):
+        Evolution.from_settings(settings | {"template_kwargs": {"tone": float("nan")}})
+    settings["rounds"][0]["documents"] = str(tmp_path)
+    (tmp_path / "text.txt").write_text("Wind.")
+    with pytest.raises(ValueError, match=r"does not read tine, .* did you mean tone\?"):
+        check(Evolution.from_settings(settings | {"template_kwargs": {"tine": "calm"}}))
+
+
 def test_a_launcher_is_a_list_of_words_or_a_line():
     line = "accelerate launch --config_file 'my file.yaml'"
     for given, words in (

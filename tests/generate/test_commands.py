@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import typer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from benchmarks.loop.openai_server import OpenAIServer
-from longpo_ops.data import read_pairs, write_pairs
+from longpo_ops.data import join_context, read_pairs, write_pairs
 from longpo_ops.generate import commands
 
 APP = typer.Typer()
@@ -119,6 +120,23 @@ def test_validate(pair, tokenizer, tmp_path):
     assert done.exit_code == 1 and "2 of 4 records kept" in done.output and "1 skipped: no valid JSON" in done.output
     done = call("pairs", "validate", tmp_path / "good.jsonl", "--model", tokenizer.name_or_path, "--max-length", 9)
     assert "longer than max_length" in str(done.exception)  # not one usable record
+
+
+def test_validate_lays_pairs_out_with_the_variables_of_the_template(pair, tokenizer, tmp_path):
+    write_pairs([pair], tmp_path / "pairs.jsonl")
+    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    own.chat_template = "{% if tone is defined %}{{ tone * 40 }}{% endif %}" + own.chat_template
+    own.save_pretrained(tmp_path / "model")
+    given = ("pairs", "validate", tmp_path / "pairs.jsonl", "--model", tmp_path / "model")
+    tokens = len(own(join_context(pair.document, pair.turns[0].instruction))["input_ids"])
+    room = ("--max-length", 8 * tokens)
+    assert call(*given, *room).exit_code == 0
+    done = call(*given, *room, "--template-kwargs", json.dumps({"tone": "a " * tokens}))
+    assert "longer than max_length" in str(done.exception)
+    done = call(*given, "--template-kwargs", '{"tine": 1}')
+    assert "does not read tine" in str(done.exception)
+    done = call("pairs", "validate", tmp_path / "pairs.jsonl", "--template-kwargs", '{"tone": "a"}')
+    assert done.exit_code == 2 and "expected with --model" in re.sub(r"[\s│]+", " ", done.output)
 
 
 def test_pairs_commands_name_a_model_that_cannot_be_loaded(pair, tmp_path):
