@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from ..pretrained import load_tokenizer, read_config, read_whole_config, replace_rope
 from . import Completion, Engine, EngineStopped, Request, RequestFailed, as_finish, render
+from .reasoning import with_marks
 
 
 class VLLMEngine(Engine):
@@ -98,7 +99,7 @@ class VLLMEngine(Engine):
         if answer.logprobs is not None:
             logprobs = tuple(_of(answer.logprobs, answer.token_ids))
         return Completion(
-            text=answer.text,
+            text=with_marks(self.tokenizer, answer.token_ids, answer.text),
             finish=as_finish(answer.finish_reason),
             prompt_tokens=len(out.prompt_token_ids),
             tokens=len(answer.token_ids),

@@ -45,6 +45,9 @@ def evaluate(
         list[str] | None, typer.Option(help="InfiniteBench's, LongBench-Chat's, MT-Bench's files, or a folder.")
     ] = None,
     prefill: Annotated[bool, typer.Option(help="Begin the answers for the model; else its message ends so.")] = True,
+    reasoning_tokens: Annotated[
+        int, typer.Option(help="Tokens that a thinking model may write before an answer, beside those of the answer.")
+    ] = 0,
     judge: Annotated[str | None, typer.Option(help="URL of a server that rates the answers of chats.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there; default the only one.")] = None,
     judge_key_variable: Annotated[

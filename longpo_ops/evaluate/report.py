@@ -22,19 +22,21 @@ RESULTS, TABLES, HEAT_MAP = "results.json", "results.md", "heatmap.png"
 
 @dataclass(frozen=True)
 class Cell:
-    """score: 0 to 1, the mean over `samples`, of which `failed` got no answer. comparable: with published scores."""
+    """score: 0 to 1, the mean over `samples`, of which `failed` got no answer and `cut` were cut off inside the model's
+    reasoning. comparable: with published scores."""
 
     score: float
     samples: int
     failed: int = 0
     comparable: bool = True
+    cut: int = 0
 
     @classmethod
-    def of(cls, scores: Iterable[float | None], comparable: bool = True) -> Cell:
+    def of(cls, scores: Iterable[float | None], comparable: bool = True, cut: int = 0) -> Cell:
         """The cell of some scores, None for a request that failed; the same in whatever order they come."""
         scores = list(scores)
         total = math.fsum(score for score in scores if score is not None)
-        return cls(total / len(scores), len(scores), sum(score is None for score in scores), comparable)
+        return cls(total / len(scores), len(scores), sum(score is None for score in scores), comparable, cut)
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ def _task_table(scores: Scores) -> list[str]:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    return _percent(cell.score) + (f" ({cell.failed} of {cell.samples} failed)" if cell.failed else "")
+    counts = {"failed": cell.failed, "cut off in reasoning": cell.cut}
+    told = [f"{count} of {cell.samples} {what}" for what, count in counts.items() if count]
+    return _percent(cell.score) + (f" ({', '.join(told)})" if told else "")
 
 
 def _percent(value: float | None) -> str:

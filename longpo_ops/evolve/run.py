@@ -27,7 +27,7 @@ import torch
 from ..data import ChatFormat
 from ..documents import find_files
 from ..evaluate import EvaluateRun
-from ..evaluate.run import Plan as EvaluationPlan
+from ..evaluate.plan import Plan as EvaluationPlan
 from ..generate import GenerateRun
 from ..generate import check as check_generation
 from ..runs.journal import locked

@@ -148,7 +148,7 @@ def _training(evolution: Evolution, each: Round, start: Model, reference: Model,
 def _evaluation(evolution: Evolution, each: Round | None, kind: str, model: Model, theta: float | None) -> Stage:
     out, given = Path(evolution.out) / (each.name if each else BASE) / kind, evolution.evaluation(each)
     run = EvaluateRun(model=model.path, out=str(out), **given)
-    fits = theta == model.theta and run.longest <= (model.positions or run.longest)
+    fits = theta == model.theta and run.reads <= (model.positions or run.reads)
     rope = None if fits else _rope(model, theta)
     told = given | ({"judge": run.judge_shown} if run.judge else {})
     return Stage(
