@@ -22,7 +22,7 @@ import numpy as np
 
 from ..kinds import check_choice, check_each, check_flag, check_object, check_whole, shown
 from .pairs import _logps, check_logps
-from .records import BadRecord, DataReport, keep_good, parse_record, read_records, write_records
+from .records import BadRecord, DataReport, came, keep_good, parse_record, read_records, record_id, write_records
 
 IGNORE = -100
 NLL_TOKENS = ("contents", "all")  # which tokens of a long sequence its NLL term may count
@@ -134,7 +134,7 @@ class TokenizedPair:
         vocab_size = None if vocab_size is None else check_whole("vocab_size", vocab_size, 1)
         check_object("fingerprint", fingerprint, str | None, "text or None")
         record = parse_record(record, where)
-        columns = _Columns(record, str(record.get("id", where)), vocab_size)
+        columns = _Columns(record, record_id(record, where), vocab_size)
         stored = record.get("tokenizer")
         if fingerprint is not None and stored is not None and stored != fingerprint:
             advice = "it was tokenised with another tokenizer; tokenise the text again with this model's"
@@ -252,7 +252,7 @@ class _Columns:
         """A column as a list of sequences; a flat column is one."""
         value = self.record.get(name)
         if value is None:
-            raise self.bad(name, "missing field", "expected a tokenised column; tokenise the text again")
+            raise self.bad(name, "missing field", "nothing came; expected a tokenised column; tokenise the text again")
         try:
             nested = len(value) > 0 and not np.isscalar(value[0])
             found = [np.asarray(each) for each in (value if nested else [value])]
@@ -260,7 +260,7 @@ class _Columns:
         except (KeyError, TypeError, ValueError):
             good = False
         if not good:
-            raise self.bad(name, "wrong type", "expected a list of integers, or a list of such lists")
+            raise self.bad(name, "wrong type", f"{came(value)}; expected a list of integers, or a list of such lists")
         return [each.astype(np.int64) for each in found]
 
     def _sequence(self, prefix: str, ids, labels, mask, nll_labels) -> TokenSequence:

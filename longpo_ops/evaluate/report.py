@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.journal import write_atomically
+from ..runs.journal import write_atomically, write_text
+from ..runs.page import printable
 
 TENTHS = 10
 RESULTS, TABLES, HEAT_MAP = "results.json", "results.md", "heatmap.png"
@@ -78,10 +79,10 @@ class Scores:
         """results.json, results.md and, where there are depths, heatmap.png in a folder, each whole or as it was."""
         out = Path(out)
         values = vars(self) | {name: _plain(getattr(self, name)) for name in ("tasks", "depths")}
-        write_atomically(out / RESULTS, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+        write_text(out / RESULTS, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
         if self.depths:
             write_atomically(out / HEAT_MAP, draw_heat_map(self.depths))
-        write_atomically(out / TABLES, markdown(self).encode())
+        write_text(out / TABLES, markdown(self))
 
     @classmethod
     def load(cls, out: str | Path) -> Scores:
@@ -150,7 +151,7 @@ def markdown(scores: Scores, picture: bool = True) -> str:
         lines += ["## Published benchmarks", "", *_table(("task", "score", ""), rows)]
     if scores.notes:
         lines += ["## Notes", "", *(f"* {note}" for note in scores.notes), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    return printable("\n".join(lines).rstrip() + "\n")
 
 
 def _task_table(scores: Scores) -> list[str]:

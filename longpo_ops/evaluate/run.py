@@ -203,6 +203,7 @@ class _Evaluation:
             self._tell(0)
             await self._start(engine)
             self.answers = Answers(engine, self.journal, opens=self._opens)
+            self._note_left_out()
             if self.run_.harness_tasks:
                 await self._harness()
             for length in sorted({*self.plan.lengths, *self.plan.windows}):
@@ -380,6 +381,15 @@ class _Evaluation:
         if cell.failed:
             last = self.answers.last_failure
             self._note(f"{what}: {cell.failed} of {cell.samples} requests failed and score 0, last: {last}")
+
+    def _note_left_out(self) -> None:
+        """Files that were to be read and gave no text."""
+        found = {"texts": self.plan.texts.left_out} if self.plan.tasks else {}
+        for windows in self.plan.windows.values():  # of the same files at every length
+            found["perplexity"] = windows.left_out
+        for what, left_out in found.items():
+            for reason, count in left_out:
+                self._note(f"{what}: {count} left out: {reason}")
 
     def _note(self, text: str) -> None:
         text = printable(text)  # it may quote a server

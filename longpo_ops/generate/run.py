@@ -205,7 +205,7 @@ def select(
             return
         found = None if done(document.id) else _parted(part, document, first, last)
         if isinstance(found, str):
-            listing.skipped[found] += 1
+            listing.skip(found, document.source)
             continue
         listing.selected += 1
         position = max(document.position, listing.selected / (run.max_documents or float("inf")))

@@ -221,7 +221,7 @@ class TrainRun:
                 path, chat, vocab_size, self.on_bad_record, report, self.allows_equal(), nll_tokens=nll_tokens
             )
             PairStore.write(pairs, file, chat.fingerprint)
-            told.write_text(f"{report}\n", encoding="utf-8")
+            told.write_text(f"{report}\n", encoding="utf-8", errors="backslashreplace")
         log.info("%s: %s", path, told.read_text(encoding="utf-8").rstrip())
         return PairStore(file)
 
