@@ -174,10 +174,9 @@ def _turn(record_id: str, name: str, turn: Any) -> Turn:
 def _get(record_id: str, record: dict, key: str, kind: type, name: str) -> Any:
     value, wanted = record.get(key), {list: "a list", str: "text"}[kind]
     if value is None:
-        found = "null" if key in record else "nothing"
-        raise BadRecord(
-            record_id, name, "missing field", f"{found} came; expected {wanted}; the fields are {_and(record)}"
-        )
+        found, others = "null" if key in record else "nothing", ", ".join(sorted(map(str, set(record) - {key})))
+        advice = f"{found} came; expected {wanted}" + (f" beside {others}" if others else "")
+        raise BadRecord(record_id, name, "missing field", advice)
     if not isinstance(value, (list, tuple) if kind is list else kind):
         raise BadRecord(record_id, name, "wrong type", f"{came(value)}; expected {wanted}")
     return value

@@ -179,7 +179,7 @@ def parse_record(record: str | dict, where: str) -> dict:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            advice = f"{error}; {shown(line)} came, expected one object per line"
+            advice = f"{error}; {shown(line.strip())} came, expected one object per line"
             raise BadRecord(where, "line", "no valid JSON", advice) from None
     if not isinstance(record, dict):
         raise BadRecord(where, "line", "no JSON object", f"{came(record)}; expected one object per line")

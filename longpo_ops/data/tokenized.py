@@ -270,7 +270,8 @@ class _Columns:
             raise self.bad(f"{prefix}input_ids", "ids and labels differ in length", advice)
         used = np.flatnonzero(mask)
         if used.size == 0 or used[-1] - used[0] + 1 != used.size:
-            raise self.bad(f"{prefix}attention_mask", "bad mask", "expected ones with zeros only at the ends")
+            advice = f"{shown(mask.tolist())} came; expected ones with zeros only at the ends"
+            raise self.bad(f"{prefix}attention_mask", "bad mask", advice)
         kept = slice(used[0], used[-1] + 1)
         ids, labels = ids[kept], labels[kept]
         nll_labels = None if nll_labels is None else nll_labels[kept]
@@ -279,8 +280,10 @@ class _Columns:
             advice = f"{came}: it was made with another tokenizer, tokenise the text again with this model's"
             raise self.bad(f"{prefix}input_ids", "another tokenizer", advice)
         for name, values in (("labels", labels), ("lm_labels", nll_labels)):
-            if values is not None and not np.all((values == IGNORE) | (values == ids)):
-                advice = f"expected each label to be -100 or the id at its place, not shifted; see {name}"
+            wrong = () if values is None else np.flatnonzero((values != IGNORE) & (values != ids))
+            if len(wrong):
+                came = f"{values[wrong[0]]} came at position {wrong[0]}, where the id is {ids[wrong[0]]}"
+                advice = f"{came}; expected each label to be -100 or the id at its place, not shifted"
                 raise self.bad(prefix + name, "labels are not ids", advice)
         if not np.any(labels[1:] != IGNORE) or labels[0] != IGNORE:
             raise self.bad(f"{prefix}labels", "no answer tokens", "expected answer tokens, and none at position 0")

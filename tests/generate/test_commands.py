@@ -156,7 +156,10 @@ def test_validate_names_file_line_field_what_came_and_what_was_expected(pair, tm
     record = json.loads(json.dumps(pair.to_record()))
     turn = record["turns"][0]
     changes = [
-        ({"turns": [turn | {"chosen": None}]}, "turns[0].chosen: missing field; null came; expected text"),
+        (
+            {"turns": [turn | {"chosen": None}]},
+            "turns[0].chosen: missing field; null came; expected text beside chunk, instruction, rejected",
+        ),
         ({"turns": [{**turn, "chunk": 3}]}, "turns[0].chunk: wrong type; a number came, 3; expected text"),
         ({"document": ""}, "document: empty field; '' came; expected text"),
         ({"turns": []}, "turns: empty field; [] came; expected a list of at least one turn"),
@@ -170,7 +173,8 @@ def test_validate_names_file_line_field_what_came_and_what_was_expected(pair, tm
     assert done.exit_code == 1 and "2 of 19 records kept" in done.output
     for line, (_, told) in enumerate(changes, 1):
         assert f"    bad.jsonl:{line}, record 'one', {told}" in done.output
-    assert "bad.jsonl:9, record 'one', turns[0].chosen: missing field; nothing came; expected text" in done.output
+    told = "bad.jsonl:9, record 'one', turns[0].chosen: missing field; nothing came; expected text beside chunk, "
+    assert told in done.output
     assert "12 skipped: missing field (10 of them told)" in done.output
     assert "2 bad records are not told; --number 12 tells all" in done.output
     assert "bad.jsonl:19, " in call("pairs", "validate", tmp_path, "--number", 12).output
