@@ -23,6 +23,7 @@ from .evolve.commands import evolve
 from .generate.commands import generate, pairs
 from .memory.commands import plan
 from .runs import terminal
+from .text import read_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -118,7 +119,7 @@ def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:
         if not config.is_file():
             raise typer.BadParameter(f"--config {config}: no such file")
         try:
-            settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+            settings = yaml.safe_load(read_text(config)) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise typer.BadParameter(f"--config {config}: no valid YAML: {error}") from None
         if not isinstance(settings, dict):

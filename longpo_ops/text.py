@@ -2,6 +2,7 @@
 
     first bytes --marked_encoding--> the encoding that a byte-order mark names
     bytes       --decoded--> lines, of UTF-8 or what the mark says
+    a file      --read_text--> the whole of it, likewise: settings, prompts, questions, whatever a user hands over
     a text      --printable--> the same for a page or a terminal, on which it cannot move, hide or re-order anything
     a name      --one_line---> the same for a line of its own, and for files in UTF-8
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import re
 
 MARKS = (  # UTF-32's first: UTF-16's is the beginning of one of them
@@ -35,11 +37,17 @@ def marked_encoding(head: bytes) -> str | None:
     return next((encoding for mark, encoding in MARKS if head.startswith(mark)), None)
 
 
-def decoded(stream, newline: str | None = None) -> io.TextIOWrapper:
+def decoded(stream, newline: str | None = None, errors: str = "backslashreplace") -> io.TextIOWrapper:
     """A stream of bytes that has `peek`, as text: UTF-8, or what its byte-order mark says. Bytes that are none become \\xff
     escapes, which JSON does not know: one bad record, not a bad file."""
     encoding = marked_encoding(stream.peek(4)[:4]) or "utf-8"
-    return io.TextIOWrapper(stream, encoding, errors="backslashreplace", newline=newline)
+    return io.TextIOWrapper(stream, encoding, errors=errors, newline=newline)
+
+
+def read_text(file: str | os.PathLike) -> str:
+    """Raises OSError for a file that cannot be read, UnicodeDecodeError for bytes that are no such text."""
+    with decoded(open(file, "rb"), errors="strict") as text:
+        return text.read()
 
 
 def printable(text: object) -> str:

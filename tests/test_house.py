@@ -30,9 +30,21 @@ ROOMS = {
     "documents": ("lazy", "text"),
     "engines": ("ops", "pretrained", "template"),
     "memory": ("attention", "kinds", "lazy", "ops", "parallel", "pretrained", "runs"),
-    "generate": ("data", "documents", "engines", "lazy", "pretrained", "recipes", "runs"),
-    "evaluate": ("data", "documents", "engines", "lazy", "pretrained", "runs"),
-    "train": ("attention", "data", "launch", "memory", "ops", "parallel", "pretrained", "recipes", "runs", "template"),
+    "generate": ("data", "documents", "engines", "lazy", "pretrained", "recipes", "runs", "text"),
+    "evaluate": ("data", "documents", "engines", "lazy", "pretrained", "runs", "text"),
+    "train": (
+        "attention",
+        "data",
+        "launch",
+        "memory",
+        "ops",
+        "parallel",
+        "pretrained",
+        "recipes",
+        "runs",
+        "template",
+        "text",
+    ),  # fmt: skip
     "evolve": (
         "data",
         "documents",
@@ -43,11 +55,12 @@ ROOMS = {
         "recipes",
         "runs",
         "template",
+        "text",
         "train",
-    ),
+    ),  # fmt: skip
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
-    "cli": ("demo", "engines", "evaluate", "evolve", "generate", "launch", "memory", "runs", "train"),
+    "cli": ("demo", "engines", "evaluate", "evolve", "generate", "launch", "memory", "runs", "text", "train"),
 }
 TRAINER = re.compile(r"transformers\.(Trainer|Training|trainer|integrations|Seq2SeqTrain)\w*")
 MAY_TRAIN = ("train", "evolve", "demo", "cli")

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from ..text import read_text
 from .needles import NeedleTask
 from .tasks import LOADED, TASKS
 
@@ -43,7 +44,7 @@ def _load(file: Path) -> NeedleTask:
     import yaml
 
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = yaml.safe_load(read_text(file))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(given, dict):

@@ -16,6 +16,7 @@ from ..evaluate.shots import harness_names
 from ..recipes import DEFAULT, check_recipe
 from ..runs.validate import check_kinds
 from ..template import check_values
+from ..text import read_text
 
 LAST, BASE, GENERATOR = "last", "base", "generator"
 ROLES = ("start", "generator", "reference")  # of models in a round
@@ -192,7 +193,7 @@ class Evolution:
         import yaml
 
         try:
-            settings = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())
+            settings = yaml.load(read_text(path), _loader())
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from accelerate import ParallelismConfig
@@ -19,6 +18,7 @@ from .. import launch
 from ..memory.optimizer import refuse_step_in_backward
 from ..memory.search import check_lossy
 from ..memory.settings import Memory
+from ..text import read_text
 from .methods import Method, resolve_method
 
 REFERENCES = ("precompute", "online", "data")
@@ -169,7 +169,7 @@ class LongPOConfig(TrainingArguments):
         if (self.fsdp or shared > 1) and launch.launched_fsdp() is None:
             theirs = self.fsdp_config or {}
             if isinstance(theirs, str):
-                theirs = json.loads(Path(theirs).read_text(encoding="utf-8"))
+                theirs = json.loads(read_text(theirs))
             named = {name.removeprefix("fsdp_"): value for name, value in theirs.items()}
             self.fsdp, self.fsdp_config = self.fsdp or True, FSDP2 | named
         if shared > 1:
