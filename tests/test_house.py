@@ -28,7 +28,7 @@ ROOMS = {
     "attention": ("data", "kinds", "parallel"),
     "runs": ("data", "text"),
     "documents": ("lazy", "text"),
-    "engines": ("ops", "pretrained", "template"),
+    "engines": ("ops", "pretrained", "runs", "template"),
     "memory": ("attention", "kinds", "lazy", "ops", "parallel", "pretrained", "runs"),
     "generate": ("data", "documents", "engines", "lazy", "pretrained", "recipes", "runs", "text"),
     "evaluate": ("data", "documents", "engines", "lazy", "pretrained", "runs", "text"),
@@ -55,12 +55,11 @@ ROOMS = {
         "recipes",
         "runs",
         "template",
-        "text",
         "train",
     ),  # fmt: skip
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
-    "cli": ("demo", "engines", "evaluate", "evolve", "generate", "launch", "memory", "runs", "text", "train"),
+    "cli": ("demo", "engines", "evaluate", "evolve", "generate", "launch", "memory", "runs", "train"),
 }
 TRAINER = re.compile(r"transformers\.(Trainer|Training|trainer|integrations|Seq2SeqTrain)\w*")
 MAY_TRAIN = ("train", "evolve", "demo", "cli")

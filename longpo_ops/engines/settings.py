@@ -9,10 +9,11 @@ import difflib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..pretrained import DTYPES, load_tokenizer, read_config
+from ..runs.validate import check_kinds
 from ..template import check_template_kwargs, check_values
 from . import NAMES, Engine
 from .address import KEY, check_url, read_key
@@ -53,6 +54,7 @@ class EngineSettings:
 
     def __post_init__(self):
         """Raises ValueError for settings that make no sense, saying which."""
+        check_kinds({each.name: getattr(self, each.name) for each in fields(self)}, type(self))
         if self.engine not in NAMES:
             raise ValueError(f"engine {self.engine!r}; expected one of {', '.join(NAMES)}")
         if self.dtype not in DTYPES:

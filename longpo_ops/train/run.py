@@ -23,6 +23,7 @@ from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
 from ..parallel.mesh import check_alike
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
+from ..runs.settings_file import settle
 from ..runs.validate import check_kinds
 from ..template import check_values
 from .checkpoints import check_going_on, check_one_folder, last_checkpoint
@@ -93,6 +94,7 @@ class TrainRun:
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> TrainRun:
         """Flat settings, as a YAML file and command line give them. Raises ValueError naming one that nobody knows."""
+        settings = settle(settings, cls, LongPOConfig)
         own = {f.name for f in dataclasses.fields(cls)} - {"training"}
         known = {f.name for f in dataclasses.fields(LongPOConfig) if f.init} - {"output_dir"}
         for name in sorted(map(str, set(settings) - own - known)):

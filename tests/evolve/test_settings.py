@@ -53,6 +53,19 @@ def changed(**changes) -> dict:
         (changed(evaluate={"lengths": [128], "task": []}), "the evolution, evaluate: task unknown; expected some of"),
         (changed(retention=[{"measure": "bleu", "within": 0}]), "measure 'bleu'; expected accuracy, perplexity or"),
         (changed(retention=[{"measure": "accuracy", "within": -1}]), "within is -1; expected a number from 0"),
+        (
+            changed(retention=[{"measure": "accuracy", "within": float("nan")}]),
+            "within is nan; expected a number from 0",
+        ),
+        (
+            changed(retention=[{"measure": "accuracy", "within": float("inf")}]),
+            "within is inf; expected a number from 0",
+        ),
+        (changed(first={"rope_theta": float("nan")}), "rope_theta is nan; expected a number above 0"),
+        (
+            changed(first={"generate": {"top_p": float("nan")}}),
+            "round 'one', generate: top_p=nan: expected a finite number",
+        ),
         (changed(retention=[{"measure": "accuracy", "within": 0, "length": 512}]), "accuracy at 512 is not evaluated"),
         (changed(retention=[{"measure": "perplexity", "within": 0, "length": 256}]), "perplexity at 256 is not eval"),
         (changed(retention=[{"measure": "harness:mmlu", "within": 0}]), "add 'mmlu' to evaluate: harness"),
@@ -122,6 +135,20 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
             Evolution.from_file(tmp_path / "run.yaml")
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         Evolution.from_file(tmp_path / "nowhere.yaml")
+
+
+def test_words_of_a_file_are_flags_where_flags_are_wanted(tmp_path):
+    train = "{save_strategy: no, eval_strategy: No, bf16: off, cut_document: yes, memory: {offload: on}}"
+    generate = "{template_kwargs: {enable_thinking: off}, reference_logps: yes, column: on}"
+    text = yaml.safe_dump(changed(first={"train": "TRAIN", "generate": "GENERATE", "name": "NAME"}))
+    text = text.replace("TRAIN", train).replace("GENERATE", generate).replace("NAME", "no")
+    (tmp_path / "run.yaml").write_text(text)
+    first = Evolution.from_file(tmp_path / "run.yaml").rounds[0]
+    assert first.train == {
+        "save_strategy": "no", "eval_strategy": "No", "bf16": False, "cut_document": True, "memory": {"offload": True}
+    }  # fmt: skip
+    assert first.generate == {"template_kwargs": {"enable_thinking": False}, "reference_logps": True, "column": "on"}
+    assert first.name == "no"
 
 
 def test_a_model_that_is_not_there_is_named():
