@@ -149,9 +149,8 @@ def _who() -> str:
 def main() -> None:
     """The console script: one line for a failure that says what to do, a traceback for a bug."""
     _speak_once()
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # a path may hold bytes that are no UTF-8, as it is on standard error
+    with suppress(AttributeError):  # of a stream that is no file's
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a path may hold bytes that are no UTF-8
     for name in ("torchao", "torch.utils._pytree"):  # their warnings at import concern nobody here
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
