@@ -44,7 +44,7 @@ ROOMS = {
         "runs",
         "template",
         "text",
-    ),  # fmt: skip
+    ),
     "evolve": (
         "data",
         "documents",
@@ -56,7 +56,7 @@ ROOMS = {
         "runs",
         "template",
         "train",
-    ),  # fmt: skip
+    ),
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
     "cli": ("demo", "engines", "evaluate", "evolve", "generate", "launch", "memory", "runs", "train"),
