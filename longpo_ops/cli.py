@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +17,13 @@ import typer
 
 from . import launch
 from .demo.commands import demo
+from .engines import options
 from .evaluate.commands import evaluate
 from .evolve.commands import evolve
 from .generate.commands import generate, pairs
 from .memory.commands import plan
 from .runs import terminal
+from .runs.settings_file import parse_yaml, read_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,6 +59,7 @@ def train(
     host_bytes: Annotated[
         int | None, typer.Option(help="Of fit: memory of the host, where more can be had than is available now.")
     ] = None,
+    template_kwargs: options.TemplateKwargs = None,
     on_bad_record: Annotated[
         str | None, typer.Option(help="raise, or skip: leave bad records out and count them.")
     ] = None,
@@ -74,6 +77,7 @@ def train(
     given = dict(locals())
     for name in ("config", "set_", "dry_run"):
         del given[name]
+    given["template_kwargs"] = options.from_json("--template-kwargs", template_kwargs)
     settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
     from .train.run import TrainRun, check_output, describe, prepare
     from .train.run import train as run_training
@@ -108,36 +112,20 @@ app.add_typer(pairs, name="pairs")
 
 def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:
     """A YAML file, then name=value pairs over it."""
-    import yaml
-
     settings: dict[str, Any] = {}
-    if config is not None:
-        if not config.is_file():
-            raise typer.BadParameter(f"--config {config}: no such file")
-        try:
-            settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(f"--config {config}: no valid YAML: {error}") from None
-        if not isinstance(settings, dict):
-            raise typer.BadParameter(f"--config {config}: expected names and values, got {type(settings).__name__}")
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals or not name:
-            raise typer.BadParameter(f"--set {assignment}: expected name=value")
-        try:
-            settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise typer.BadParameter(f"--set {assignment}: no valid YAML: {error}") from None
-    return _numbers(settings)
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 5e-7 as text, because it has no dot."""
-    if isinstance(value, dict):
-        return {name: _numbers(item) for name, item in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
+    with terminal.wrong_usage():
+        if config is not None:
+            if not config.is_file():
+                raise ValueError(f"--config {config}: no such file")
+            settings = read_yaml(config, f"--config {config}") or {}
+            if not isinstance(settings, dict):
+                raise ValueError(f"--config {config}: expected names and values, got {type(settings).__name__}")
+        for assignment in assignments:
+            name, equals, value = assignment.partition("=")
+            if not equals or not name:
+                raise ValueError(f"--set {assignment}: expected name=value")
+            settings[name] = parse_yaml(value, f"--set {assignment}")
+    return settings
 
 
 def _speak_once() -> None:
@@ -161,6 +149,8 @@ def _who() -> str:
 def main() -> None:
     """The console script: one line for a failure that says what to do, a traceback for a bug."""
     _speak_once()
+    with suppress(AttributeError):  # of a stream that is no file's
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a path may hold bytes that are no UTF-8
     for name in ("torchao", "torch.utils._pytree"):  # their warnings at import concern nobody here
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -68,7 +68,7 @@ def test_a_failed_run_exits_with_1_and_says_why_in_a_line(home, tmp_path):
     done = longpo("train", "--config", home / "run.yaml", "--data", tmp_path, "--output-dir", tmp_path / "out")
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "record 'r-1', turns: missing field" in line and "Traceback" not in done.stderr
+    assert "pairs.jsonl:1, record 'r-1', turns: missing field" in line and "Traceback" not in done.stderr
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
@@ -99,6 +99,8 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         "1e7",
         "--recipe",
         "official",
+        "--set",
+        "save_strategy=no",
     )
     done = in_process("train", *arguments, "--dry-run")
     assert done.exit_code == 0, done.output
@@ -112,6 +114,7 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         "nll_tokens": "all",
         "pack_tokens": "5000",
         "rope_theta": "10000000.0",
+        "save_strategy": "no",
     }
     assert expected.items() <= told.items()
     assert told["objective_options"] == "{'beta': 0.5, 'preference_weight': 0.01}"
@@ -127,11 +130,16 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
         (["--set", "pack_tokens"], "expected name=value"),
         (["--set", "rows=5"], "is none of TrainRun"),
         (["--set", "max_steps=abc"], "expected int"),
+        (["--set", "max_grad_norm=.nan"], "max_grad_norm=nan: expected a finite number"),
+        (["--set", "num_train_epochs=0", "--set", "max_steps=-1"], "num_train_epochs=0: expected more than 0"),
         (["--set", "objective_options={beta: -1}"], "expected beta > 0"),
         (["--set", "objective_options=3"], "objective_options=3: expected dict"),
         (["--set", "memory=[1]"], "memory=[1]: expected dict"),
         (["--config", "nowhere.yaml"], "no such file"),
         (["--on-bad-record", "drop"], "expected one of raise, skip"),
+        (["--template-kwargs", "[1]"], "expected names and values"),
+        (["--set", "template_kwargs=3"], "template_kwargs=3: expected dict"),
+        (["--set", "template_kwargs={date: 2024-07-26}"], "date=datetime.date(2024, 7, 26): expected a JSON value"),
         (["--recipe", "paper"], "recipe is 'paper'; expected one of default, official"),
     ],
 )
@@ -139,6 +147,12 @@ def test_wrong_usage_exits_with_2_and_no_traceback(home, tmp_path, arguments, me
     done = in_process("train", "--config", home / "run.yaml", "--output-dir", tmp_path, *arguments)
     assert done.exit_code == 2, done.output
     assert message in " ".join(re.sub("[│\n]", " ", done.output).split()) and "Traceback" not in done.output
+
+
+def test_variables_of_the_chat_template_are_the_template_s(home, tmp_path):
+    for given in (["--template-kwargs", '{"thinking": false}'], ["--set", "template_kwargs={thinking: false}"]):
+        done = in_process("train", "--config", home / "run.yaml", "--output-dir", tmp_path, "--dry-run", *given)
+        assert isinstance(done.exception, ValueError) and "does not read thinking, so" in str(done.exception)
 
 
 def test_missing_settings_are_named(tmp_path):

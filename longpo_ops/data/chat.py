@@ -14,7 +14,8 @@ template text around its contents, character for character, so nothing here know
 
 The rendered text is tokenised as a whole, as it is at inference, and the tokenizer's character offsets say which tokens
 hold which characters. A token on the border of a content and template text (" Yes" after "[/INST]") belongs to the
-content.
+content; but an added token that swallows the white space beside it (Phi-3's "<|assistant|>" with rstrip) stays template
+text, and what it swallowed is in no token, in training as at inference.
   labels      answer contents, each with its end of turn: template text through the first added token that follows the
               last answer. Where a template writes none, the end-of-sequence token is put after every answer.
   nll_labels  documents, questions and answers with their ends of turn, but no system prompt and no role markers; or every
@@ -36,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from ..kinds import check_choice, check_flag, check_object, check_whole
+from ..template import check_template_kwargs
 from .pairs import Pair, Turn
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records
 from .tokenized import IGNORE, NLL_TOKENS, TokenizedPair, TokenSequence, tokenizer_fingerprint
@@ -61,13 +63,14 @@ class _Piece:
 @dataclass(frozen=True)
 class _Encoded:
     """Token ids with the token ranges [first, last) of user contents, answer contents, and answers with their ends of
-    turn.
+    turn. swallowed: whether white space of a content went into a token of the template.
     """
 
     ids: np.ndarray  # (T,) int64
     users: list[tuple[int, int]]
     contents: list[tuple[int, int]]
     answers: list[tuple[int, int]]
+    swallowed: bool
 
     def answer_ids(self, i: int) -> bytes:
         first, last = self.answers[i]
@@ -89,12 +92,12 @@ class ChatFormat:
     system: optional system prompt of every conversation. join(context, instruction): the first user message.
     max_length: longest allowed sequence, long or short, in tokens. A longer record is refused, unless cut_document:
     then the document, never a question or an answer, loses its end until the sequence fits, and the report counts it.
-    template_kwargs: further variables of the template, as in apply_chat_template (enable_thinking=False).
+    template_kwargs: variables of the template (enable_thinking=False), JSON values.
 
     Raises ValueError at construction for a tokenizer or template that cannot be used: no offsets, no template, no
     generation prompt, contents changed or written twice, no end of turn and no end-of-sequence token, a refused system
-    prompt. Whitespace around contents that the template trims is trimmed from all inputs alike, and counted in the
-    report.
+    prompt, a variable that the template does not read. Whitespace around contents that the template trims is trimmed from
+    all inputs alike, and counted in the report.
     """
 
     def __init__(
@@ -118,7 +121,6 @@ class ChatFormat:
             )
         check_object("system", system, str | None, "text or None")
         check_object("join", join, Callable, "a function of a context and an instruction")
-        check_object("template_kwargs", template_kwargs, dict | None, "a dict or None")
         cut_document = check_flag("cut_document", cut_document)
         if max_length is not None:
             max_length = check_whole("max_length", max_length, 1, "a positive number of tokens, or None")
@@ -126,9 +128,10 @@ class ChatFormat:
             raise ValueError("cut_document needs max_length: to how many tokens should documents be cut?")
         self.tokenizer, self.system, self.join = tokenizer, system, join
         self.max_length, self.cut_document = max_length, cut_document
-        self.template_kwargs = dict(template_kwargs or {})
+        self.template_kwargs = check_template_kwargs(tokenizer, template_kwargs)
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self._added = set(tokenizer.added_tokens_decoder)
+        self._swallowing = {token for token, t in tokenizer.added_tokens_decoder.items() if t.lstrip or t.rstrip}
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._special.discard(
             tokenizer.unk_token_id
@@ -162,6 +165,7 @@ class ChatFormat:
                 raise BadRecord(pair.id, where, "longer than max_length", advice)
         report.trimmed_contents += trimmed
         report.piecewise_pairs += split
+        report.swallowed_pairs += any(conversation.swallowed for conversation in encoded.values())
         report.cut_documents += length < before
         report.cut_tokens += before - length
         return _assemble(pair, {key: conversation.sequence() for key, conversation in encoded.items()})
@@ -211,24 +215,38 @@ class ChatFormat:
             if split and runs[-1] and (piece.kind == "answer" or runs[-1][-1].kind == "end"):
                 runs.append([])
             runs[-1].append(piece)
-        ids, spans, base = [], [], 0
+        ids, spans, base, swallowed = [], [], 0, False
         for run in runs:
-            run_ids, starts, ends = self._offsets("".join(piece.text for piece in run))
-            at = 0
+            text = "".join(piece.text for piece in run)
+            tokens = self._offsets(text)
+            begin = 0
             for piece in run:
-                first = int(np.searchsorted(ends, at, side="right"))  # the first token that ends after its beginning
-                at += len(piece.text)
-                last = int(
-                    np.searchsorted(starts, at, side="left")
-                )  # the first token that starts no sooner than its end
+                end = begin + len(piece.text)
+                first, last = _covering(*tokens[1:], begin, end)
+                if piece.kind in ("user", "answer"):
+                    inner = self._without_swallowing(tokens, text, (begin, end), (first, last))
+                    swallowed |= inner != (first, last)
+                    first, last = inner
                 spans.append((piece.kind, base + first, base + max(first, last)))
-            ids.append(run_ids)
-            base += len(run_ids)
+                begin = end
+            ids.append(tokens[0])
+            base += len(tokens[0])
         contents = [(first, last) for kind, first, last in spans if kind == "answer"]
         ends_of_turn = [last for kind, _, last in spans if kind == "end"]
         users = [(first, last) for kind, first, last in spans if kind == "user"]
         answers = [(first, end) for (first, _), end in zip(contents, ends_of_turn, strict=True)]
-        return _Encoded(np.concatenate(ids), users, contents, answers)
+        return _Encoded(np.concatenate(ids), users, contents, answers, swallowed)
+
+    def _without_swallowing(
+        self, tokens: tuple[np.ndarray, ...], text: str, content: tuple[int, int], span: tuple[int, int]
+    ) -> tuple[int, int]:
+        """A content's range of tokens [first, last) without the template's on its borders that took its white space."""
+        (ids, starts, ends), (begin, end), (first, last) = tokens, content, span
+        if first < last and starts[first] < begin and int(ids[first]) in self._swallowing:
+            first += not text[begin : min(end, int(ends[first]))].strip()
+        if first < last and end < ends[last - 1] and int(ids[last - 1]) in self._swallowing:
+            last -= not text[max(begin, int(starts[last - 1])) : end].strip()
+        return first, last
 
     def _encode_pair(self, pair: Pair) -> tuple[dict[tuple, _Encoded], bool]:
         """All conversations of a pair, and whether they had to be tokenised in pieces."""
@@ -418,6 +436,12 @@ def _conversations(pair: Pair, join: Callable[[str, str], str]) -> dict[tuple, T
         for i, turn in enumerate(pair.turns):
             conversations["short", j, i] = [(join(turn.chunk, turn.instruction), answers[i])]
     return conversations
+
+
+def _covering(starts: np.ndarray, ends: np.ndarray, begin: int, end: int) -> tuple[int, int]:
+    """The range of tokens [first, last) from the first that ends after `begin` up to the first that starts at `end` or
+    later."""
+    return int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(starts, end, side="left"))
 
 
 def _text(pieces: list[_Piece]) -> str:

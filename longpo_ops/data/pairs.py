@@ -23,8 +23,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..kinds import LARGEST, check_each, check_flag, check_number, check_object
-from .records import BadRecord, DataReport, keep_good, parse_record, read_records, write_records
+from ..kinds import LARGEST, check_each, check_flag, check_number, check_object, shown
+from .records import BadRecord, DataReport, came, check_text, keep_good, parse_record, read_records, write_records
+from .records import record_id as name_of
 
 PAIR_FIELDS = {"id", "document", "turns", "provenance", "ref_chosen_logp", "ref_rejected_logps"}
 TURN_FIELDS = {"instruction", "chunk", "chosen", "rejected"}
@@ -74,15 +75,15 @@ class Pair:
         """
         allow_equal = check_flag("allow_equal", allow_equal)
         record = parse_record(record, where)
-        record_id = str(record.get("id", where))
         if not record:
-            raise BadRecord(record_id, "record", "empty record", "expected at least a document and turns")
+            raise BadRecord(where, "record", "empty record", "expected at least a document and turns")
+        record_id = name_of(record, where)
         if "document" not in record and "prompt" in record:
             record = _from_official(record, record_id)
         _refuse_unknown(record_id, "record", record, PAIR_FIELDS, "keep further data under 'provenance'")
         turns = _get(record_id, record, "turns", list, "turns")
         if not turns:
-            raise BadRecord(record_id, "turns", "empty field", "expected a list of at least one turn")
+            raise BadRecord(record_id, "turns", "empty field", "[] came; expected a list of at least one turn")
         turns = tuple(_turn(record_id, f"turns[{i}]", turn) for i, turn in enumerate(turns))
         pair = cls(
             id=record_id,
@@ -130,8 +131,13 @@ def write_pairs(pairs: Iterable[Pair], path: str | os.PathLike) -> int:
     turn = pa.struct({"instruction": text, "chunk": text, "chosen": text, "rejected": pa.list_(text)}.items())
     columns = {"id": text, "document": text, "turns": pa.list_(turn), "provenance": text}
     schema = pa.schema(columns | {"ref_chosen_logp": number, "ref_rejected_logps": pa.list_(number)})
-    records = (record | {"provenance": json.dumps(record["provenance"], ensure_ascii=False)} for record in records)
+    records = (record | {"provenance": _json(record["provenance"])} for record in records)
     return write_records(records, path, schema)
+
+
+def _json(value: dict) -> str:
+    """JSON text that UTF-8 can hold, as write_records has it."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _from_official(record: dict, record_id: str) -> dict:
@@ -152,41 +158,36 @@ def _from_official(record: dict, record_id: str) -> dict:
 
 def _turn(record_id: str, name: str, turn: Any) -> Turn:
     if not isinstance(turn, dict):
-        raise BadRecord(record_id, name, "wrong type", f"a {type(turn).__name__} came; expected an object")
-    _refuse_unknown(record_id, name, turn, TURN_FIELDS, f"a turn has the fields {sorted(TURN_FIELDS)}")
+        raise BadRecord(record_id, name, "wrong type", f"{came(turn)}; expected an object with {_and(TURN_FIELDS)}")
+    _refuse_unknown(record_id, name, turn, TURN_FIELDS, f"a turn has the fields {_and(TURN_FIELDS)}")
     rejected = turn.get("rejected")
     if isinstance(rejected, str):
         turn = turn | {"rejected": [rejected]}
     rejected = _get(record_id, turn, "rejected", list, f"{name}.rejected")
     if not rejected:
-        raise BadRecord(record_id, f"{name}.rejected", "empty field", "expected at least one rejected answer")
+        raise BadRecord(record_id, f"{name}.rejected", "empty field", "[] came; expected at least one rejected answer")
     texts = {key: _text(record_id, turn, key, f"{name}.{key}") for key in ("instruction", "chunk", "chosen")}
     answers = (_text(record_id, {"": text}, "", f"{name}.rejected[{j}]") for j, text in enumerate(rejected))
     return Turn(**texts, rejected=tuple(answers))
 
 
 def _get(record_id: str, record: dict, key: str, kind: type, name: str) -> Any:
-    value = record.get(key)
+    value, wanted = record.get(key), {list: "a list", str: "text"}[kind]
     if value is None:
-        raise BadRecord(
-            record_id, name, "missing field", f"expected a {kind.__name__}; the fields are {sorted(record)}"
-        )
+        found, others = "null" if key in record else "nothing", ", ".join(sorted(map(str, set(record) - {key})))
+        advice = f"{found} came; expected {wanted}" + (f" beside {others}" if others else "")
+        raise BadRecord(record_id, name, "missing field", advice)
     if not isinstance(value, (list, tuple) if kind is list else kind):
-        came = type(value).__name__
-        raise BadRecord(record_id, name, "wrong type", f"a {came} came; expected a {kind.__name__}")
+        raise BadRecord(record_id, name, "wrong type", f"{came(value)}; expected {wanted}")
     return value
 
 
+def _and(names: Iterable[str]) -> str:
+    return ", ".join(sorted(map(str, names)))
+
+
 def _text(record_id: str, record: dict, key: str, name: str) -> str:
-    text = _get(record_id, record, key, str, name)
-    if not text.strip():
-        raise BadRecord(record_id, name, "empty field", "expected text; remove the record or fill the field")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        advice = f"character {error.start} is half a surrogate pair or no UTF-8; store the file as UTF-8"
-        raise BadRecord(record_id, name, "broken text encoding", advice) from None
-    return text
+    return check_text(record_id, name, _get(record_id, record, key, str, name))
 
 
 def _refuse_unknown(record_id: str, name: str, record: dict, known: set[str], advice: str) -> None:
@@ -198,10 +199,12 @@ def _refuse_unknown(record_id: str, name: str, record: dict, known: set[str], ad
 def _provenance(record_id: str, record: dict) -> dict:
     value = record.get("provenance", {})
     if isinstance(value, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, dict):
-        raise BadRecord(record_id, "provenance", "wrong type", "expected an object, or JSON text of one")
+        raise BadRecord(
+            record_id, "provenance", "wrong type", f"{came(value)}; expected an object, or JSON text of one"
+        )
     return value
 
 
@@ -214,7 +217,7 @@ def _logps(record_id: str, record: dict, key: str, count: int | None) -> Any:
     wanted = "a number" if count is None else f"a list of {count}, one per rejected answer,"
     good = isinstance(values, (list, tuple)) and len(values) == (count or 1)
     if not good or not all(type(v) in (int, float) and -LARGEST <= v <= 0 for v in values):
-        raise BadRecord(record_id, key, "bad log-probs", f"{value!r} came; expected {wanted} finite and at most 0")
+        raise BadRecord(record_id, key, "bad log-probs", f"{came(value)}; expected {wanted} finite and at most 0")
     return float(value) if count is None else tuple(float(v) for v in values)
 
 
@@ -237,7 +240,10 @@ def _check_answers(pair: Pair, allow_equal: bool) -> None:
         raise BadRecord(pair.id, "turns", "different numbers of rejected answers", advice)
     for j in range(counts[0]):
         if not allow_equal and all(turn.chosen.strip() == turn.rejected[j].strip() for turn in pair.turns):
-            advice = f"rejected answer {j} says the same in every turn and carries no preference; remove it"
+            advice = f"rejected answer {j} says the same in every turn, {shown(pair.turns[0].chosen)}, which is no preference"
+            advice += "; remove it"
             raise BadRecord(pair.id, "rejected", "chosen equal to rejected", advice)
-    if (pair.ref_chosen_logp is None) != (pair.ref_rejected_logps is None):
-        raise BadRecord(pair.id, "ref_chosen_logp", "bad log-probs", "expected both ref_ fields or neither")
+    names = ("ref_chosen_logp", "ref_rejected_logps")
+    there = [name for name in names if getattr(pair, name) is not None]
+    if len(there) == 1:
+        raise BadRecord(pair.id, *there, "bad log-probs", f"it came alone; expected both of {_and(names)}, or neither")

@@ -1,9 +1,8 @@
 """Records of JSON Lines and Parquet files, one at a time, and what becomes of bad ones.
 
-Files are read through `datasets` in streaming mode: memory is a few records (Parquet) or 10 MiB of text (JSON Lines)
-whatever the size of the set. JSON Lines are parsed line by line here, so that one malformed line is one bad record and
-not an unreadable file. Not covered: JSON arrays, CSV, and files that are not local. Documents are read by
-documents/readers.py.
+Memory is a few records (Parquet) or one line (JSON Lines) whatever the size of the set. JSON Lines are UTF-8, or what
+their byte-order mark says, and parsed line by line, so that one malformed line is one bad record and not an unreadable
+file. Not covered: JSON arrays, CSV, and files that are not local. Documents are read by documents/readers.py.
 
 Tests: tests/data/test_pairs.py.
 """
@@ -22,43 +21,74 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..kinds import check_choice, check_object
+from ..kinds import check_choice, check_object, shown
+from ..text import decoded, one_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 RECORDS_PER_GROUP = 16  # a record can hold megabytes of text, and readers load a row group at a time
+
+KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
 
 T = TypeVar("T")
 
 
 class BadRecord(ValueError):
-    """A record that cannot be trained on. `reason` is the short form that a skipping reader counts."""
+    """A record that cannot be trained on. `reason` is the short form that a skipping reader counts; `where`, file and line,
+    is the reader's to say."""
 
     def __init__(self, record_id: str, field_name: str, reason: str, advice: str):
         super().__init__(f"record {record_id!r}, {field_name}: {reason}; {advice}")
-        self.record_id, self.field, self.reason = record_id, field_name, reason
+        self.record_id, self.field, self.reason, self.where = record_id, field_name, reason, record_id
+
+    def __str__(self) -> str:
+        return self.args[0] if self.where == self.record_id else f"{self.where}, {self.args[0]}"
 
 
 @dataclass
 class DataReport:
-    """What happened while a set was read; pass one object through reading and tokenising, then print it."""
+    """What happened while a set was read; pass one object through reading and tokenising, then print it.
+
+    tell: how many of the records that are skipped for the same reason are told, each with its file, line and field.
+    """
 
     read: int = 0
     kept: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> records
+    told: dict[str, list[str]] = field(default_factory=dict)  # reason -> messages
+    tell: int = 1
     cut_documents: int = 0
     cut_tokens: int = 0
     trimmed_contents: int = 0  # contents whose outer whitespace the chat template takes away
     piecewise_pairs: int = 0  # pairs whose answers had to be tokenised on their own (chat.py)
+    swallowed_pairs: int = 0  # pairs with white space at the ends of contents that the template's own tokens take
+
+    def skip(self, bad: BadRecord) -> None:
+        """Count a bad record, and keep what is to be told of it."""
+        self.skipped[bad.reason] += 1
+        told = self.told.setdefault(bad.reason, [])
+        told += [str(bad)] if len(told) < self.tell else []
+
+    @property
+    def untold(self) -> int:
+        """Bad records that are counted and not told."""
+        return self.skipped.total() - sum(map(len, self.told.values()))
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.read} records kept"]
-        lines += [f"  {count} skipped: {reason}" for reason, count in self.skipped.most_common()]
+        for reason, count in self.skipped.most_common():
+            told = self.told.get(reason, [])
+            part = f" ({len(told)} of them told)" if 0 < len(told) < count else ""
+            lines += [f"  {count} skipped: {reason}{part}", *(f"    {message}" for message in told)]
         if self.cut_documents:
             lines.append(f"  {self.cut_documents} documents cut by {self.cut_tokens} tokens in all")
         if self.trimmed_contents:
             lines.append(f"  {self.trimmed_contents} contents trimmed as the chat template does")
         if self.piecewise_pairs:
             lines.append(f"  {self.piecewise_pairs} pairs tokenised piecewise")
+        if self.swallowed_pairs:
+            lines.append(
+                f"  {self.swallowed_pairs} pairs lose outer whitespace of contents to tokens of the chat template"
+            )
         return "\n".join(lines)
 
 
@@ -81,9 +111,10 @@ def keep_good(
         try:
             value = make(record, where)
         except BadRecord as bad:
+            bad.where = where
             if on_bad_record == "raise":
                 raise
-            report.skipped[bad.reason] += 1
+            report.skip(bad)
             continue
         report.kept += 1
         yield value
@@ -116,47 +147,73 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[str, str | dict]]:
 
 
 def _records(file: Path) -> Iterator[tuple[str, str | dict]]:
+    name = one_line(file.name)
     if file.suffix == ".parquet":
-        from datasets import load_dataset
-
-        records = load_dataset(
-            "parquet", data_files=str(file), split="train", streaming=True, batch_size=RECORDS_PER_GROUP
-        )
-        yield from ((f"{file.name}:{number}", record) for number, record in enumerate(records, 1))
-    else:
-        for number, line in enumerate(_zstd_lines(file) if file.suffix == ".zst" else _lines(file), 1):
-            if line.strip():
-                yield f"{file.name}:{number}", line
+        yield from ((f"{name}:{number}", record) for number, record in enumerate(_parquet(file), 1))
+        return
+    with decoded(OPENERS.get(file.suffix, open)(file, "rb")) as lines:
+        yield from ((f"{name}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Bytes that are no UTF-8 become \\xff escapes, which JSON does not know: one bad record, not a bad file."""
-    from datasets import load_dataset
+def _parquet(file: Path) -> Iterator[dict]:
+    import pyarrow.parquet
 
-    given = dict(data_files=str(file), split="train", streaming=True, encoding_errors="backslashreplace")
-    yield from (record["text"] for record in load_dataset("text", **given))
+    with pyarrow.parquet.ParquetFile(file) as table:
+        for group in table.iter_batches(batch_size=RECORDS_PER_GROUP):
+            yield from group.to_pylist()
 
 
-def _zstd_lines(file: Path) -> Iterator[str]:
-    """The same through pyarrow: what `datasets` uses takes the end of a file that was cut off for its end."""
-    import pyarrow
+def _open_zstd(file: Path, mode: str) -> io.BufferedReader:
+    import pyarrow  # the package zstandard takes the end of a cut file for its end
 
-    stream = io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
-    with io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace") as lines:
-        yield from lines
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+
+
+OPENERS = {".gz": gzip.open, ".zst": _open_zstd}
 
 
 def parse_record(record: str | dict, where: str) -> dict:
     """A record as a dict without empty columns. BadRecord for text that is no JSON object."""
     if isinstance(record, str):
+        line = record
         try:
-            record = json.loads(record)
+            record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadRecord(where, "line", "no valid JSON", f"{error}; expected one object per line") from None
+            advice = f"{error}; {shown(line.strip())} came, expected one object per line"
+            raise BadRecord(where, "line", "no valid JSON", advice) from None
     if not isinstance(record, dict):
-        came = type(record).__name__
-        raise BadRecord(where, "line", "no JSON object", f"a {came} came; expected one object per line")
+        raise BadRecord(where, "line", "no JSON object", f"{came(record)}; expected one object per line")
     return {name: value for name, value in record.items() if value is not None}
+
+
+def record_id(record: dict, where: str) -> str:
+    """What a record is called: its id, a whole number as text, or where it stands. BadRecord for an id of another kind."""
+    value = record.get("id")
+    if value is None:
+        return where
+    if type(value) not in (str, int):
+        raise BadRecord(where, "id", "wrong type", f"{came(value)}; expected text or a whole number, or no id")
+    return check_text(where, "id", str(value))
+
+
+def check_text(record: str, name: str, text: str) -> str:
+    """-> text. BadRecord where it is empty, or cannot be written as UTF-8."""
+    if not text.strip():
+        raise BadRecord(
+            record, name, "empty field", f"{text!r} came; expected text: fill the field or remove the record"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        advice = f"character {error.start} is half a surrogate pair or no UTF-8; store the file as UTF-8"
+        raise BadRecord(record, name, "broken text encoding", advice) from None
+    return text
+
+
+def came(value: Any) -> str:
+    """What came in the place of something else, as JSON calls it."""
+    kind = "null" if value is None else KINDS.get(type(value), type(value).__name__)
+    return f"{kind} came" + ("" if value is None else f", {shown(value)}")
 
 
 def write_records(records: Iterable[dict], path: str | os.PathLike, schema=None) -> int:
@@ -180,7 +237,8 @@ def write_records(records: Iterable[dict], path: str | os.PathLike, schema=None)
 
 def _write_json_lines(records, partial: Path, schema, compress: bool) -> int:
     count = 0
-    with gzip.open(partial, "wt", encoding="utf-8") if compress else open(partial, "w", encoding="utf-8") as out:
+    coded = dict(encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes JSON's own escape of it
+    with gzip.open(partial, "wt", **coded) if compress else open(partial, "w", **coded) as out:
         for record in records:
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
             count += 1

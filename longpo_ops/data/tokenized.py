@@ -22,7 +22,7 @@ import numpy as np
 
 from ..kinds import check_choice, check_each, check_flag, check_object, check_whole, shown
 from .pairs import _logps, check_logps
-from .records import BadRecord, DataReport, keep_good, parse_record, read_records, write_records
+from .records import BadRecord, DataReport, came, keep_good, parse_record, read_records, record_id, write_records
 
 IGNORE = -100
 NLL_TOKENS = ("contents", "all")  # which tokens of a long sequence its NLL term may count
@@ -134,7 +134,7 @@ class TokenizedPair:
         vocab_size = None if vocab_size is None else check_whole("vocab_size", vocab_size, 1)
         check_object("fingerprint", fingerprint, str | None, "text or None")
         record = parse_record(record, where)
-        columns = _Columns(record, str(record.get("id", where)), vocab_size)
+        columns = _Columns(record, record_id(record, where), vocab_size)
         stored = record.get("tokenizer")
         if fingerprint is not None and stored is not None and stored != fingerprint:
             advice = "it was tokenised with another tokenizer; tokenise the text again with this model's"
@@ -252,7 +252,7 @@ class _Columns:
         """A column as a list of sequences; a flat column is one."""
         value = self.record.get(name)
         if value is None:
-            raise self.bad(name, "missing field", "expected a tokenised column; tokenise the text again")
+            raise self.bad(name, "missing field", "nothing came; expected a tokenised column; tokenise the text again")
         try:
             nested = len(value) > 0 and not np.isscalar(value[0])
             found = [np.asarray(each) for each in (value if nested else [value])]
@@ -260,7 +260,7 @@ class _Columns:
         except (KeyError, TypeError, ValueError):
             good = False
         if not good:
-            raise self.bad(name, "wrong type", "expected a list of integers, or a list of such lists")
+            raise self.bad(name, "wrong type", f"{came(value)}; expected a list of integers, or a list of such lists")
         return [each.astype(np.int64) for each in found]
 
     def _sequence(self, prefix: str, ids, labels, mask, nll_labels) -> TokenSequence:
@@ -270,7 +270,8 @@ class _Columns:
             raise self.bad(f"{prefix}input_ids", "ids and labels differ in length", advice)
         used = np.flatnonzero(mask)
         if used.size == 0 or used[-1] - used[0] + 1 != used.size:
-            raise self.bad(f"{prefix}attention_mask", "bad mask", "expected ones with zeros only at the ends")
+            advice = f"{shown(mask.tolist())} came; expected ones with zeros only at the ends"
+            raise self.bad(f"{prefix}attention_mask", "bad mask", advice)
         kept = slice(used[0], used[-1] + 1)
         ids, labels = ids[kept], labels[kept]
         nll_labels = None if nll_labels is None else nll_labels[kept]
@@ -279,8 +280,10 @@ class _Columns:
             advice = f"{came}: it was made with another tokenizer, tokenise the text again with this model's"
             raise self.bad(f"{prefix}input_ids", "another tokenizer", advice)
         for name, values in (("labels", labels), ("lm_labels", nll_labels)):
-            if values is not None and not np.all((values == IGNORE) | (values == ids)):
-                advice = f"expected each label to be -100 or the id at its place, not shifted; see {name}"
+            wrong = () if values is None else np.flatnonzero((values != IGNORE) & (values != ids))
+            if len(wrong):
+                came = f"{values[wrong[0]]} came at position {wrong[0]}, where the id is {ids[wrong[0]]}"
+                advice = f"{came}; expected each label to be -100 or the id at its place, not shifted"
                 raise self.bad(prefix + name, "labels are not ids", advice)
         if not np.any(labels[1:] != IGNORE) or labels[0] != IGNORE:
             raise self.bad(f"{prefix}labels", "no answer tokens", "expected answer tokens, and none at position 0")

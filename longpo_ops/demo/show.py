@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ..data import Pair, Turn, read_pairs
 from ..evolve import Evolution
+from ..runs.page import printable
 from ..tiny.text import FACT, QUESTIONS
 
 SHOWN = 420  # characters of a long text
@@ -48,10 +49,10 @@ def show_pair(console: Console, evolution: Evolution) -> None:
         f"[bold]{len(pairs)} pairs of {len(turns)} questions[/bold] the model asked itself. Right from the chunk: "
         f"{right[0]}, from the whole document: {right[1]}; both answers are the same in {agree}. One of them:"
     )
-    console.print(Panel(Text(turn.instruction), title="question"))
-    chosen = Text.assemble(("chosen: ", "bold green"), turn.chosen, "\n\n", _marked(turn.chunk))
+    console.print(Panel(Text(printable(turn.instruction)), title="question"))
+    chosen = Text.assemble(("chosen: ", "bold green"), printable(turn.chosen), "\n\n", _marked(turn.chunk))
     document = pair.document if len(pair.document) <= 2 * SHOWN else pair.document[: 2 * SHOWN] + " ..."
-    rejected = Text.assemble(("rejected: ", "bold red"), turn.rejected[0], "\n\n", _marked(document))
+    rejected = Text.assemble(("rejected: ", "bold red"), printable(turn.rejected[0]), "\n\n", _marked(document))
     sides = Table.grid(expand=True)
     for _ in range(2):
         sides.add_column(ratio=1)
@@ -75,7 +76,7 @@ def _right(pair: Pair, turn: Turn, said: str) -> bool:
 
 def _marked(text: str) -> Text:
     """The text with its facts highlighted."""
-    marked = Text(text)
+    marked = Text(printable(text))
     pattern = re.escape(FACT.strip()).replace(re.escape("{key}"), r"\w+").replace(re.escape("{value}"), r"\d+")
     marked.highlight_regex(pattern, "bold yellow")
     return marked

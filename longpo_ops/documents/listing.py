@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..text import one_line
 from .readers import Unreadable, read_texts
 
 BYTES_PER_TOKEN = 64  # more than natural text ever takes: longer documents are refused before they are tokenised
@@ -26,27 +28,43 @@ class Document:
 
     id: str
     text: str
-    source: str  # file below the given folder, and the record in it
+    source: str  # file below the given folder, on one line (text.one_line), and the record in it
     position: float = 0.0  # how much of all files lies before its end, 0 to 1
 
 
 @dataclass
 class Listing:
-    """What was found while documents were read: kept, and left out by reason."""
+    """What was found while documents were read: kept, and left out by reason, with the source of the first one each."""
 
     found: int = 0
     selected: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, reason: str, source: str) -> None:
+        """Count what is left out."""
+        self.skipped[str(reason)] += 1
+        self.first.setdefault(str(reason), source)
+
+    def left_out(self) -> list[tuple[str, int]]:
+        """Why, and how many, the most frequent first."""
+        return [(reason_and_first(reason, self.first), count) for reason, count in self.skipped.most_common()]
 
     def __str__(self) -> str:
         lines = [f"{self.selected} of {self.found} documents selected"]
-        return "\n".join(lines + [f"  {count} left out: {reason}" for reason, count in self.skipped.most_common()])
+        return "\n".join(lines + [f"  {count} left out: {reason}" for reason, count in self.left_out()])
+
+
+def reason_and_first(reason: str, first: dict[str, str]) -> str:
+    """Why documents were left out, and which one was the first."""
+    return f"{reason} (first: {first[reason]})" if reason in first else reason
 
 
 def find_files(sources: Iterable[str | Path]) -> list[tuple[Path, str]]:
     """(file, name) of every file below folders, globs and files, sorted, each once; hidden ones are left out.
 
-    The name is the path below its source. Raises ValueError for a source without files.
+    The name is the path below its source, on one line. A folder that cannot be looked into is among them: reading it fails,
+    and it is counted as files are. Raises ValueError for a source without files.
     """
     found: dict[Path, str] = {}
     for source in sources:
@@ -54,16 +72,31 @@ def find_files(sources: Iterable[str | Path]) -> list[tuple[Path, str]]:
         roots = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(source), recursive=True))]
         before = len(found)
         for root in roots:
-            files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-            for file in files:
-                name = file.name if root.is_file() else file.relative_to(root).as_posix()
-                if not any(part.startswith(".") for part in Path(name).parts):
-                    found.setdefault(file.resolve(), name)
+            for file in [root] if root.is_file() else sorted(_files_below(root)):
+                name = Path(file.name) if root.is_file() else file.relative_to(root)
+                if not any(part.startswith(".") for part in name.parts):
+                    found.setdefault(file.resolve(), one_line(name.as_posix()))
         if len(found) == before and not any(root.is_file() for root in roots):
             raise ValueError(
                 f"no documents at {source}; expected a file, a folder with files, or a glob that matches some"
             )
     return list(found.items())
+
+
+def _files_below(root: Path) -> list[Path]:
+    """The files below a folder, and the folders there that cannot be looked into."""
+    closed: list[Path] = []
+    walk = os.walk(root, onerror=lambda error: closed.append(Path(error.filename)))
+    files = [Path(folder, name) for folder, _, names in walk for name in names]
+    return closed + [file for file in files if _is_file(file)]
+
+
+def _is_file(path: Path) -> bool:
+    """Neither a pipe nor a broken link; a path that is too long to be looked at is told where it is read."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def read_documents(
@@ -79,16 +112,17 @@ def read_documents(
     for (file, name), size in zip(files, sizes):
         for number, text, share in read_texts(file, column, limit):
             listing.found += 1
+            source = name if number is None else f"{name}:{number}"
             if isinstance(text, Unreadable):
-                listing.skipped[str(text)] += 1
+                listing.skip(text, source)
                 continue
             digest = hashlib.sha256(text.encode()).digest()[:16]
             if digest in seen:
-                listing.skipped["duplicate"] += 1
+                listing.skip("duplicate", source)
                 continue
             seen.add(digest)
             position = (before + share * size) / total
-            yield Document(digest.hex(), text, name if number is None else f"{name}:{number}", position)
+            yield Document(digest.hex(), text, source, position)
         before += size
 
 

@@ -3,12 +3,11 @@
 Any other suffix is read as plain text; what is not text is told by its bytes. Whatever fails gives an `Unreadable` in
 the text's place, never an exception. Memory: one text, or a group of Parquet records; compressed files are read no
 further than the limit, so a small file cannot unpack into a huge one. Not covered: office files, pictures of text,
-encodings other than UTF-8 and UTF-16.
+encodings other than UTF-8, and UTF-16 and UTF-32 with their byte-order marks.
 """
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import io
 import json
@@ -16,6 +15,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+
+from ..text import decoded, marked_encoding
 
 RECORDS = 16  # of Parquet, read at a time
 NO_LIMIT = 1 << 62
@@ -90,16 +91,10 @@ def _bytes(stream, limit: int) -> bytes | None:
 
 def _decode(data: bytes) -> str:
     """UTF-8, or what a byte-order mark says, with plain newlines."""
-    for mark, encoding in (
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if data.startswith(mark):
-            return _newlines(data.removeprefix(mark) if encoding == "utf-8" else data, encoding)
-    if b"\0" in data[:8192]:
+    encoding = marked_encoding(data)
+    if encoding is None and b"\0" in data[:8192]:
         return BINARY
-    return _newlines(data, "utf-8")
+    return _newlines(data, encoding or "utf-8")
 
 
 def _newlines(data: bytes, encoding: str) -> str:
@@ -122,9 +117,13 @@ def _html(stream, limit: int) -> str:
     data = _bytes(stream, min(NO_LIMIT, 8 * limit))  # markup may outweigh the text
     if data is None:
         return TOO_LONG
-    if b"\0" in data[:8192] and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    encoding = marked_encoding(data)
+    if encoding is None and b"\0" in data[:8192]:
         return BINARY
-    soup = BeautifulSoup(data, "html.parser")
+    page = data if encoding is None else _newlines(data, encoding)  # the parser takes UTF-32 for UTF-16
+    if isinstance(page, Unreadable):
+        return page
+    soup = BeautifulSoup(page, "html.parser")
     for tag in soup(["script", "style", "noscript", "template", "head", "nav", "svg"]):
         tag.decompose()
     options = dict(heading_style="ATX", escape_asterisks=False, escape_underscores=False, escape_misc=False)
@@ -155,23 +154,27 @@ FORMATS = {".html": _html, ".htm": _html, ".xhtml": _html, ".pdf": _pdf}
 
 def _json_lines(stream, column: str, limit: int, size: int | None) -> Found:
     bound, number, read = min(NO_LIMIT, 8 * limit), 0, 0  # a line has escapes and further columns besides the text
+    width = {"utf-16": 2, "utf-32": 4}.get(marked_encoding(stream.peek(4)[:4]), 1)
+    end, nothing = b"\n", b""
+    if width > 1:  # among their bytes a line break is no place to cut
+        stream, end, nothing = decoded(stream, "\n"), "\n", ""
     while line := stream.readline(bound):
-        number, read, whole = number + 1, read + len(line), line.endswith(b"\n") or len(line) < bound
-        rest = b"" if whole else line
-        while rest and not rest.endswith(b"\n"):
+        number, read, whole = number + 1, read + len(line), line.endswith(end) or len(line) < bound
+        rest = nothing if whole else line
+        while rest and not rest.endswith(end):
             rest = stream.readline(bound)
             read += len(rest)
-        share = 0.0 if size is None else min(1.0, read / size)
+        share = 0.0 if size is None else min(1.0, width * read / size)
         if not whole:
             yield number, TOO_LONG, share
         elif line.strip():
             yield number, _cell(line, column, limit), share
 
 
-def _cell(line: bytes, column: str, limit: int) -> str:
+def _cell(line: bytes | str, column: str, limit: int) -> str:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # a row that is nested too deep is one bad row, too
         return Unreadable("no valid JSON")
     return _value(value.get(column), column, limit) if isinstance(value, dict) else Unreadable("no JSON object")
 

@@ -6,6 +6,9 @@
 Engines are asynchronous, so that a server or vLLM batches whatever is under way by itself; `batch` takes a list. Chat
 messages are rendered with the model's own template, by the server or, for the other two, here; token ids go in as they are.
 
+A log-prob is a finite number of at most 0, and a finish is "stop" or "length", whoever gives them: what comes otherwise is a
+failed request (`as_logps`, `as_finish`), never a number.
+
     server        any OpenAI-compatible server, one or many endpoints
     vllm          vLLM in this process
     transformers  for small models and machines without a server
@@ -16,12 +19,30 @@ Not covered: pictures, tools.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 NAMES = ("server", "vllm", "transformers")
+NO_LOGPS = "no log-probs"  # the reason that is counted
+ROUNDING = 1e-3  # how far above 0 a log-prob in few bits may come out
+UNKNOWN = -9999.0  # what servers write for minus infinity, as JSON has none
+STOP = {
+    "stop",
+    "eos",
+    "eos_token",
+    "end",
+    "end_turn",
+    "endoftext",
+    "stop_sequence",
+    "stop_token",
+    "complete",
+    "completed",
+}
+LENGTH = {"length", "length_capped", "max_length", "max_tokens", "max_new_tokens", "max_output_tokens", "model_length"}
+LENGTH |= {"max_completion_tokens", "token_limit", "model_context_window_exceeded"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """finish is "stop" where the model ended the text itself, "length" where it was cut off."""
+    """finish is "stop" where the model ended the text itself, "length" where it was cut off. reasoning: what a thinking
+    model wrote before its text, where the engine tells the two apart."""
 
     text: str
     finish: str
@@ -72,6 +94,7 @@ class Completion:
     cached_tokens: int = 0  # of the prompt, where the engine tells: read from its prefix cache
     token_ids: tuple[int, ...] | None = None  # None where a server keeps them to itself
     logprobs: tuple[float, ...] | None = None  # one per token, where asked for
+    reasoning: str = ""
 
 
 class EngineStopped(ConnectionError):
@@ -87,7 +110,10 @@ class RequestFailed(Exception):
 
 
 class Engine:
-    """What all engines offer. `concurrency` is how many requests are worth having under way at once."""
+    """What all engines offer. `concurrency` is how many requests are worth having under way at once.
+
+    An engine has `_answer` and `_logps`, both of which raise as `generate`; log-probs are checked here.
+    """
 
     concurrency = 1
 
@@ -96,10 +122,23 @@ class Engine:
 
     async def generate(self, request: Request) -> Completion:
         """Raises RequestFailed for this request alone, EngineStopped if no other would fare better."""
-        raise NotImplementedError
+        answer = await self._answer(request)
+        if not request.logprobs:
+            return answer
+        count = None if answer.token_ids is None else len(answer.token_ids)
+        nothing = answer.logprobs is None and not (answer.text or answer.tokens)
+        logps = as_logps(() if nothing else answer.logprobs, count)
+        return replace(answer, logprobs=tuple(logps.tolist()))
 
     async def score(self, token_ids: Sequence[int]) -> np.ndarray:
-        """(T - 1,) float64 log-probs of tokens 1 .. T - 1. Raises as `generate`."""
+        """(T - 1,) float64 log-probs of tokens 1 .. T - 1, all finite and at most 0. Raises as `generate`."""
+        return as_logps(await self._logps(token_ids), len(token_ids) - 1)
+
+    async def _answer(self, request: Request) -> Completion:
+        raise NotImplementedError
+
+    async def _logps(self, token_ids: Sequence[int]) -> Sequence[float | None]:
+        """(T - 1,), None where there is none."""
         raise NotImplementedError
 
     async def batch(self, requests: Sequence[Request]) -> list[Completion]:
@@ -108,6 +147,39 @@ class Engine:
 
     async def close(self) -> None:
         """Stop what is under way and let go of the model."""
+
+
+def as_logps(values: Sequence[float | None] | None, count: int | None = None) -> np.ndarray:
+    """(T,) float64 log-probs out of what an engine gave for `count` tokens; above 0 by rounding alone is 0.
+
+    Raises RequestFailed for another number of them, and for one that is missing, not finite, or positive.
+    """
+    try:
+        logps = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise RequestFailed(NO_LOGPS, "something else came in their place; expected numbers of at most 0") from None
+    if logps.ndim != 1 or (count is not None and len(logps) != count):
+        came = "none" if logps.ndim != 1 else str(len(logps))
+        raise RequestFailed(NO_LOGPS, f"{came} came; expected {count if count is not None else 'one per token'}")
+    wrong = np.flatnonzero(~((logps > UNKNOWN) & (logps <= ROUNDING)))
+    if len(wrong):
+        came = "null" if values[wrong[0]] is None else values[wrong[0]]
+        where = f"number {wrong[0] + 1} of {len(logps)} is {came}, {len(wrong)} such in all"
+        raise RequestFailed(NO_LOGPS, f"{where}; expected finite numbers of at most 0")
+    return np.minimum(logps, 0.0)
+
+
+def as_finish(reason: str | None, tokens: int = 0, limit: int | None = None) -> str:
+    """ "stop" or "length", by whatever name an engine has for it; without any, by the tokens written and their limit.
+
+    Raises RequestFailed for a text that ended otherwise: by a filter of content, in a call of a tool, by an error.
+    """
+    if reason is None:
+        return "length" if limit is not None and tokens >= limit else "stop"
+    name = re.sub(r"\W+", "_", str(reason).strip().lower()).removeprefix("finish_reason_")
+    if name in STOP or name in LENGTH:
+        return "stop" if name in STOP else "length"
+    raise RequestFailed(f"the answer ended with {name[:40]}", "expected a text that was finished or cut off")
 
 
 def render(tokenizer, request: Request, template_kwargs: dict) -> list[int]:

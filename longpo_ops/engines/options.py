@@ -23,7 +23,11 @@ TemplateKwargs = Annotated[str | None, typer.Option(help="Variables of the chat 
 Dtype = Annotated[str, typer.Option(help="Of the weights, local engines.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 EngineOptions = Annotated[
-    list[str] | None, typer.Option(help="name=value (JSON), repeatable: vLLM engine arguments, or request fields.")
+    list[str] | None,
+    typer.Option(
+        help="name=value (JSON), repeatable: vLLM engine arguments; or request fields: temperature=null leaves one out, "
+        "max_tokens=NAME renames one, top_k=40 adds one."
+    ),
 ]
 
 
@@ -41,7 +45,7 @@ def engine_fields(given: dict[str, Any]) -> dict[str, Any]:
         "key_variable": rest.pop("api_key_variable"),
         "rope": from_json("--rope", rest["rope"]),
         "template_kwargs": from_json("--template-kwargs", rest["template_kwargs"]),
-        "engine_options": dict(_assignment(each) for each in options) or None,
+        "engine_options": assignments("--engine-option", options),
     }
 
 
@@ -56,11 +60,15 @@ def from_json(name: str, text: str | None) -> dict | None:
     return value
 
 
-def _assignment(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise typer.BadParameter(f"--engine-option {text}: expected name=value")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+def assignments(flag: str, given: list[str] | None) -> dict[str, Any] | None:
+    """Names and values of a repeatable option; a value that is no JSON is text. Raises typer.BadParameter."""
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise typer.BadParameter(f"{flag} {text}: expected name=value")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found or None

@@ -3,37 +3,39 @@
 A request goes to the endpoint that serves its group already, else to the one with the least to read: requests weigh
 what their prompts do, as one whole document takes an engine longer than many chunks. What may pass
 (no connection, 429, 5xx, a timeout, an answer that is none) is tried again after a pause of base * 2^failures with
-jitter, or as long as Retry-After says; meanwhile the endpoint gets nothing and the others take over. Two rules end
-that:
+jitter, or as long as Retry-After says; meanwhile the endpoint gets nothing and the others take over. An error under
+status 200 is what its code says (replies.py). Two rules end that:
 
     a request is given up  after `attempts` failures of its own (5xx, timeout, no answer) if others succeeded meanwhile
     the run stops          if for `patience` seconds nothing at all has succeeded
 
 What cannot pass (401, 403, 404, or a refusal before anything was ever answered) stops the run at once. The API key
-comes from the environment, goes into one header and into nothing else. Not covered: starting and stopping servers;
-streamed answers.
+comes from the environment, goes into one header and into nothing else; of URLs, messages hold what address.py shows.
+
+Not covered: starting and stopping servers; streamed answers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from typing import NoReturn
 
 import httpx
-import numpy as np
 
 from . import Completion, Engine, EngineStopped, Request, RequestFailed
+from .address import KEY, check_url, read_key, secrets, shown
+from .fields import OWN, change_fields, check_fields
+from .replies import NoAnswer, as_completion, echoed_logps, find_error
 
 log = logging.getLogger("longpo_ops.generate")
 
 HOPELESS = {401: "the API key was refused", 403: "access was denied", 404: "no such model or path"}
-KEY = "OPENAI_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
@@ -49,6 +51,9 @@ class Endpoint:
     failures: int = 0
     retry_at: float = 0.0
     clients: list[httpx.AsyncClient] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return shown(self.url)
 
     def failed(self, after: float | None = None) -> None:
         """Leave it alone for longer and longer; failures of requests sent before the pause count once."""
@@ -74,10 +79,10 @@ class ServerEngine(Engine):
     endpoints: base URLs such as http://127.0.0.1:8000/v1. model: the name it is served under; None takes the only one
     there is. concurrency: requests under way per endpoint. timeout: seconds until a request counts as failed.
     patience: seconds without any success until the run stops. key_variable: environment variable of the API key.
-    template_kwargs: variables of the chat template, for servers that take `chat_template_kwargs`. extra: further
-    fields of every request's body.
+    template_kwargs: variables of the chat template, for servers that take `chat_template_kwargs`. options: fields of every
+    request's body that are added, renamed or left out (fields.py); flag: how the command line names them.
 
-    Raises ValueError for a URL that holds a key or is none.
+    Raises ValueError for a URL that holds a key or is none, a key that no header can hold, and options that no request has.
     """
 
     def __init__(
@@ -90,15 +95,18 @@ class ServerEngine(Engine):
         attempts: int = 5,
         key_variable: str = KEY,
         template_kwargs: dict | None = None,
-        extra: dict | None = None,
+        options: dict | None = None,
+        flag: str = "--engine-option",
     ):
         if not endpoints:
             raise ValueError("no endpoint came; expected at least one URL such as http://127.0.0.1:8000/v1")
-        self.endpoints = [Endpoint(_checked_url(url)) for url in endpoints]
+        self.endpoints = [Endpoint(check_url(url)) for url in endpoints]
         self.model, self.timeout, self.patience, self.attempts = model, timeout, patience, attempts
         self.concurrency = concurrency * len(self.endpoints)
-        self._key = os.environ.get(key_variable, "").strip()
-        self._extra = dict(extra or {}) | ({"chat_template_kwargs": template_kwargs} if template_kwargs else {})
+        self._key = read_key(key_variable)
+        check_fields(options or {}, flag)
+        self._fields = dict(options or {}) | ({"chat_template_kwargs": template_kwargs} if template_kwargs else {})
+        self._flag = flag
         self._homes: dict[str, Endpoint] = {}
         self._answered, self._last_success = 0, 0.0
 
@@ -113,15 +121,15 @@ class ServerEngine(Engine):
         found = await asyncio.gather(*(self._models(endpoint) for endpoint in self.endpoints), return_exceptions=True)
         served: set[str] = set()
         for endpoint, answer in zip(self.endpoints, found):
-            if isinstance(answer, EngineStopped):
+            if isinstance(answer, BaseException) and not isinstance(answer, (_Passing, RequestFailed)):
                 raise answer
             if isinstance(answer, BaseException):
-                log.warning("%s does not answer yet (%s)", endpoint.url, answer)
+                log.warning("%s does not answer yet (%s)", endpoint, answer)
                 endpoint.failed()
             else:
                 served.update(answer)
         if all(isinstance(answer, BaseException) for answer in found):
-            urls = ", ".join(endpoint.url for endpoint in self.endpoints)
+            urls = ", ".join(map(str, self.endpoints))
             raise EngineStopped(
                 f"no server answers at {urls} ({found[0]}); start one, say: vllm serve MODEL, and run again"
             )
@@ -136,7 +144,7 @@ class ServerEngine(Engine):
             while endpoint.clients:
                 await endpoint.clients.pop().aclose()
 
-    async def generate(self, request: Request) -> Completion:
+    async def _answer(self, request: Request) -> Completion:
         sampling, raw = request.sampling, request.prompt_ids is not None
         body = {
             "model": self.model,
@@ -152,29 +160,33 @@ class ServerEngine(Engine):
         if request.prefill:  # the names that vLLM's server and those like it have for this
             body["messages"].append({"role": "assistant", "content": request.prefill})
             body |= {"continue_final_message": True, "add_generation_prompt": False}
-        return await self._ask("/completions" if raw else "/chat/completions", body, request.group, _completion)
+        path = "/completions" if raw else "/chat/completions"
+        return await self._ask(path, body, request.group, lambda answer: as_completion(answer, sampling.max_tokens))
 
-    async def score(self, token_ids: Sequence[int]) -> np.ndarray:
+    async def _logps(self, token_ids: Sequence[int]) -> list[float | None]:
         ids = list(map(int, token_ids))
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
-        return await self._ask("/completions", body, "", lambda answer: _scores(answer, len(ids)))
+        return await self._ask("/completions", body, "", lambda answer: echoed_logps(answer, len(ids)))
 
     # -- one request, until it is answered or given up -----------------------------------------------------------------
 
     async def _ask(self, path: str, body: dict, group: str, read):
-        began, failures, weight, body = time.monotonic(), 0, _weight(body), body | self._extra
+        began, failures, weight, body = time.monotonic(), 0, _weight(body), change_fields(body, self._fields)
         while True:
             endpoint = self._pick(group)
             endpoint.under_way += weight
             try:
                 if (pause := endpoint.retry_at - time.monotonic()) > 0:
                     await asyncio.sleep(pause)
-                result = read(await self._send("POST", endpoint, path, body))
+                try:
+                    result = read(await self._send("POST", endpoint, path, body))
+                except NoAnswer as error:
+                    raise _Passing(str(error), own=True) from None
             except _Passing as failure:
                 endpoint.failed(failure.after)
                 failures += failure.own
                 self._give_up(failure, failures, began)
-                log.debug("%s: %s; trying again", endpoint.url, failure)
+                log.debug("%s: %s; trying again", endpoint, failure)
             else:
                 endpoint.failures, endpoint.retry_at = 0, 0.0
                 self._last_success = time.monotonic()
@@ -215,25 +227,47 @@ class ServerEngine(Engine):
             raise _Passing(f"no connection ({type(error).__name__})", own=False) from None
         finally:
             endpoint.clients.append(client)
-        if response.status_code == 200:
+        status, words = response.status_code, response.text
+        if status == 200:
             try:
-                return response.json()
+                answer = response.json()
             except ValueError:
                 raise _Passing("an answer that is no JSON", own=True) from None
-        detail = f"{response.status_code}: {self._quote(response.text)}"
-        if response.status_code in (400, 422) and body is not None and "continue_final_message" in body:
-            detail += (
+            if (found := find_error(answer)) is None:
+                return answer
+            status, words = found[0] or 500, f"an error under status 200: {found[1]}"
+        self._refuse(status, words, response.headers.get("retry-after"), endpoint, body)
+
+    def _refuse(self, status: int, words: str, after: str | None, endpoint: Endpoint, body: dict | None) -> NoReturn:
+        """Raise what a status that is not 200 stands for. body: None where it was no question."""
+        detail = f"{status}: {self._quote(words, endpoint)}"
+        if status in (400, 422) and body is not None:
+            detail += self._advice(words, body)
+        if status == 429:
+            raise _Passing(detail, own=False, after=_seconds(after))
+        if status >= 500 or status == 408:
+            raise _Passing(detail, own=status != 503, after=_seconds(after))
+        if status in HOPELESS:
+            raise EngineStopped(f"{endpoint}: {HOPELESS[status]} ({detail})")
+        if not self._answered and body is not None:
+            raise EngineStopped(f"{endpoint} refuses the first request ({detail}); nothing was generated yet")
+        raise RequestFailed("the engine refused", detail)
+
+    def _advice(self, words: str, body: dict) -> str:
+        """What to do about a refusal that names fields of ours."""
+        advice = ""
+        if "continue_final_message" in body:
+            advice += (
                 "; the answer was begun for it (continue_final_message): where a server cannot go on, do not prefill"
             )
-        if response.status_code == 429:
-            raise _Passing(detail, own=False, after=_seconds(response.headers.get("retry-after")))
-        if response.status_code >= 500 or response.status_code == 408:
-            raise _Passing(detail, own=response.status_code != 503, after=_seconds(response.headers.get("retry-after")))
-        if response.status_code in HOPELESS:
-            raise EngineStopped(f"{endpoint.url}: {HOPELESS[response.status_code]} ({detail})")
-        if not self._answered and body is not None:
-            raise EngineStopped(f"{endpoint.url} refuses the first request ({detail}); nothing was generated yet")
-        raise RequestFailed("the engine refused", detail)
+        named = [name for name in OWN if name in body and re.search(rf"\b{name}\b", words)]
+        if "max_tokens" in named and "max_completion_tokens" in words:
+            advice += f"; where a server has another name for max_tokens: {self._flag} max_tokens=max_completion_tokens"
+            named.remove("max_tokens")
+        if named:
+            flags = " ".join(f"{self._flag} {name}=null" for name in named)
+            advice += f"; where a server does not take {' and '.join(named)}: {flags}"
+        return advice
 
     async def _models(self, endpoint: Endpoint) -> list[str]:
         answer = await self._send("GET", endpoint, "/models", None)
@@ -242,10 +276,12 @@ class ServerEngine(Engine):
         except (KeyError, TypeError):
             raise _Passing("an answer that is no list of models", own=True) from None
 
-    def _quote(self, text: str) -> str:
-        """What a server says, short, and without the key should it repeat that."""
+    def _quote(self, text: str, endpoint: Endpoint) -> str:
+        """What a server says, short, and without the key and what is hidden of its URL should it repeat them."""
         text = " ".join(text.split())
-        return (text.replace(self._key, "***") if self._key else text)[:300]
+        for secret in (self._key, *secrets(endpoint.url)):
+            text = text.replace(secret, "***") if secret else text
+        return text[:300]
 
 
 def _weight(body: dict) -> int:
@@ -253,48 +289,6 @@ def _weight(body: dict) -> int:
     if "prompt" in body:
         return len(body["prompt"])
     return sum(len(message["content"]) for message in body["messages"])
-
-
-def _completion(answer: dict) -> Completion:
-    try:
-        choice, usage = answer["choices"][0], answer.get("usage") or {}
-        raw = "message" not in choice and "text" in choice  # of the completions endpoint
-        text = (choice["text"] if raw else choice["message"].get("content")) or ""
-        logprobs = choice.get("logprobs") or {}
-        values = logprobs.get("token_logprobs") if raw else [each["logprob"] for each in logprobs.get("content") or ()]
-        ids = choice.get("token_ids")
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        return Completion(
-            text=str(text),
-            finish=str(choice.get("finish_reason") or "stop"),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            tokens=int(usage.get("completion_tokens") or 0),
-            cached_tokens=int(cached),
-            token_ids=None if ids is None else tuple(ids),
-            logprobs=tuple(map(float, values)) if values else None,
-        )
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        raise _Passing("an answer without a text", own=True) from None
-
-
-def _scores(answer: dict, count: int) -> np.ndarray:
-    try:
-        values = answer["choices"][0]["logprobs"]["token_logprobs"][1:count]
-        scores = np.array(values, dtype=np.float64)
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise _Passing("an answer without log-probs of the prompt", own=True) from None
-    if scores.shape != (count - 1,):
-        raise _Passing(f"{len(scores)} log-probs of {count - 1} tokens", own=True)
-    return scores
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"endpoint {url!r}; expected a URL such as http://127.0.0.1:8000/v1")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError(f"the endpoint at {parts.hostname} holds more than an address; give the key in ${KEY} instead")
-    return url.rstrip("/")
 
 
 def _seconds(value: str | None) -> float | None:

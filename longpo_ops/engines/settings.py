@@ -8,11 +8,16 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..pretrained import DTYPES, load_tokenizer, read_config
+from ..runs.validate import check_kinds
+from ..template import check_template_kwargs, check_values
 from . import NAMES, Engine
+from .address import KEY, check_url, read_key
+from .fields import OWN, check_fields
 
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 # Of a server that is one of several which share a model's ranks. One that waits for the others would wait for ever here.
@@ -29,8 +34,8 @@ class EngineSettings:
     model: a name or a folder; its tokenizer and chat template are used here, its weights by the local engines.
     rope: entries of the model's rope_parameters that are replaced, for local engines. endpoints, served_model,
     concurrency, timeout, patience, key_variable: of servers. template_kwargs: variables of the chat template.
-    engine_options: vLLM's engine arguments, among them tensor_parallel_size and data_parallel_size, or further fields of every
-    request to a server.
+    engine_options: vLLM's engine arguments, among them tensor_parallel_size and data_parallel_size, or fields of every
+    request to a server that are added, renamed or left out (fields.py).
     """
 
     model: str
@@ -44,20 +49,23 @@ class EngineSettings:
     concurrency: int = 64
     timeout: float = 1800.0
     patience: float = 300.0
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: str = KEY
     engine_options: dict | None = None
 
     def __post_init__(self):
         """Raises ValueError for settings that make no sense, saying which."""
+        check_kinds({each.name: getattr(self, each.name) for each in fields(self)}, type(self))
         if self.engine not in NAMES:
             raise ValueError(f"engine {self.engine!r}; expected one of {', '.join(NAMES)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if (self.engine == "server") != bool(self.endpoints):
             raise ValueError(
-                f"engine {self.engine!r} with endpoints {list(self.endpoints)}; expected endpoints for 'server' only"
+                f"engine {self.engine!r} with {len(self.endpoints) or 'no'} endpoints; expected endpoints for 'server' only"
             )
+        self.check_server("endpoints", self.endpoints, self.key_variable)
         self.require_positive("concurrency", "timeout", "patience")
+        check_values(self.template_kwargs)
         self._check_options(self.engine_options or {})
         self.check_rope("rope")
 
@@ -73,8 +81,25 @@ class EngineSettings:
                 f"engine option {wrong[0]}: a request cannot change the ranks of a running server; start it with them: "
                 f"vllm serve {self.model} {flag}"
             )
+        if self.engine == "server":
+            check_fields(options)
         if self.engine == "vllm":
             _check_ranks(options)
+
+    @staticmethod
+    def check_server(name: str, urls: Sequence[str], key_variable: str) -> None:
+        """Raises ValueError, without repeating either, for a URL that is none or holds a key, and a key no header can hold."""
+        for url in urls:
+            check_url(url, name)
+        if urls:
+            read_key(key_variable)
+
+    @property
+    def own_fields(self) -> dict:
+        """What the options change of a request's own fields, such as its temperature: another answer comes of it. Names do
+        not matter."""
+        options = self.engine_options or {} if self.engine == "server" else {}
+        return {name: value for name, value in options.items() if name in OWN and not isinstance(value, str)}
 
     def check_rope(self, name: str) -> None:
         """Raises ValueError for entries with which no model reads anything, and for a server, which has its own."""
@@ -99,12 +124,12 @@ class EngineSettings:
                 raise ValueError(f"{name} is {value}; expected more than 0")
 
     def load_tokenizer(self):
-        """The model's tokenizer. Raises ValueError for a model that has none or cannot be found, and for a tokenizer that
-        loses text or, with a local engine, belongs to another model."""
-        if self.engine == "server":
-            return load_tokenizer(self.model, self.trust_remote_code)
-        config = read_config(self.model, self.trust_remote_code)
-        return load_tokenizer(self.model, self.trust_remote_code, config.vocab_size)
+        """The model's tokenizer. Raises ValueError for a model that has none or cannot be found, for a tokenizer that
+        loses text or, with a local engine, belongs to another model, and for template_kwargs that its template ignores."""
+        rows = None if self.engine == "server" else read_config(self.model, self.trust_remote_code).vocab_size
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code, rows)
+        check_template_kwargs(tokenizer, self.template_kwargs)
+        return tokenizer
 
     def make_engine(self, length: int) -> Engine:
         """The engine, not started, that reads `length` tokens. Raises ValueError for options it does not know."""
@@ -129,7 +154,7 @@ class EngineSettings:
             patience=self.patience,
             key_variable=self.key_variable,
             template_kwargs=self.template_kwargs,
-            extra=options,
+            options=options,
         )
 
 

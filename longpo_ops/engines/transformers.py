@@ -13,6 +13,7 @@ import numpy as np
 
 from ..pretrained import load_model, load_tokenizer, read_config, replace_rope
 from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
+from .reasoning import with_marks
 
 
 class TransformersEngine(Engine):
@@ -41,11 +42,11 @@ class TransformersEngine(Engine):
     async def close(self) -> None:
         self._stopped = True  # ends a text under way at its next token
 
-    async def generate(self, request: Request) -> Completion:
+    async def _answer(self, request: Request) -> Completion:
         async with self._lock:
             return await asyncio.to_thread(self._generate, request)
 
-    async def score(self, token_ids: Sequence[int]) -> np.ndarray:
+    async def _logps(self, token_ids: Sequence[int]) -> np.ndarray:
         async with self._lock:
             return await asyncio.to_thread(self._score, token_ids)
 
@@ -104,6 +105,7 @@ class TransformersEngine(Engine):
             steps = zip(out.logits, tokens, strict=True)
             logprobs = tuple(float(row[0].float().log_softmax(-1)[token]) for row, token in steps)
         text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = with_marks(self.tokenizer, tokens, text)
         return Completion(text, finish, len(prompt), len(tokens), token_ids=tuple(tokens), logprobs=logprobs)
 
     def _score(self, token_ids: Sequence[int]) -> np.ndarray:

@@ -15,10 +15,9 @@ import itertools
 import zlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..pretrained import load_tokenizer, read_config, read_whole_config, replace_rope
-from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
+from . import Completion, Engine, EngineStopped, Request, RequestFailed, as_finish, render
+from .reasoning import with_marks
 
 
 class VLLMEngine(Engine):
@@ -80,7 +79,7 @@ class VLLMEngine(Engine):
             self._engine.shutdown()
             self._engine = None
 
-    async def generate(self, request: Request) -> Completion:
+    async def _answer(self, request: Request) -> Completion:
         from vllm import SamplingParams
 
         sampling = request.sampling
@@ -98,10 +97,10 @@ class VLLMEngine(Engine):
         answer = out.outputs[0]
         logprobs = None
         if answer.logprobs is not None:
-            logprobs = tuple(float(row[token].logprob) for row, token in zip(answer.logprobs, answer.token_ids))
+            logprobs = tuple(_of(answer.logprobs, answer.token_ids))
         return Completion(
-            text=answer.text,
-            finish=answer.finish_reason or "stop",
+            text=with_marks(self.tokenizer, answer.token_ids, answer.text),
+            finish=as_finish(answer.finish_reason),
             prompt_tokens=len(out.prompt_token_ids),
             tokens=len(answer.token_ids),
             cached_tokens=out.num_cached_tokens or 0,
@@ -109,12 +108,12 @@ class VLLMEngine(Engine):
             logprobs=logprobs,
         )
 
-    async def score(self, token_ids: Sequence[int]) -> np.ndarray:
+    async def _logps(self, token_ids: Sequence[int]) -> list[float | None]:
         from vllm import SamplingParams
 
         ids = list(map(int, token_ids))
         out = await self._ask(ids, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0), "")
-        return np.array([float(row[token].logprob) for row, token in zip(out.prompt_logprobs[1:], ids[1:])])
+        return _of(out.prompt_logprobs[1:], ids[1:])
 
     async def _ask(self, ids: list[int], sampling, group: str):
         from vllm.exceptions import VLLMClientError, VLLMServerError
@@ -136,3 +135,9 @@ class VLLMEngine(Engine):
         if final is None or not final.outputs:
             raise RequestFailed("the engine failed", "vLLM gave no output")
         return final
+
+
+def _of(rows: Sequence[dict | None], ids: Sequence[int]) -> list[float | None]:
+    """The log-prob of each token in its row of vLLM's, None where it is in none."""
+    found = [(row or {}).get(token) for row, token in zip(rows, ids)]
+    return [None if each is None else each.logprob for each in found]

@@ -1,13 +1,14 @@
 """An engine that is asked everything once: what it said is in a journal, under the digest of what it was asked.
 
-    (name, request)   --Answers.generate--> {"text", "finish"}, or None where the request failed
+    (name, request)   --Answers.generate--> {"text", "finish"}, or None where the request failed, or the model did not come
+                                            out of its reasoning
     (name, token ids) --Answers.score-----> sum and least of the log-probs of ids[first:], or None
 
 A run that is killed loses the requests under way and no others; one with more lengths, tasks or samples goes on from
 there. What failed is not in the journal: the next run asks again. Memory: the answers. Retries and pauses are the
 engine's.
 
-Tests: tests/evaluate/test_run.py.
+Tests: tests/evaluate/test_run.py, tests/evaluate/test_answers.py.
 """
 
 from __future__ import annotations
@@ -22,22 +23,30 @@ import numpy as np
 
 from ..engines import Engine, EngineStopped, Request, RequestFailed
 from ..engines.concurrency import side_by_side
+from ..engines.reasoning import part
 from ..runs.journal import Shard
 
 
 class Answers:
     """engine: started. who: told apart in the journal, where several engines answer. `reading` is how many tokens are
-    read at present, which failures tell. `last_failure` is what the last failed request said.
+    read at present, which failures tell. `last_failure` is what the last failed request said. opens: whether what a request
+    renders to begins the reasoning. `reasoning` is what models wrote before their answers, by name; `cut` are the names of
+    those that came to no answer.
 
     All methods raise EngineStopped where the engine is gone and ValueError where memory does not suffice.
     """
 
-    def __init__(self, engine: Engine, journal: Shard, who: str = ""):
-        self.engine, self.journal, self.who = engine, journal, who
+    def __init__(
+        self, engine: Engine, journal: Shard, who: str = "", opens: Callable[[Request], bool] = lambda request: False
+    ):
+        self.engine, self.journal, self.who, self.opens = engine, journal, who, opens
         self.reading, self.last_failure = 0, ""
+        self.reasoning: dict[str, str] = {}
+        self.cut: set[str] = set()
 
     async def generate(self, name: str, request: Request) -> dict[str, Any] | None:
-        """{"text", "finish"}; for prompts of token ids also "ids", where the engine tells them."""
+        """{"text", "finish"}, the text without reasoning; for prompts of token ids as it came, and also "ids", where the engine
+        tells them."""
         sampling, raw = request.sampling, request.prompt_ids is not None
         asked = [request.content, request.prefill, request.prompt_ids]
         asked += [sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed]
@@ -45,10 +54,18 @@ class Answers:
 
         async def ask() -> dict:
             answer = await self.engine.generate(request)
-            value = {"text": answer.text.encode("utf-8", "replace").decode(), "finish": answer.finish}
+            texts = {"text": answer.text} | ({"reasoning": answer.reasoning} if answer.reasoning else {})
+            value = {name: each.encode("utf-8", "replace").decode() for name, each in texts.items()}
+            value |= {"finish": answer.finish}
             return value | ({"ids": list(answer.token_ids)} if raw and answer.token_ids is not None else {})
 
-        return await self._once(name, asked, ask)
+        found = await self._once(name, asked, ask)
+        if found is None or raw:
+            return found
+        parts = part(found["text"], self.opens(request), found.get("reasoning", ""), found["finish"])
+        self.reasoning |= {name: parts.reasoning} if parts.reasoning else {}
+        self.cut |= {name} if parts.answer is None else set()
+        return None if parts.answer is None else found | {"text": parts.answer}
 
     async def score(self, name: str, ids: Sequence[int], first: int = 1) -> tuple[float, float] | None:
         """(sum, least) of the log-probs of ids[first:], which must not be empty; first is at least 1."""

@@ -45,11 +45,17 @@ def evaluate(
         list[str] | None, typer.Option(help="InfiniteBench's, LongBench-Chat's, MT-Bench's files, or a folder.")
     ] = None,
     prefill: Annotated[bool, typer.Option(help="Begin the answers for the model; else its message ends so.")] = True,
+    reasoning_tokens: Annotated[
+        int, typer.Option(help="Tokens that a thinking model may write before an answer, beside those of the answer.")
+    ] = 0,
     judge: Annotated[str | None, typer.Option(help="URL of a server that rates the answers of chats.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there; default the only one.")] = None,
     judge_key_variable: Annotated[
         str, typer.Option(help="Environment variable that holds the judge's API key.")
     ] = "JUDGE_API_KEY",
+    judge_option: Annotated[
+        list[str] | None, typer.Option(help="name=value, repeatable: of requests to the judge, as --engine-option.")
+    ] = None,
     engine: options.EngineName = None,
     endpoint: options.Endpoints = None,
     served_model: options.ServedModel = None,
@@ -65,6 +71,7 @@ def evaluate(
 ) -> None:
     """Measure a model by length and depth, or go on with an evaluation that was stopped."""
     given = options.engine_fields(dict(locals()))
+    given["judge_options"] = options.assignments("--judge-option", given.pop("judge_option"))
     from .own import load_tasks
     from .run import EvaluateRun
     from .tasks import TASKS, find_task

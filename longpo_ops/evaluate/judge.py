@@ -23,16 +23,18 @@ def rating(text: str) -> float | None:
     return float(found[-1]) / 10 if found and 1 <= float(found[-1]) <= 10 else None
 
 
-async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]) -> list[float | None]:
+async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]) -> tuple[list[float | None], int]:
     """The ratings that the judge of an EvaluateRun gives, in the order of its (name, prompt); None for no prompt, no judge,
-    no answer or no rating. Raises EngineStopped for a judge that is gone.
+    no answer or no rating; and how many of its answers were cut off inside its reasoning. Raises EngineStopped for a judge that
+    is gone.
     """
     if run.judge is None:
-        return [None] * len(prompts)
+        return [None] * len(prompts), 0
     from ..engines.server import ServerEngine
 
     limits = dict(timeout=run.timeout, patience=run.patience, key_variable=run.judge_key_variable)
-    engine = ServerEngine((run.judge,), run.judge_model, run.concurrency, **limits)
+    options = dict(options=run.judge_options, flag="--judge-option")
+    engine = ServerEngine((run.judge,), run.judge_model, run.concurrency, **limits, **options)
     try:
         await engine.start()
         judge = Answers(engine, journal, who=f"judge {engine.model}")
@@ -41,9 +43,9 @@ async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]
             if asked is None:
                 return None
             name, prompt = asked
-            found = await judge.generate(name, Request(prompt, Sampling(JUDGE_TOKENS)))
+            found = await judge.generate(name, Request(prompt, Sampling(JUDGE_TOKENS + run.reasoning_tokens)))
             return None if found is None else rating(found["text"])
 
-        return await judge.each(prompts, rate)
+        return await judge.each(prompts, rate), len(judge.cut)
     finally:
         await engine.close()

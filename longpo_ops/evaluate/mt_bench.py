@@ -38,22 +38,25 @@ class MTBench:
     name: str = NAME
     judged: bool = True
 
-    def check(self, room: int, counter: Counter) -> None:
-        """Raises ValueError where a conversation with its two answers may take more than `room` tokens."""
+    def check(self, room: int, counter: Counter, more: int = 0) -> None:
+        """Raises ValueError where a conversation with its two answers and `more` tokens before each takes more than `room`."""
         for record in self.records:
             first, second = record["turns"]
             asked = counter.count(second, earlier=(("user", first), ("assistant", "")))
-            if (needed := asked + 2 * MOST + SPARE) > room:
+            if (needed := asked + 2 * (MOST + more) + SPARE) > room:
                 raise ValueError(
                     f"{NAME}: question {record['question_id']} and its answers take up to {needed} tokens, there is room "
                     f"for {room}; expected --length of at least {needed}"
                 )
 
-    async def converse(self, number: int, answers: Answers, seed: int) -> list[tuple[Sample, str | None]]:
-        """A question's two samples and answers, None for one whose request failed, and for one that would follow it."""
+    async def converse(
+        self, number: int, answers: Answers, seed: int, more: int = 0
+    ) -> list[tuple[Sample, str | None]]:
+        """A question's two samples and answers, with `more` tokens for reasoning. None for one whose request failed or that was
+        cut off inside the reasoning, and for one that would follow it."""
         record, earlier, found = self.records[number], (), []
         temperature = TEMPERATURES.get(record["category"], OTHER)
-        sampling = Sampling(MOST, temperature, seed=seed if temperature else None)
+        sampling = Sampling(MOST + more, temperature, seed=seed if temperature else None)
         for turn, question in enumerate(record["turns"]):
             sample, text = self._sample(record, turn), None
             if len(earlier) == 2 * turn:
@@ -61,6 +64,8 @@ class MTBench:
                 if told is not None:
                     text = told["text"].strip()
                     earlier += ("user", question), ("assistant", text)
+            elif found[0][0].id in answers.cut:
+                answers.cut.add(sample.id)
             found.append((sample, text))
         return found
 

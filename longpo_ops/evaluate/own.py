@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from ..runs.settings_file import read_yaml
 from .needles import NeedleTask
 from .tasks import LOADED, TASKS
 
@@ -40,12 +41,10 @@ def load_tasks(path: str | Path) -> dict[str, NeedleTask]:
 
 
 def _load(file: Path) -> NeedleTask:
-    import yaml
-
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read as YAML: {error}") from error
+        given = read_yaml(file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{file}: expected the fields of a needle task, such as name, needle and question")
     known = {field.name: field.default is MISSING for field in fields(NeedleTask)}

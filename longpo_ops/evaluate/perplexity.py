@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,12 +20,14 @@ from ..documents.listing import Listing, find_files, read_documents
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of one length, each (length,) token ids; texts that gave some and texts that were too short."""
+    """Windows of one length, each (length,) token ids; texts that gave some, texts that were too short, and files that
+    gave no text: why, and how many."""
 
     length: int
     ids: tuple[np.ndarray, ...]
     texts: int
     shorter: int
+    left_out: tuple[tuple[str, int], ...] = ()
 
 
 def read_windows(sources: Sequence[str], lengths: Sequence[int], most: int, tokenizer) -> list[Windows]:
@@ -35,11 +37,13 @@ def read_windows(sources: Sequence[str], lengths: Sequence[int], most: int, toke
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         texts.append(np.array(ids, dtype=np.int32))
     if not texts:
-        reasons = ", ".join(listing.skipped) or "empty"
+        reasons = ", ".join(reason for reason, _ in listing.left_out()) or "empty"
         raise ValueError(
             f"no text for perplexity in {', '.join(sources)} ({reasons}); expected files with readable text"
         )
-    return [_windows(texts, length, most, beginning(tokenizer)) for length in sorted(set(lengths))]
+    begin, left_out = beginning(tokenizer), tuple(listing.left_out())
+    found = (_windows(texts, length, most, begin) for length in sorted(set(lengths)))
+    return [replace(each, left_out=left_out) for each in found]
 
 
 def beginning(tokenizer) -> list[int]:

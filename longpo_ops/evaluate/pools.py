@@ -20,6 +20,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 
+from ..text import read_text
 from .text import Prose
 
 DOCUMENT_WORDS, SENTENCE_WORDS = range(20, 121), range(8, 41)  # of what cloze questions are made from
@@ -61,7 +62,7 @@ def read_pools(path: str | Path) -> dict[str, Pool]:
     found: dict[str, Pool] = {}
     for file in files:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(read_text(file))
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as JSON: {error}") from error
         name = "hotpotqa" if isinstance(content, list) else "squad"

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..text import read_text as read
+
 
 def read_text(file: Path) -> str:
     """Raises ValueError for a file that cannot be read."""
     try:
-        return file.read_text(encoding="utf-8")
+        return read(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
@@ -27,7 +29,7 @@ def loads(text: str, where: str):
 
 def read_lines(file: Path) -> list[tuple[object, str]]:
     """The JSON of every line that is not empty, and where it is. Raises ValueError for none and for lines that are none."""
-    places = ((line, f"{file}, line {number}") for number, line in enumerate(read_text(file).splitlines(), 1))
+    places = ((line, f"{file}, line {number}") for number, line in enumerate(read_text(file).split("\n"), 1))
     records = [(loads(line, where), where) for line, where in places if line.strip()]
     if not records:
         raise ValueError(f"{file} has no records")

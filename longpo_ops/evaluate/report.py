@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.journal import write_atomically
+from ..runs.journal import write_atomically, write_text
+from ..runs.page import printable
 
 TENTHS = 10
 RESULTS, TABLES, HEAT_MAP = "results.json", "results.md", "heatmap.png"
@@ -22,19 +23,21 @@ RESULTS, TABLES, HEAT_MAP = "results.json", "results.md", "heatmap.png"
 
 @dataclass(frozen=True)
 class Cell:
-    """score: 0 to 1, the mean over `samples`, of which `failed` got no answer. comparable: with published scores."""
+    """score: 0 to 1, the mean over `samples`, of which `failed` got no answer and `cut` were cut off inside the model's
+    reasoning. comparable: with published scores."""
 
     score: float
     samples: int
     failed: int = 0
     comparable: bool = True
+    cut: int = 0
 
     @classmethod
-    def of(cls, scores: Iterable[float | None], comparable: bool = True) -> Cell:
+    def of(cls, scores: Iterable[float | None], comparable: bool = True, cut: int = 0) -> Cell:
         """The cell of some scores, None for a request that failed; the same in whatever order they come."""
         scores = list(scores)
         total = math.fsum(score for score in scores if score is not None)
-        return cls(total / len(scores), len(scores), sum(score is None for score in scores), comparable)
+        return cls(total / len(scores), len(scores), sum(score is None for score in scores), comparable, cut)
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ class Scores:
         """results.json, results.md and, where there are depths, heatmap.png in a folder, each whole or as it was."""
         out = Path(out)
         values = vars(self) | {name: _plain(getattr(self, name)) for name in ("tasks", "depths")}
-        write_atomically(out / RESULTS, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+        write_text(out / RESULTS, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
         if self.depths:
             write_atomically(out / HEAT_MAP, draw_heat_map(self.depths))
-        write_atomically(out / TABLES, markdown(self).encode())
+        write_text(out / TABLES, markdown(self))
 
     @classmethod
     def load(cls, out: str | Path) -> Scores:
@@ -148,7 +151,7 @@ def markdown(scores: Scores, picture: bool = True) -> str:
         lines += ["## Published benchmarks", "", *_table(("task", "score", ""), rows)]
     if scores.notes:
         lines += ["## Notes", "", *(f"* {note}" for note in scores.notes), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    return printable("\n".join(lines).rstrip() + "\n")
 
 
 def _task_table(scores: Scores) -> list[str]:
@@ -166,7 +169,9 @@ def _task_table(scores: Scores) -> list[str]:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    return _percent(cell.score) + (f" ({cell.failed} of {cell.samples} failed)" if cell.failed else "")
+    counts = {"failed": cell.failed, "cut off in reasoning": cell.cut}
+    told = [f"{count} of {cell.samples} {what}" for what, count in counts.items() if count]
+    return _percent(cell.score) + (f" ({', '.join(told)})" if told else "")
 
 
 def _percent(value: float | None) -> str:

@@ -19,33 +19,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..data import tokenizer_fingerprint
 from ..engines import Engine, EngineStopped, Request, Sampling
+from ..engines.address import shown
+from ..engines.fields import check_fields
 from ..engines.settings import EngineSettings
-from ..pretrained import read_config
 from ..runs.journal import Shard, check_folder, check_settings, locked, write_atomically
 from ..runs.page import printable
 from .answers import Answers, is_out_of_memory
 from .judge import ratings
 from .mt_bench import MTBench
-from .own import load_tasks
-from .perplexity import Windows, measure, read_windows
-from .published import Published, read_published
+from .perplexity import measure
+from .plan import Plan
+from .published import Published
 from .report import Cell, Scores, tenth
-from .samples import Counter, Sample, score
+from .samples import Sample, score
 from .shots import HarnessTask, harness_tasks
-from .sources import Texts
-from .tasks import TASKS, comparable, find_task, make_samples
+from .tasks import TASKS, comparable
 
 BLOCKS, BLOCK = 16, 4096  # of every file of weights, what tells one model from another
 
@@ -61,7 +59,9 @@ class EvaluateRun(EngineSettings):
     tasks, TASK[:SHOTS][:METRIC], TASK a name or a YAML file. short: a named set of them, "official" the published recipe's.
     published: files of InfiniteBench and LongBench-Chat, cut to the longest length, and of MT-Bench.
     prefill: the engine goes on with a begun answer; False: its beginning is the end of the user's message.
-    judge: URL of an OpenAI-compatible server that rates chats, with judge_model and the key in judge_key_variable.
+    reasoning_tokens: what a thinking model may write before an answer, on top of the answer's tokens and of `lengths`.
+    judge: URL of an OpenAI-compatible server that rates chats, with judge_model, the key in judge_key_variable, and
+    judge_options, fields of its requests (engines/fields.py).
     """
 
     out: str
@@ -78,14 +78,22 @@ class EvaluateRun(EngineSettings):
     short: str | None = None
     published: tuple[str, ...] = ()
     prefill: bool = True
+    reasoning_tokens: int = 0
     judge: str | None = None
     judge_model: str | None = None
     judge_key_variable: str = "JUDGE_API_KEY"
+    judge_options: dict | None = None
 
     def __post_init__(self):
         """Raises ValueError for settings that make no sense, saying which."""
         super().__post_init__()
         self.require_positive("samples")
+        if type(self.reasoning_tokens) is not int or self.reasoning_tokens < 0:
+            raise ValueError(f"reasoning_tokens is {self.reasoning_tokens!r}; expected a whole number of tokens, or 0")
+        self.check_server("judge", () if self.judge is None else (self.judge,), self.judge_key_variable)
+        check_fields(self.judge_options or {}, "--judge-option")
+        if self.judge is None and (self.judge_model or self.judge_options):
+            raise ValueError("judge_model or judge_options without a judge; expected the URL of its server, too")
         for name in ("lengths", "perplexity_lengths"):
             if wrong := [value for value in getattr(self, name) if type(value) is not int or value <= 0]:
                 raise ValueError(f"{name} has {wrong[0]!r}; expected whole numbers of tokens above 0")
@@ -103,15 +111,26 @@ class EvaluateRun(EngineSettings):
 
     @property
     def longest(self) -> int:
-        """Tokens that the engine must be able to read; 0 where only the harness asks."""
+        """Tokens of the longest text; 0 where only the harness asks."""
         return max([*self.lengths, *(self.perplexity_lengths if self.perplexity else ())], default=0)
+
+    @property
+    def reads(self) -> int:
+        """Tokens that the engine must be able to read, reasoning included; 0 as `longest`."""
+        return self.longest and self.longest + self.reasoning_tokens
+
+    @property
+    def judge_shown(self) -> str | None:
+        """The judge's address as settings files may hold it."""
+        return None if self.judge is None else shown(self.judge)
 
     def identity(self, tokenizer) -> dict:
         """What decides an answer besides what is asked. Neither addresses nor keys are in it."""
         kept = ("engine", "served_model", "rope", "dtype", "template_kwargs")
         weights = None if self.engine == "server" else weights_digest(Path(self.model))
         named = {"model": self.model_name, "weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer)}
-        return named | {each: getattr(self, each) for each in kept}
+        fields = {"own_fields": self.own_fields} if self.own_fields else {}
+        return named | {each: getattr(self, each) for each in kept} | fields
 
 
 Progress = Callable[[int, int, str], None]
@@ -168,90 +187,6 @@ def weights_digest(folder: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
-class Plan:
-    """What a run will ask, read and checked before any engine is started."""
-
-    def __init__(self, run: EvaluateRun):
-        self.run = run
-        self.tasks = tuple(dict.fromkeys(run.tasks))
-        self.lengths = sorted(set(run.lengths))
-        self.texts = Texts(tuple(run.texts), run.questions)
-        self.tokenizer = run.load_tokenizer()
-
-    @cached_property
-    def windows(self) -> dict[int, Windows]:
-        """By length."""
-        run = self.run
-        if not run.perplexity:
-            return {}
-        lengths = run.perplexity_lengths or run.lengths
-        return {each.length: each for each in read_windows(run.perplexity, lengths, run.samples, self.tokenizer)}
-
-    @cached_property
-    def published(self) -> list[Published | MTBench]:
-        found = read_published(self.run.published)
-        if not self.lengths and (cut := [each.name for each in found if not isinstance(each, MTBench)]):
-            raise ValueError(f"no lengths for {', '.join(cut)}; expected numbers of tokens, such as --length 4096")
-        return found
-
-    @cached_property
-    def counter(self) -> Counter:
-        return Counter(self.tokenizer, self.run.template_kwargs or {})
-
-    @cached_property
-    def room(self) -> int:
-        """Tokens of the harness's longest prompts and of conversations: those of the run, or what the model reads."""
-        return self.run.longest or _positions(self.run)
-
-    @cached_property
-    def harness(self):
-        """Our module harness, and the harness's tasks. Raises ValueError without the package."""
-        try:
-            from . import harness
-        except ImportError as error:
-            raise ValueError(
-                f"tasks of lm-evaluation-harness need the package lm_eval ({error}): pip install 'longpo_ops[evaluate]'"
-            ) from None
-        return harness, harness.check_tasks(self.run.harness_tasks)
-
-    def check(self) -> None:
-        """Raises ValueError for whatever cannot be asked."""
-        run = self.run
-        if run.needles is not None:
-            own = load_tasks(run.needles)
-            if not set(own) & set(self.tasks):
-                raise ValueError(
-                    f"needles: none of {', '.join(own)} of {run.needles} is among the tasks; name them, too"
-                )
-        for task in self.tasks:
-            find_task(task)
-        if self.tasks and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("the heat map needs matplotlib: pip install 'longpo_ops[generate]'")
-        if self.tasks or run.published:
-            _ = self.counter
-        for task in self.tasks:  # the shortest is the one that may not fit
-            self.samples(task, self.lengths[0], 1)
-        if run.harness_tasks:
-            _ = self.harness, self.room
-        for each in self.published:
-            if isinstance(each, MTBench):
-                each.check(self.room, self.counter)
-            else:
-                each.sample(0, run.longest, self.counter)
-        _ = self.windows
-
-    def samples(self, task: str, length: int, count: int) -> list[Sample]:
-        run = self.run
-        kwargs = dict(seed=run.seed, texts=self.texts, template_kwargs=run.template_kwargs)
-        return make_samples(task, length, count, self.tokenizer, **kwargs)
-
-    def tokens(self) -> int:
-        """That will be read, about; without the harness's, which are known once it has made its requests."""
-        asked = sum(self.lengths) * len(self.tasks) * self.run.samples
-        scored = sum(length * len(each.ids) for length, each in self.windows.items())
-        return asked + scored + self.run.longest * sum(len(each.records) for each in self.published)
-
-
 class _Evaluation:
     """One process's work on a plan."""
 
@@ -263,11 +198,12 @@ class _Evaluation:
         self.found = Scores(about=_about(plan), complete=False)
 
     async def run(self) -> Scores:
-        engine = self.run_.make_engine(self.run_.longest or None)
+        engine = self.run_.make_engine(self.run_.reads or None)
         try:
             self._tell(0)
             await self._start(engine)
-            self.answers = Answers(engine, self.journal)
+            self.answers = Answers(engine, self.journal, opens=self._opens)
+            self._note_left_out()
             if self.run_.harness_tasks:
                 await self._harness()
             for length in sorted({*self.plan.lengths, *self.plan.windows}):
@@ -316,7 +252,7 @@ class _Evaluation:
             samples = await making
             making = make(i + 1) if i + 1 < len(plan.tasks) else None
             scores = await self.answers.each(samples, self._ask)
-            cells[task] = Cell.of(scores, comparable(task, plan.texts))
+            cells[task] = Cell.of(scores, comparable(task, plan.texts), self._cut(samples))
             self._note_failures(f"{task} at {length} tokens", cells[task])
             for sample, value in zip(samples, scores):
                 if sample.depth is not None:
@@ -328,7 +264,7 @@ class _Evaluation:
     async def _ask(self, sample: Sample) -> float | None:
         """The score of the model's answer, None where the request failed."""
         text = await self._text(sample)
-        value = None if text is None else score(sample, text)
+        value = 0.0 if sample.id in self.answers.cut else None if text is None else score(sample, text)
         self._keep(sample, text, value)
         self._tell(sample.length, f"{sample.task}, {sample.length:,} tokens")
         return value
@@ -337,8 +273,22 @@ class _Evaluation:
         content, prefill = sample.prompt, sample.prefill
         if prefill and not self.run_.prefill:
             content, prefill = f"{content}\n{prefill.strip()}", ""
-        found = await self.answers.generate(sample.id, Request(content, Sampling(sample.max_tokens), prefill=prefill))
+        sampling = Sampling(sample.max_tokens + self.run_.reasoning_tokens)
+        found = await self.answers.generate(sample.id, Request(content, sampling, prefill=prefill))
         return None if found is None else found["text"]
+
+    def _opens(self, request: Request) -> bool:
+        """Whether the chat template begins the reasoning; a server renders a begun answer without its generation prompt."""
+        return self.plan.opens_reasoning and not (request.prefill and self.run_.engine == "server")
+
+    def _cut(self, samples: Sequence[Sample]) -> int:
+        """How many were cut off inside the reasoning; a note says what to do."""
+        cut = sum(sample.id in self.answers.cut for sample in samples)
+        if cut:
+            kind, told = samples[0].task, f" at {samples[0].length} tokens" * bool(samples[0].length)
+            self._note(f"{kind}{told}: {cut} of {len(samples)} answers were cut off inside the model's reasoning and score 0: "
+                       f"raise --reasoning-tokens (now {self.run_.reasoning_tokens})")  # fmt: skip
+        return cut
 
     async def _perplexity(self, length: int) -> None:
         label = f"perplexity, {length:,} tokens"
@@ -373,7 +323,7 @@ class _Evaluation:
 
         async def ask(number: int) -> list[tuple[Sample, str | None]]:
             if isinstance(each, MTBench):
-                answered = await each.converse(number, self.answers, self.run_.seed)
+                answered = await each.converse(number, self.answers, self.run_.seed, self.run_.reasoning_tokens)
             else:
                 sample, cut = await asyncio.to_thread(each.sample, number, longest, counter)
                 counts["truncated"] += cut
@@ -384,17 +334,22 @@ class _Evaluation:
         found = await self.answers.each(range(len(each.records)), ask)
         samples, texts = zip(*(pair for answered in found for pair in answered))
         if each.judged:
-            scores = await ratings(self.run_, self.journal, each.judge_prompts(texts))
+            scores, unheard = await ratings(self.run_, self.journal, each.judge_prompts(texts))
+            if unheard:
+                self._note(f"{each.name}: {unheard} of the judge's answers were cut off inside its reasoning and rate nothing: "
+                           f"raise --reasoning-tokens (now {self.run_.reasoning_tokens})")  # fmt: skip
         else:
             scores = [None if text is None else score(sample, text.lstrip()) for sample, text in zip(samples, texts)]
         for sample, text, value in zip(samples, texts, scores):
             self._keep(sample, text, value)
-        failed = texts.count(None)
+        cut = self._cut(samples)
+        failed = texts.count(None) - cut
         values = [0.0 if text is None else value for text, value in zip(texts, scores)]
         unjudged = values.count(None)
         counts = {"samples": len(texts), "failed": failed} | counts | {"unjudged": unjudged}
+        counts |= {"cut off in reasoning": cut} if cut else {}
         published = dict(self.found.published)
-        if len(texts) - unjudged > failed or not unjudged:
+        if len(texts) - unjudged > failed + cut or not unjudged:
             for name, part in each.parts(values).items():
                 judged = [value for value in part if value is not None]
                 published |= {name: Cell.of(judged).score} if judged else {}
@@ -418,12 +373,23 @@ class _Evaluation:
 
     def _keep(self, sample: Sample, text: str | None, value: float | None) -> None:
         record = {name: getattr(sample, name) for name in ("id", "task", "length", "depth", "prefill")}
-        self.records.append(record | {"references": list(sample.references), "answer": text, "score": value})
+        record |= {"references": list(sample.references), "answer": text, "score": value}
+        thought = self.answers.reasoning.get(sample.id)
+        self.records.append(record | ({"reasoning": thought} if thought else {}))
 
     def _note_failures(self, what: str, cell: Cell) -> None:
         if cell.failed:
             last = self.answers.last_failure
             self._note(f"{what}: {cell.failed} of {cell.samples} requests failed and score 0, last: {last}")
+
+    def _note_left_out(self) -> None:
+        """Files that were to be read and gave no text."""
+        found = {"texts": self.plan.texts.left_out} if self.plan.tasks else {}
+        for windows in self.plan.windows.values():  # of the same files at every length
+            found["perplexity"] = windows.left_out
+        for what, left_out in found.items():
+            for reason, count in left_out:
+                self._note(f"{what}: {count} left out: {reason}")
 
     def _note(self, text: str) -> None:
         text = printable(text)  # it may quote a server
@@ -449,14 +415,5 @@ def _about(plan: Plan) -> dict[str, Any]:
     identity = run.identity(plan.tokenizer)
     names = ("model", "engine", "served_model", "rope", "dtype", "template_kwargs")
     asked = {name: getattr(run, name) for name in ("short", "samples", "seed", "prefill")}
-    return {name: identity[name] for name in names} | asked
-
-
-def _positions(run: EvaluateRun) -> int:
-    """How many tokens the model's config says it reads. Raises ValueError where it does not say."""
-    try:
-        return int(read_config(run.model, run.trust_remote_code).max_position_embeddings)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{run.model} does not say how many tokens it reads ({str(error).splitlines()[0]}); give a --length"
-        ) from error
+    asked |= {"reasoning_tokens": run.reasoning_tokens} if run.reasoning_tokens else {}
+    return {name: identity[name] for name in (*names, "own_fields") if name in identity} | asked

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..text import read_text
+
 # The published tables name the tasks. Shots and metrics are the first Open LLM Leaderboard's (docs/evaluate.md).
 SHORT: dict[str, tuple[str, ...]] = {
     "official": ("mmlu:5:acc", "arc_challenge:25:acc_norm", "hellaswag:10:acc_norm", "winogrande:5:acc")
@@ -71,7 +73,7 @@ def harness_names(evaluation: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _name_in(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"harness: {file} cannot be read ({error})") from None
     found = re.search(r"^task:[ \t]*[\"']?([\w.-]+)", text, re.MULTILINE)

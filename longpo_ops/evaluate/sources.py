@@ -30,14 +30,23 @@ class Texts:
     sources: tuple[str, ...] = ()
     questions: str | None = None
 
-    @cached_property
+    @property
     def documents(self) -> tuple[str, ...]:
         """The texts, as they are."""
+        return self._read[0]
+
+    @property
+    def left_out(self) -> list[tuple[str, int]]:
+        """Files that gave no text: why, and how many."""
+        return self._read[1].left_out()
+
+    @cached_property
+    def _read(self) -> tuple[tuple[str, ...], Listing]:
+        listing, texts, size = Listing(), [], 0
         if not self.sources:
             from pydoc_data.topics import topics
 
-            return tuple(topics[name] for name in sorted(topics))
-        listing, texts, size = Listing(), [], 0
+            return tuple(topics[name] for name in sorted(topics)), listing
         for document in read_documents(find_files(self.sources), listing):
             if document.text.strip():
                 texts.append(document.text)
@@ -45,9 +54,9 @@ class Texts:
             if size > LARGEST:
                 break
         if not texts:
-            reasons = ", ".join(listing.skipped) or "empty"
+            reasons = ", ".join(reason for reason, _ in listing.left_out()) or "empty"
             raise ValueError(f"no text in {', '.join(self.sources)} ({reasons}); expected files with readable text")
-        return tuple(texts)
+        return tuple(texts), listing
 
     @cached_property
     def prose(self) -> Prose:

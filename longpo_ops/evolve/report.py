@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import Pair, read_pairs
-from ..runs.journal import write_atomically
-from ..runs.page import html_page, image_html, pair_html, safe, shorten
+from ..documents.listing import reason_and_first
+from ..runs.journal import write_atomically, write_text
+from ..runs.page import html_page, image_html, pair_html, printable, safe, shorten, told
 from .results import DASH, Result, by_length, four_digits, three_places
 from .settings import Evolution, Round
 from .stages import PAIRS, TRAIN, Stage
@@ -81,8 +82,8 @@ def write_report(evolution: Evolution, stages: list[Stage], result: Result) -> N
     if result.rows:
         write_atomically(out / "accuracy.png", draw_accuracy(result.rows))
     found = list(blocks(evolution, stages, result))
-    write_atomically(out / "report.html", html(found).encode())
-    write_atomically(out / "report.md", markdown(found, out).encode())
+    write_text(out / "report.html", html(found))
+    write_text(out / "report.md", markdown(found, out))
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
@@ -148,10 +149,12 @@ def _by_length(caption: str, rows: list[dict], kind: str, write: Callable[[float
 
 def _by_task(rows: list[dict], tasks: list[str]) -> Table:
     """Of the longest inputs; the others are in the evaluations' own folders."""
-    longest = max(length for row in rows for length in row["accuracy"])
+    found = {length for row in rows for length in row["accuracy"]}
+    longest = max(found)
     read = [row for row in rows if longest in row["accuracy"]]
     lines = [(task, *(three_places(row["tasks"].get(task, {}).get(longest)) for row in read)) for task in tasks]
-    return Table(f"Every task at {longest:,} tokens.", ("", *(row["label"] for row in read)), lines)
+    others = "" if len(found) == 1 else "; at shorter ones they are in the evaluations' own folders"
+    return Table(f"Every task at {longest:,} tokens{others}.", ("", *(row["label"] for row in read)), lines)
 
 
 def _retention(result: Result) -> Table:
@@ -189,7 +192,10 @@ def _generated(stage: Stage) -> Iterator[Block]:
     summary = json.loads(file.read_text(encoding="utf-8"))
     listing = summary["listing"]
     counts = [("documents found", listing["found"]), ("documents selected", listing["selected"])]
-    counts += [(f"documents left out: {reason}", n) for reason, n in listing["left_out"].items()]
+    first = listing.get("first_left_out", {})
+    counts += [
+        (f"documents left out: {reason_and_first(reason, first)}", n) for reason, n in listing["left_out"].items()
+    ]
     counts += [("pairs", summary["pairs"]), ("turns", summary["turns"])]
     counts += [(f"turns left out: {reason}", n) for reason, n in summary["left_out"].items()]
     yield Heading(3, "What was generated")
@@ -200,7 +206,9 @@ def _generated(stage: Stage) -> Iterator[Block]:
         lines = [(kind, *(f"{values[name]:,.6g}" for name in names)) for kind, values in described]
         yield Table("Lengths in tokens.", ("", *names), lines)
     if summary["pairs"]:
-        yield Pairs(list(islice(read_pairs(stage.out, allow_equal=True), SHOWN_PAIRS)))
+        pairs, there = list(islice(read_pairs(stage.out, allow_equal=True), SHOWN_PAIRS)), summary["pairs"]
+        yield Text(told(len(pairs), there, "pairs", f"longpo pairs show {stage.out} --number {there} shows all"))
+        yield Pairs(pairs)
 
 
 def _trained(stage: Stage) -> Iterator[Block]:
@@ -309,7 +317,7 @@ def _markdown_row(cells: tuple[str, ...]) -> str:
 
 def _plain(text: str) -> str:
     """Text on one line, in which nothing is markup."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(printable(text).split()))
 
 
 def draw_accuracy(rows: list[dict]) -> bytes:

@@ -27,7 +27,7 @@ import torch
 from ..data import ChatFormat
 from ..documents import find_files
 from ..evaluate import EvaluateRun
-from ..evaluate.run import Plan as EvaluationPlan
+from ..evaluate.plan import Plan as EvaluationPlan
 from ..generate import GenerateRun
 from ..generate import check as check_generation
 from ..runs.journal import locked
@@ -98,9 +98,10 @@ def check(evolution: Evolution, base: bool = False) -> list[Stage]:
                     check_model(run, run.config())
                 if run.reference_model is not None:
                     run.load_tokenizer()  # the reference reads its ids
-            elif (talk := (run.model, run.template_kwargs)) not in asked:
-                ChatFormat(run.load_tokenizer(), template_kwargs=run.template_kwargs)
-                asked.append(talk)
+            talk = {"system": getattr(run, "system", None), "template_kwargs": run.template_kwargs}
+            if (run.model, talk) not in asked:
+                ChatFormat(run.load_tokenizer(), **talk)
+                asked.append((run.model, talk))
             if stage.kind == EVALUATE and (_differs(stage, run, evolution) if stage.round else base):
                 EvaluationPlan(run).check()
     return stages

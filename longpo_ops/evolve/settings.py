@@ -6,6 +6,7 @@ YAML --read--> Evolution(Round, ...; Bound, ...), checked before anything runs
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from typing import Any
 
 from ..evaluate.shots import harness_names
 from ..recipes import DEFAULT, check_recipe
+from ..runs.settings_file import read_yaml, settle
 from ..runs.validate import check_kinds
+from ..template import check_values
 
 LAST, BASE, GENERATOR = "last", "base", "generator"
 ROLES = ("start", "generator", "reference")  # of models in a round
@@ -64,7 +67,7 @@ class Round:
         if not self.documents:
             raise ValueError(f"{what}: no documents; expected folders, files or globs")
         theta = self.rope_theta
-        if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0):
+        if theta is not None and not (type(theta) in (int, float) and 0 < theta < math.inf):
             raise ValueError(f"{what}: rope_theta is {theta!r}; expected a number above 0, or none")
         for name in ROLES:
             if not isinstance(getattr(self, name), str):
@@ -92,7 +95,7 @@ class Bound:
     def __post_init__(self):
         if self.measure not in ("accuracy", "perplexity") and not str(self.measure).startswith(HARNESS):
             raise ValueError(f"retention: measure {self.measure!r}; expected accuracy, perplexity or {HARNESS}TASK")
-        if isinstance(self.within, bool) or not isinstance(self.within, int | float) or not self.within >= 0:
+        if not (type(self.within) in (int, float) and 0 <= self.within < math.inf):
             raise ValueError(f"retention, {self.measure}: within is {self.within!r}; expected a number from 0")
         if self.length is not None and (type(self.length) is not int or self.measure.startswith(HARNESS)):
             raise ValueError(f"retention, {self.measure}: length is {self.length!r}; expected tokens, or none")
@@ -103,7 +106,8 @@ class Evolution:
     """model: the base, a name or a folder. out: folder of everything. evaluate: fields of EvaluateRun but model, out
     and rope. retention: all of these must hold after a round, or the loop stops. recipe: "default" or "official", of all
     pairs and trainings that name no other. launch: words of the launcher that starts the processes of a training, a list or
-    a line as a shell reads it, such as "torchrun --nproc-per-node 8"; none: one process.
+    a line as a shell reads it, such as "torchrun --nproc-per-node 8"; none: one process. template_kwargs: variables of the
+    chat template, of all stages that name no others: models are asked, trained and measured in the same format.
 
     Raises ValueError for names nobody knows and for rounds that point forward.
     """
@@ -115,8 +119,10 @@ class Evolution:
     retention: tuple[Bound, ...] = ()
     recipe: str = DEFAULT
     launch: tuple[str, ...] = ()
+    template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self):
+        check_values(self.template_kwargs)
         check_recipe(self.recipe)
         _set(self, "launch", _words(self.launch))
         for name in ("model", "out"):
@@ -140,7 +146,12 @@ class Evolution:
 
     def evaluation(self, each: Round | None = None) -> dict[str, Any]:
         """Fields of EvaluateRun: of the base's evaluation, or of a round's."""
-        return self.evaluate | (each.evaluate if each else {})
+        return self.of_all | self.evaluate | (each.evaluate if each else {})
+
+    @property
+    def of_all(self) -> dict[str, Any]:
+        """Fields of every stage's run."""
+        return {"template_kwargs": self.template_kwargs} if self.template_kwargs else {}
 
     def _check_lengths(self, each: Round) -> None:
         """What is compared must be measured before and after."""
@@ -180,14 +191,10 @@ class Evolution:
     @classmethod
     def from_file(cls, path: str | Path) -> Evolution:
         """Of a YAML file; paths in it are relative to the working folder. Raises ValueError for one that is none."""
-        import yaml
-
         try:
-            settings = yaml.load(Path(path).read_text(encoding="utf-8"), _loader())
+            settings = read_yaml(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: no valid YAML: {error}") from None
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: expected names and values, got {type(settings).__name__}")
         return cls.from_settings(settings)
@@ -215,7 +222,8 @@ def _build(kind: type, what: str, values: Any) -> Any:
     needed = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"{what}: {', '.join(missing)} missing")
-    return kind(**values)
+    own = settle({name: value for name, value in values.items() if name not in OWNED}, kind)  # _further has the others
+    return kind(**values | own)
 
 
 def _further(what: str, kind: str, values: Any) -> dict[str, Any]:
@@ -245,8 +253,9 @@ def _further(what: str, kind: str, values: Any) -> dict[str, Any]:
             check_recipe(values["recipe"])
         except ValueError as error:
             raise ValueError(f"{what}, {kind}: {error}") from None
+    values = settle(values, *_owners(kind))
     if kind == "train":  # TrainRun checks the kinds of its values
-        return dict(values)
+        return values
     check_kinds(values, _run(kind), f"{what}, {kind}: ")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
@@ -262,14 +271,19 @@ def _run(kind: str) -> type:
     return run
 
 
+def _owners(kind: str) -> tuple[type, ...]:
+    """The classes whose fields a round may set for one of its stages."""
+    if kind != "train":
+        return (_run(kind),)
+    from ..train.config import LongPOConfig
+
+    return _run(kind), LongPOConfig
+
+
 def _fields(kind: str) -> set[str]:
     """Names a round may set for one of its stages."""
-    names = {f.name for f in dataclasses.fields(_run(kind))} - {"training"}
-    if kind == "train":
-        from ..train.config import LongPOConfig
-
-        names |= {f.name for f in dataclasses.fields(LongPOConfig) if f.init}
-    return names - set(OWNED[kind])
+    names = {f.name for owner in _owners(kind) for f in dataclasses.fields(owner) if f.init}
+    return names - {"training"} - set(OWNED[kind])
 
 
 def _texts(what: str, value: Any) -> tuple[str, ...]:
@@ -295,16 +309,3 @@ def _words(launch: Any) -> tuple[str, ...]:
 
 def _set(frozen: Any, name: str, value: Any) -> None:
     object.__setattr__(frozen, name, value)
-
-
-def _loader() -> type:
-    """YAML 1.1 reads 5e-7 as text, because it has no dot; here it is a number."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-    return Loader

@@ -116,7 +116,10 @@ def read_model(name: str, trust_remote_code: bool = False) -> Model:
 
 def _pairs(evolution: Evolution, each: Round, generator: Model, theta: float | None) -> Stage:
     """A generator that reads too few tokens reads the documents at the policy's theta, and chunks at its own."""
-    out, given = Path(evolution.out) / each.name / PAIRS, {"recipe": evolution.recipe} | each.generate
+    out, given = (
+        Path(evolution.out) / each.name / PAIRS,
+        {"recipe": evolution.recipe} | evolution.of_all | each.generate,
+    )
     run = GenerateRun(model=generator.path, documents=each.documents, length=each.length, out=str(out), **given)
     too_long = run.sequence_length > (generator.positions or run.sequence_length)
     if run.engine != "server" and "rope" not in given and too_long:
@@ -128,7 +131,7 @@ def _pairs(evolution: Evolution, each: Round, generator: Model, theta: float | N
 
 def _training(evolution: Evolution, each: Round, start: Model, reference: Model, theta, pairs: Stage) -> Stage:
     out = Path(evolution.out) / each.name / TRAIN
-    longest, given = pairs.run.sequence_length, {"recipe": evolution.recipe} | each.train
+    longest, given = pairs.run.sequence_length, {"recipe": evolution.recipe} | evolution.of_all | each.train
     context = {"rope_theta": theta, "max_position_embeddings": max(longest, start.positions or 0)}
     paths = {"model": start.path, "data": str(pairs.out), "output_dir": str(out)}
     paths["reference_model"] = None if reference == start else reference.path
@@ -145,10 +148,11 @@ def _training(evolution: Evolution, each: Round, start: Model, reference: Model,
 def _evaluation(evolution: Evolution, each: Round | None, kind: str, model: Model, theta: float | None) -> Stage:
     out, given = Path(evolution.out) / (each.name if each else BASE) / kind, evolution.evaluation(each)
     run = EvaluateRun(model=model.path, out=str(out), **given)
-    fits = theta == model.theta and run.longest <= (model.positions or run.longest)
+    fits = theta == model.theta and run.reads <= (model.positions or run.reads)
     rope = None if fits else _rope(model, theta)
+    told = given | ({"judge": run.judge_shown} if run.judge else {})
     return Stage(
-        kind, each, out, replace(run, rope=rope), model, theta, _identity(given, model=model.identity, rope=rope)
+        kind, each, out, replace(run, rope=rope), model, theta, _identity(told, model=model.identity, rope=rope)
     )
 
 

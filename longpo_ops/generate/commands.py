@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from ..engines import options
 from ..pretrained import load_tokenizer
 from ..recipes import DEFAULT, OFFICIAL, RECIPES, check_recipe
 from ..runs import terminal
+from ..runs.page import printable
 
 Paths = Annotated[list[Path], typer.Argument(help="Files or folders of pairs.", exists=True)]
 
@@ -164,24 +164,45 @@ def _progress() -> Iterator:
 @pairs.command()
 def show(
     path: Paths,
-    number: Annotated[int, typer.Option(help="How many.", min=1)] = 3,
+    number: Annotated[int, typer.Option(help="How many, the first ones.", min=1)] = 3,
     id: Annotated[str | None, typer.Option(help="Only the pair of this id.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write an HTML page instead.")] = None,
 ) -> None:
     """Chosen beside rejected, differences marked."""
-    from ..runs.journal import write_atomically
+    from ..runs.journal import write_text
+    from ..runs.page import told
     from .report import pairs_page, show_pair
 
-    chosen = list(islice((pair for pair in _read(path) if id in (None, pair.id)), number))
+    chosen, there = _first(path, number, id)
     if not chosen:
         which = "no pair" if id is None else f"no pair with id {id!r}"
         raise ValueError(f"{which} in {', '.join(map(str, path))}")
+    how_many = told(len(chosen), there, "pairs", f"--number {there} shows all")
     if html is not None:
-        write_atomically(html, pairs_page(chosen, "Preference pairs").encode())
-        typer.echo(f"{len(chosen)} pairs in {html}")
+        write_text(html, pairs_page(chosen, "Preference pairs", how_many))
+        typer.echo(f"{html} holds {how_many}")
         return
     for pair in chosen:
         show_pair(pair, terminal.console())
+    typer.echo(how_many)
+
+
+def _first(paths: list[Path], number: int, id: str | None) -> tuple[list, int]:
+    """The first pairs, all or those of an id, and how many there are. Where no id is wanted, those that are not shown are
+    counted and not looked at."""
+    from ..data import Pair
+    from ..data.records import read_records
+
+    records, found, there = (record for path in paths for record in read_records(path)), [], 0
+    for where, record in records:
+        if id is None and there >= number:
+            there += 1
+            continue
+        pair = Pair.from_record(record, where, allow_equal=True)
+        if id in (None, pair.id):
+            there += 1
+            found += [pair] if len(found) < number else []
+    return found, there
 
 
 @pairs.command()
@@ -217,18 +238,23 @@ def validate(
     path: Paths,
     model: Annotated[str | None, typer.Option(help="Also lay out and tokenise every pair as training does.")] = None,
     max_length: Annotated[int | None, typer.Option(help="With --model: tokens of the longest sequence.")] = None,
+    template_kwargs: options.TemplateKwargs = None,
     recipe: Annotated[
         str, typer.Option(help="Of the training; the official one takes pairs of equal answers.")
     ] = DEFAULT,
+    number: Annotated[int, typer.Option(help="How many bad records of each kind to tell.", min=1)] = 10,
 ) -> None:
     """Check every record; exit code 1 if training would refuse one."""
     from ..data import ChatFormat, DataReport, read_pairs, tokenized_pairs
 
-    report, chat = DataReport(), None
+    report, chat = DataReport(tell=number), None
     with terminal.wrong_usage():
         equal = check_recipe(recipe) == OFFICIAL
+    variables = options.from_json("--template-kwargs", template_kwargs)
+    if model is None and variables:
+        raise typer.BadParameter("--template-kwargs: expected with --model, whose chat template reads them")
     if model is not None:
-        chat = ChatFormat(load_tokenizer(model), max_length=max_length)
+        chat = ChatFormat(load_tokenizer(model), max_length=max_length, template_kwargs=variables)
     for each in path:
         if chat is None:
             read = read_pairs(each, "skip", report, equal)
@@ -236,7 +262,9 @@ def validate(
             read = tokenized_pairs(each, chat, None, "skip", report, equal)
         for _ in read:
             pass
-    typer.echo(str(report))
+    typer.echo(printable(report))
+    if report.untold:
+        typer.echo(f"{report.untold:,} bad records are not told; --number {max(report.skipped.values())} tells all")
     raise typer.Exit(1 if report.skipped else 0)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..recipes import DEFAULT, check_recipe
+from ..text import read_text
 
 FOLDER = Path(__file__).with_name("prompts")
 NAMES = ("questions.txt", "lead_ins.txt", "refusals.txt")
@@ -41,7 +42,7 @@ class Prompts:
         texts = {}
         for name in NAMES:
             file = folder / name if (folder / name).is_file() else own / name
-            texts[name] = file.read_text(encoding="utf-8").strip()
+            texts[name] = read_text(file).strip()
             if not texts[name]:
                 raise ValueError(f"{file} is empty; write the prompt, or remove the file to use the default")
         lists = {

@@ -13,9 +13,10 @@ from itertools import islice
 from pathlib import Path
 
 from ..data import Pair
-from ..runs.journal import write_atomically
-from ..runs.page import differences, html_page, image_html, pair_html, printable, safe, shorten
+from ..runs.journal import write_atomically, write_text
+from ..runs.page import differences, html_page, image_html, pair_html, printable, safe, shorten, told
 
+SHOWN_PAIRS = 3  # of a summary
 KINDS = ("document", "chunk", "chosen", "rejected")
 
 
@@ -45,11 +46,14 @@ def write_summary(result, pairs: Iterable[Pair], folder: Path, recipe: str) -> d
     counted = {name: value for name, value in summary.items() if name != "lengths"}
     counted["lengths"] = {kind: describe(values) for kind, values in summary["lengths"].items() if values}
     counted["listing"] = {"found": result.listing.found, "selected": result.listing.selected}
-    counted["listing"]["left_out"] = dict(result.listing.skipped)
-    write_atomically(folder / "summary.json", (json.dumps(counted, indent=1, ensure_ascii=False) + "\n").encode())
+    counted["listing"] |= {"left_out": dict(result.listing.skipped), "first_left_out": result.listing.first}
+    write_text(folder / "summary.json", json.dumps(counted, indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / "lengths.png", figure)
-    page = pairs_page(islice(pairs, 3), f"Pairs in {folder.resolve().name}", values_of(result, summary), figure)
-    write_atomically(folder / "summary.html", page.encode())
+    first = list(islice(pairs, SHOWN_PAIRS))
+    there = max(len(first), summary["pairs"])  # some may be of documents that never finished
+    how_many = told(len(first), there, "pairs", f"longpo pairs show {folder} --number {there} shows all")
+    page = pairs_page(first, f"Pairs in {folder.resolve().name}", how_many, values_of(result, summary), figure)
+    write_text(folder / "summary.html", page)
     return summary
 
 
@@ -57,7 +61,7 @@ def values_of(result, summary: dict) -> list[tuple[str, str]]:
     """What a summary says, one line each: the listing, the pairs, what was left out, and this process's speed."""
     tally, seconds = result.tally, max(result.seconds, 1e-9)
     found = [("documents found", result.listing.found)]
-    found += [(f"left out: {reason}", count) for reason, count in result.listing.skipped.most_common()]
+    found += [(f"left out: {reason}", count) for reason, count in result.listing.left_out()]
     found += [("documents finished", summary["documents"]), ("pairs", summary["pairs"]), ("turns", summary["turns"])]
     found += [(f"turns left out: {reason}", count) for reason, count in summary["left_out"].items()]
     found += [("requests now", tally.requests), ("tokens read now", tally.prompt_tokens)]
@@ -95,14 +99,19 @@ def draw_lengths(lengths: dict[str, list[int]]) -> bytes:
 
 
 def pairs_page(
-    pairs: Iterable[Pair], title: str, table: Iterable[tuple[str, str]] = (), figure: bytes | None = None
+    pairs: Iterable[Pair],
+    title: str,
+    how_many: str,
+    table: Iterable[tuple[str, str]] = (),
+    figure: bytes | None = None,
 ) -> str:
-    """A page of pairs, chosen beside rejected, differences marked; a table and a figure above them."""
+    """A page of pairs, chosen beside rejected, differences marked; a table, a figure and how many of all pairs these are
+    above them."""
     cells = [f'<tr><td>{safe(name)}</td><td class="number">{safe(value)}</td></tr>' for name, value in table]
     parts = [f"<h1>{safe(title)}</h1>"]
     parts += [f"<table>{''.join(cells)}</table>"] if cells else []
     parts += [f"<p>{image_html('Histograms of lengths', figure)}</p>"] if figure is not None else []
-    return html_page(title, [*parts, *map(pair_html, pairs)])
+    return html_page(title, [*parts, f"<p>{safe(how_many)}</p>", *map(pair_html, pairs)])
 
 
 def show_pair(pair: Pair, console) -> None:

@@ -90,6 +90,7 @@ class GenerateRun(EngineSettings):
             object.__setattr__(self, name, value)
         super().__post_init__()
         self.check_rope("short_rope")
+        self.check_server("long_endpoints", self.long_endpoints, self.key_variable)
         if self.long_endpoints and not self.endpoints:
             raise ValueError("long_endpoints without endpoints; expected servers that read the chunks, too")
         self.require_positive("length", "chunks", "questions", "answer_tokens", "question_tokens")
@@ -167,6 +168,7 @@ class GenerateRun(EngineSettings):
         free |= {"prompts", "model", "engine_options", "trust_remote_code", "long_endpoints"}
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in free}
         named = {"model": self.model_name, "prompts": prompts.digest(), "recipe": self.title}
+        named |= {"own_fields": self.own_fields} if self.own_fields else {}
         return kept | named | {"tokenizer": tokenizer_fingerprint(tokenizer)}
 
     def _given(self) -> dict:
@@ -203,7 +205,7 @@ def select(
             return
         found = None if done(document.id) else _parted(part, document, first, last)
         if isinstance(found, str):
-            listing.skipped[found] += 1
+            listing.skip(found, document.source)
             continue
         listing.selected += 1
         position = max(document.position, listing.selected / (run.max_documents or float("inf")))

@@ -6,6 +6,9 @@
     y_L^i = answer(document, I_i) rejected, each question on its own
     turn i kept if neither answer is filtered; the kept turns are one conversation (Eq. 13)
 
+What a thinking model writes before its list of questions or its answer is left out (engines/reasoning.py); where nothing
+else comes, the request has failed.
+
 Requests of a document run side by side, but the first that reads the whole document runs ahead of the others: they
 find its prefill in the engine's prefix cache. Every finished request is in the journal before anything is made of it.
 Where chunks and documents are read by engines one after the other, `pair` is asked for twice and gives no outcome at first.
@@ -14,7 +17,7 @@ What is drawn depends on the seed, the document's text and the number of the chu
 by random.Random("SEED|DOCUMENT|CHUNK"), turns by random.Random("SEED|DOCUMENT|turns"), a sampled answer with the first
 31 bits of the SHA-256 of "SEED|DOCUMENT|STEP".
 
-Tests: tests/generate/test_run.py.
+Tests: tests/generate/test_run.py, tests/generate/test_steps.py.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ from ..data import BadRecord, ChatFormat, Pair, Turn, join_context
 from ..documents.listing import Document
 from ..engines import Completion, Engine, Request, RequestFailed, Sampling
 from ..engines.concurrency import Gate, side_by_side
+from ..engines.reasoning import opens_reasoning, part_completion
 from ..runs.journal import Outcome, Shard
 from .filters import Filters
 from .makers import Maker
 from .prompts import Prompts
 
+CUT = "cut off inside the reasoning"
 FAILED = "failed"  # in the journal, in the place of a completion: why there is none
 
 
@@ -90,6 +95,9 @@ class Steps:
     tally: Tally = field(default_factory=Tally)
     short: Asked | None = None  # reads chunks; None where that is over
     long: Asked | None = None  # reads documents; None where that is still to come
+
+    def __post_init__(self):
+        self.opened = opens_reasoning(self.chat.tokenizer, self.chat.template_kwargs)
 
     def asks(self, asked: dict[Engine, Asked], short: Engine | None, long: Engine | None) -> None:
         """Which started engines read what from now on."""
@@ -230,22 +238,31 @@ class _DocumentWork:
         await asked.gate.enter(self.task.number)
         try:
             answer = await asked.engine.generate(request)
+            text = self.without_reasoning(answer)
         except RequestFailed as failure:
             if self.steps.long is None:  # the engine that comes next must not be asked in its place
                 self.shard.record(self.task.document.id, step, {FAILED: failure.reason, "detail": str(failure)})
             raise
         finally:
             asked.gate.leave()
-        text = answer.text.strip().encode("utf-8", "replace").decode("utf-8")
-        answer = replace(answer, text=text, token_ids=None, logprobs=None)
+        text = text.strip().encode("utf-8", "replace").decode("utf-8")
+        answer = replace(answer, text=text, token_ids=None, logprobs=None, reasoning="")
         tally = self.steps.tally
         tally.requests += 1
         tally.prompt_tokens += answer.prompt_tokens
         tally.cached_tokens += answer.cached_tokens
         tally.tokens += answer.tokens
-        value = {name: part for name, part in asdict(answer).items() if part is not None}
+        value = {name: part for name, part in asdict(answer).items() if part not in (None, "") or name == "text"}
         self.shard.record(self.task.document.id, step, value)
         return answer
+
+    def without_reasoning(self, answer: Completion) -> str:
+        """Raises RequestFailed where nothing else is there."""
+        text = part_completion(answer, self.steps.opened).answer
+        if text is None:
+            advice = "raise answer_tokens or question_tokens, or ask without reasoning (template_kwargs)"
+            raise RequestFailed(CUT, f"{answer.tokens} tokens were written and no answer; {advice}")
+        return text
 
     def untrainable(self, turn: Turn) -> str | None:
         """Why training would refuse the turn, whatever its document, or None."""

@@ -92,6 +92,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomically` in UTF-8; what is no character becomes an escape, which JSON reads back."""
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
     file = os.open(path, os.O_RDONLY)
@@ -109,9 +114,9 @@ def _whole_lines(path: Path) -> tuple[list[dict], int]:
             for line in file:
                 try:
                     value = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
+                except (ValueError, RecursionError):
                     value = None
-                if not isinstance(value, dict) or "document" not in value:
+                if not isinstance(value, dict) or not isinstance(value.get("document"), str):
                     break
                 lines.append(value)
                 end += len(line)

@@ -2,8 +2,10 @@
 
     texts, pairs --safe, pair_html--> parts --html_page--> one file that loads nothing and runs nothing
 
-Texts are data: escaped in HTML, never markup, and without control codes. What a page says is its run's own: the pairs'
-summary in generate/report.py, the evolution in evolve/report.py. Tests: tests/generate/test_report.py.
+Texts are data: escaped in HTML, never markup, printable (text.py), each in a block that turns no other. What a page
+says is its run's own: the pairs' summary in generate/report.py, the evolution in evolve/report.py.
+
+Tests: tests/generate/test_report.py.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from collections.abc import Iterable
 from html import escape
 
 from ..data import Pair
+from ..text import printable
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHOWN = 600  # characters of a document or chunk
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left; }
+h1, h2, p, td, th, caption, .text { unicode-bidi: plaintext; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6em; border-radius: .3em; }
@@ -30,14 +33,14 @@ mark { background: #bfe8bf; } .rejected mark { background: #f6c4c0; } img { max-
 """
 
 
-def printable(text: object) -> str:
-    """Text without control codes, as a terminal may show it."""
-    return CONTROL.sub("\ufffd", str(text))
-
-
 def safe(text: object) -> str:
     """As HTML shows it."""
     return escape(printable(text))
+
+
+def told(shown: int, there: int, what: str, advice: str) -> str:
+    """How many of something are shown, and where they are fewer than there are, what shows the others."""
+    return f"{shown:,} of {there:,} {what}" + (f"; {advice}" if shown < there else "")
 
 
 def html_page(title: str, parts: Iterable[str], added_style: str = "") -> str:

@@ -59,11 +59,13 @@ def print_table(console, title: str, header: Iterable[str], lines: Iterable[Iter
     from rich.table import Table
     from rich.text import Text
 
+    from .page import printable
+
     table = Table(title=title)
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left")
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*(Text(printable(cell)) for cell in line))
     console.print(table)
 
 

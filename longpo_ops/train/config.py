@@ -6,19 +6,19 @@ Tests: tests/train/test_trainer.py, tests/train/test_config.py.
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from accelerate import ParallelismConfig
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .. import launch
 from ..memory.optimizer import refuse_step_in_backward
 from ..memory.search import check_lossy
 from ..memory.settings import Memory
+from ..runs.validate import check_kinds
+from ..text import read_text
 from .methods import Method, resolve_method
 
 REFERENCES = ("precompute", "online", "data")
@@ -62,7 +62,7 @@ class LongPOConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=5e-7)
-    lr_scheduler_type: str = field(default="cosine")
+    lr_scheduler_type: SchedulerType | str = field(default="cosine")
     warmup_steps: float = field(default=0.1)
     per_device_train_batch_size: int = field(default=1)
     per_device_eval_batch_size: int = field(default=1)
@@ -114,10 +114,9 @@ class LongPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, or none")
-        if not 0 < self.learning_rate < math.inf:
+        self._check_numbers()
+        if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate}: expected a finite number above 0")
-        if self.max_steps == 0:
-            raise ValueError("max_steps=0: expected a number of steps, or -1 for whole epochs")
         if self.constraint_weight is None:
             self.constraint_weight = self.method.constraint_weight
         if self.constraint_weight <= 0:
@@ -153,6 +152,22 @@ class LongPOConfig(TrainingArguments):
             settings = self.gradient_accumulation_steps, self.max_grad_norm, self.world_size, self.mixed_precision
             refuse_step_in_backward(*settings)
 
+    def _check_numbers(self) -> None:
+        """Raises ValueError for values of another kind, and for a run of no step."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if not isinstance(self.accelerator_config, dict | str | None):  # accelerate's own object will do
+            del given["accelerator_config"]
+        check_kinds(given, LongPOConfig)
+        if self.max_steps < -1 or self.max_steps == 0:
+            raise ValueError(f"max_steps={self.max_steps}: expected a number of steps, or -1 for whole epochs")
+        if self.max_steps == -1 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs}: expected more than 0, or a number of max_steps"
+            )
+        for name in ("max_grad_norm", "weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0")
+
     def _share_rows(self) -> None:
         """sequence_parallel as a number, and accelerate's mesh and FSDP2 for it unless a launcher's file has them."""
         given = self.parallelism_config
@@ -169,7 +184,7 @@ class LongPOConfig(TrainingArguments):
         if (self.fsdp or shared > 1) and launch.launched_fsdp() is None:
             theirs = self.fsdp_config or {}
             if isinstance(theirs, str):
-                theirs = json.loads(Path(theirs).read_text(encoding="utf-8"))
+                theirs = json.loads(read_text(theirs))
             named = {name.removeprefix("fsdp_"): value for name, value in theirs.items()}
             self.fsdp, self.fsdp_config = self.fsdp or True, FSDP2 | named
         if shared > 1:

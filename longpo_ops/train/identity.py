@@ -44,7 +44,15 @@ log = logging.getLogger("longpo_ops.train")
 PATHS = ("model", "reference_model", "data", "eval_data")  # told, and not compared
 DECIDING = {
     "run": (
-        *("rope_theta", "max_position_embeddings", "max_length", "cut_document", "system", "nll_tokens"),
+        *(
+            "rope_theta",
+            "max_position_embeddings",
+            "max_length",
+            "cut_document",
+            "system",
+            "template_kwargs",
+            "nll_tokens",
+        ),
         *("lora_rank", "lora_alpha", "lora_targets", "dtype"),
     ),
     "config": (
@@ -57,7 +65,7 @@ DECIDING = {
 }
 # None: of a method without a reference, of a plan that is not made yet, or of an earlier version
 DERIVED = ("reference_from", "memory")
-EARLIER = {"nll_tokens": "contents"}  # of earlier versions, which had no choice
+EARLIER = {"nll_tokens": "contents", "template_kwargs": None}  # of earlier versions, which had no choice
 LENGTH = ("max_steps", "num_train_epochs")
 WEIGHTS = "*.safetensors*"
 READ = (WEIGHTS, "*config.json", "tokenizer*", "trainer_state.json")  # what a run leaves, for programs

@@ -53,7 +53,7 @@ def write_report(trainer, base: str, recipe: str) -> None:
     rows = [row for row in history if "nll_loss" in row or "preference_loss" in row]
     if rows:
         draw_curves(rows, folder / "training.png")
-    (folder / "README.md").write_text(_card(trainer, base, recipe, rows), encoding="utf-8")
+    (folder / "README.md").write_text(_card(trainer, base, recipe, rows), encoding="utf-8", errors="backslashreplace")
 
 
 def _card(trainer, base: str, recipe: str, rows: list[dict]) -> str:

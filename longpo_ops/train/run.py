@@ -23,7 +23,9 @@ from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
 from ..parallel.mesh import check_alike
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
+from ..runs.settings_file import settle
 from ..runs.validate import check_kinds
+from ..template import check_values
 from .checkpoints import check_going_on, check_one_folder, last_checkpoint
 from .checks import (
     agreed_memory,
@@ -56,7 +58,7 @@ class TrainRun:
     model, data, eval_data: a transformers causal LM (name or folder), files or folders of pairs.
     reference_model: default `model` itself, with the RoPE settings it came with.
     rope_theta, max_position_embeddings: of the policy, for a longer context than the model's own.
-    max_length, cut_document, system, on_bad_record: as in data.ChatFormat and data.tokenized_pairs.
+    max_length, cut_document, system, template_kwargs, on_bad_record: as in data.ChatFormat and data.tokenized_pairs.
     recipe: "default", or "official", the published one: what is not given, here or in `training`, is the recipe's
         (recipes.py). What contradicts it stays as it was given, is told, and is named in `title`. A step of the official
         one has 8 sequences over all processes (WORLD_SIZE / sequence_parallel have sequences of their own); another
@@ -78,6 +80,7 @@ class TrainRun:
     max_length: int | None = None
     cut_document: bool = False
     system: str | None = None
+    template_kwargs: dict | None = None
     on_bad_record: str = "raise"
     recipe: str = recipes.DEFAULT
     nll_tokens: str | None = None
@@ -91,6 +94,7 @@ class TrainRun:
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> TrainRun:
         """Flat settings, as a YAML file and command line give them. Raises ValueError naming one that nobody knows."""
+        settings = settle(settings, cls, LongPOConfig)
         own = {f.name for f in dataclasses.fields(cls)} - {"training"}
         known = {f.name for f in dataclasses.fields(LongPOConfig) if f.init} - {"output_dir"}
         for name in sorted(map(str, set(settings) - own - known)):
@@ -109,6 +113,7 @@ class TrainRun:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "training"}
         check_kinds(own, TrainRun)
         check_kinds(self.training, LongPOConfig)
+        self.template_kwargs = check_values(self.template_kwargs) or None
         recipes.check_recipe(self.recipe)
         if self.nll_tokens not in (None, *NLL_TOKENS):
             raise ValueError(f"nll_tokens={self.nll_tokens!r}: expected one of {', '.join(NLL_TOKENS)}")
@@ -203,11 +208,12 @@ class TrainRun:
 
     def load_pairs(self, path: str, tokenizer, vocab_size: int) -> PairStore:
         """Tokenised pairs of `path`, from output_dir/data if they were made of the same files and settings before."""
-        chat = ChatFormat(tokenizer, system=self.system, max_length=self.max_length, cut_document=self.cut_document)
+        given = {name: getattr(self, name) for name in ("system", "max_length", "cut_document", "template_kwargs")}
+        chat = ChatFormat(tokenizer, **given)
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(path)]
         key = [files, tokenizer_digest(tokenizer), vocab_size, tokenizer.chat_template, self.system, self.max_length]
         nll_tokens = self.settings()["nll_tokens"]
-        key += [self.cut_document, self.on_bad_record, self.allows_equal(), nll_tokens]
+        key += [self.cut_document, self.on_bad_record, self.allows_equal(), nll_tokens, self.template_kwargs]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         file = Path(self.output_dir) / "data" / f"pairs-{digest}.parquet"
         told = file.with_suffix(".txt")
@@ -217,7 +223,7 @@ class TrainRun:
                 path, chat, vocab_size, self.on_bad_record, report, self.allows_equal(), nll_tokens=nll_tokens
             )
             PairStore.write(pairs, file, chat.fingerprint)
-            told.write_text(f"{report}\n", encoding="utf-8")
+            told.write_text(f"{report}\n", encoding="utf-8", errors="backslashreplace")
         log.info("%s: %s", path, told.read_text(encoding="utf-8").rstrip())
         return PairStore(file)
 

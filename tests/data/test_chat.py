@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from longpo_ops.data import BadRecord, ChatFormat, DataReport, Pair, Turn, tokenized_pairs
 from longpo_ops.data.tokenized import IGNORE
@@ -42,6 +43,7 @@ END = {
     "gemma": "<end_of_turn>",
 }
 CHATML = "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor -%}"
+ROLES = ("user", "assistant")
 PROMPT = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 
 
@@ -200,6 +202,41 @@ def test_a_template_without_end_of_turn_gets_the_end_of_sequence(make_tokenizer,
 
 
 # refusals
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("strips", [("rstrip",), ("lstrip",), ("lstrip", "rstrip")])
+@pytest.mark.parametrize("family", ["llama3", "gemma"])
+def test_white_space_that_a_token_of_the_template_swallows_is_in_no_answer(
+    family, strips, special, make_tokenizer, pair
+):
+    """Phi-3's role markers take the white space behind them, others that before them; they stay template text."""
+    tokenizer = make_tokenizer(family, MARKED)
+    tokens = [AddedToken(f"<|{name}|>", special=special, **dict.fromkeys(strips, True)) for name in (*ROLES, "end")]
+    tokenizer.add_tokens(tokens, special_tokens=special)
+    chat = ChatFormat(tokenizer)
+
+    def kept(content: str) -> str:
+        content = content.lstrip() if "rstrip" in strips else content
+        return content.rstrip() if "lstrip" in strips else content
+
+    for answer in ("yes", " yes", "\n  yes", "yes ", " yes \n"):
+        turn = Turn(" How many? ", "There are 42.", answer, ("There are many.",))
+        contents, report = [f"{DOC}\n\n How many? ", answer, " How many? ", answer], DataReport()
+        result = chat.tokenize(replace(pair, document=DOC, turns=(turn, turn)), report)
+        text = "".join(f"<|{name}|>{each}<|end|>" for name, each in zip(ROLES * 2, contents, strict=True))
+        assert result.chosen.ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
+        answers = labelled(tokenizer, result.chosen, result.chosen.labels)
+        assert answers == [kept(answer) + "<|end|>"] * 2
+        counted = labelled(tokenizer, result.chosen, result.chosen.nll_labels)
+        assert counted == [kept(each) + end for each, end in zip(contents, ("", "<|end|>") * 2, strict=True)]
+        assert "1 pairs lose outer whitespace" in str(report)
 
 
 def test_a_template_must_have_a_generation_prompt(make_tokenizer):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 
 import pyarrow
 import pytest
@@ -71,11 +74,11 @@ BAD = [
     ("document", ..., "document: missing field"),
     ("document", None, "document: missing field"),
     ("document", " \n", "document: empty field"),
-    ("document", 3, "document: wrong type; a int came; expected a str"),
+    ("document", 3, "document: wrong type; a number came, 3; expected text"),
     ("document", "\ud800", "document: broken text encoding"),
     ("turns", [], "turns: empty field"),
     ("turns", "x", "turns: wrong type"),
-    ("turns", ["x"], r"turns\[0\]: wrong type; a str came"),
+    ("turns", ["x"], r"turns\[0\]: wrong type; text came, 'x'; expected an object"),
     ("turns.1.chunk", ..., r"turns\[1\].chunk: missing field"),
     ("turns.1.chosen", "", r"turns\[1\].chosen: empty field"),
     ("turns.0.instruction", ["x"], r"turns\[0\].instruction: wrong type"),
@@ -85,7 +88,7 @@ BAD = [
     ("turns.0.answer", "x", r"turns\[0\]: unknown field; answer came"),
     ("provenence", {}, "record: unknown field; provenence came"),
     ("provenance", "text", "provenance: wrong type"),
-    ("ref_chosen_logp", -1.0, "expected both"),
+    ("ref_chosen_logp", -1.0, "ref_chosen_logp: bad log-probs; it came alone; expected both"),
     ("ref_chosen_logp", float("nan"), "ref_chosen_logp: bad log-probs"),
     ("ref_rejected_logps", [-1.0, -2.0], "ref_rejected_logps: bad log-probs"),
     ("ref_rejected_logps", [0.5], "at most 0"),
@@ -96,6 +99,56 @@ BAD = [
 def test_bad_records_are_named(path, value, message, pair):
     with pytest.raises(BadRecord, match=f"^record 'boats', .*{message}"):
         Pair.from_record(spoil(pair, path, value))
+
+
+@pytest.mark.parametrize("value", [{"n": 1}, [1], 1.5, True, "", " ", "\ud800"])
+def test_an_id_is_text_or_a_whole_number(value, pair):
+    with pytest.raises(BadRecord, match=r"^record 'a\.jsonl:3', id: (wrong type|empty field|broken text encoding); "):
+        Pair.from_record(pair.to_record() | {"id": value}, "a.jsonl:3")
+    for given, called in ((7, "7"), ("x y", "x y"), (None, "a.jsonl:3")):
+        assert Pair.from_record(pair.to_record() | {"id": given}, "a.jsonl:3").id == called
+
+
+def test_a_record_that_no_parser_takes_is_one_bad_record(pair, tmp_path):
+    deep, long = "[" * 200_000, "9" * 5000
+    good = json.dumps(pair.to_record())
+    spoilt = (good.replace('"provenance": {}', f'"provenance": {value}') for value in (deep, long, json.dumps(deep)))
+    (tmp_path / "a.jsonl").write_text("\n".join([good, *spoilt, deep, good]))
+    report = DataReport(tell=9)
+    assert list(read_pairs(tmp_path, "skip", report)) == [pair, pair]
+    assert report.skipped == {"no valid JSON": 3, "wrong type": 1}
+    told = [line for lines in report.told.values() for line in lines]
+    assert {re.search(r"a\.jsonl:\d", line)[0] for line in told} == {f"a.jsonl:{n}" for n in (2, 3, 4, 5)}
+    assert all(len(line) < 500 for line in told)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_half_a_surrogate_pair_in_provenance_comes_back(suffix, pair, tmp_path):
+    odd = replace(pair, provenance={"source": "a\ud800b"})
+    write_pairs([odd], tmp_path / f"a{suffix}")
+    assert list(read_pairs(tmp_path)) == [odd]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_believed(suffix, encoding, pair, tmp_path):
+    odd = replace(pair, document="na\u00efve \u010a\u0a0d \U0001f600")  # bytes of line breaks in two of them
+    data = (json.dumps(odd.to_record(), ensure_ascii=False) + "\r\n").encode(encoding)
+    pack = {
+        ".jsonl": bytes,
+        ".jsonl.gz": gzip.compress,
+        ".jsonl.zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+    }
+    (tmp_path / f"a{suffix}").write_bytes(pack[suffix](data))
+    assert list(read_pairs(tmp_path)) == [odd]
+
+
+def test_a_file_whose_name_is_no_utf_8_gives_names_that_are(pair, tmp_path):
+    record = {name: value for name, value in pair.to_record().items() if name != "id"}
+    (tmp_path / os.fsdecode(b"p\xff\n[1].jsonl")).write_text(json.dumps(record))
+    (found,) = read_pairs(tmp_path)
+    assert found.id == r"p\xff\n[1].jsonl:1"
+    assert write_pairs([found], tmp_path / "out.parquet") == 1
 
 
 @pytest.mark.parametrize(

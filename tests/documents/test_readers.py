@@ -63,6 +63,9 @@ HTML = """<html><head><title>t</title><style>x</style></head><body><nav>menu</na
         ("a.txt", TEXT.encode(), TEXT),
         ("a.md", TEXT.replace("\n", "\r\n").encode("utf-8-sig"), TEXT),
         ("a.tex", TEXT.encode("utf-16"), TEXT),
+        ("b.tex", TEXT.encode("utf-32"), TEXT),
+        ("c.tex", ("\ufeff" + TEXT).encode("utf-32-be"), TEXT),
+        ("a.htm", HTML.encode("utf-32"), "## Wind & rain\n\nThe **wind** turns here.\n\n```\na = 1\n\nb = 2\n```"),
         ("notes", TEXT.encode(), TEXT),
         ("a.txt.gz", gzip.compress(TEXT.encode()), TEXT),
         ("a.md.zst", zstd(TEXT.encode()), TEXT),
@@ -137,3 +140,27 @@ def test_good_records_beside_bad_ones_are_kept(tmp_path):
     assert listing.skipped == {
         "no valid JSON": 1, "longer than the target": 1, "no text in column 'text'": 1, "duplicate": 1
     }  # fmt: skip
+
+
+def test_a_row_that_no_parser_takes_is_left_out_alone_and_named(tmp_path):
+    deep, long = b'{"text": ' + b"[" * 200_000, b'{"n": ' + b"9" * 5000 + b', "text": "x"}'
+    rows = [b'{"text": "one"}', deep, long, b'{"text": "\\ud800"}', b'{"text": "two", "n": NaN}', b'{"text": {"a": 1}}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*rows, b'{"text": "three"}']))
+    found, listing = read(tmp_path)
+    assert [(d.text, d.source) for d in found] == [("one", "a.jsonl:1"), ("two", "a.jsonl:5"), ("three", "a.jsonl:7")]
+    assert listing.skipped == {"no valid JSON": 2, "broken text encoding": 1, "no text in column 'text'": 1}
+    assert listing.first == {
+        "no valid JSON": "a.jsonl:2", "broken text encoding": "a.jsonl:4", "no text in column 'text'": "a.jsonl:6"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd])
+def test_rows_are_in_the_encoding_of_their_mark(encoding, pack, tmp_path):
+    texts = ["\u010a\u0a0d one", "two", "x" * 9000, "three"]  # the first has bytes of line breaks in its characters
+    rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    name = {bytes: "a.jsonl", gzip.compress: "a.jsonl.gz", zstd: "a.jsonl.zst"}[pack]
+    (tmp_path / name).write_bytes(pack(rows.encode(encoding)))
+    found, listing = read(tmp_path, max_tokens=10)
+    assert [d.text for d in found] == [texts[0], "two", "three"] and listing.skipped == {"longer than the target": 1}
+    assert found[-1].position > 0.999 or name != "a.jsonl"  # all but the mark

@@ -44,7 +44,7 @@ def first(count: int, reply: Reply):
 
 def test_a_request_says_what_it_wants_and_gets_it():
     with OpenAIServer() as server:
-        (answer,) = ask(ServerEngine([server.url + "/"], template_kwargs={"a": 1}, extra={"top_k": 5}), ASK)
+        (answer,) = ask(ServerEngine([server.url + "/"], template_kwargs={"a": 1}, options={"top_k": 5}), ASK)
         assert answer.text.startswith("The ") and answer.finish == "stop" and answer.prompt_tokens > 0
         assert server.seen[0].body == {
             "model": "little", "messages": [{"role": "user", "content": "Where is the harbour?"}], "max_tokens": 16,

@@ -40,6 +40,23 @@ def test_ranks_that_this_process_cannot_have_are_refused(options, message):
         vllm(**options)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timeout": float("nan")}, "timeout=nan: expected a finite number"),
+        ({"patience": float("inf")}, "patience=inf: expected a finite number"),
+        ({"concurrency": 1.5}, "concurrency=1.5: expected int"),
+        ({"concurrency": True}, "concurrency=True: expected int"),
+        ({"rope": {"rope_theta": float("nan")}}, "rope={'rope_theta': nan}: expected finite numbers"),
+        ({"endpoints": "http://a"}, "endpoints='http://a': expected list or tuple"),
+        ({"trust_remote_code": 1}, "trust_remote_code=1: expected bool"),
+    ],
+)
+def test_settings_of_another_kind_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EngineSettings(model="m", **changes)
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -158,7 +158,7 @@ def test_asking_for_several_with_a_prefill(load):
         (("max_tokens: 24", "max_tokens: 24\nhaystack: needles"), "takes any number of keys"),
         (("name: codes", "name: niah_single_1"), "is one of RULER's tasks"),
         (("name: codes", "name: a b"), "has letters, digits"),
-        (("name: codes", "name: [codes"), "cannot be read as YAML"),
+        (("name: codes", "name: [codes"), "no valid YAML"),
     ],
 )
 def test_bad_files(load, change, message):

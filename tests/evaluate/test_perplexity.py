@@ -56,7 +56,7 @@ def test_what_cannot_be_read_is_said(sources, lengths, message, world, tokenizer
     with pytest.raises(ValueError, match=message):
         read_windows([str(world / sources)], lengths, 5, tokenizer)
     (world / "empty.txt").write_text(" ")
-    with pytest.raises(ValueError, match=r"no text for perplexity in .*empty.txt \(empty\)"):
+    with pytest.raises(ValueError, match=r"no text for perplexity in .*empty.txt \(empty \(first: empty.txt\)\)"):
         read_windows([str(world / "empty.txt")], (64,), 5, tokenizer)
 
 

@@ -53,6 +53,19 @@ def changed(**changes) -> dict:
         (changed(evaluate={"lengths": [128], "task": []}), "the evolution, evaluate: task unknown; expected some of"),
         (changed(retention=[{"measure": "bleu", "within": 0}]), "measure 'bleu'; expected accuracy, perplexity or"),
         (changed(retention=[{"measure": "accuracy", "within": -1}]), "within is -1; expected a number from 0"),
+        (
+            changed(retention=[{"measure": "accuracy", "within": float("nan")}]),
+            "within is nan; expected a number from 0",
+        ),
+        (
+            changed(retention=[{"measure": "accuracy", "within": float("inf")}]),
+            "within is inf; expected a number from 0",
+        ),
+        (changed(first={"rope_theta": float("nan")}), "rope_theta is nan; expected a number above 0"),
+        (
+            changed(first={"generate": {"top_p": float("nan")}}),
+            "round 'one', generate: top_p=nan: expected a finite number",
+        ),
         (changed(retention=[{"measure": "accuracy", "within": 0, "length": 512}]), "accuracy at 512 is not evaluated"),
         (changed(retention=[{"measure": "perplexity", "within": 0, "length": 256}]), "perplexity at 256 is not eval"),
         (changed(retention=[{"measure": "harness:mmlu", "within": 0}]), "add 'mmlu' to evaluate: harness"),
@@ -122,6 +135,20 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
             Evolution.from_file(tmp_path / "run.yaml")
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         Evolution.from_file(tmp_path / "nowhere.yaml")
+
+
+def test_words_of_a_file_are_flags_where_flags_are_wanted(tmp_path):
+    train = "{save_strategy: no, eval_strategy: No, bf16: off, cut_document: yes, memory: {offload: on}}"
+    generate = "{template_kwargs: {enable_thinking: off}, reference_logps: yes, column: on}"
+    text = yaml.safe_dump(changed(first={"train": "TRAIN", "generate": "GENERATE", "name": "NAME"}))
+    text = text.replace("TRAIN", train).replace("GENERATE", generate).replace("NAME", "no")
+    (tmp_path / "run.yaml").write_text(text)
+    first = Evolution.from_file(tmp_path / "run.yaml").rounds[0]
+    assert first.train == {
+        "save_strategy": "no", "eval_strategy": "No", "bf16": False, "cut_document": True, "memory": {"offload": True}
+    }  # fmt: skip
+    assert first.generate == {"template_kwargs": {"enable_thinking": False}, "reference_logps": True, "column": "on"}
+    assert first.name == "no"
 
 
 def test_a_model_that_is_not_there_is_named():
@@ -322,6 +349,28 @@ def test_rounds_follow_the_recipe_of_the_evolution_or_their_own(model, caplog):
     room = 2 * (80 + 24)  # in the official recipe `length` bounds the document alone
     assert [each["train"].run.max_position_embeddings for each in found] == [1024 + room] * 3
     assert [each["pairs"].run.short_rope for each in found] == [None] * 3
+
+
+def test_variables_of_the_chat_template_reach_all_stages_that_name_no_others(model, tmp_path):
+    copied = Path(shutil.copytree(model, tmp_path / "model"))
+    template = copied / "chat_template.jinja"
+    template.write_text("{% if tone is defined %}{{ tone }}{% endif %}" + template.read_text())
+    plain = changed(model=str(copied), retention=[])
+    assert all("template_kwargs" not in stage.settings for each in rounds(plain) for stage in each.values())
+    settings = plain | {"template_kwargs": {"tone": "calm"}}
+    settings["rounds"][1] |= {"train": {"template_kwargs": {}}, "evaluate": {"template_kwargs": {"tone": "loud"}}}
+    first, second = rounds(settings)
+    calm = {"tone": "calm"}
+    for stage in (*first.values(), second["pairs"]):
+        assert stage.run.template_kwargs == stage.settings["template_kwargs"] == calm
+    assert second["train"].run.template_kwargs is None
+    assert [second[kind].run.template_kwargs for kind in ("untrained", "evaluate")] == [{"tone": "loud"}] * 2
+    with pytest.raises(ValueError, match="template_kwargs: tone=nan: expected a JSON value"):
+        Evolution.from_settings(settings | {"template_kwargs": {"tone": float("nan")}})
+    settings["rounds"][0]["documents"] = str(tmp_path)
+    (tmp_path / "text.txt").write_text("Wind.")
+    with pytest.raises(ValueError, match=r"does not read tine, .* did you mean tone\?"):
+        check(Evolution.from_settings(settings | {"template_kwargs": {"tine": "calm"}}))
 
 
 def test_a_launcher_is_a_list_of_words_or_a_line():

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import typer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from benchmarks.loop.openai_server import OpenAIServer
-from longpo_ops.data import read_pairs, write_pairs
+from longpo_ops.data import join_context, read_pairs, write_pairs
 from longpo_ops.generate import commands
 
 APP = typer.Typer()
@@ -50,7 +51,7 @@ def test_one_command_makes_pairs_and_a_summary(tokenizer, documents, tmp_path):
         assert one.seen[0].body["top_k"] == 7 and len(one.seen) + len(two.seen) == 48
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["documents"], summary["pairs"], summary["turns"]) == (4, 4, 16)
-    assert summary["listing"] == {"found": 4, "selected": 4, "left_out": {}}
+    assert summary["listing"] == {"found": 4, "selected": 4, "left_out": {}, "first_left_out": {}}
     assert summary["lengths"]["document"]["number"] == 4 and summary["lengths"]["chunk"]["most"] <= 128
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "summary.html").read_text()
@@ -98,8 +99,19 @@ def test_show(pair, tmp_path):
     assert done.exit_code == 0 and "two" in done.output and "It rings at noon." in done.output
     assert "one" not in done.output.replace("none", "")
     done = call("pairs", "show", tmp_path, "--html", tmp_path / "page.html")
-    assert "2 pairs in" in done.output and "It rings at" in (tmp_path / "page.html").read_text()
+    assert "holds 2 of 2 pairs" in done.output and "It rings at" in (tmp_path / "page.html").read_text()
     assert "no pair with id 'three'" in str(call("pairs", "show", tmp_path, "--id", "three").exception)
+
+
+def test_what_is_not_shown_is_counted_on_page_and_terminal(pair, tmp_path):
+    write_pairs([replace(pair, id=str(number)) for number in range(4)], tmp_path / "a.jsonl")
+    write_pairs([replace(pair, id="2")], tmp_path / "b.parquet")
+    told = "3 of 5 pairs; --number 5 shows all"
+    assert told in call("pairs", "show", tmp_path, "--html", tmp_path / "page.html").output
+    assert told in (tmp_path / "page.html").read_text() and (tmp_path / "page.html").read_text().count("<h2>") == 3
+    assert told in call("pairs", "show", tmp_path).output
+    assert "1 of 2 pairs; --number 2 shows all" in call("pairs", "show", tmp_path, "--id", 2, "--number", 1).output
+    assert "5 of 5 pairs\n" in call("pairs", "show", tmp_path, "--number", 9).output
 
 
 def test_stats(pair, tokenizer, tmp_path):
@@ -117,8 +129,55 @@ def test_validate(pair, tokenizer, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{}\n{broken\n" + json.dumps(pair.to_record()) + "\n")
     done = call("pairs", "validate", tmp_path)
     assert done.exit_code == 1 and "2 of 4 records kept" in done.output and "1 skipped: no valid JSON" in done.output
+    assert "\n    bad.jsonl:2, " not in done.output  # such a record is called by file and line alone
+    assert re.search(r"record 'bad.jsonl:2', line: .*'{broken' came, expected one object per line", done.output)
     done = call("pairs", "validate", tmp_path / "good.jsonl", "--model", tokenizer.name_or_path, "--max-length", 9)
     assert "longer than max_length" in str(done.exception)  # not one usable record
+
+
+def test_validate_lays_pairs_out_with_the_variables_of_the_template(pair, tokenizer, tmp_path):
+    write_pairs([pair], tmp_path / "pairs.jsonl")
+    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    own.chat_template = "{% if tone is defined %}{{ tone * 40 }}{% endif %}" + own.chat_template
+    own.save_pretrained(tmp_path / "model")
+    given = ("pairs", "validate", tmp_path / "pairs.jsonl", "--model", tmp_path / "model")
+    tokens = len(own(join_context(pair.document, pair.turns[0].instruction))["input_ids"])
+    room = ("--max-length", 8 * tokens)
+    assert call(*given, *room).exit_code == 0
+    done = call(*given, *room, "--template-kwargs", json.dumps({"tone": "a " * tokens}))
+    assert "longer than max_length" in str(done.exception)
+    done = call(*given, "--template-kwargs", '{"tine": 1}')
+    assert "does not read tine" in str(done.exception)
+    done = call("pairs", "validate", tmp_path / "pairs.jsonl", "--template-kwargs", '{"tone": "a"}')
+    assert done.exit_code == 2 and "expected with --model" in re.sub(r"[\s│]+", " ", done.output)
+
+
+def test_validate_names_file_line_field_what_came_and_what_was_expected(pair, tmp_path):
+    record = json.loads(json.dumps(pair.to_record()))
+    turn = record["turns"][0]
+    changes = [
+        (
+            {"turns": [turn | {"chosen": None}]},
+            "turns[0].chosen: missing field; null came; expected text beside chunk, instruction, rejected",
+        ),
+        ({"turns": [{**turn, "chunk": 3}]}, "turns[0].chunk: wrong type; a number came, 3; expected text"),
+        ({"document": ""}, "document: empty field; '' came; expected text"),
+        ({"turns": []}, "turns: empty field; [] came; expected a list of at least one turn"),
+        ({"provenance": "x"}, "provenance: wrong type; text came, 'x'; expected an object"),
+        ({"ref_chosen_logp": 1.0}, "ref_chosen_logp: bad log-probs; a number came, 1.0; expected a number finite"),
+    ]
+    lines = [json.dumps(record | change) for change, _ in changes] + [json.dumps(record)] * 2
+    del turn["chosen"]
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines, *[json.dumps(record)] * 11]))
+    done = call("pairs", "validate", tmp_path)
+    assert done.exit_code == 1 and "2 of 19 records kept" in done.output
+    for line, (_, told) in enumerate(changes, 1):
+        assert f"    bad.jsonl:{line}, record 'one', {told}" in done.output
+    told = "bad.jsonl:9, record 'one', turns[0].chosen: missing field; nothing came; expected text beside chunk, "
+    assert told in done.output
+    assert "12 skipped: missing field (10 of them told)" in done.output
+    assert "2 bad records are not told; --number 12 tells all" in done.output
+    assert "bad.jsonl:19, " in call("pairs", "validate", tmp_path, "--number", 12).output
 
 
 def test_pairs_commands_name_a_model_that_cannot_be_loaded(pair, tmp_path):

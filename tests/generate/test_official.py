@@ -132,7 +132,7 @@ class Made(Engine):
     def __init__(self):
         self.requests: list[Request] = []
 
-    async def generate(self, request: Request) -> Completion:
+    async def _answer(self, request: Request) -> Completion:
         self.requests.append(request)
         await asyncio.sleep(0)
         _, text, finish = say(request.content)

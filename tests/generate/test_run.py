@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -17,6 +18,7 @@ from longpo_ops.data import ChatFormat, read_pairs
 from longpo_ops.engines import EngineStopped
 from longpo_ops.engines import server as engine_module
 from longpo_ops.generate import GenerateRun, generate
+from longpo_ops.generate.run import generate_and_summarise
 from tests.engines import tiny
 from tests.processes import Started
 
@@ -104,6 +106,24 @@ def tiny_questions():
     from benchmarks.loop.openai_server import QUESTIONS
 
     return QUESTIONS
+
+
+def test_documents_of_names_that_are_no_utf_8_become_pairs(settings, tmp_path, documents):
+    names = {"report-00.md": b"r\xff\xfe.md", "report-01.md": b"r\n\x1b[2J.md"}
+    (tmp_path / "odd").mkdir()
+    for given, name in names.items():
+        shutil.copy(documents / given, os.fsencode(tmp_path / "odd") + b"/" + name)
+    (tmp_path / os.fsdecode(b"odd/\xe9.bin")).write_bytes(b"\0")
+    with OpenAIServer() as server:
+        run = settings(
+            endpoints=(server.url,), documents=(str(tmp_path / "odd"),), out=str(tmp_path / os.fsdecode(b"o\xff"))
+        )
+        _, summary = generate_and_summarise(run)
+    found = {pair.provenance["source"] for pair in read_pairs(run.out)}
+    assert summary["pairs"] == 2 and found == {r"r\xff\xfe.md", r"r\n\x1b[2J.md"}
+    kept = json.loads(Path(run.out, "summary.json").read_text(encoding="utf-8"))
+    assert kept["listing"]["first_left_out"] == {"binary file": r"\xe9.bin"}
+    assert r"binary file (first: \xe9.bin)" in Path(run.out, "summary.html").read_text(encoding="utf-8")
 
 
 def test_the_first_reader_of_a_document_runs_ahead_of_the_others(settings, documents):

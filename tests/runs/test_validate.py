@@ -18,6 +18,9 @@ class Settings:
     flag: bool
     lengths: tuple[int, ...]
     other: Path
+    free: dict | None = None
+    names: tuple[str, ...] = ()
+    schedule: SchedulerType | str = "cosine"
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,8 @@ class Settings:
         {"name": "x", "rate": 1, "steps": 2, "flag": True, "lengths": [1, 2]},
         {"name": SchedulerType.COSINE, "rate": np.float64(0.5), "lengths": (1,)},
         {"name": Path("folder"), "rate": None, "other": 3},
+        {"schedule": "linear", "names": ["a"], "free": {"a": [1.5, "nan"]}},
+        {"schedule": SchedulerType.LINEAR, "names": ("a", "b"), "free": None},
     ],
 )
 def test_right_kinds_pass(values):
@@ -41,6 +46,14 @@ def test_right_kinds_pass(values):
         ({"steps": True}, "steps=True: expected int"),
         ({"flag": 1}, "flag=1: expected bool"),
         ({"lengths": "1,2"}, "lengths='1,2': expected list or tuple"),
+        ({"rate": float("nan")}, "rate=nan: expected a finite number"),
+        ({"rate": np.float64("-inf")}, ".*inf.*: expected a finite number"),
+        ({"steps": float("inf")}, "steps=inf: expected a finite number"),
+        ({"free": {"theta": [1.0, float("nan")]}}, r"free={'theta': \[1.0, nan\]}: expected finite numbers"),
+        ({"names": ["a", 1]}, r"names=\['a', 1\]: expected texts"),
+        ({"names": "abc"}, "names='abc': expected list or tuple"),
+        ({"schedule": False}, "schedule=False: expected one of linear, cosine, "),
+        ({"schedule": "cosin"}, "schedule='cosin': expected one of linear, cosine, "),
         ({"nonsense": 1}, "nonsense: Settings has no such setting"),
     ],
 )

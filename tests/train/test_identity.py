@@ -159,6 +159,18 @@ def test_another_tokenizer_template_or_system_text_is_refused(home):
         begin(home)
 
 
+def test_other_variables_of_the_template_are_refused(home):
+    template = home / "model" / "chat_template.jinja"
+    template.write_text("{% if tone is defined %}{{ tone }}{% endif %}" + template.read_text())
+    shutil.rmtree(home / "out")
+    identity(home, template_kwargs={"tone": "calm"}).under_way()
+    assert begin(home, template_kwargs={"tone": "calm"}) is None
+    with pytest.raises(ValueError, match=r"template_kwargs=\{'tone': 'calm'\} became None; data: 4 rec.*\(4 changed"):
+        begin(home)
+    with pytest.raises(ValueError, match=r"does not read tine, so .* expected some of .*tone; did you mean tone\?"):
+        begin(home, template_kwargs={"tine": "calm"})
+
+
 def test_a_tokenizer_is_known_by_more_than_its_vocabulary(home):
     before = AutoTokenizer.from_pretrained(home / "model")
     file = home / "model" / "tokenizer.json"
@@ -210,7 +222,7 @@ def test_settings_that_decide_nothing_may_change(home, caplog):
 def test_a_run_of_an_earlier_version_goes_on(home):
     file = home / "out" / "run.json"
     values = json.loads(file.read_text())
-    for name in ("reference_from", "memory", "nll_tokens", "recipe"):
+    for name in ("reference_from", "memory", "nll_tokens", "recipe", "template_kwargs"):
         del values[name]
     file.write_text(json.dumps(values | {"objective_options": None, "reference": "precompute"}))
     assert begin(home) is None

@@ -332,6 +332,18 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0: expected a finite number above 0"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: expected a finite number above 0"),
         ({"max_steps": 0}, "max_steps=0: expected a number of steps, or -1"),
+        ({"max_steps": -5}, "max_steps=-5: expected a number of steps, or -1"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0: expected more than 0"),
+        ({"max_steps": -1, "num_train_epochs": -2.0}, r"num_train_epochs=-2\.0: expected more than 0"),
+        ({"max_steps": None}, "max_steps=None: expected int"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan: expected a finite number"),
+        ({"max_grad_norm": -1.0}, r"max_grad_norm=-1\.0: expected a number from 0"),
+        ({"warmup_steps": float("inf")}, "warmup_steps=inf: expected a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan: expected a finite number"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf: expected a finite number"),
+        ({"objective_options": {"beta": float("nan")}}, "objective_options={'beta': nan}: expected finite numbers"),
+        ({"save_strategy": False}, "save_strategy=False: expected one of no, steps, epoch, best"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type='cosin': expected one of linear, cosine"),
         ({"resume_from_checkpoint": "x"}, "goes on from the last checkpoint in output_dir"),
         ({"learning_rte": 1e-3}, "did you mean learning_rate"),
     ],
@@ -339,6 +351,14 @@ def test_remote_code_runs_only_when_asked_for(home, tmp_path):
 def test_settings_of_another_kind_are_refused(home, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         TrainRun.from_settings(settings(home, tmp_path) | more).config()
+
+
+def test_a_config_of_code_is_checked_as_that_of_a_file(tmp_path):
+    for name, value in (("max_grad_norm", float("nan")), ("num_train_epochs", 0), ("adam_beta2", "0.9"), ("bf16", 1)):
+        with pytest.raises(ValueError, match=f"^{name}={value!r}: expected "):
+            LongPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+    config = LongPOConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=3, num_train_epochs=0)  # steps decide
+    assert replace(config, seed=2).seed == 2  # what it makes of its values may be given again
 
 
 @pytest.mark.parametrize("name", ["model", "reference_model"])

@@ -1,0 +1,43 @@
+"""Fields of a request's body, as servers take different ones: added, renamed, replaced or left out by options.
+
+    max_tokens=max_completion_tokens   a text for a field that requests have: its name there
+    temperature=null                   leaves it out
+    temperature=1                      a number: its value in every request
+    top_k=40                           any other field: added to every request
+
+Tests: tests/engines/test_server.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+OWN = ("max_tokens", "temperature", "top_p", "seed", "logprobs", "echo")  # fields that an option may rename or remove
+FIXED = ("model", "messages", "prompt", "stream", "n")  # without which no answer can be read
+
+
+def check_fields(options: dict[str, Any], flag: str = "--engine-option") -> None:
+    """Raises ValueError for options that take from a request what it needs, or give a field of its own no sense."""
+    for name, value in options.items():
+        if name in FIXED:
+            raise ValueError(f"{flag} {name}: every request has its own; expected another field")
+        right = (
+            value is None or type(value) in (int, float) or (isinstance(value, str) and value not in ("", *OWN, *FIXED))
+        )
+        if name in OWN and not right:
+            raise ValueError(
+                f"{flag} {name}={value!r}: expected null, which leaves it out, another name for it such as "
+                "max_completion_tokens, or a number"
+            )
+
+
+def change_fields(body: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A request's body with fields of its own left out, renamed or replaced, and others added."""
+    body = dict(body)
+    for name, value in options.items():
+        if name not in OWN or not (value is None or isinstance(value, str)):
+            body[name] = value
+        elif name in body:
+            told = body.pop(name)
+            body |= {} if value is None else {value: told}
+    return body

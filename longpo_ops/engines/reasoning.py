@@ -1,0 +1,107 @@
+"""What a thinking model writes before its answer, told apart from the answer.
+
+    <think> .. </think> answer         and the other pairs of MARKS, at the beginning of a text
+           .. </think> answer          where the chat template, or whoever begins the answer, has opened it
+    <|channel|>analysis<|message|> .. <|channel|>final<|message|> answer       gpt-oss, its special tokens read or dropped
+    Completion.reasoning, answer       where a server tells the two apart
+
+A text that is opened and never closed is reasoning alone: there is no answer, as the model was cut off inside or ended
+there. A mark anywhere else is a part of the text: an answer may speak of <think>. Without a template that opens it, a lone
+closing mark counts where it stands on a line of its own. Not covered: what is cut off inside gpt-oss's reasoning where a
+server drops its special tokens, as nothing is left that tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from . import Completion, Request, Sampling
+
+MARKS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "<seed:think>": "</seed:think>",
+    "[THINK]": "[/THINK]",
+    "\u25c1think\u25b7": "\u25c1/think\u25b7",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+}
+CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")  # of gpt-oss
+LONE = re.compile(rf"^[^\S\n]*(?:{'|'.join(map(re.escape, MARKS.values()))})[^\S\n]*$", re.MULTILINE)
+CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
+DROPPED = re.compile(r"\A\s*analysis(.*?)assistantfinal", re.DOTALL)  # the same without its special tokens
+ENDS = re.compile(r"<\|(?:end|return|call)\|>.*", re.DOTALL)
+
+
+class Parts(NamedTuple):
+    """Of a text; answer is None where the model did not come to one."""
+
+    answer: str | None
+    reasoning: str
+
+
+def part(text: str, opened: bool = False, reasoning: str = "", finish: str = "stop") -> Parts:
+    """opened: whether what precedes the text has opened the reasoning. reasoning: what came apart. finish: of Completion."""
+    if reasoning:
+        if not text.strip() and finish == "length":
+            return Parts(None, reasoning)
+        rest = part(text, finish=finish)
+        return Parts(rest.answer, reasoning + rest.reasoning)
+    if text.lstrip().startswith(CHANNELS[:2]):
+        return _of_channels(text)
+    if dropped := DROPPED.match(text):
+        return Parts(text[dropped.end() :], dropped[1])
+    thoughts, rest = "", text
+    while mark := next((mark for mark in MARKS if rest.lstrip().startswith(mark)), "</" if opened else None):
+        begun = rest.lstrip().removeprefix(mark)
+        found = _closing(begun, MARKS.get(mark))
+        if found is None:
+            return Parts(None, thoughts + begun)
+        thoughts, rest, opened = thoughts + begun[: found[0]], begun[found[1] :].lstrip(), False
+    lone = None if thoughts or rest != text else LONE.search(text)
+    if lone and not any(mark in text[: lone.start()] for mark in MARKS):
+        return Parts(text[lone.end() :].lstrip(), text[: lone.start()])
+    return Parts(rest, thoughts)
+
+
+def part_completion(completion: Completion, opened: bool) -> Parts:
+    """The parts of what an engine gave for a message."""
+    return part(completion.text, opened, completion.reasoning, completion.finish)
+
+
+def _closing(text: str, mark: str | None) -> tuple[int, int] | None:
+    """Where a closing mark begins and ends, the first of any kind where the opening one is not known."""
+    found = [(text.find(each), each) for each in ([mark] if mark else MARKS.values()) if each in text]
+    return (min(found)[0], min(found)[0] + len(min(found)[1])) if found else None
+
+
+def _of_channels(text: str) -> Parts:
+    """Of gpt-oss: the final channel is the answer; what stands before the first channel is of the one that was begun."""
+    answer, thoughts = None, ""
+    for here, following in zip(found := [*CHANNEL.finditer(text)], [*found[1:], None]):
+        said = ENDS.sub("", text[here.end() : following.start() if following else len(text)])
+        answer, thoughts = (said, thoughts) if here[1] == "final" else (answer, thoughts + said)
+    return Parts(answer, thoughts)
+
+
+def opens_reasoning(tokenizer, template_kwargs: dict) -> bool:
+    """Whether the chat template itself begins the reasoning of an answer: its prompt ends inside a pair of MARKS."""
+    request = Request("a", Sampling(1))
+    prompt = tokenizer.apply_chat_template(
+        request.messages, tokenize=False, add_generation_prompt=True, **template_kwargs
+    ).rstrip()
+    return prompt.endswith(tuple(MARKS))
+
+
+def with_marks(tokenizer, ids: Sequence[int], text: str) -> str:
+    """The text of ids, decoded without special tokens; anew with those that tell reasoning from answer, where there are any."""
+    special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = {*MARKS, *MARKS.values()} & {special.get(id) for id in ids}
+    kept |= {*CHANNELS} if any(special.get(id) == "<|channel|>" for id in ids) else set()
+    if not kept:
+        return text
+    ids = [id for id in ids if id not in special or special[id] in kept]
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
