@@ -182,9 +182,17 @@ def _write_json_lines(records, partial: Path, schema, compress: bool) -> int:
     count = 0
     with gzip.open(partial, "wt", encoding="utf-8") if compress else open(partial, "w", encoding="utf-8") as out:
         for record in records:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.write(as_json(record, record.get("id")) + "\n")
             count += 1
     return count
+
+
+def as_json(value: Any, record_id: Any) -> str:
+    """Raises ValueError for a NaN or an infinity, which JSON has not."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"record {record_id!r}: {error}; JSON has neither NaN nor infinities: take them out") from None
 
 
 def _write_parquet(records, partial: Path, schema, compress: bool) -> int:

@@ -46,7 +46,8 @@ def write_summary(result, pairs: Iterable[Pair], folder: Path, recipe: str) -> d
     counted["lengths"] = {kind: describe(values) for kind, values in summary["lengths"].items() if values}
     counted["listing"] = {"found": result.listing.found, "selected": result.listing.selected}
     counted["listing"]["left_out"] = dict(result.listing.skipped)
-    write_atomically(folder / "summary.json", (json.dumps(counted, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(counted, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "summary.json", (text + "\n").encode())
     write_atomically(folder / "lengths.png", figure)
     page = pairs_page(islice(pairs, 3), f"Pairs in {folder.resolve().name}", values_of(result, summary), figure)
     write_atomically(folder / "summary.html", page.encode())
