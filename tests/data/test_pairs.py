@@ -127,7 +127,7 @@ def test_equal_answers_are_bad_unless_allowed(pair):
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
 def test_what_json_has_not_is_not_written(name, pair, tmp_path):
     spoilt = replace(pair, provenance={"score": float("nan")})
-    with pytest.raises(ValueError, match="record 'boats': .*JSON has neither NaN nor infinities"):
+    with pytest.raises(ValueError, match=r"record 'boats': .*JSON has neither NaN nor infinities"):
         write_pairs([pair, spoilt], tmp_path / name)
     assert list(tmp_path.iterdir()) == []
     for change in ({"ref_chosen_logp": 0.5}, {"ref_rejected_logps": (-1.0, 0.5)}):
