@@ -16,6 +16,7 @@ from ..data import Pair
 from ..runs.journal import write_atomically
 from ..runs.page import differences, html_page, image_html, pair_html, printable, safe, shorten
 
+UNSCORED = "no reference log-probs"
 KINDS = ("document", "chunk", "chosen", "rejected")
 
 
@@ -60,11 +61,15 @@ def values_of(result, summary: dict) -> list[tuple[str, str]]:
     found = [("documents found", result.listing.found)]
     found += [(f"left out: {reason}", count) for reason, count in result.listing.skipped.most_common()]
     found += [("documents finished", summary["documents"]), ("pairs", summary["pairs"]), ("turns", summary["turns"])]
-    found += [(f"turns left out: {reason}", count) for reason, count in summary["left_out"].items()]
+    names = {UNSCORED: f"pairs with {UNSCORED}"}
+    found += [(names.get(reason, f"turns left out: {reason}"), count) for reason, count in summary["left_out"].items()]
     found += [("requests now", tally.requests), ("tokens read now", tally.prompt_tokens)]
     found += [("of them from the prefix cache", tally.cached_tokens), ("tokens written now", tally.tokens)]
     lines = [("recipe", summary["recipe"]), *((name, f"{value:,}") for name, value in found)]
     lines += [("tokens per second", f"{(tally.prompt_tokens + tally.tokens) / seconds:,.0f}")]
+    lines += (
+        [("last failed request", printable(tally.last_failure))] if tally.last_failure else []
+    )  # it may quote a server
     return [*lines, ("seconds", f"{seconds:,.1f}")]
 
 

@@ -17,6 +17,7 @@ from longpo_ops.data import ChatFormat, read_pairs
 from longpo_ops.engines import EngineStopped
 from longpo_ops.engines import server as engine_module
 from longpo_ops.generate import GenerateRun, generate, generate_and_summarise
+from longpo_ops.generate.report import values_of
 from longpo_ops.runs.journal import Shard
 from tests.engines import tiny
 from tests.processes import Started
@@ -167,7 +168,8 @@ def test_a_pair_whose_log_probs_are_none_has_none_and_is_counted(bad, settings, 
     spoilt, good = sorted(read_pairs(tmp_path / "pairs"), key=lambda pair: pair.ref_chosen_logp is not None)
     assert spoilt.ref_chosen_logp is spoilt.ref_rejected_logps is None and good.ref_chosen_logp < 0
     assert summary["left_out"] == {"no reference log-probs": 1} and summary["pairs"] == 2
-    assert "no log-probs: number" in result.tally.last_failure
+    told = dict(values_of(result, summary))
+    assert told["pairs with no reference log-probs"] == "1" and "no log-probs: number" in told["last failed request"]
     text = b"".join(path.read_bytes() for path in (tmp_path / "pairs").rglob("*.json*"))
     assert b"NaN" not in text and b"Infinity" not in text
 
