@@ -277,6 +277,23 @@ def test_options_that_no_request_can_have_are_refused(options, message):
             make(["http://h/v1"], options=options)
 
 
+def test_an_answer_of_no_use_is_an_answer():
+    ended = Reply(200, {"choices": [{"message": {"content": "The"}, "finish_reason": "content_filter"}]})
+    behave = {1: ended, 2: Reply(400, {"error": "too long"})}.get
+
+    async def work(engine):
+        await engine.start()
+        for reason in ("the answer ended with content_filter", "the engine refused"):
+            with pytest.raises(RequestFailed) as failure:
+                await engine.generate(ASK)
+            assert failure.value.reason == reason
+        assert (await engine.generate(ASK)).text
+        await engine.close()
+
+    with OpenAIServer(lambda number, seen: behave(number)) as server:
+        asyncio.run(work(ServerEngine([server.url])))
+
+
 def test_a_server_that_is_down_from_the_start_stops_at_once():
     with OpenAIServer() as server:
         pass
