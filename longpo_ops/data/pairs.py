@@ -24,7 +24,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..kinds import LARGEST, check_each, check_flag, check_number, check_object, shown
-from .records import BadRecord, DataReport, came, check_text, keep_good, parse_record, read_records, write_records
+from .records import (
+    BadRecord,
+    DataReport,
+    as_json,
+    came,
+    check_text,
+    keep_good,
+    parse_record,
+    read_records,
+    write_records,
+)
 from .records import record_id as name_of
 
 PAIR_FIELDS = {"id", "document", "turns", "provenance", "ref_chosen_logp", "ref_rejected_logps"}
@@ -131,13 +141,8 @@ def write_pairs(pairs: Iterable[Pair], path: str | os.PathLike) -> int:
     turn = pa.struct({"instruction": text, "chunk": text, "chosen": text, "rejected": pa.list_(text)}.items())
     columns = {"id": text, "document": text, "turns": pa.list_(turn), "provenance": text}
     schema = pa.schema(columns | {"ref_chosen_logp": number, "ref_rejected_logps": pa.list_(number)})
-    records = (record | {"provenance": _json(record["provenance"])} for record in records)
+    records = (record | {"provenance": as_json(record["provenance"], record["id"])} for record in records)
     return write_records(records, path, schema)
-
-
-def _json(value: dict) -> str:
-    """JSON text that UTF-8 can hold, as write_records has it."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _from_official(record: dict, record_id: str) -> dict:
@@ -222,15 +227,22 @@ def _logps(record_id: str, record: dict, key: str, count: int | None) -> Any:
 
 
 def check_logps(pair) -> None:
-    """Raises ValueError unless the reference's log-probs of a Pair or TokenizedPair are finite numbers, or None; makes plain
-    floats of them."""
+    """Raises ValueError unless the reference's log-probs of a Pair or TokenizedPair are finite numbers of at most 0, or None;
+    makes plain floats of them."""
     name, chosen, rejected = type(pair).__name__, pair.ref_chosen_logp, pair.ref_rejected_logps
     if chosen is not None:
-        object.__setattr__(pair, "ref_chosen_logp", check_number(f"{name}: ref_chosen_logp", chosen))
+        object.__setattr__(pair, "ref_chosen_logp", _check_logp(f"{name}: ref_chosen_logp", chosen))
     if rejected is not None:
         given = check_object(f"{name}: ref_rejected_logps", rejected, (tuple, list), "a tuple of numbers")
-        plain = tuple(check_number(f"{name}: ref_rejected_logps", value) for value in given)
+        plain = tuple(_check_logp(f"{name}: ref_rejected_logps", value) for value in given)
         object.__setattr__(pair, "ref_rejected_logps", plain)
+
+
+def _check_logp(name: str, value: Any) -> float:
+    number = check_number(name, value)
+    if number > 0:
+        raise ValueError(f"{name}: got {number}, expected a log-prob, which is at most 0")
+    return number
 
 
 def _check_answers(pair: Pair, allow_equal: bool) -> None:

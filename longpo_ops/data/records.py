@@ -237,12 +237,20 @@ def write_records(records: Iterable[dict], path: str | os.PathLike, schema=None)
 
 def _write_json_lines(records, partial: Path, schema, compress: bool) -> int:
     count = 0
-    coded = dict(encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes JSON's own escape of it
-    with gzip.open(partial, "wt", **coded) if compress else open(partial, "w", **coded) as out:
+    with gzip.open(partial, "wt", encoding="utf-8") if compress else open(partial, "w", encoding="utf-8") as out:
         for record in records:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.write(as_json(record, record.get("id")) + "\n")
             count += 1
     return count
+
+
+def as_json(value: Any, record_id: Any) -> str:
+    """Text that UTF-8 can hold: half a surrogate pair becomes JSON's own escape of it. Raises ValueError for a NaN or an
+    infinity, which JSON has not."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
+    except ValueError as error:
+        raise ValueError(f"record {record_id!r}: {error}; JSON has neither NaN nor infinities: take them out") from None
 
 
 def _write_parquet(records, partial: Path, schema, compress: bool) -> int:

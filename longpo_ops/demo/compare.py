@@ -47,7 +47,7 @@ def compare(evolution: Evolution, progress: Callable[[str, float, str], None]) -
             progress(f"evaluate {method}", i / len(checkpoints), f"step {step}")
             run = replace(measured, model=str(path), out=str(out / f"{method}-{step}"), lengths=ends)
             rows.append(_row(method, step, rate, evaluate(replace(run, perplexity_lengths=ends[:1])), ends))
-            write_atomically(out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
+            write_atomically(out / "results.json", (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
             draw(rows, Path(evolution.out) / "compare.png")
         progress(f"evaluate {method}", 1.0, "")
     return rows

@@ -23,23 +23,18 @@ PLAIN |= {"chat", "completions", "endpoints", "serving-endpoints", "generativela
 def check_url(url: str, what: str = "endpoint") -> str:
     """The URL without a last slash. Raises ValueError, without repeating the URL, for one that is none or holds more than an
     address."""
-    example = "expected a URL such as http://127.0.0.1:8000/v1"
+    wanted = "expected a URL such as http://127.0.0.1:8000/v1"
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
-        right = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # of a port that is no number, or brackets that do not close
         right = False
     if not right or not re.fullmatch(r"[!-~]+", url):
-        begins = (
-            "begins with http:// or https:// but has no" if str(url).startswith(("http://", "https://")) else "is no"
-        )
-        raise ValueError(
-            f"{what}: what came {begins} valid address (it is not repeated here, should it hold a key); {example}"
-        )
+        raise ValueError(f"{what}: no valid URL came; {wanted} (what came is not repeated, as it may hold a key)")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
-            f"the {what} at {parts.hostname} holds more than an address (a user, a query or a fragment); {example}, and the "
-            "key in an environment variable"
+            f"{what}: the one at {parts.hostname} holds a user, a query or a fragment; {wanted}, and the key in an "
+            "environment variable"
         )
     return url.rstrip("/")
 

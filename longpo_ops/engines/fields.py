@@ -10,6 +10,7 @@ Tests: tests/engines/test_server.py.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 OWN = ("max_tokens", "temperature", "top_p", "seed", "logprobs", "echo")  # fields that an option may rename or remove
@@ -19,6 +20,10 @@ FIXED = ("model", "messages", "prompt", "stream", "n")  # without which no answe
 def check_fields(options: dict[str, Any], flag: str = "--engine-option") -> None:
     """Raises ValueError for options that take from a request what it needs, or give a field of its own no sense."""
     for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(f"{flag} {name}={value!r}: expected what JSON has, without NaN and infinities") from None
         if name in FIXED:
             raise ValueError(f"{flag} {name}: every request has its own; expected another field")
         right = (

@@ -178,10 +178,13 @@ class ServerEngine(Engine):
             try:
                 if (pause := endpoint.retry_at - time.monotonic()) > 0:
                     await asyncio.sleep(pause)
+                answer = await self._send("POST", endpoint, path, body)
                 try:
-                    result = read(await self._send("POST", endpoint, path, body))
+                    result = read(answer)
                 except NoAnswer as error:
                     raise _Passing(str(error), own=True) from None
+                except RequestFailed as failed:  # the server is well all the same
+                    result = failed
             except _Passing as failure:
                 endpoint.failed(failure.after)
                 failures += failure.own
@@ -191,6 +194,8 @@ class ServerEngine(Engine):
                 endpoint.failures, endpoint.retry_at = 0, 0.0
                 self._last_success = time.monotonic()
                 self._answered += 1
+                if isinstance(result, RequestFailed):
+                    raise result
                 return result
             finally:
                 endpoint.under_way -= weight

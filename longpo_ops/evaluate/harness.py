@@ -175,7 +175,7 @@ async def run_tasks(
     tasks: Sequence[HarnessTask], manager: TaskManager, model: EngineLM
 ) -> tuple[dict[str, float], dict[str, dict], dict[str, dict]]:
     """By the name of a task or group with what was asked of it -> its one number; all that the harness found (its
-    `results`); the shots and the metric of the one number.
+    `results`), None for what is not finite, as after a failed request; the shots and the metric of the one number.
 
     Raises ValueError for data that cannot be loaded and for shots and metrics that a task does not have, before anything
     is asked.
@@ -190,7 +190,7 @@ async def run_tasks(
     for each, found in zip(tasks, await asyncio.to_thread(work)):
         for name, values in found["results"].items():
             label, (metric, number) = each.label(name), _main(values, each.metric)
-            details[label] = {key: value for key, value in values.items() if _is_number(value)}
+            details[label] = {key: _finite(value) for key, value in values.items() if _is_number(value)}
             if number is not None:
                 numbers[label] = number
                 settings[label] = {"shots": _shots(name, found), "metric": metric}
@@ -253,7 +253,7 @@ def _shots(name: str, found: dict) -> int | None:
 def _main(found: dict, wanted: str | None) -> tuple[str, float | None]:
     """Which metric the one number of a task's results is, and it; results are named "metric,filter"."""
     metrics = {name: value for name, value in found.items() if "," in name and "_stderr," not in name}
-    metrics = {name: float(value) for name, value in metrics.items() if _is_number(value)}
+    metrics = {name: float(value) for name, value in metrics.items() if _is_number(value) and math.isfinite(value)}
     for metric in MAIN if wanted is None else (wanted,):
         for name, value in metrics.items():
             if name.split(",")[0] == metric:
@@ -266,6 +266,10 @@ def _main(found: dict, wanted: str | None) -> tuple[str, float | None]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _digest(ids: Sequence[int]) -> str:

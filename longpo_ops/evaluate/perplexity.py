@@ -17,6 +17,8 @@ import numpy as np
 
 from ..documents.listing import Listing, find_files, read_documents
 
+MOST = 700  # nats a token: exp of more is no float64
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -69,12 +71,13 @@ def _windows(texts: list[np.ndarray], length: int, most: int, begin: list[int]) 
 
 
 async def measure(windows: Windows, answers, tell) -> tuple[float | None, dict[str, int]]:
-    """-> the perplexity, None where every window failed; and the counts. tell(tokens) follows every window."""
+    """-> the perplexity, None where every window failed; and the counts. tell(tokens) follows every window. A window fails
+    whose request does, as one with a log-prob that is none."""
 
     async def score(item: tuple[int, np.ndarray]) -> float | None:
         found = await answers.score(f"perplexity/{windows.length}/{item[0]}", item[1])
         tell(windows.length)
-        return None if found is None else found[0]
+        return None if found is None or found[0] < -MOST * (windows.length - 1) else found[0]
 
     sums = [found for found in await answers.each(enumerate(windows.ids), score) if found is not None]
     counts = {"windows": len(windows.ids), "failed": len(windows.ids) - len(sums)}

@@ -48,7 +48,8 @@ class Scores:
     harness: task, with the shots and metric asked for (shots.py) -> its main number, which `details` has all of;
     harness_settings: {"shots", "metric"} of it. published: task -> 0 to 1. counts: samples, failed, truncated, unjudged and
     the like by what they are of. notes: what a reader must know. about: model and settings. seconds: of the process that
-    finished it. complete: False where it was stopped; only whole lengths are then here.
+    finished it. complete: False where it was stopped, as only whole lengths are then here, or where requests failed without
+    which a perplexity is another; the same run goes on and asks for what is missing.
     """
 
     tasks: dict[str, dict[int, Cell]] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Scores:
     published: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    details: dict[str, dict[str, float]] = field(default_factory=dict)
+    details: dict[str, dict[str, float | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)
     complete: bool = True
@@ -79,7 +80,7 @@ class Scores:
         """results.json, results.md and, where there are depths, heatmap.png in a folder, each whole or as it was."""
         out = Path(out)
         values = vars(self) | {name: _plain(getattr(self, name)) for name in ("tasks", "depths")}
-        write_text(out / RESULTS, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        write_text(out / RESULTS, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         if self.depths:
             write_atomically(out / HEAT_MAP, draw_heat_map(self.depths))
         write_text(out / TABLES, markdown(self))
@@ -126,7 +127,8 @@ def markdown(scores: Scores, picture: bool = True) -> str:
     about = scores.about
     lines = [f"# Evaluation of {about.get('model', 'a model')}", ""]
     if not scores.complete:
-        lines += ["**Unfinished: it was stopped. Here is what was measured until then; the same command goes on.**", ""]
+        lines += ["**Unfinished: it was stopped, or requests failed without which a number is another (see the notes). Here is "
+                  "what was measured; the same command goes on.**", ""]  # fmt: skip
     lines += [f"{name}: {value}  " for name, value in about.items() if value not in (None, {}, ())]
     lines += [f"time: {scores.seconds:,.1f} s", ""]
     if scores.tasks:

@@ -194,6 +194,7 @@ class _Evaluation:
         self.plan, self.run_, self.journal, self.progress = plan, plan.run, journal, progress
         self.done, self.total, self.label = 0, plan.tokens(), "loading the model"
         self.began = time.monotonic()
+        self.whole = True  # False where a number is not what it would be had no request failed
         self.records: list[dict[str, Any]] = []  # of answers.jsonl
         self.found = Scores(about=_about(plan), complete=False)
 
@@ -220,7 +221,7 @@ class _Evaluation:
                 )
             for each in self.plan.published:
                 await self._published(each)
-            self._save(complete=True)
+            self._save(complete=self.whole)
         finally:
             await engine.close()
         return self.found
@@ -296,6 +297,7 @@ class _Evaluation:
         found, counted = self.found.perplexity, self.found.counts | {f"perplexity/{length}": counts}
         self.found = replace(self.found, perplexity=found | ({} if value is None else {length: value}), counts=counted)
         if counts["failed"]:
+            self.whole = False
             self._note(f"perplexity at {length} tokens: {counts['failed']} of {counts['windows']} windows failed, last: "
                        f"{self.answers.last_failure}")  # fmt: skip
 
@@ -310,6 +312,11 @@ class _Evaluation:
         model = module.EngineLM(self.answers, tokenizer, length, tell)
         numbers, details, settings = await module.run_tasks(tasks, manager, model)
         self.found = replace(self.found, harness=numbers, details=details, harness_settings=settings)
+        lost = [f"{task} {name}" for task, found in details.items() for name, value in found.items()
+                if value is None and "_stderr," not in name]  # fmt: skip
+        if lost:
+            self.whole = False
+            self._note(f"lm-evaluation-harness: no finite {', '.join(lost)}, last: {self.answers.last_failure}")
         if model.cut or model.failed:
             counts = {"failed": model.failed, "cut": model.cut}
             self.found = replace(self.found, counts=self.found.counts | {"harness": counts})
@@ -399,7 +406,7 @@ class _Evaluation:
         self.found = replace(self.found, seconds=time.monotonic() - self.began, complete=complete)
         out = Path(self.run_.out)
         records = sorted(self.records, key=lambda record: _natural(record["id"]))
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
         write_atomically(out / "answers.jsonl", lines.encode("utf-8", "backslashreplace"))
         self.found.save(out)
 

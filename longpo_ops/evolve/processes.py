@@ -75,6 +75,7 @@ class Apart:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (TOLD, ENDED):
             (self.folder / name).unlink(missing_ok=True)
+        (self.folder / TASK).touch(mode=0o600)  # an address in it may hold a key
         (self.folder / TASK).write_text(json.dumps(task | {"machine": machine()}, indent=1), encoding="utf-8")
         with open(self.folder / PARENT, "wb") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
@@ -96,6 +97,7 @@ class Apart:
                     time.sleep(POLL)
             finally:
                 end(process)
+                (self.folder / TASK).unlink(missing_ok=True)
         self._raise_what_was_said(process.returncode)
 
     def peaks(self) -> tuple[int, int]:

@@ -77,7 +77,7 @@ class Receipt:
         """Put it on the disk as it is."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = {"settings": self.settings, "done": self.done, "cost": asdict(self.cost)}
-        write_atomically(self.path, (json.dumps(kept, indent=1) + "\n").encode())
+        write_atomically(self.path, (json.dumps(kept, indent=1, allow_nan=False) + "\n").encode())
 
     @contextmanager
     def measured(self, apart: Callable[[], tuple[int, int]] | None = None) -> Iterator[None]:

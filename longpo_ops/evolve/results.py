@@ -42,7 +42,7 @@ class Result:
 
     def save(self, path: Path) -> None:
         """As JSON."""
-        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(asdict(self), indent=1, allow_nan=False) + "\n").encode())
 
 
 def collect(evolution: Evolution, stages: Sequence[Stage], stopped: str | None = None) -> Result:

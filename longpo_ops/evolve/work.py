@@ -97,7 +97,9 @@ def _merge(run: TrainRun) -> None:
 
 
 def _evaluate(run: EvaluateRun, tell: Tell) -> None:
-    evaluate(run, lambda done, total, label: tell(done / max(1, total), label))
+    scores = evaluate(run, lambda done, total, label: tell(done / max(1, total), label))
+    if not scores.complete:  # a number of fewer windows is not the one that others are compared with
+        raise ValueError(f"the evaluation is not complete: {'; '.join(scores.notes)}; the same command asks again")
 
 
 WORK = {GenerateRun: _generate, TrainRun: _train, EvaluateRun: _evaluate}

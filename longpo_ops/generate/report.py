@@ -17,6 +17,7 @@ from ..runs.journal import write_atomically, write_text
 from ..runs.page import differences, html_page, image_html, pair_html, printable, safe, shorten, told
 
 SHOWN_PAIRS = 3  # of a summary
+UNSCORED = "no reference log-probs"
 KINDS = ("document", "chunk", "chosen", "rejected")
 
 
@@ -47,7 +48,7 @@ def write_summary(result, pairs: Iterable[Pair], folder: Path, recipe: str) -> d
     counted["lengths"] = {kind: describe(values) for kind, values in summary["lengths"].items() if values}
     counted["listing"] = {"found": result.listing.found, "selected": result.listing.selected}
     counted["listing"] |= {"left_out": dict(result.listing.skipped), "first_left_out": result.listing.first}
-    write_text(folder / "summary.json", json.dumps(counted, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "summary.json", json.dumps(counted, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_atomically(folder / "lengths.png", figure)
     first = list(islice(pairs, SHOWN_PAIRS))
     there = max(len(first), summary["pairs"])  # some may be of documents that never finished
@@ -63,11 +64,15 @@ def values_of(result, summary: dict) -> list[tuple[str, str]]:
     found = [("documents found", result.listing.found)]
     found += [(f"left out: {reason}", count) for reason, count in result.listing.left_out()]
     found += [("documents finished", summary["documents"]), ("pairs", summary["pairs"]), ("turns", summary["turns"])]
-    found += [(f"turns left out: {reason}", count) for reason, count in summary["left_out"].items()]
+    names = {UNSCORED: f"pairs with {UNSCORED}"}
+    found += [(names.get(reason, f"turns left out: {reason}"), count) for reason, count in summary["left_out"].items()]
     found += [("requests now", tally.requests), ("tokens read now", tally.prompt_tokens)]
     found += [("of them from the prefix cache", tally.cached_tokens), ("tokens written now", tally.tokens)]
     lines = [("recipe", summary["recipe"]), *((name, f"{value:,}") for name, value in found)]
     lines += [("tokens per second", f"{(tally.prompt_tokens + tally.tokens) / seconds:,.0f}")]
+    lines += (
+        [("last failed request", printable(tally.last_failure))] if tally.last_failure else []
+    )  # it may quote a server
     return [*lines, ("seconds", f"{seconds:,.1f}")]
 
 

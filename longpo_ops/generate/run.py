@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ class GenerateRun(EngineSettings):
         self.require_positive("max_documents", "max_chunk", "max_document")
         for kind in ("", "answer_"):
             drawn, mass = getattr(self, f"{kind}temperature"), getattr(self, f"{kind}top_p")
-            if drawn < 0 or not 0 < mass <= 1:
+            if not 0 <= drawn < math.inf or not 0 < mass <= 1:
                 raise ValueError(f"{kind}temperature {drawn}, {kind}top_p {mass}; expected >= 0, and above 0 up to 1")
         for name in ("max_repeated", "max_repeated_rejected", "max_overlap"):
             if (share := getattr(self, name)) is not None and not 0 <= share <= 1:

@@ -56,7 +56,8 @@ class Shard:
         return self._results.get((document, step))
 
     def record(self, document: str, step: str, value: Any) -> None:
-        """Keep what a step gave. Raises OSError (a full disk) with the journal as it was before."""
+        """Keep what a step gave. Raises OSError (a full disk) with the journal as it was before, and ValueError for a number
+        that is not finite, which JSON has not."""
         self._write({"document": document, "step": step, "value": value})
 
     def close(self) -> None:
@@ -68,7 +69,9 @@ class Shard:
             self._results[line["document"], line["step"]] = line["value"]
 
     def _write(self, line: dict) -> None:
-        data = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+        data = memoryview(
+            (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+        )
         try:
             written = 0
             while written < len(data):
@@ -112,10 +115,13 @@ def _whole_lines(path: Path) -> tuple[list[dict], int]:
     if path.exists():
         with open(path, "rb") as file:
             for line in file:
+                odd: list[str] = []  # NaN and infinities, which are no results: what gave them is asked again
                 try:
-                    value = json.loads(line) if line.endswith(b"\n") else None
+                    value = json.loads(line, parse_constant=odd.append) if line.endswith(b"\n") else None
                 except (ValueError, RecursionError):
                     value = None
+                if odd and isinstance(value, dict):
+                    value["value"] = None
                 if not isinstance(value, dict) or not isinstance(value.get("document"), str):
                     break
                 lines.append(value)

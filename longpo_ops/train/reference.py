@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -99,8 +100,14 @@ class Reference:
         return model_digest(self.model, self.config, self.arithmetic)
 
     def logps(self, pair: TokenizedPair) -> tuple[float, tuple[float, ...]]:
-        """-> summed answer log-probs of the chosen and of each rejected conversation."""
+        """-> summed answer log-probs of the chosen and of each rejected conversation. Raises ValueError where the model gives
+        none that are finite."""
         sums = sum(self._sums(pack([part])) for part in readings(pair, self.reading)).tolist()
+        if not all(map(math.isfinite, sums)):
+            raise ValueError(
+                f"record {pair.id!r}: the reference's log-probs are {', '.join(map(str, sums))}; expected finite numbers: its "
+                "weights or its dtype do not suffice for this text"
+            )
         return sums[0], tuple(sums[1:])
 
     def hidden(self, pair: TokenizedPair) -> Tensor:
@@ -268,12 +275,12 @@ def precompute(
 
 
 def _line(digest: str, chosen: float, rejected: tuple[float, ...]) -> bytes:
-    body = json.dumps([digest, chosen, list(rejected)])
+    body = json.dumps([digest, chosen, list(rejected)], allow_nan=False)
     return json.dumps([body, hashlib.sha256(body.encode()).hexdigest()[:16]]).encode() + b"\n"
 
 
 def _value(line: bytes) -> tuple[str, tuple[float, tuple[float, ...]]] | None:
-    """The entry of a line, or None where it is broken."""
+    """The entry of a line, or None where it is broken or no number."""
     try:
         body, checksum = json.loads(line)
         if hashlib.sha256(body.encode()).hexdigest()[:16] != checksum or not line.endswith(b"\n"):
@@ -281,7 +288,7 @@ def _value(line: bytes) -> tuple[str, tuple[float, tuple[float, ...]]] | None:
         digest, chosen, rejected = json.loads(body)
     except (ValueError, TypeError, AttributeError):
         return None
-    return digest, (chosen, tuple(rejected))
+    return (digest, (chosen, tuple(rejected))) if all(map(math.isfinite, (chosen, *rejected))) else None
 
 
 def _save_tensor(path: Path, tensor: Tensor) -> None:

@@ -92,6 +92,8 @@ BAD = [
     ("ref_chosen_logp", float("nan"), "ref_chosen_logp: bad log-probs"),
     ("ref_rejected_logps", [-1.0, -2.0], "ref_rejected_logps: bad log-probs"),
     ("ref_rejected_logps", [0.5], "at most 0"),
+    ("ref_chosen_logp", -float("inf"), "ref_chosen_logp: bad log-probs"),
+    ("ref_rejected_logps", [None], "ref_rejected_logps: bad log-probs"),
 ]
 
 
@@ -173,6 +175,17 @@ def test_equal_answers_are_bad_unless_allowed(pair):
     assert Pair.from_record(record, allow_equal=True).turns[0].rejected[1] == " There are 42 boats.\n"
     half = (same[0], pair.turns[1])  # one turn of a conversation may be equal
     assert Pair.from_record(replace(pair, turns=(replace(half[0], rejected=(half[0].chosen,)), half[1])).to_record())
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+def test_what_json_has_not_is_not_written(name, pair, tmp_path):
+    spoilt = replace(pair, provenance={"score": float("nan")})
+    with pytest.raises(ValueError, match=r"record 'boats': .*JSON has neither NaN nor infinities"):
+        write_pairs([pair, spoilt], tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    for change in ({"ref_chosen_logp": 0.5}, {"ref_rejected_logps": (-1.0, 0.5)}):
+        with pytest.raises(ValueError, match=r"Pair: ref_\w+: got 0.5, expected a log-prob, which is at most 0"):
+            replace(pair, **change)
 
 
 def test_skipping_counts_and_raising_names_the_line(pair, tmp_path):

@@ -14,6 +14,7 @@ from benchmarks.loop.openai_server import OpenAIServer, Reply
 from longpo_ops.engines import Completion, EngineStopped, Request, RequestFailed, Sampling
 from longpo_ops.engines import server as engine_module
 from longpo_ops.engines.server import ServerEngine
+from longpo_ops.engines.settings import EngineSettings
 
 ASK = Request("Where is the harbour?", Sampling(16, 0.7, 0.9, seed=3), group="g")
 
@@ -124,13 +125,6 @@ def test_the_key_goes_into_one_header_and_nowhere_else(monkeypatch, caplog):
     assert "sk-secret" not in caplog.text + str(stop.value)
 
 
-@pytest.mark.parametrize("url", ["http://key@host/v1", "http://host/v1?key=k", "ftp://host", "host:80"])
-def test_urls_that_hold_a_key_or_are_none_are_refused(url):
-    with pytest.raises(ValueError, match="endpoint") as error:
-        ServerEngine([url])
-    assert "key@" not in str(error.value) and "key=k" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     "reply",
     [
@@ -141,6 +135,11 @@ def test_urls_that_hold_a_key_or_are_none_are_refused(url):
         Reply(None),
         Reply(200, b"no json"),
         Reply(200, {"choices": []}),
+        Reply(200, {"error": {"code": 429, "message": "the limit of free models is reached"}}),
+        Reply(200, {"error": {"code": 502}, "choices": [{"message": {"content": "The"}}]}),
+        Reply(200, {"object": "error", "message": "the model is loading", "code": 50301}),
+        Reply(200, {"choices": [{"message": {"content": ""}, "error": {"type": "overloaded_error"}}]}),
+        Reply(200, [{"error": "too many at once"}]),
         Reply(200, [1]),
         Reply(200, {"choices": [{"message": None}]}),
     ],
@@ -150,6 +149,25 @@ def test_what_passes_is_tried_again(reply):
     with OpenAIServer(first(2, reply)) as server:
         (answer,) = ask(ServerEngine([server.url]), ASK)
         assert answer.text.startswith("The ") and len(server.seen) == 3 and server.answered == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ({"code": 401, "message": "no such user"}, "the API key was refused .401: .*401: no such user"),
+        ({"code": "invalid_api_key", "message": "wrong key"}, "the API key was refused .*invalid_api_key: wrong key"),
+        ({"type": "not_found_error", "message": "no model m"}, "no such model or path .*no model m"),
+        ({"code": "context_length_exceeded", "message": "too long"}, "refuses the first request .400: .*too long"),
+        ("out of order", "no server has answered for .*500: an error under status 200: out of order"),
+        ({"detail": ["a", 1]}, r'no server has answered .*\["a", 1\]'),
+    ],
+)
+def test_an_error_under_status_200_says_what_it_says(error, message):
+    with (
+        OpenAIServer(lambda number, seen: Reply(200, {"error": error, "choices": []})) as server,
+        pytest.raises(EngineStopped, match=message),
+    ):
+        ask(ServerEngine([server.url], patience=0.3), ASK)
 
 
 def test_a_timeout_is_tried_again():
@@ -208,6 +226,72 @@ def test_a_refusal_skips_one_request_but_the_first_refusal_stops_the_run():
             asyncio.run(work(ServerEngine([server.url]), "short", "long"))
         with pytest.raises(EngineStopped, match="refuses the first request"):
             asyncio.run(work(ServerEngine([server.url]), "long"))
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (
+            "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+            "--engine-option max_tokens=max_completion_tokens",
+        ),
+        ("'temperature' does not support 0.7 with this model.", "--engine-option temperature=null"),
+        ("Extra inputs: top_p, seed", "--engine-option top_p=null --engine-option seed=null"),
+    ],
+)
+def test_a_refused_field_comes_with_the_option_that_cures_it(words, option):
+    with OpenAIServer(first(9, Reply(400, {"error": {"message": words}}))) as server:
+        with pytest.raises(EngineStopped, match="refuses the first request") as stop:
+            ask(ServerEngine([server.url]), ASK)
+        assert str(stop.value).count("--engine-option") == option.count("--engine-option") and option in str(stop.value)
+        with pytest.raises(EngineStopped, match=option.replace("engine", "judge")):
+            ask(ServerEngine([server.url], flag="--judge-option"), ASK)
+
+
+def test_fields_are_renamed_left_out_and_replaced():
+    options = {"max_tokens": "max_completion_tokens", "temperature": None, "top_p": 1, "echo": None, "top_k": None}
+    with OpenAIServer() as server:
+        (answer,) = ask(ServerEngine([server.url], options=options), ASK)
+        assert answer.text and server.seen[0].body == {
+            "model": "little", "messages": [{"role": "user", "content": "Where is the harbour?"}],
+            "max_completion_tokens": 16, "top_p": 1, "seed": 3, "top_k": None,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"messages": None}, "--engine-option messages: every request has its own"),
+        ({"stream": True}, "--engine-option stream: every"),
+        ({"temperature": "seed"}, "temperature='seed': expected null, which leaves it out, another name"),
+        ({"max_tokens": [1]}, "expected null"),
+        ({"temperature": float("nan")}, "temperature=nan: expected what JSON has"),
+        ({"stop": [float("inf")]}, "stop=.*: expected what JSON has"),
+    ],
+)
+def test_options_that_no_request_can_have_are_refused(options, message):
+    for make in (ServerEngine, lambda urls, options: EngineSettings(
+        model="m", engine="server", endpoints=tuple(urls), engine_options=options
+    )):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            make(["http://h/v1"], options=options)
+
+
+def test_an_answer_of_no_use_is_an_answer():
+    ended = Reply(200, {"choices": [{"message": {"content": "The"}, "finish_reason": "content_filter"}]})
+    behave = {1: ended, 2: Reply(400, {"error": "too long"})}.get
+
+    async def work(engine):
+        await engine.start()
+        for reason in ("the answer ended with content_filter", "the engine refused"):
+            with pytest.raises(RequestFailed) as failure:
+                await engine.generate(ASK)
+            assert failure.value.reason == reason
+        assert (await engine.generate(ASK)).text
+        await engine.close()
+
+    with OpenAIServer(lambda number, seen: behave(number)) as server:
+        asyncio.run(work(ServerEngine([server.url])))
 
 
 def test_a_server_that_is_down_from_the_start_stops_at_once():

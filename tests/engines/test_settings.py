@@ -22,6 +22,12 @@ def test_ranks_reach_vllm_and_each_has_its_share_of_requests():
     assert (engine.ranks, engine.concurrency) == (4, 32)
 
 
+def test_fields_that_change_answers_are_told_from_others():
+    options = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": 3, "top_k": 4}
+    given = EngineSettings(model="m", engine="server", endpoints=("http://h/v1",), engine_options=options)
+    assert given.own_fields == {"temperature": None, "seed": 3} and vllm(seed=3).own_fields == {}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -43,6 +43,20 @@ def test_texts_are_repeatable_whatever_runs_beside(engine):
     assert ask(engine, question(0, max_tokens=2))[0].finish == "length" and alone[0].finish == "stop"
 
 
+def test_a_model_that_gives_no_numbers_fails_its_requests(engine):
+    ids = tuple(engine.tokenizer(tiny.document(0))["input_ids"])
+    assert asyncio.run(engine.score(ids)).max() <= 0
+    weight = engine.model.get_output_embeddings().weight.data
+    kept = weight[7].clone()
+    try:
+        weight[7] = float("nan")
+        for asked in (engine.score(ids), engine.generate(question(0))):
+            with pytest.raises(RequestFailed, match=r"no log-probs: number 1 of \d+ is nan"):
+                asyncio.run(asked)
+    finally:
+        weight[7] = kept
+
+
 def test_log_probs_of_a_text_are_its_scores(engine):
     (answer,) = ask(engine, question(0))
     request = question(0)

@@ -162,6 +162,9 @@ def test_requests_that_fail_are_counted(run, files, settings, tokenizer):
         scores = evaluate(settings(**given))
         assert all(seen.path.endswith("/v1/completions") and seen.body["echo"] for seen in server.seen)
     assert scores.counts["harness"]["failed"] == 1 and "1 requests failed" in str(scores.notes)
+    lost = "no finite tiny_rolling word_perplexity,none, tiny_rolling bits_per_byte,none, last: the engine refused: 400"
+    assert lost in str(scores.notes) and not scores.complete and "tiny_rolling" not in scores.harness
+    assert scores.details["tiny_rolling"]["bits_per_byte,none"] is None and Scores.load(settings().out) == scores
 
 
 # -- shots and metrics -------------------------------------------------------------------------------------------------

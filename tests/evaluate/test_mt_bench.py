@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.loop.openai_server import OpenAIServer, Reply, sentence
+from longpo_ops.engines import EngineStopped
 from longpo_ops.engines.transformers import TransformersEngine
 from longpo_ops.evaluate import Scores, evaluate
 from longpo_ops.evaluate.mt_bench import read_mt_bench
@@ -73,6 +74,44 @@ def test_the_second_question_follows_the_first_answer_at_the_categorys_temperatu
     assert "18 of 18 answers are unjudged and not in the score; they are in answers.jsonl: name a judge" in str(
         scores.notes
     )
+
+
+def test_a_judge_gets_other_fields_and_says_which_it_refuses(settings, questions):
+    def judge(number, seen):
+        if "max_tokens" in seen.body:
+            return Reply(400, {"error": {"message": "max_tokens is not supported: use max_completion_tokens"}})
+        return reply([{"type": "thinking", "thinking": "[[2]]"}, {"type": "text", "text": "[[7]]"}])
+
+    with OpenAIServer(lambda number, seen: reply("said")) as server, OpenAIServer(judge) as rater:
+        given = dict(endpoints=(server.url,), judge=rater.url, published=(str(questions),), **ONLY)
+        with pytest.raises(EngineStopped, match="--judge-option max_tokens=max_completion_tokens"):
+            evaluate(settings(**given))
+        options = {"max_tokens": "max_completion_tokens", "temperature": None}
+        scores = evaluate(settings(judge_options=options, **given))
+        bodies = [seen.body for seen in rater.seen if "max_tokens" not in seen.body]
+        assert all(body["max_completion_tokens"] == 1024 and "temperature" not in body for body in bodies)
+    assert scores.published["mt_bench"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge": "http://u:secret@h/v1"}, "judge: the one at h holds a user"),
+        ({"judge": "sk-secret"}, "judge: no valid URL came"),
+        ({"judge": "http://h/v1", "judge_key_variable": "ODD_KEY"}, r"the API key in \$ODD_KEY has a character"),
+        (
+            {"judge": "http://h/v1", "judge_options": {"messages": 1}},
+            "--judge-option messages: every request has its own",
+        ),
+        ({"judge_options": {"top_k": 1}}, "judge_model or judge_options without a judge"),
+        ({"engine_options": {"prompt": 1}, "endpoints": ("http://h/v1",)}, "--engine-option prompt: every"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused_before_anybody_is(changes, message, settings, questions, monkeypatch):
+    monkeypatch.setenv("ODD_KEY", "s\u00e9cret")
+    with pytest.raises(ValueError, match=message) as error:
+        settings(published=(str(questions),), **changes, **ONLY)
+    assert "cret" not in str(error.value)
 
 
 def test_a_judge_rates_each_turn_with_the_references_it_needs(settings, questions):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from longpo_ops.evaluate import evaluate
+from longpo_ops.evaluate import Scores, evaluate
 from longpo_ops.evaluate.perplexity import read_windows
+from longpo_ops.evaluate.report import markdown
 
 
 def test_windows_are_stretches_of_one_text(world, tokenizer):
@@ -94,3 +95,24 @@ def test_windows_that_fail_are_counted_and_left_out(settings, world):
     assert some.counts["perplexity/32"]["failed"] == 2 and whole.counts["perplexity/32"]["failed"] == 0
     assert "2 of 4 windows failed, last: the engine refused: 400" in " ".join(some.notes)
     assert 0 < some.perplexity[32] != whole.perplexity[32] and whole.notes == ()
+    assert whole.complete and not some.complete and "requests failed without which" in markdown(some)
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf"), 1.0, -9999.0])
+def test_a_window_with_a_log_prob_that_is_none_is_a_failed_window(bad, settings, world, tmp_path):
+    from benchmarks.loop.openai_server import OpenAIServer, Reply
+
+    def behave(number, seen):
+        scores = [None, *([-1.0] * (len(seen.body["prompt"]) - 1)), -1.0]
+        scores[7] = bad if number == 2 else -1.0
+        return Reply(200, {"choices": [{"text": "", "logprobs": {"token_logprobs": scores}}]})
+
+    held = dict(tasks=(), needles=None, perplexity=(str(world / "held"),), perplexity_lengths=(32,), samples=4)
+    with OpenAIServer(behave) as server:
+        some = evaluate(settings(endpoints=(server.url,), concurrency=1, **held))
+        assert some.counts["perplexity/32"]["failed"] == 1 and not some.complete
+        assert "1 of 4 windows failed, last: no log-probs: number 7 of 31" in str(some.notes)
+        assert some.perplexity == {32: pytest.approx(math.e)} and not Scores.load(tmp_path / "out").complete
+        whole = evaluate(settings(endpoints=(server.url,), concurrency=1, **held))  # asks for what failed alone
+        assert whole.complete and whole.counts["perplexity/32"]["failed"] == 0 and len(server.seen) == 5
+    assert "NaN" not in (tmp_path / "out/results.json").read_text()

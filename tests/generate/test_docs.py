@@ -18,6 +18,8 @@ REASONS = {
     "generate/steps.py": r'(?:counts\["|self\.fail\(failure, ")([a-z\- ]+)"',
     "generate/filters.py": r'return "([a-z\- ]+)"',
     "engines/server.py": r'RequestFailed\("([a-z ]+)"',
+    "engines/replies.py": r'RequestFailed\(\s*"([a-z ]+)"',
+    "engines/__init__.py": r'RequestFailed\(f"([a-z ]+)',
 }
 
 
@@ -28,7 +30,8 @@ def test_every_counted_reason_is_documented():
         for reason in re.findall(pattern, (PACKAGE / file).read_text())
     }
     assert {"unreadable", "duplicate", "shorter than one chunk", "unparsable question list", "refusal", "the engine failed",
-            "no reference log-probs", "shorter than wanted", "PDF without text", "near-empty"} <= found  # fmt: skip
+            "no reference log-probs", "shorter than wanted", "PDF without text", "near-empty",
+            "the answer is no text", "the answer ended with"} <= found  # fmt: skip
     assert [reason for reason in found if f"`{reason}" not in DOC] == []
 
 

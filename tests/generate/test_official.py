@@ -172,9 +172,9 @@ def test_the_records_are_those_of_a_plain_script(model, tmp_path, monkeypatch):
 
     expected = official_records(folder, count, ask, PROMPTS, SEED, SIZES)
     monkeypatch.setattr(
-        GenerateRun, "make_engine", lambda run, length: {"short": short, "long": long}[run.endpoints[0]]
+        GenerateRun, "make_engine", lambda run, length: {"http://short": short, "http://long": long}[run.endpoints[0]]
     )
-    settings = dict(engine="server", endpoints=("short",), long_endpoints=("long",), seed=SEED)
+    settings = dict(engine="server", endpoints=("http://short",), long_endpoints=("http://long",), seed=SEED)
     settings |= dict(min_document=SIZES["document"], min_chunk=SIZES["chunk"], max_chunk=SIZES["longest"])
     result, _ = generate_and_summarise(GenerateRun(model, (str(folder),), SIZES["target"], out, "official", **settings))
     records = [

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.loop.openai_server import OpenAIServer, Reply, sentence
+from benchmarks.loop.openai_server import OpenAIServer, Reply, answer, sentence
 from longpo_ops.data import ChatFormat, read_pairs
 from longpo_ops.engines import EngineStopped
 from longpo_ops.engines import server as engine_module
-from longpo_ops.generate import GenerateRun, generate
-from longpo_ops.generate.run import generate_and_summarise
+from longpo_ops.generate import GenerateRun, generate, generate_and_summarise
+from longpo_ops.generate.report import values_of
+from longpo_ops.runs.journal import Shard
 from tests.engines import tiny
 from tests.processes import Started
 
@@ -165,6 +166,71 @@ def test_reference_log_probs_are_those_of_the_answers_alone(settings, tokenizer,
         asked = len(server.seen)
         generate(settings(endpoints=(server.url,), reference_logps=True, max_documents=1))
         assert len(server.seen) == asked
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), -float("inf"), 2.0])
+def test_a_pair_whose_log_probs_are_none_has_none_and_is_counted(bad, settings, tmp_path):
+    scored = []
+
+    def behave(number, seen):
+        if "prompt" not in seen.body:
+            return None
+        scored.append(seen)
+        values = [None, *(-0.5 for _ in seen.body["prompt"][1:]), -0.5]
+        values[-3] = bad if len(scored) == 2 else -0.5
+        return Reply(200, {"choices": [{"text": "", "logprobs": {"token_logprobs": values}}]})
+
+    with OpenAIServer(behave) as server:
+        result, summary = generate_and_summarise(
+            settings(endpoints=(server.url,), reference_logps=True, max_documents=2, concurrency=1)
+        )
+    spoilt, good = sorted(read_pairs(tmp_path / "pairs"), key=lambda pair: pair.ref_chosen_logp is not None)
+    assert spoilt.ref_chosen_logp is spoilt.ref_rejected_logps is None and good.ref_chosen_logp < 0
+    assert summary["left_out"] == {"no reference log-probs": 1} and summary["pairs"] == 2
+    told = dict(values_of(result, summary))
+    assert told["pairs with no reference log-probs"] == "1" and "no log-probs: number" in told["last failed request"]
+    text = b"".join(path.read_bytes() for path in (tmp_path / "pairs").rglob("*.json*"))
+    assert b"NaN" not in text and b"Infinity" not in text
+
+
+def test_a_number_that_is_none_in_a_journal_is_asked_again(tmp_path):
+    shard = Shard(tmp_path / "0.journal", 0)
+    shard.record("d", "one", [-1.5, -0.5])
+    with pytest.raises(ValueError, match="Out of range"):
+        shard.record("d", "two", float("nan"))
+    shard.close()
+    with open(tmp_path / "0.journal", "a") as file:
+        file.write('{"document": "d", "step": "two", "value": [NaN, -Infinity]}\n')
+        file.write('{"document": "d", "step": "three", "value": -2.5}\n')
+    shard = Shard(tmp_path / "0.journal", 0)
+    assert [shard.result("d", step) for step in ("one", "two", "three")] == [[-1.5, -0.5], None, -2.5]
+    shard.close()
+
+
+def test_other_servers_texts_and_ends_make_the_same_pairs(settings, whole, tmp_path):
+    def behave(number, seen):
+        reply = answer(seen)
+        content = reply["choices"][0]["message"].pop("content")
+        thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm, [{'type'}]"}]}
+        reply["choices"][0]["message"]["content"] = [thought, {"type": "text", "text": content}]
+        reply["choices"][0]["finish_reason"] = ("eos_token", "STOP", "end_turn")[number % 3]
+        return Reply(200, reply)
+
+    with OpenAIServer(behave) as server:
+        generate(settings(endpoints=(server.url,)))
+    pairs = [sorted(read_pairs(folder), key=lambda pair: pair.id) for folder in (whole, tmp_path / "pairs")]
+    assert pairs[0] == pairs[1]
+
+
+def test_an_answer_that_a_filter_ended_is_counted_as_that(settings):
+    def behave(number, seen):
+        reply = answer(seen)
+        reply["choices"][0]["finish_reason"] = "content_filter" if len(prompt(seen)) > 1200 else "stop"
+        return Reply(200, reply)
+
+    with OpenAIServer(behave) as server:
+        result = generate(settings(endpoints=(server.url,), max_documents=1))
+    assert result.outcomes[0]["counts"] == {"the answer ended with content_filter": 4} and not result.made
 
 
 def test_what_is_filtered_is_counted_by_reason(settings, tmp_path):
@@ -386,6 +452,11 @@ def test_no_key_no_address_and_no_path_of_this_machine_is_recorded(settings, tmp
         ({"engine": "server"}, "expected endpoints for 'server' only"),
         ({"length": 0}, "length is 0; expected more than 0"),
         ({"max_repeated": 90.0}, "max_repeated is 90.0; expected a share from 0 to 1"),
+        ({"temperature": float("nan")}, "temperature nan, top_p"),
+        (
+            {"long_endpoints": ("http://u:p@h",), "endpoints": ("http://h",)},
+            "long_endpoints: the one at h holds a user",
+        ),
         ({"top_p": 0.0}, "top_p 0.0; expected >= 0, and above 0"),
         ({"min_chunk": 200}, "chunks of 200 to 128 tokens; expected 0 < min_chunk"),
         ({"documents": ("nowhere",)}, "no documents at nowhere"),

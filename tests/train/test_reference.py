@@ -1,5 +1,6 @@
 """The reference says the same on the fly, precomputed and on separate inputs; its cache is never trusted blindly."""
 
+import hashlib
 import json
 import signal
 from dataclasses import replace
@@ -246,6 +247,23 @@ def test_two_machines_with_one_process_id_may_write_a_file_at_once(tmp_path, mon
     stores[0].add_head(torch.ones(2, 3))
     assert torch.equal(stores[1].head(), torch.ones(2, 3))
     assert [path.name for path in stores[0].folder.iterdir()] == ["head.safetensors"]
+
+
+def test_log_probs_that_are_no_numbers_are_refused_and_not_believed(tmp_path):
+    online = make_trainer(tmp_path, "longpo", PAIRS, make_model(), make_model(1), reference="online").reference
+    online.model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(
+        ValueError, match=f"record '{PAIRS[0].id}': the reference's log-probs are nan, nan; expected finite"
+    ):
+        online.logps(PAIRS[0])
+    _, store = start(tmp_path, make_model(1))
+    (file,) = store.folder.glob("logps-*.jsonl")
+    digest, *_ = json.loads(json.loads(file.read_bytes().splitlines()[0])[0])
+    body = f"[{json.dumps(digest)}, NaN, [-1.0]]"
+    line = json.dumps([body, hashlib.sha256(body.encode()).hexdigest()[:16]])
+    file.write_text("\n".join([line, *file.read_text().splitlines()[1:], ""]))
+    calls, again = start(tmp_path, make_model(1))
+    assert calls == 2 and [again.logps(pair) for pair in PAIRS] == [store.logps(pair) for pair in PAIRS]
 
 
 def test_data_may_hold_the_log_probs(tmp_path):
