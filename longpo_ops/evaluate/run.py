@@ -21,7 +21,6 @@ import asyncio
 import hashlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +32,8 @@ from ..data import tokenizer_fingerprint
 from ..engines import Engine, EngineStopped, Request, Sampling
 from ..engines.settings import EngineSettings
 from ..pretrained import read_config
-from ..runs.journal import Shard, check_folder, check_settings, locked, write_atomically
+from ..runs.journal import Shard, check_folder, check_settings, write_atomically
+from ..runs.locks import Lock
 from ..runs.page import printable
 from .answers import Answers, is_out_of_memory
 from .judge import ratings
@@ -126,30 +126,22 @@ def evaluate(run: EvaluateRun, progress: Progress | None = None) -> Scores:
     """
     plan, out = Plan(run), Path(run.out)
     plan.check()
-    work = _prepare(out)
-    lock = locked(work / "lock")
-    try:
+    with _locked(out):
         check_settings(out / "run.json", run.identity(plan.tokenizer))
-        journal = Shard(work / "00000.journal", 0)
+        journal = Shard(out / "work" / "00000.journal", 0)
         try:
             return asyncio.run(_Evaluation(plan, journal, progress).run())
         finally:
             journal.close()
-    finally:
-        os.close(lock)
 
 
-def _prepare(out: Path) -> Path:
-    """The folder for a run's own files. Raises ValueError for a folder that is somebody else's or not writable."""
+def _locked(out: Path) -> Lock:
+    """The folder, for this run alone. Raises ValueError for one that is somebody else's, or not writable."""
     try:
         check_folder(out)
-        work = out / "work"
-        work.mkdir(parents=True, exist_ok=True)
-        write_atomically(work / "writable", b"")
-        (work / "writable").unlink()
+        return Lock(out / "work" / "lock")
     except OSError as error:
         raise ValueError(f"{out} cannot be written to ({error.strerror}); give another folder with --out") from error
-    return work
 
 
 def weights_digest(folder: Path) -> str | None:
