@@ -28,7 +28,7 @@ ADVICE = {
     errno.EIO: "see the system's log for what the disk met",
 }
 NUMBERED = re.compile(r"\(os error (\d+)\)")
-UNTOLD = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos|Not enough disk space")
+UNTOLD = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos|iostream error|Not enough disk space")
 MORE = 2**16  # bytes
 
 
