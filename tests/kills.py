@@ -94,15 +94,16 @@ class Command:
         self.seconds, self.whole = time.monotonic() - began, results(self.out)
         assert self.operations > 1 and self.whole
 
-    def trial(self, draw: random.Random, most: int) -> list[str]:
-        """At most so many kills, and the run after them -> where they came. Raises AssertionError where files differ."""
+    def trial(self, draw: random.Random, most: int, timed: bool = True) -> list[str]:
+        """At most so many kills, and the run after them -> where they came. timed: also after times, which another machine
+        does not repeat. Raises AssertionError where files differ."""
         shutil.rmtree(self.out, ignore_errors=True)
         kills = []
         while len(kills) < most:
-            if draw.random() < 0.5:
-                moment = {"operation": draw.randrange(1, self.operations + 1)}
-            else:
+            if timed and draw.random() < 0.5:
                 moment = {"seconds": draw.uniform(0, self.seconds)}
+            else:
+                moment = {"operation": draw.randrange(1, self.operations + 1)}
             if self.run(**moment) == 0:
                 break
             kills += [" ".join(f"{name} {value:.3g}" for name, value in moment.items())]

@@ -54,22 +54,19 @@ def told(error: OSError) -> str:
 
 def _reason(error: Exception, place: Path) -> OSError | None:
     """What the disk said, where it is behind an error that does not say so with number and path itself."""
-    words, cause, number = str(error), error.__cause__, None
+    words, cause = str(error), error.__cause__
     if isinstance(error, OSError) and error.errno is not None:
-        number = error.errno if error.filename is None else None
-    elif isinstance(error, ValueError):  # somebody's own words
+        unnamed = error.errno in ADVICE and error.filename is None
+        return OSError(error.errno, error.strerror, str(place)) if unnamed else None
+    if isinstance(error, ValueError):  # somebody's own words
         return None
-    elif isinstance(cause, OSError) and cause.errno in ADVICE:
+    if isinstance(cause, OSError) and cause.errno in ADVICE:
         return _reason(cause, place) or cause
-    elif NUMBERED.search(words):
-        number = int(NUMBERED.search(words)[1])
-    elif UNTOLD.search(words):
+    if UNTOLD.search(words):
         number = _ask_again(place)
-    return (
-        OSError(number, getattr(error, "strerror", None) or os.strerror(number), str(place))
-        if number in ADVICE
-        else None
-    )
+    else:
+        number = int(found[1]) if (found := NUMBERED.search(words)) else 0
+    return OSError(number, os.strerror(number), str(place)) if number in ADVICE else None
 
 
 def _ask_again(place: Path) -> int:
@@ -79,5 +76,6 @@ def _ask_again(place: Path) -> int:
         with tempfile.TemporaryFile(dir=place) as file:
             os.posix_fallocate(file.fileno(), 0, MORE + (sizes[max(sizes)] if sizes else 0))
     except OSError as error:
-        return error.errno
+        if error.errno in ADVICE:
+            return error.errno
     return errno.EIO
