@@ -22,7 +22,7 @@ from .evaluate.commands import evaluate
 from .evolve.commands import evolve
 from .generate.commands import generate, pairs
 from .memory.commands import plan
-from .runs import terminal
+from .runs import disk, terminal
 from .runs.settings_file import parse_yaml, read_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -156,7 +156,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"{_who()}error: {error}", err=True)
+        typer.echo(f"{_who()}error: {disk.told(error) if isinstance(error, OSError) else error}", err=True)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
         from .evaluate.answers import is_out_of_memory

@@ -55,6 +55,8 @@ def test_ctrl_c_exits_with_130_and_the_run_goes_on(home, tmp_path):
     while not list(tmp_path.glob("checkpoint-*")):
         assert process.poll() is None
         time.sleep(0.1)
+    second = in_process(*arguments, "--max-steps", 100_000)  # which would write into the same checkpoints
+    assert re.search(rf"another run is at work in {tmp_path} \(process {process.pid} on ", str(second.exception))
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130 and "run the same command again to go on" in error and "Traceback" not in error

@@ -12,6 +12,8 @@ import typer
 from ..evolve.commands import one_set_of_bars, show_costs, show_progress, show_scores
 from ..recipes import DEFAULT
 from ..runs import terminal
+from ..runs.disk import writing
+from ..runs.locks import Lock
 
 
 @one_set_of_bars
@@ -29,10 +31,8 @@ def demo(
 ) -> None:
     """The whole loop on real text with a tiny model: it asks itself, answers, trains on its pairs, and is measured."""
     _choose(device)
-    from ..evolve import evolve
     from ..tiny.text import prepare
     from .run import evolution
-    from .show import show_documents, show_pair
 
     with terminal.wrong_usage():
         wanted = evolution(out, rounds, seed, recipe)
@@ -41,8 +41,18 @@ def demo(
                 f"--compare with --recipe {recipe}: the methods' learning rates are tuned on pairs of the default recipe; "
                 "leave one of the two out"
             )
+    with Lock(out / "work" / "lock"):  # a second demo would write other documents under the first one
+        with writing(out):
+            prepare(out, seed)
+        _show(wanted, out, compare)
+
+
+def _show(wanted, out: Path, compare: bool) -> None:
+    """Step by step what the evolution does, and what came of it. Raises ValueError where it stopped before its end."""
+    from ..evolve import evolve
+    from .show import show_documents, show_pair
+
     console, began, left = terminal.console(), time.monotonic(), f"what is finished lies in {out}"
-    prepare(out, seed)
     show_documents(console, wanted)
     with terminal.resumable(left), show_progress() as progress:
         result = evolve(wanted, progress)

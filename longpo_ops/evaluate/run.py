@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,8 @@ from ..engines import Engine, EngineStopped, Request, Sampling
 from ..engines.address import shown
 from ..engines.fields import check_fields
 from ..engines.settings import EngineSettings
-from ..runs.journal import Shard, check_folder, check_settings, locked, write_atomically
+from ..runs.journal import Shard, check_folder, check_settings, write_text
+from ..runs.locks import Lock
 from ..runs.page import printable
 from .answers import Answers, is_out_of_memory
 from .judge import ratings
@@ -145,30 +145,22 @@ def evaluate(run: EvaluateRun, progress: Progress | None = None) -> Scores:
     """
     plan, out = Plan(run), Path(run.out)
     plan.check()
-    work = _prepare(out)
-    lock = locked(work / "lock")
-    try:
+    with _locked(out):
         check_settings(out / "run.json", run.identity(plan.tokenizer))
-        journal = Shard(work / "00000.journal", 0)
+        journal = Shard(out / "work" / "00000.journal", 0)
         try:
             return asyncio.run(_Evaluation(plan, journal, progress).run())
         finally:
             journal.close()
-    finally:
-        os.close(lock)
 
 
-def _prepare(out: Path) -> Path:
-    """The folder for a run's own files. Raises ValueError for a folder that is somebody else's or not writable."""
+def _locked(out: Path) -> Lock:
+    """The folder, for this run alone. Raises ValueError for one that is somebody else's, or not writable."""
     try:
         check_folder(out)
-        work = out / "work"
-        work.mkdir(parents=True, exist_ok=True)
-        write_atomically(work / "writable", b"")
-        (work / "writable").unlink()
+        return Lock(out / "work" / "lock")
     except OSError as error:
         raise ValueError(f"{out} cannot be written to ({error.strerror}); give another folder with --out") from error
-    return work
 
 
 def weights_digest(folder: Path) -> str | None:
@@ -407,7 +399,7 @@ class _Evaluation:
         out = Path(self.run_.out)
         records = sorted(self.records, key=lambda record: _natural(record["id"]))
         lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        write_atomically(out / "answers.jsonl", lines.encode("utf-8", "backslashreplace"))
+        write_text(out / "answers.jsonl", lines)
         self.found.save(out)
 
 

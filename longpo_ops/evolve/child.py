@@ -27,6 +27,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ..runs import disk
+
 TASK, TOLD, ENDED, PARENT, LOG = "task.json", "told.json", "ended.json", "parent", "log"
 BEAT = 1.0  # seconds between two looks at the parent, and two messages to it
 GRACE = 5.0  # seconds that processes have to end by themselves
@@ -42,7 +44,8 @@ def main() -> None:
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
-        _end(folder, {"kind": _kind(error), "error": str(error) or type(error).__name__})
+        words = disk.told(error) if isinstance(error, OSError) else str(error)
+        _end(folder, {"kind": _kind(error), "error": words or type(error).__name__})
         traceback.print_exc()
         _leave(1)  # a process group, or what a library left to exit, may hang
     if _is_first():

@@ -26,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..runs.locks import Lock
 from .child import ENDED, LOG, PARENT, TASK, TOLD, machine
 
 MODULE = "longpo_ops.evolve.child"
@@ -67,14 +68,14 @@ class Apart:
     def __init__(self, folder: Path, launch: Sequence[str] = ()):
         self.folder, self.words = folder, command(launch, folder)
 
-    def run(self, task: dict[str, Any], lock: int, tell: Callable[[float, str], None]) -> None:
+    def run(self, task: dict[str, Any], lock: Lock, tell: Callable[[float, str], None]) -> None:
         """To its end. Raises ValueError with the words of the process that failed, MemoryError if it lacked memory.
 
         On Ctrl-C, and whatever else ends it early, nothing of the task is left running.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (TOLD, ENDED):
-            (self.folder / name).unlink(missing_ok=True)
+        for left in (self.folder / TOLD, self.folder / ENDED, *self.folder.glob("*.partial")):
+            left.unlink(missing_ok=True)
         (self.folder / TASK).touch(mode=0o600)  # an address in it may hold a key
         (self.folder / TASK).write_text(json.dumps(task | {"machine": machine()}, indent=1), encoding="utf-8")
         with open(self.folder / PARENT, "wb") as held:
@@ -89,7 +90,7 @@ class Apart:
                     stderr=subprocess.STDOUT,
                     env=environment(),
                     start_new_session=True,
-                    pass_fds=(lock,),
+                    pass_fds=(lock.file,),
                 )
             try:
                 while process.poll() is None:

@@ -17,7 +17,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,8 @@ class Receipt:
             over.set()
             thread.join()
             count()
-            self.write()
+            with nullcontext() if self.done else suppress(OSError):  # what ended the stage tells more
+                self.write()
             _free()
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +31,7 @@ from ..evaluate import EvaluateRun
 from ..evaluate.plan import Plan as EvaluationPlan
 from ..generate import GenerateRun
 from ..generate import check as check_generation
-from ..runs.journal import locked
+from ..runs.locks import Lock, clear_partials
 from ..train.checks import check_model
 from ..train.run import TrainRun
 from .processes import Apart, check_launch
@@ -58,8 +59,8 @@ def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
         )
     progress = progress or (lambda *_: None)
     stages = check(evolution)
-    lock = _open(Path(evolution.out))
-    try:
+    with _locked(Path(evolution.out)) as lock:
+        clear_partials(*(stage.out.parent for stage in stages))
         _check_apart(evolution, stages, lock, progress)
         for stage in stages:
             try:
@@ -67,15 +68,14 @@ def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
                 judged = judge(evolution, stage) if stage.kind == EVALUATE and stage.round else []
             except Exception as error:
                 reason = str(error) if isinstance(error, ValueError) else f"{stage.name}: {error}"
-                write_report(evolution, stages, collect(evolution, stages, reason))
+                with suppress(OSError):  # of a full disk the stage's own error tells more
+                    write_report(evolution, stages, collect(evolution, stages, reason))
                 raise
             result = collect(evolution, stages, why_stopped(judged))
             write_report(evolution, stages, result)
             if result.stopped:
                 break
         return result
-    finally:
-        os.close(lock)
 
 
 def check(evolution: Evolution, base: bool = False) -> list[Stage]:
@@ -107,7 +107,7 @@ def check(evolution: Evolution, base: bool = False) -> list[Stage]:
     return stages
 
 
-def _check_apart(evolution: Evolution, stages: list[Stage], lock: int, progress: Progress) -> None:
+def _check_apart(evolution: Evolution, stages: list[Stage], lock: Lock, progress: Progress) -> None:
     """The settings of trainings, in such processes as they will have, before other stages take hours. Raises ValueError."""
     to_do = [stage for stage in stages if not stage.receipt().done]
     apart = [stage for stage in to_do if stage.kind == TRAIN and _is_apart(evolution, stage.run)]
@@ -144,16 +144,15 @@ def _on_what_is_there(run: Run, origins: dict[str, str]) -> Run:
     return replace(run, **there)
 
 
-def _open(out: Path) -> int:
-    """Locks the folder. Raises ValueError where it cannot be written, or another process is at work in it."""
+def _locked(out: Path) -> Lock:
+    """The folder, for this process alone. Raises ValueError where it cannot be written, or another one is at work in it."""
     try:
-        (out / BASE).mkdir(parents=True, exist_ok=True)
-        return locked(out / BASE / "lock")
+        return Lock(out / BASE / "lock")
     except OSError as error:
         raise ValueError(f"out {out} cannot be written ({error.strerror}); expected a folder of your own") from None
 
 
-def _work(evolution: Evolution, stage: Stage, lock: int, progress: Progress) -> None:
+def _work(evolution: Evolution, stage: Stage, lock: Lock, progress: Progress) -> None:
     def tell(fraction: float, note: str = "") -> None:
         progress(stage.name, fraction, note)
 

@@ -274,6 +274,7 @@ def merge(
 ) -> None:
     """Join pairs into one file, each once; two different ones of the same id are an error."""
     from ..data import write_pairs
+    from ..runs.disk import writing
 
     if out.exists():
         raise ValueError(f"{out} exists; expected a new file")
@@ -288,7 +289,9 @@ def merge(
             elif before != digest:
                 raise ValueError(f"two different pairs have the id {pair.id!r}; leave one of their files out")
 
-    typer.echo(f"{write_pairs(distinct(), out):,} pairs in {out}")
+    with writing(out):
+        made = write_pairs(distinct(), out)
+    typer.echo(f"{made:,} pairs in {out}")
 
 
 def _read(paths: list[Path]) -> Iterator:

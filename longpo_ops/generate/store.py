@@ -17,14 +17,15 @@ Tests: tests/generate/test_run.py.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data import write_pairs
-from ..runs.journal import Outcome, Shard, check_settings, locked, sync, write_atomically
+from ..runs.disk import writing
+from ..runs.journal import Outcome, Shard, check_settings, sync, write_atomically
+from ..runs.locks import Lock
 
 
 @dataclass
@@ -39,11 +40,8 @@ class Store:
 
     def __post_init__(self):
         self.work = self.out / "work"
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(self.work / "lock")
+        self._lock = Lock(self.work / "lock")
         check_settings(self.out / "run.json", self.settings)
-        for partial in (*self.out.glob(".*.partial"), *self.work.glob(".*.partial")):
-            partial.unlink(missing_ok=True)
         for file in sorted(self.work.glob("*.json")):
             self.receipts[int(file.stem)] = json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(self.work.glob("*.journal")):
@@ -99,7 +97,7 @@ class Store:
     def close(self) -> None:
         for shard in self.open_shards.values():
             shard.close()
-        os.close(self._lock)
+        self._lock.close()
 
     def _commit(self, shard: Shard) -> None:
         self._write_pairs(shard)
@@ -121,5 +119,6 @@ class Store:
         pairs = [outcome.pair for outcome in shard.members.values() if outcome is not None and outcome.pair is not None]
         if pairs:
             file = self.out / f"pairs-{shard.number:05d}.jsonl"
-            write_pairs(pairs, file)
-            sync(file)  # before the receipt, which lets the journal go
+            with writing(file):
+                write_pairs(pairs, file)
+                sync(file)  # before the receipt, which lets the journal go

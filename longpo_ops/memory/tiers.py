@@ -286,6 +286,7 @@ class SpillPages(Pages):
             error.errno,
             f"the spill file in {self.folder} failed: {error.strerror}; {gib(free)} are free there. Free space or give "
             f"another spill_dir. {RETRY}",
+            str(self.folder),
         )
 
 

@@ -1,1 +1,2 @@
-"""What every long run and every command stands on: the journal, checked settings, pages for people, the terminal."""
+"""What every long run and every command stands on: the journal, locks, errors of disks, checked settings, pages,
+the terminal."""

@@ -2,19 +2,18 @@
 
     OUT/run.json               the settings that decide what is made; a run with others may not go on here
     OUT/work/NAME.journal      documents, then a line per finished request of theirs
-    OUT/work/lock              held by the process that runs here
+    OUT/work/lock              held by the process that runs here (locks.py)
 
 A line counts once it is whole: killed while one was being written, that request is asked again. Files that others read
 appear under their names only when they are complete. What lies in the folder beside these is the run's own (the generator's
-in generate/store.py). Not covered: several processes in one folder, which the lock refuses, and folders on systems
-without flock. Memory: the results in the journal.
+in generate/store.py). Not covered: several processes in one folder, which the lock refuses. Memory: the results in the
+journal.
 
 Tests: tests/generate/test_run.py, tests/evaluate/test_run.py.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Pair
+from .disk import writing
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Shard:
             (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
         )
         try:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(self._file, data[written:], self._end + written)
-        except OSError as error:
+            with writing(self.path):
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(self._file, data[written:], self._end + written)
+        except OSError:
             os.ftruncate(self._file, self._end)
-            what = f"{error.strerror}; what was generated is kept, mend it and run the same command again"
-            raise OSError(error.errno, what, str(self.path)) from None
+            raise
         self._end += len(data)
         self._take(line)
 
@@ -88,9 +88,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     """The file appears under its name only when it is complete, whoever else writes it, on this machine or another."""
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")  # containers have equal process ids
     try:
-        partial.write_bytes(data)
-        sync(partial)
-        os.replace(partial, path)
+        with writing(path):
+            partial.write_bytes(data)
+            sync(partial)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -129,20 +130,9 @@ def _whole_lines(path: Path) -> tuple[list[dict], int]:
     return lines, end
 
 
-def locked(path: Path) -> int:
-    """A lock that ends with the process, however that ends."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"another run is at work in {path.parents[1]}; wait for it, or use another folder") from None
-    return lock
-
-
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a folder, or raise ValueError where it holds something that others have made."""
-    made = [file for file in (path.parent / "work").iterdir() if file.stat().st_size]
+    made = [file for file in (path.parent / "work").iterdir() if file.stat().st_size and file.name != "lock"]
     made += [file for file in path.parent.iterdir() if file.name not in (path.name, "work")]
     if not path.exists() or not made:
         write_atomically(path, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
@@ -162,5 +152,12 @@ def check_folder(out: Path) -> None:
     """Raises ValueError for a file, and for a folder that holds anything but a run."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; expected a folder, or a name that is free")
-    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").exists():
+    if out.is_dir() and not (out / "run.json").exists() and not all(map(_is_of_a_start, out.iterdir())):
         raise ValueError(f"{out} is neither empty nor the folder of a run; use another")
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a run that was killed before it had its run.json may have left it."""
+    if path.name == "work" and path.is_dir():
+        return all(file.name == "lock" or _is_of_a_start(file) for file in path.iterdir())
+    return path.match(".*.????????.partial")

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import typer
 
+from . import disk
+
 
 @contextmanager
 def wrong_usage(kinds: type[Exception] | tuple[type[Exception], ...] = ValueError) -> Iterator[None]:
@@ -22,9 +24,14 @@ def wrong_usage(kinds: type[Exception] | tuple[type[Exception], ...] = ValueErro
 
 @contextmanager
 def resumable(what_is_left: str) -> Iterator[None]:
-    """Ctrl-C ends the command with code 130, saying what is left of it and that it can go on."""
+    """Ctrl-C ends the command with code 130, saying what is left of it and that it can go on. A failing disk's OSError says
+    what is left, too."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in disk.ADVICE:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {what_is_left}", error.filename) from error
     except KeyboardInterrupt:
         typer.echo(f"stopped; {what_is_left}, run the same command again to go on", err=True)
         raise typer.Exit(130) from None

@@ -3,6 +3,7 @@
     OUT/.partial/checkpoint-4     while it is written, by all processes
     OUT/checkpoint-4              once every byte is on the disk; its manifest.json names the files, written last
     OUT/.removed                  one that is being deleted
+    OUT/data/lock                 held by the run, of several processes by the first one
 
 A checkpoint appears under its name by a rename and leaves it by one, so a kill at any moment leaves no half of one there.
 Checkpoints are ordered by their numbers, never by time. One that lacks a file of its manifest, or holds other bytes, is
@@ -20,6 +21,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,7 +33,9 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..runs.disk import writing
 from ..runs.journal import sync
+from ..runs.locks import Lock, clear_partials
 from .states import gather, is_sharded, load_optimizer, load_weights
 
 log = logging.getLogger("longpo_ops.train")
@@ -69,7 +74,11 @@ class CheckpointedTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # before another process writes there
         self._partial = partial
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(partial):
+                super()._save_checkpoint(model, trial)
+        except OSError:  # half of it would take the room that the other half had not
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         finally:
             self._partial = None
         self.accelerator.wait_for_everyone()
@@ -202,6 +211,31 @@ def check_one_folder(args: TrainingArguments) -> None:
             f"output_dir={args.output_dir}: {len(blind)} of {args.world_size} processes, process {blind[0]} the first, do not "
             "see what process 0 writes there; expected a folder that all machines share"
         )
+
+
+@contextmanager
+def one_run(args: TrainingArguments) -> Iterator[None]:
+    """A collective of all processes of a run, which alone is at work in output_dir within it: the first one holds the lock,
+    and clears what a killed run has left half done. Raises ValueError where another run is at work there, and OSError where
+    it cannot be written, on all of them."""
+    lock, refusal, out = None, [None], Path(args.output_dir)
+    if args.process_index == 0:
+        try:
+            lock = Lock(out / "data" / "lock")
+            clear_partials(*out.glob("reference/*"), *out.glob("reference/*/hidden"))
+            clear_leftovers(out)
+        except (ValueError, OSError) as error:
+            refusal = [error]
+    if args.world_size > 1:
+        broadcast_object_list(refusal)
+    try:
+        if refusal[0] is not None:
+            raise refusal[0]
+        with writing(out):
+            yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def packs_per_step(args: TrainingArguments) -> int:

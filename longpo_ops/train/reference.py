@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from ..data import PairBatch, TokenizedPair, pack
 from ..ops.logprobs import linear_logprobs
+from ..runs.disk import writing
 from ..runs.journal import write_atomically
 from .arithmetic import Arithmetic, base_model
 
@@ -194,6 +195,7 @@ class ReferenceStore:
         self.folder, self.reading = Path(folder) / f"{key}-{reading}", reading
         self.folder.mkdir(parents=True, exist_ok=True)
         self._own = self.folder / f"logps-{rank}.jsonl"  # each process appends to a file of its own
+        self._logps: dict[str, tuple[float, tuple[float, ...]]] = {}
         self._cut_broken_lines()
         self.reload()
 
@@ -209,14 +211,14 @@ class ReferenceStore:
     def reload(self) -> None:
         """Takes in what all processes have written."""
         lines = (line for path in self.folder.glob("logps-*.jsonl") for line in path.read_bytes().splitlines(True))
-        self._logps = dict(value for line in lines if (value := _value(line)) is not None)
+        self._logps |= dict(value for line in lines if (value := _value(line)) is not None)
 
     def has_logps(self, pair: TokenizedPair) -> bool:
         return pair_digest(pair, self.reading) in self._logps
 
     def add_logps(self, pair: TokenizedPair, chosen: float, rejected: tuple[float, ...]) -> None:
         digest = pair_digest(pair, self.reading)
-        with open(self._own, "ab") as file:
+        with writing(self._own), open(self._own, "ab") as file:
             file.write(_line(digest, chosen, rejected))
         self._logps[digest] = chosen, rejected
 

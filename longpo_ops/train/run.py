@@ -23,10 +23,11 @@ from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
 from ..parallel.mesh import check_alike
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
+from ..runs.journal import write_text
 from ..runs.settings_file import settle
 from ..runs.validate import check_kinds
 from ..template import check_values
-from .checkpoints import check_going_on, check_one_folder, last_checkpoint
+from .checkpoints import check_going_on, check_one_folder, last_checkpoint, one_run
 from .checks import (
     agreed_memory,
     check_model,
@@ -223,7 +224,7 @@ class TrainRun:
                 path, chat, vocab_size, self.on_bad_record, report, self.allows_equal(), nll_tokens=nll_tokens
             )
             PairStore.write(pairs, file, chat.fingerprint)
-            told.write_text(f"{report}\n", encoding="utf-8", errors="backslashreplace")
+            write_text(told, f"{report}\n")
         log.info("%s: %s", path, told.read_text(encoding="utf-8").rstrip())
         return PairStore(file)
 
@@ -334,8 +335,14 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     """Trains or resumes a run to its end; the model, figure and card are in output_dir. progress: instead of a bar.
 
     A run that is finished stays as it is, and its trainer comes back with the model it left. Raises ValueError where
-    output_dir holds another run or a checkpoint that is not whole, and where nothing was trained.
+    output_dir holds another run or a checkpoint that is not whole, where another process is at work in it, and where nothing
+    was trained; OSError, with a path and the system's reason, for what cannot be written: mend it and run the same again.
     """
+    with one_run(run.config()):
+        return _train(run, progress)
+
+
+def _train(run: TrainRun, progress: TrainerCallback | None) -> LongPOTrainer:
     prepared = prepare(run)
     set_seed(prepared.config.seed)  # adapters are drawn before Trainer sets it
     checkpoint = last_checkpoint(run.output_dir)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,7 +21,7 @@ from longpo_ops.evolve.child import LOG, machine
 from longpo_ops.evolve.processes import Apart, check_launch, command, end, environment
 from longpo_ops.evolve.run import _is_apart
 from longpo_ops.evolve.work import from_plain, to_plain
-from longpo_ops.runs.journal import locked
+from longpo_ops.runs.locks import Lock
 from tests.evolve.test_run import begun
 
 ROOT = Path(__file__).parents[2]
@@ -49,11 +48,8 @@ def launcher(tmp_path) -> tuple[list[str], Path]:
 @pytest.fixture
 def lock(tmp_path):
     """A folder's, held by this process."""
-    (tmp_path / "work").mkdir()
-    held = locked(tmp_path / "work/lock")
-    yield held
-    with suppress(OSError):
-        os.close(held)
+    with Lock(tmp_path / "work/lock") as held:
+        yield held
 
 
 # -- whole stages --------------------------------------------------------------------------------------------------------
@@ -215,9 +211,12 @@ def test_what_stops_the_loop_stops_the_task_which_holds_the_folder_until_then(tm
 
     def stop(*_):
         seen.extend(family(task_process[0], 2))
-        os.close(lock)  # as if evolve were gone
-        with pytest.raises(ValueError, match="another run is at work"):
-            locked(tmp_path / "work/lock")
+        os.close(lock.file)  # as if evolve were gone
+        lock.file = None
+        with pytest.raises(
+            ValueError, match=rf"another run is at work in .*process {os.getpid()} on .*or what it started"
+        ):
+            Lock(tmp_path / "work/lock")
         raise KeyboardInterrupt
 
     task_process, popen = [], subprocess.Popen
@@ -225,7 +224,7 @@ def test_what_stops_the_loop_stops_the_task_which_holds_the_folder_until_then(tm
     with pytest.raises(KeyboardInterrupt):
         Apart(tmp_path / "task", ["sh", "-c", "sleep 600 & wait", "--"]).run({}, lock, stop)
     assert len(seen) == 2 and not psutil.wait_procs(seen, 30)[1]
-    os.close(locked(tmp_path / "work/lock"))
+    Lock(tmp_path / "work/lock").close()
 
 
 WATCHED = """

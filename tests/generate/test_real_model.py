@@ -1,30 +1,16 @@
-"""Whole runs of the generator with a real model in the transformers engine: killed, and from documents to a training step."""
+"""Whole runs of the generator with a real model in the transformers engine: from documents to a training step, and refused.
+
+That one which is killed goes on to the same texts is a test of tests/test_kills.py.
+"""
 
 from __future__ import annotations
 
 import shutil
-import signal
 
 import pytest
 
 from longpo_ops.data import ChatFormat, read_pairs
 from longpo_ops.generate import generate
-from tests.generate.test_run import begin, files
-from tests.processes import killed_once
-
-
-def test_a_killed_run_goes_on_to_the_same_texts(model, settings, tmp_path):
-    run = dict(model=str(model), max_documents=2, reference_logps=True)
-    generate(settings(**run, out=str(tmp_path / "whole")))
-    journal = tmp_path / "pairs/work/00000.journal"
-    process = begin(settings(**run), killed_once(journal, '"step"', 5))
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    kept = journal.read_bytes()
-    assert 5 <= kept.count(b'"step"') < 2 * 4 * 5
-    result = generate(settings(**run))
-    assert result.tally.requests <= 2 * 4 * 3 - kept.count(b'"step"') + 2 * 4 * 2
-    assert files(tmp_path / "pairs") == files(tmp_path / "whole")
 
 
 def test_training_takes_the_pairs_as_they_are(model, settings, tmp_path):

@@ -1,5 +1,6 @@
 """Steps of the trainer by several ranks equal those of one process: rows shared (cp), other packs each (dp), both."""
 
+import contextlib
 import os
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 import torch.distributed as dist
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from longpo_ops.runs.locks import Lock
+from longpo_ops.train import LongPOConfig
+from longpo_ops.train.checkpoints import one_run
 from longpo_ops.train.ranks import weights_digest
 
 from ..train.tiny import VOCAB, make_model, make_pair, make_trainer
@@ -102,6 +106,13 @@ def other_packs(folder):
     trainer.train()
 
 
+def locked_by_another(folder):
+    """Rank 0 sees it alone."""
+    args, held = LongPOConfig(output_dir=str(folder), use_cpu=True), contextlib.nullcontext()
+    with Lock(folder / "data" / "lock") if dist.get_rank() == 0 else held, one_run(args):
+        pass
+
+
 def mixture():
     experts = dict(num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
     return MixtralForCausalLM(MixtralConfig(**SIZES, **experts))
@@ -112,6 +123,7 @@ REFUSED = {
     "other data": lambda folder: start(folder, pairs=PAIRS[dist.get_rank() :]),
     "other settings": lambda folder: start(folder, learning_rate=1e-3 * (1 + dist.get_rank())),
     "other packs": other_packs,
+    "another run": locked_by_another,
     "experts": lambda folder: start(folder, mixture()),
     "one head": lambda folder: start(folder, make_model(num_attention_heads=1, num_key_value_heads=1)),
     "noise": lambda folder: start(folder, neftune_noise_alpha=5.0),
@@ -128,6 +140,7 @@ SAID = {
     "other data": r"ranks hold different training data \(rank 0: 8 records \w+; rank 1: 7 records \w+\)",
     "other settings": r"ranks hold different learning_rate \(rank 0: 0.001; rank 1: 0.002\)",
     "other packs": r"ranks hold different packs \(rank 0: \w+ of pair-.*; rank 1: \w+ of pair-",
+    "another run": r"another run is at work in .*refused \(process \d+ on ",
     "experts": "sequence_parallel=2: MixtralForCausalLM adds a loss of its experts' load",
     "one head": "sequence_parallel=2: the attention has 1 query",
     "noise": "neftune_noise_alpha=5.0 with sequence_parallel=2",

@@ -37,6 +37,7 @@ def losses(output: Path) -> list[tuple]:
 def left(output: Path) -> dict[str, tuple[int, bytes]]:
     """When each file of the run was written, and its bytes."""
     files = [path for path in sorted(output.rglob("*")) if path.is_file() and "mapped" not in path.parts]
+    files = [path for path in files if path.name != "lock"]
     return {str(path.relative_to(output)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
@@ -99,6 +100,25 @@ def test_a_run_that_is_killed_at_every_stage_ends_with_the_same_bytes(home, tmp_
     done = longpo(*arguments)
     assert done.returncode == 0 and "ended at step 5: nothing is left to do" in done.stderr
     assert left(killed) == before
+
+
+SMALL = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors"])
+def test_a_disk_that_refuses_is_told_and_the_run_goes_on_to_the_same_bytes(home, tmp_path, file):
+    """torch tells of no reason, safetensors in words of its own; here the system refuses in the middle of a file."""
+    run_tiny(home, tmp_path / "whole", **STEPS)
+    size = (tmp_path / "whole/checkpoint-5" / file).stat().st_size
+    settings = run_settings(home, tmp_path / "out", **STEPS)
+    arguments = ["train", *(f"--set={name}={json.dumps(value)}" for name, value in settings.items())]
+    done = run_process(SMALL.format(size - 1) + CLI, *arguments)
+    said = f"error: {tmp_path}/out/.partial: File too large; its whole checkpoints are in {tmp_path}/out; raise the limit of"
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert not (tmp_path / "out/.partial").exists()  # its half would take the room
+    run_tiny(home, tmp_path / "out", **STEPS)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
 
 
 def final(output: Path) -> dict:
