@@ -18,11 +18,11 @@ ROOMS = {
     "lazy": (),
     "recipes": (),
     "launch": (),
-    "pretrained": (),
+    "pretrained": ("kinds",),
     "kernels": (),
     "parallel": (),
     "ops": ("kernels", "kinds", "parallel"),
-    "data": ("kinds",),
+    "data": ("kinds", "pretrained"),
     "attention": ("data", "kinds", "parallel"),
     "runs": ("data",),
     "documents": ("lazy",),
@@ -34,7 +34,7 @@ ROOMS = {
     "evolve": ("data", "documents", "evaluate", "generate", "lazy", "pretrained", "recipes", "runs", "train"),
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
-    "cli": ("demo", "evaluate", "evolve", "generate", "launch", "memory", "runs", "train"),
+    "cli": ("demo", "evaluate", "evolve", "generate", "launch", "memory", "pretrained", "runs", "train"),
 }
 TRAINER = re.compile(r"transformers\.(Trainer|Training|trainer|integrations|Seq2SeqTrain)\w*")
 MAY_TRAIN = ("train", "evolve", "demo", "cli")

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..pretrained import load_model, load_tokenizer, read_config, replace_rope
-from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
+from ..pretrained import load_model, load_tokenizer, loading, read_config, replace_rope
+from . import Completion, Engine, EngineStopped, Request, RequestFailed, Sampling, render
 
 
 class TransformersEngine(Engine):
@@ -64,6 +64,17 @@ class TransformersEngine(Engine):
         self.tokenizer = load_tokenizer(self.name, self.trust_remote_code, config.vocab_size)
         self.model = load_model(self.name, config, self.dtype, self.trust_remote_code).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        with loading(self.name, "config.json or generation_config.json: it cannot generate"):
+            self._try()
+
+    def _try(self) -> None:
+        """Two tokens after two, whatever they are. Raises what the model does, and ValueError where it makes no numbers."""
+        done = self._generate(Request("", Sampling(max_tokens=2), logprobs=True, prompt_ids=(0, 0)))
+        if not np.isfinite(done.logprobs).all():
+            raise ValueError(
+                f"log-probs {', '.join(map(str, done.logprobs))} came after two tokens; expected finite numbers: look at its "
+                "config, its weights and --dtype"
+            )
 
     def _check(self, ids: Sequence[int]) -> None:
         """A text may name a token that the model has no embedding for."""

@@ -32,10 +32,10 @@ from typing import Any
 from ..data import tokenizer_fingerprint
 from ..engines import Engine, EngineStopped, Request, Sampling
 from ..engines.settings import EngineSettings
-from ..pretrained import read_config
+from ..pretrained import is_out_of_memory, read_config
 from ..runs.journal import Shard, check_folder, check_settings, locked, write_atomically
 from ..runs.page import printable
-from .answers import Answers, is_out_of_memory
+from .answers import Answers
 from .judge import ratings
 from .mt_bench import MTBench
 from .own import load_tasks
@@ -456,7 +456,7 @@ def _positions(run: EvaluateRun) -> int:
     """How many tokens the model's config says it reads. Raises ValueError where it does not say."""
     try:
         return int(read_config(run.model, run.trust_remote_code).max_position_embeddings)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{run.model} does not say how many tokens it reads ({str(error).splitlines()[0]}); give a --length"
         ) from error

@@ -222,15 +222,13 @@ def build(config, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
     """The model on the meta device, all layers or the first few. Raises ValueError for what is no causal LM."""
     import copy
 
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
-    from longpo_ops.pretrained import require_causal_lm
+    from longpo_ops.pretrained import build_empty
 
-    require_causal_lm(config)
     AttentionInterface.register(NAME, _attend)
     config = copy.deepcopy(config) if layers is None else first_layers(config, layers)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    return build_empty(config, dtype=dtype, attn_implementation=NAME)
 
 
 def first_layers(config, layers: int):

@@ -155,7 +155,9 @@ def test_how_a_task_is_started(tmp_path):
 
 def test_a_launcher_that_fails_by_itself_is_named_with_its_last_words(tmp_path, lock):
     task = Apart(tmp_path / "task", ["sh", "-c", "echo cannot reach node2; exit 3", "--"])
-    with pytest.raises(ValueError, match=r"^sh ended with code 3, .*task/log ends with\n\$ sh -c .*\ncannot reach node2$"):
+    with pytest.raises(
+        ValueError, match=r"^sh ended with code 3, .*task/log ends with\n\$ sh -c .*\ncannot reach node2$"
+    ):
         task.run({"check": {}}, lock, lambda *_: None)
     killed = Apart(tmp_path / "task", ["sh", "-c", "kill -9 $$", "--"])
     with pytest.raises(ValueError, match=r"^sh was ended by SIGKILL"):
