@@ -70,6 +70,9 @@ class TransformersEngine(Engine):
     def _try(self) -> None:
         """Two tokens after two, whatever they are. Raises what the model does, and ValueError where it makes no numbers."""
         done = self._generate(Request("", Sampling(max_tokens=2), logprobs=True, prompt_ids=(0, 0)))
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if (ends := self._ends()) and min(ends) >= rows:
+            raise ValueError(f"eos_token_id={ends}: no text would end, as the embedding has {rows} rows")
         if not np.isfinite(done.logprobs).all():
             raise ValueError(
                 f"log-probs {', '.join(map(str, done.logprobs))} came after two tokens; expected finite numbers: look at its "

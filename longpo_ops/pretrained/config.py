@@ -122,10 +122,6 @@ def _check_config(config) -> None:
         raise ValueError("vocab_size is missing; expected the rows of the model's embedding")
     if not isinstance(config.dtype, torch.dtype | None) or (config.dtype and not config.dtype.is_floating_point):
         raise ValueError(f"dtype={shown(config.dtype)}: expected one of {', '.join(DTYPES[1:])}")
-    ends = getattr(config, "eos_token_id", None)
-    numbers = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
-    if any(type(end) is not int for end in numbers) or (numbers and min(numbers) >= config.vocab_size):
-        raise ValueError(f"eos_token_id={shown(ends)}: expected ids below vocab_size, {config.vocab_size}")
     check_rope(config)
 
 
