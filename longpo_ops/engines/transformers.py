@@ -7,6 +7,7 @@ request; scores need no logits (linear_logprobs).
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,15 +69,15 @@ class TransformersEngine(Engine):
             self._try()
 
     def _try(self) -> None:
-        """Two tokens after two, whatever they are. Raises what the model does, and ValueError where it makes no numbers."""
+        """Two tokens after two, whatever they are. Raises what the model does, and ValueError where its numbers say nothing."""
         done = self._generate(Request("", Sampling(max_tokens=2), logprobs=True, prompt_ids=(0, 0)))
         rows = self.model.get_input_embeddings().weight.shape[0]
         if (ends := self._ends()) and min(ends) >= rows:
             raise ValueError(f"eos_token_id={ends}: no text would end, as the embedding has {rows} rows")
-        if not np.isfinite(done.logprobs).all():
+        if not min(done.logprobs) > 1e-6 - math.log(rows):  # the likeliest token's; NaN is not above it either
             raise ValueError(
-                f"log-probs {', '.join(map(str, done.logprobs))} came after two tokens; expected finite numbers: look at its "
-                "config, its weights and --dtype"
+                f"log-probs {', '.join(map(str, done.logprobs))} came after two tokens; expected finite numbers, and not that all "
+                f"{rows} tokens are equally likely: look at its config, its weights and --dtype"
             )
 
     def _check(self, ids: Sequence[int]) -> None:

@@ -228,7 +228,12 @@ def build(config, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
 
     AttentionInterface.register(NAME, _attend)
     config = copy.deepcopy(config) if layers is None else first_layers(config, layers)
-    return build_empty(config, dtype=dtype, attn_implementation=NAME)
+    model = build_empty(config, dtype=dtype, attn_implementation=NAME)
+    if not hasattr(getattr(model, model.base_model_prefix), "layers"):
+        raise ValueError(
+            f"model {config.name_or_path!r}: {type(model).__name__} cannot be planned: its body has no list of layers"
+        )
+    return model
 
 
 def first_layers(config, layers: int):
