@@ -159,7 +159,7 @@ def main() -> None:
         typer.echo(f"{_who()}error: {disk.told(error) if isinstance(error, OSError) else error}", err=True)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
-        from .evaluate.answers import is_out_of_memory
+        from .pretrained import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -37,7 +37,8 @@ from typing import Any
 import numpy as np
 
 from ..kinds import check_choice, check_flag, check_object, check_whole
-from ..template import check_template_kwargs
+from ..pretrained import render_chat
+from ..pretrained.template_kwargs import check_template_kwargs
 from .pairs import Pair, Turn
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records
 from .tokenized import IGNORE, NLL_TOKENS, TokenizedPair, TokenSequence, tokenizer_fingerprint
@@ -127,6 +128,7 @@ class ChatFormat:
         if cut_document and max_length is None:
             raise ValueError("cut_document needs max_length: to how many tokens should documents be cut?")
         self.tokenizer, self.system, self.join = tokenizer, system, join
+        self._template = f"model {tokenizer.name_or_path!r}: the chat template"
         self.max_length, self.cut_document = max_length, cut_document
         self.template_kwargs = check_template_kwargs(tokenizer, template_kwargs)
         self.fingerprint = tokenizer_fingerprint(tokenizer)
@@ -265,19 +267,15 @@ class ChatFormat:
 
     def _render(self, turns: Turns, system: str | None, generation_prompt: bool | None = None) -> str:
         """The template's text; with `generation_prompt` given, the conversation stops at its last question."""
-        from jinja2 import TemplateError
-
         messages = [] if system is None else [{"role": "system", "content": system}]
         for user, answer in turns:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
         messages = messages if generation_prompt is None else messages[:-1]
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=bool(generation_prompt), **self.template_kwargs
-            )
-        except TemplateError as error:
+            return render_chat(self.tokenizer, messages, bool(generation_prompt), **self.template_kwargs)
+        except ValueError as error:
             advice = "use another template" + ("" if system is None else ", or leave the system prompt out")
-            raise ValueError(f"the chat template refuses a conversation: {error}; {advice}") from error
+            raise ValueError(f"{error}; {advice}") from error
 
     def _fill(self, turns: Turns) -> list[_Piece]:
         """The pieces of a conversation: template text as it stands between stand-ins, and the contents in their places.
@@ -293,7 +291,7 @@ class ChatFormat:
         for kind, mark, _ in contents:
             if text.count(mark) != 1:
                 came = f"writes a {kind} content {text.count(mark)} times"
-                raise ValueError(f"the chat template {came}; expected once, as it is: use another template")
+                raise ValueError(f"{self._template} {came}; expected once, as it is: use another template")
         pieces, at = [], 0
         for kind, mark, content in sorted(contents, key=lambda item: text.index(item[1])):
             pieces += [_Piece("template", text[at : text.index(mark)]), _Piece(kind, content)]
@@ -328,7 +326,7 @@ class ChatFormat:
             turns = [(PROBE, PROBE)] * count
             if self._render(turns, self.system) != _text(self._fill(turns)):
                 raise ValueError(
-                    "the chat template changes contents (it escapes, cuts or rewrites a message, or trims the system "
+                    f"{self._template} changes contents (it escapes, cuts or rewrites a message, or trims the system "
                     "prompt); use one that writes them as they are"
                 )
             padded = [("\n z \n", "\n z \n")] * count
@@ -345,7 +343,7 @@ class ChatFormat:
         # one no more than the whitespace that an answer's first token brings along.
         if not before.startswith(prompt) or (ignored and before[len(prompt) :].strip()):
             raise ValueError(
-                "the chat template has no generation prompt that fits its answers: with add_generation_prompt=True it "
+                f"{self._template} has no generation prompt that fits its answers: with add_generation_prompt=True it "
                 f"ends in {prompt[-60:]!r}, but before an answer it writes {before[-60:]!r}; add the generation "
                 "prompt to the template"
             )
@@ -359,7 +357,7 @@ class ChatFormat:
         if end is None:
             if not self.tokenizer.eos_token:
                 raise ValueError(
-                    "the chat template writes no end of turn after an answer and the tokenizer has no eos_token, so a "
+                    f"{self._template} writes no end of turn after an answer and the tokenizer has no eos_token, so a "
                     "model could not learn to stop; set tokenizer.eos_token"
                 )
             return self.tokenizer.eos_token, True
@@ -367,7 +365,7 @@ class ChatFormat:
         after = next(pieces[i + 1].text for i, piece in enumerate(pieces) if piece.kind == "answer")
         if not after.startswith(end):
             raise ValueError(
-                f"the chat template ends the last answer with {end!r} but an earlier one with {after[:40]!r}; "
+                f"{self._template} ends the last answer with {end!r} but an earlier one with {after[:40]!r}; "
                 "expected the same end of turn after every answer"
             )
         return end, False

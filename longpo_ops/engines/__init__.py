@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..pretrained import render_chat
+
 NAMES = ("server", "vllm", "transformers")
 NO_LOGPS = "no log-probs"  # the reason that is counted
 ROUNDING = 1e-3  # how far above 0 a log-prob in few bits may come out
@@ -186,7 +188,5 @@ def render(tokenizer, request: Request, template_kwargs: dict) -> list[int]:
     """The token ids of a request in the model's chat template, up to where its answer begins or goes on."""
     if request.prompt_ids is not None:
         return list(request.prompt_ids)
-    text = tokenizer.apply_chat_template(
-        request.messages, tokenize=False, add_generation_prompt=True, **template_kwargs
-    )
+    text = render_chat(tokenizer, request.messages, True, **template_kwargs)
     return tokenizer(text + request.prefill, add_special_tokens=False, verbose=False)["input_ids"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..pretrained import DTYPES, load_tokenizer, read_config
+from ..pretrained.template_kwargs import check_template_kwargs, check_values
 from ..runs.validate import check_kinds
-from ..template import check_template_kwargs, check_values
 from . import NAMES, Engine
 from .address import KEY, check_url, read_key
 from .fields import OWN, check_fields

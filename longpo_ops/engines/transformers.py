@@ -7,12 +7,13 @@ request; scores need no logits (linear_logprobs).
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..pretrained import load_model, load_tokenizer, read_config, replace_rope
-from . import Completion, Engine, EngineStopped, Request, RequestFailed, render
+from ..pretrained import load_model, load_tokenizer, loading, read_config, replace_rope
+from . import Completion, Engine, EngineStopped, Request, RequestFailed, Sampling, render
 from .reasoning import with_marks
 
 
@@ -65,6 +66,20 @@ class TransformersEngine(Engine):
         self.tokenizer = load_tokenizer(self.name, self.trust_remote_code, config.vocab_size)
         self.model = load_model(self.name, config, self.dtype, self.trust_remote_code).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        with loading(self.name, "config.json or generation_config.json: it cannot generate"):
+            self._try()
+
+    def _try(self) -> None:
+        """Two tokens after two, whatever they are. Raises what the model does, and ValueError where its numbers say nothing."""
+        done = self._generate(Request("", Sampling(max_tokens=2), logprobs=True, prompt_ids=(0, 0)))
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if (ends := self._ends()) and min(ends) >= rows:
+            raise ValueError(f"eos_token_id={ends}: no text would end, as the embedding has {rows} rows")
+        if not min(done.logprobs) > 1e-6 - math.log(rows):  # the likeliest token's; NaN is not above it either
+            raise ValueError(
+                f"log-probs {', '.join(map(str, done.logprobs))} came after two tokens; expected finite numbers, and not that "
+                f"all {rows} tokens are equally likely: look at its config, its weights and --dtype"
+            )
 
     def _check(self, ids: Sequence[int]) -> None:
         """A text may name a token that the model has no embedding for."""

@@ -24,6 +24,7 @@ import numpy as np
 from ..engines import Engine, EngineStopped, Request, RequestFailed
 from ..engines.concurrency import side_by_side
 from ..engines.reasoning import part
+from ..pretrained import is_out_of_memory
 from ..runs.journal import Shard
 
 
@@ -111,12 +112,6 @@ class Answers:
                 ) from error
             self.journal.record(name, key, value)
         return value
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch.OutOfMemoryError, MemoryError, or what torch says on CPU."""
-    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return named or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -115,7 +115,7 @@ def _positions(run: EvaluateRun) -> int:
     """How many tokens the model's config says it reads. Raises ValueError where it does not say."""
     try:
         return int(read_config(run.model, run.trust_remote_code).max_position_embeddings)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{run.model} does not say how many tokens it reads ({str(error).splitlines()[0]}); give a --length"
         ) from error

@@ -31,10 +31,11 @@ from ..engines import Engine, EngineStopped, Request, Sampling
 from ..engines.address import shown
 from ..engines.fields import check_fields
 from ..engines.settings import EngineSettings
+from ..pretrained import is_out_of_memory
 from ..runs.journal import Shard, check_folder, check_settings, write_text
 from ..runs.locks import Lock
 from ..runs.page import printable
-from .answers import Answers, is_out_of_memory
+from .answers import Answers
 from .judge import ratings
 from .mt_bench import MTBench
 from .perplexity import measure

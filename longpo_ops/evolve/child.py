@@ -88,7 +88,7 @@ def _is_first() -> bool:
 
 
 def _kind(error: Exception) -> str:
-    from ..evaluate.answers import is_out_of_memory
+    from ..pretrained import is_out_of_memory
 
     if is_out_of_memory(error):
         return "memory"

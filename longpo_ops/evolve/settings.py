@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluate.shots import harness_names
+from ..pretrained.template_kwargs import check_values
 from ..recipes import DEFAULT, check_recipe
 from ..runs.settings_file import read_yaml, settle
 from ..runs.validate import check_kinds
-from ..template import check_values
 
 LAST, BASE, GENERATOR = "last", "base", "generator"
 ROLES = ("start", "generator", "reference")  # of models in a round

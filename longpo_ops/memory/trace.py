@@ -222,15 +222,18 @@ def build(config, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
     """The model on the meta device, all layers or the first few. Raises ValueError for what is no causal LM."""
     import copy
 
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
-    from longpo_ops.pretrained import require_causal_lm
+    from longpo_ops.pretrained import build_empty
 
-    require_causal_lm(config)
     AttentionInterface.register(NAME, _attend)
     config = copy.deepcopy(config) if layers is None else first_layers(config, layers)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    model = build_empty(config, dtype=dtype, attn_implementation=NAME)
+    if not hasattr(getattr(model, model.base_model_prefix), "layers"):
+        raise ValueError(
+            f"model {config.name_or_path!r}: {type(model).__name__} cannot be planned: its body has no list of layers"
+        )
+    return model
 
 
 def first_layers(config, layers: int):

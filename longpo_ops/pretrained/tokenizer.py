@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import logging
 
-from .config import loading
+from .loading import BrokenModel, check_files, loading
+from .template import CONVERSATIONS, check_template, render
 
 log = logging.getLogger("longpo_ops.pretrained")
 
@@ -46,17 +47,20 @@ REPORTED = {
 def load_tokenizer(name: str, trust_remote_code: bool = False, vocab_size: int | None = None):
     """The tokenizer of a model. vocab_size: rows of its embedding, where there is one here.
 
-    Raises ValueError if it cannot be loaded, loses letters, digits or spaces, or writes ids beyond the embedding.
+    Raises BrokenModel, a ValueError, if it cannot be loaded, loses letters, digits or spaces, or writes ids beyond the
+    embedding, and for a chat template that runs away (template.py).
     """
     from transformers import AutoTokenizer
 
-    with loading(name):
+    with loading(name, "its tokenizer"):
+        check_files(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    lost = check_round_trip(name, tokenizer)
+        lost = check_round_trip(name, tokenizer)
+        check_template(name, tokenizer)
+        if vocab_size is not None:
+            check_ids(name, tokenizer, vocab_size)
     if lost:
         _warn_once(f"{name}: its tokenizer does not give back as they were: {'; '.join(lost)}")
-    if vocab_size is not None:
-        check_ids(name, tokenizer, vocab_size)
     return tokenizer
 
 
@@ -69,7 +73,7 @@ def check_round_trip(name: str, tokenizer) -> list[str]:
     """-> what of REPORTED a tokenizer does not give back, with an example each. Raises ValueError for NEEDED."""
     came = round_trip(tokenizer, NEEDED)
     if came.casefold() != NEEDED.casefold():
-        raise ValueError(
+        raise BrokenModel(
             f"model {name!r}: its tokenizer ({type(tokenizer).__name__}) does not give its own text back: {NEEDED!r} "
             f"became {came!r}; expected letters, digits and spaces to stay. Its files do not fit together "
             "(tokenizer_class in tokenizer_config.json, or the config's model_type, against tokenizer.json): mend them"
@@ -91,7 +95,7 @@ def check_ids(name: str, tokenizer, vocab_size: int) -> None:
     written = {id for id in vocabulary.values() if id not in added} | _written(tokenizer)
     if beyond := sorted(id for id in written if id >= vocab_size):
         tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(beyond[:4]))) + (", ..." if beyond[4:] else "")
-        raise ValueError(
+        raise BrokenModel(
             f"model {name!r}: its tokenizer has {max(vocabulary.values()) + 1} tokens, its embedding {vocab_size} rows; "
             f"{tokens} would have none. Give the tokenizer that belongs to the model, or resize the model "
             "(model.resize_token_embeddings) and save it beside this tokenizer"
@@ -100,16 +104,13 @@ def check_ids(name: str, tokenizer, vocab_size: int) -> None:
 
 def _written(tokenizer) -> set[int]:
     """Ids that stand in every text: those of the chat template, beginning and end of sequence."""
-    from jinja2 import TemplateError
-
     ids = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
     if not getattr(tokenizer, "chat_template", None):
         return ids
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    for messages, more in ((turns[:2], False), (turns, True)):
+    for messages, more in CONVERSATIONS:
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=more)
-        except TemplateError:  # said where conversations are formatted
+            text = render(tokenizer, messages, more)
+        except ValueError:  # said where conversations are formatted
             continue
         ids |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids

@@ -17,13 +17,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from .config import loading, read_whole_config
+from ..kinds import shown
+from .config import DTYPES, read_whole_config
+from .loading import loading, quiet
 
 log = logging.getLogger("longpo_ops.pretrained")
 
@@ -37,13 +37,29 @@ TEXT_PART = {
 }
 
 
-def build_empty(config, trust_remote_code: bool = False):
-    """The causal LM of a config on the meta device. Raises ValueError where transformers has none for it."""
+def build_empty(config, trust_remote_code: bool = False, **options):
+    """The causal LM of a config on the meta device. Raises ValueError where transformers has none for it, or cannot build it.
+
+    options: as of from_config.
+    """
     from transformers import AutoModelForCausalLM
 
     require_causal_lm(config)
-    with loading(config.name_or_path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with loading(config.name_or_path, lambda: _cannot_build(config)), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+
+
+def _cannot_build(config) -> str:
+    """What of a config a model is not built of, as far as it can be told."""
+    from transformers.activations import ACT2FN
+
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    unknown = [f"{name}={value!r}" for name in names if (value := getattr(config, name, None)) and value not in ACT2FN]
+    return (
+        f"config.json: {unknown[0]} is no activation that transformers has"
+        if unknown
+        else "config.json: no model is built of it"
+    )
 
 
 def require_causal_lm(config) -> None:
@@ -75,7 +91,8 @@ def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: boo
         for file in files:
             headers |= load_state_dict(str(file), map_location="meta")
         options = dict(state_dict=headers, device_map={"": "meta"}, dtype=_torch_dtype(dtype))
-        with _quiet(bar=False):
+        _refuse_kinds(headers, model)
+        with quiet(bar=False):
             model, found = _loaded(type(model), None, config=config, **options, **parts)
         _refuse(found, model, bool(parts))
     return model
@@ -91,7 +108,7 @@ def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool =
 
     _refuse_empty_processes()
     check_weights(name, config, dtype, trust_remote_code)
-    with loading(name), _quiet(bar=True):
+    with loading(name), quiet(bar=True):
         parts = _parts(name, trust_remote_code)
         model, found = _loaded(
             AutoModelForCausalLM,
@@ -156,7 +173,12 @@ def _files(name: str) -> list[Path] | None:
                 "transformers where it is from, and model.save_pretrained(folder) writes safetensors"
             )
         return None
-    shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    where = json.loads(index.read_text("utf-8")).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
+        raise ValueError(
+            f"{index.name}: weight_map={shown(where)}: expected names of weights with those of their files; fetch it again"
+        )
+    shards = sorted(set(where.values()))
     paths = [find(shard) for shard in shards]
     if missing := [shard for shard, path in zip(shards, paths, strict=True) if path is None]:
         if Path(name).is_dir():
@@ -165,21 +187,18 @@ def _files(name: str) -> list[Path] | None:
     return paths
 
 
-@contextmanager
-def _quiet(bar: bool) -> Iterator[None]:
-    """Without transformers' table of what did not fit, which is told here, and without its bar."""
-    from transformers.utils import logging as theirs
-
-    level, shown = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity_error()
-    if not bar:
-        theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(level)
-        if shown:
-            theirs.enable_progress_bar()
+def _refuse_kinds(headers: dict, model) -> None:
+    """Raises ValueError for weights that are no numbers of 16 bits or more, which transformers would turn into some."""
+    names = {name for name, _ in model.named_parameters()}
+    kinds = {
+        name: t.dtype for name, t in headers.items() if name in names and (not t.is_floating_point() or t.itemsize < 2)
+    }
+    if kinds:
+        came = ", ".join(sorted({str(kind) for kind in kinds.values()}))
+        raise ValueError(
+            f"{len(kinds)} weights are of {came} ({_some(kinds)}), and its config has no quantization_config; expected "
+            f"{', '.join(DTYPES[1:])}: fetch the model again"
+        )
 
 
 def _refuse(found: dict, model, text_only: bool) -> None:

@@ -23,10 +23,10 @@ from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
 from ..parallel.mesh import check_alike
 from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
+from ..pretrained.template_kwargs import check_values
 from ..runs.journal import write_text
 from ..runs.settings_file import settle
 from ..runs.validate import check_kinds
-from ..template import check_values
 from .checkpoints import check_going_on, check_one_folder, last_checkpoint, one_run
 from .checks import (
     agreed_memory,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from longpo_ops import detach
 from longpo_ops.engines import EngineStopped, Request, RequestFailed, Sampling
 from longpo_ops.engines.transformers import TransformersEngine
 from tests.engines import tiny
-from tests.pretrained.tiny import WITH_PICTURES, save
+from tests.pretrained.tiny import WITH_PICTURES, change, save
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +157,20 @@ def test_a_text_that_names_a_token_without_a_row_fails_alone(engine):
         ):
             asyncio.run(asked)
     assert ask(engine, question(0))[0].tokens
+
+
+def test_a_model_that_makes_no_numbers_or_no_ends_is_refused_as_it_is_loaded(model, tmp_path):
+    def start(weights=None, generation=None) -> None:
+        folder = shutil.copytree(model, tmp_path / str(len(list(tmp_path.iterdir()))))
+        told = json.loads((folder / "generation_config.json").read_text()) | (generation or {})
+        (folder / "generation_config.json").write_text(json.dumps(told))
+        asyncio.run(TransformersEngine(change(folder, weights)).start())
+
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded: config.json or generation_config.json: .* log-probs -.* equally likely"
+    ):
+        start(lambda weights: {name: weight * 1e30 for name, weight in weights.items()})
+    with pytest.raises(ValueError, match=r"eos_token_id=\[1000000\]: no text would end, as the embedding has"):
+        start(generation={"eos_token_id": 10**6})
+    with pytest.raises(ValueError, match="it cannot generate: "):
+        start(generation={"num_return_sequences": 3})

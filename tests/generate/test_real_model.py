@@ -42,7 +42,7 @@ def test_training_takes_the_pairs_as_they_are(model, settings, tmp_path):
     "file, text, message",
     [
         ("model.safetensors", "cut", "model '.*' cannot be loaded: its safetensors cannot be read"),
-        ("tokenizer.json", "{", "model '.*' cannot be loaded: Expecting property name"),
+        ("tokenizer.json", "{", "model '.*' cannot be loaded: tokenizer.json is no JSON: Expecting property name"),
         ("tokenizer.json", '{"added_tokens": [], "model": {"type": "New"}}', "model '.*' cannot be loaded: .*line 1"),
         ("config.json", '{"model_type": "unheard-of"}', "model '.*' cannot be loaded: .*unheard-of"),
     ],

@@ -1,11 +1,18 @@
-"""RoPE entries of real models, and what becomes of them in a config."""
+"""Configs of published models are taken, impossible ones refused by their fields' names; RoPE entries and their places."""
+
+import json
 
 import pytest
 from transformers import Gemma3TextConfig, Qwen2Config
 
 from longpo_ops.engines.settings import EngineSettings
-from longpo_ops.pretrained import replace_rope
+from longpo_ops.pretrained import BrokenModel, build_empty, read_config, replace_rope
 from longpo_ops.train.run import TrainRun
+
+from .published import PUBLISHED
+from .tiny import llama
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4}
 
 
 @pytest.mark.parametrize(
@@ -65,3 +72,49 @@ def test_a_base_for_all_layers_is_refused_in_training_too(tmp_path):
     run = TrainRun(model=str(tmp_path / "model"), data="pairs", output_dir=str(tmp_path / "out"), rope_theta=1e7)
     with pytest.raises(ValueError, match="by type of layer"):
         run.load_model(run.model, policy=True)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_configs_of_published_models_are_taken_and_built(model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[model]))
+    config = read_config(str(tmp_path))
+    assert config.vocab_size > 1000
+    build_empty(config)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number from 1 to"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000: expected a whole number from 1 to 8,192"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3: expected a divisor of num_attention_heads, which is 4"),
+        ({"hidden_size": "32"}, "hidden_size='32': expected a whole number"),
+        ({"hidden_size": None}, "hidden_size=None: .*expected int, got NoneType .*; mend the file"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]: TypeError"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf: expected a number from 0 to 1"),
+        ({"attention_dropout": -1}, "attention_dropout=-1: expected a number from 0 to 1"),
+        ({"rope_parameters": []}, r"rope_parameters=\[\]: expected an object, or null"),
+        ({"rope_parameters": YARN}, "rope_parameters=.*: KeyError: .*Missing required keys .*'factor'"),
+        (
+            {"rope_parameters": YARN | {"factor": -4.0}},
+            "rope_parameters: factor=-4.0: expected a finite number above 0",
+        ),
+        ({"rope_parameters": YARN | {"factor": "four"}}, "rope_parameters: factor='four': expected a finite number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_parameters: rope_theta=nan"),
+        ({"dtype": "float31"}, "dtype='float31': AttributeError"),
+        ({"dtype": "int8"}, "dtype=torch.int8: expected one of float32, bfloat16, float16"),
+        ({"eos_token_id": ["a"]}, r"eos_token_id=\['a'\]: .*Field 'eos_token_id' with value"),
+        ({"quantization_config": "int4"}, "quantization_config='int4': AttributeError"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"] * 5}, "layer_types=.*num_hidden_layers"),
+    ],
+)
+def test_what_no_model_can_have_is_refused_by_the_name_of_its_field(entries, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(llama(architectures=["LlamaForCausalLM"]).to_dict() | entries))
+    with pytest.raises(BrokenModel, match=f"(?s)model '{tmp_path}' cannot be loaded: config.json: {message}"):
+        read_config(str(tmp_path))
+
+
+def test_an_unknown_activation_is_named_when_a_model_is_built(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(llama(hidden_act="siluu").to_dict()))
+    with pytest.raises(BrokenModel, match=r"config\.json: hidden_act='siluu' is no activation that transformers has"):
+        build_empty(read_config(str(tmp_path)))

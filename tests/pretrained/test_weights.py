@@ -1,5 +1,6 @@
 """Checkpoints that are not whole are refused before a weight is read; those that are load, with the numbers they had."""
 
+import json
 import logging
 import os
 
@@ -102,6 +103,26 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, dtype, value):
     name = change(tmp_path, spoil, dtype=dtype)
     with pytest.raises(ValueError, match=rf"1 weights hold NaN or infinity \({PROJECTION}\)"):
         load_model(name, read_config(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_numbers_of_16_bits_are_refused_from_their_headers(tmp_path, dtype):
+    save(tmp_path, llama())
+    name = change(tmp_path, lambda weights: weights | {PROJECTION: weights[PROJECTION].to(dtype)})
+    with pytest.raises(
+        ValueError, match=rf"(?s){tmp_path}.*1 weights are of {dtype} \({PROJECTION}\), and its config has no"
+    ):
+        check_weights(name, read_config(name))
+
+
+@pytest.mark.parametrize("where", [None, [], {}, {PROJECTION: 5}])
+def test_an_index_of_another_shape_is_refused(tmp_path, where):
+    save(tmp_path, llama(), max_shard_size="50KB")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(
+        ValueError, match=r"index\.json: weight_map=.*: expected names of weights with those of their files"
+    ):
+        check_weights(str(tmp_path), read_config(str(tmp_path)))
 
 
 def test_what_may_be_missing_or_left_out_is(tmp_path):

@@ -11,7 +11,7 @@ import inspect
 import math
 from typing import Any
 
-from .kinds import check_object, refusal
+from ..kinds import check_object, refusal
 
 OF_TEMPLATES = ("tools", "documents")  # named by apply_chat_template, but no more than variables of the template
 

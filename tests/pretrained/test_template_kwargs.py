@@ -8,7 +8,7 @@ import pytest
 
 from longpo_ops.data import ChatFormat
 from longpo_ops.engines.settings import EngineSettings
-from longpo_ops.template import check_template_kwargs, check_values, template_variables
+from longpo_ops.pretrained.template_kwargs import check_template_kwargs, check_values, template_variables
 from longpo_ops.train.run import TrainRun
 
 from .train.tiny import make_tokenizer
