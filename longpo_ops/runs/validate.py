@@ -11,6 +11,7 @@ from os import PathLike
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+ADDRESSES = ("endpoints", "long_endpoints", "judge")  # of servers, which may hold keys: no message repeats them
 PLAIN = {int, float, str, bool, dict, list, tuple, NoneType}
 
 
@@ -26,7 +27,8 @@ def check_kinds(values: dict[str, Any], owner: type, where: str = "") -> None:
         if name not in kinds:
             raise ValueError(f"{where}{name}: {owner.__name__} has no such setting")
         if expected := _expected(value, kinds[name]):
-            raise ValueError(f"{where}{name}={value!r}: expected {expected}")
+            came = f": a {type(value).__name__} came;" if name in ADDRESSES else f"={value!r}:"
+            raise ValueError(f"{where}{name}{came} expected {expected}")
 
 
 def _expected(value: Any, kind: Any) -> str | None:

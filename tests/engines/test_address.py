@@ -74,9 +74,17 @@ def test_keys_that_no_header_holds_are_refused_before_anything_is_sent(key, monk
     assert read_key("ANOTHER_KEY") == ""
 
 
-def test_settings_with_endpoints_for_another_engine_do_not_repeat_them():
-    with pytest.raises(ValueError, match="engine 'vllm' with 1 endpoints") as error:
-        EngineSettings(model="m", engine="vllm", endpoints=(f"http://h/{TOKEN}",))
+@pytest.mark.parametrize(
+    ("engine", "endpoints", "message"),
+    [
+        ("vllm", (f"http://h/{TOKEN}",), "engine 'vllm' with 1 endpoints"),
+        ("server", f"http://h/{TOKEN}", "endpoints: a str came; expected list or tuple"),
+        ("server", (f"http://h/{TOKEN}", 7), "endpoints: a tuple came; expected texts"),
+    ],
+)
+def test_settings_with_endpoints_of_a_wrong_kind_do_not_repeat_them(engine, endpoints, message):
+    with pytest.raises(ValueError, match=message) as error:
+        EngineSettings(model="m", engine=engine, endpoints=endpoints)
     assert TOKEN not in str(error.value)
 
 

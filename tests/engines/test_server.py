@@ -265,8 +265,8 @@ def test_fields_are_renamed_left_out_and_replaced():
         ({"stream": True}, "--engine-option stream: every"),
         ({"temperature": "seed"}, "temperature='seed': expected null, which leaves it out, another name"),
         ({"max_tokens": [1]}, "expected null"),
-        ({"temperature": float("nan")}, "temperature=nan: expected what JSON has"),
-        ({"stop": [float("inf")]}, "stop=.*: expected what JSON has"),
+        ({"temperature": float("nan")}, r"temperature\W+nan.*: expected (what JSON has|finite)"),
+        ({"stop": [float("inf")]}, r"stop\W+inf.*: expected (what JSON has|finite)"),
     ],
 )
 def test_options_that_no_request_can_have_are_refused(options, message):
