@@ -207,14 +207,8 @@ def _generated(stage: Stage, out: Path) -> Iterator[Block]:
         yield Table("Lengths in tokens.", ("", *names), lines)
     if summary["pairs"]:
         pairs, there = list(islice(read_pairs(stage.out, allow_equal=True), SHOWN_PAIRS)), summary["pairs"]
-        yield Text(
-            told(
-                len(pairs),
-                there,
-                "pairs",
-                f"longpo pairs show {_called(str(stage.out), out)} --number {there} shows all",
-            )
-        )
+        others = f"longpo pairs show {_called(str(stage.out), out)} --number {there} shows all"
+        yield Text(told(len(pairs), there, "pairs", others))
         yield Pairs(pairs)
 
 
