@@ -452,7 +452,7 @@ def test_no_key_no_address_and_no_path_of_this_machine_is_recorded(settings, tmp
         ({"engine": "server"}, "expected endpoints for 'server' only"),
         ({"length": 0}, "length is 0; expected more than 0"),
         ({"max_repeated": 90.0}, "max_repeated is 90.0; expected a share from 0 to 1"),
-        ({"temperature": float("nan")}, "temperature nan, top_p"),
+        ({"temperature": float("nan")}, "temperature=nan: expected a finite number"),
         (
             {"long_endpoints": ("http://u:p@h",), "endpoints": ("http://h",)},
             "long_endpoints: the one at h holds a user",
