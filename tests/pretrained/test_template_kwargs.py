@@ -60,7 +60,7 @@ def test_what_would_change_nothing_or_is_no_json_is_refused_wherever_a_chat_is_f
 @pytest.mark.parametrize("make", [TrainRun, EngineSettings])
 def test_values_are_checked_before_anything_is_loaded(make):
     more = {"data": "pairs", "output_dir": "out"} if make is TrainRun else {}
-    with pytest.raises(ValueError, match="template_kwargs.*date.*nan"):
+    with pytest.raises(ValueError, match=r"template_kwargs.*date.*nan"):
         make(model="model", template_kwargs={"date": float("nan")}, **more)
     values = check_values(given := {"flag": True, "list": [1, 2.5, None, "a"], "inner": {"a": {}}})
     assert values == given and values is not given
