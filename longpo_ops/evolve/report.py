@@ -105,8 +105,8 @@ def blocks(evolution: Evolution, stages: list[Stage], result: Result) -> Iterato
         if any(cost["stage"].startswith(f"{each.name}/") for cost in result.stages):
             yield Heading(2, f"Round {each.name}")
             yield Text(f"Recipe: {result.recipes[each.name]}.")
-            yield _round(each, mine, Path(evolution.out))
-            yield from _generated(mine[PAIRS])
+            yield _round(each, mine, out)
+            yield from _generated(mine[PAIRS], out)
             yield from _trained(mine[TRAIN])
     if result.stages:
         yield Heading(2, "What it cost")
@@ -185,7 +185,7 @@ def _round(each: Round, mine: dict[str, Stage], out: Path) -> Table:
     return Table("", ("", ""), lines)
 
 
-def _generated(stage: Stage) -> Iterator[Block]:
+def _generated(stage: Stage, out: Path) -> Iterator[Block]:
     file = stage.out / "summary.json"
     if not file.exists():
         return
@@ -207,7 +207,14 @@ def _generated(stage: Stage) -> Iterator[Block]:
         yield Table("Lengths in tokens.", ("", *names), lines)
     if summary["pairs"]:
         pairs, there = list(islice(read_pairs(stage.out, allow_equal=True), SHOWN_PAIRS)), summary["pairs"]
-        yield Text(told(len(pairs), there, "pairs", f"longpo pairs show {stage.out} --number {there} shows all"))
+        yield Text(
+            told(
+                len(pairs),
+                there,
+                "pairs",
+                f"longpo pairs show {_called(str(stage.out), out)} --number {there} shows all",
+            )
+        )
         yield Pairs(pairs)
 
 

@@ -52,8 +52,9 @@ def write_summary(result, pairs: Iterable[Pair], folder: Path, recipe: str) -> d
     write_atomically(folder / "lengths.png", figure)
     first = list(islice(pairs, SHOWN_PAIRS))
     there = max(len(first), summary["pairs"])  # some may be of documents that never finished
-    how_many = told(len(first), there, "pairs", f"longpo pairs show {folder} --number {there} shows all")
-    page = pairs_page(first, f"Pairs in {folder.resolve().name}", how_many, values_of(result, summary), figure)
+    name = folder.resolve().name
+    how_many = told(len(first), there, "pairs", f"longpo pairs show {name} --number {there} shows all")
+    page = pairs_page(first, f"Pairs in {name}", how_many, values_of(result, summary), figure)
     write_text(folder / "summary.html", page)
     return summary
 

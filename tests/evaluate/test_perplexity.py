@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -59,6 +60,17 @@ def test_what_cannot_be_read_is_said(sources, lengths, message, world, tokenizer
     (world / "empty.txt").write_text(" ")
     with pytest.raises(ValueError, match=r"no text for perplexity in .*empty.txt \(empty \(first: empty.txt\)\)"):
         read_windows([str(world / "empty.txt")], (64,), 5, tokenizer)
+
+
+def test_files_that_give_no_text_are_named_in_the_results(settings, world, tmp_path):
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / os.fsdecode(b"\xff\n.txt")).write_bytes(b"\xe9")
+    (odd / "b.txt").write_text((world / "text/a.txt").read_text())
+    given = dict(lengths=(96,), texts=(str(odd),), perplexity=(str(odd),), perplexity_lengths=(32,), samples=1)
+    scores, told = evaluate(settings(**given)), r"1 left out: not UTF-8 (first: \xff\n.txt)"
+    assert scores.notes == (f"texts: {told}", f"perplexity: {told}")
+    assert scores.perplexity and "names" in scores.tasks
 
 
 def test_perplexity_is_that_of_the_logits(settings, world, model, tokenizer):

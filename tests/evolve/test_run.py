@@ -138,6 +138,7 @@ def test_the_report_is_one_file_that_loads_nothing(finished):
         assert f"<td>{row['label']}</td>{cells}" in page
     for said in ("Finished.", "one: perplexity at 128", "documents selected", "rewards/margins", "two/train", "<mark>"):
         assert said in page
+    assert re.search(r"<p class=\"\">2 of (\d+) pairs; longpo pairs show one/pairs --number \1 shows all</p>", page)
     assert settings["out"] not in page and settings["model"] not in page  # no paths of this machine
 
 

@@ -55,6 +55,7 @@ def test_one_command_makes_pairs_and_a_summary(tokenizer, documents, tmp_path):
     assert summary["lengths"]["document"]["number"] == 4 and summary["lengths"]["chunk"]["most"] <= 128
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "summary.html").read_text()
+    assert "3 of 4 pairs; longpo pairs show pairs --number 4 shows all" in page
     assert page.count("<h2>") == 3 and "data:image/png;base64," in page
     assert len(list(read_pairs(out))) == 4  # nothing else in the folder is taken for pairs
 
