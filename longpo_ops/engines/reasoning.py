@@ -55,8 +55,8 @@ def part(text: str, opened: bool = False, reasoning: str = "", finish: str = "st
     if dropped := DROPPED.match(text):
         return Parts(text[dropped.end() :], dropped[1])
     thoughts, rest = "", text
-    while mark := next((mark for mark in MARKS if rest.lstrip().startswith(mark)), "</" if opened else None):
-        begun = rest.lstrip().removeprefix(mark)
+    while (mark := next((mark for mark in MARKS if rest.lstrip().startswith(mark)), "")) or opened:
+        begun = rest.lstrip().removeprefix(mark) if mark else rest
         found = _closing(begun, MARKS.get(mark))
         if found is None:
             return Parts(None, thoughts + begun)
