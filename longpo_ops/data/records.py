@@ -60,6 +60,7 @@ class DataReport:
     cut_tokens: int = 0
     trimmed_contents: int = 0  # contents whose outer whitespace the chat template takes away
     piecewise_pairs: int = 0  # pairs whose answers had to be tokenised on their own (chat.py)
+    other_variables: int = 0  # pairs that were generated with other template_kwargs
     swallowed_pairs: int = 0  # pairs with white space at the ends of contents that the template's own tokens take
 
     def skip(self, bad: BadRecord) -> None:
@@ -85,6 +86,10 @@ class DataReport:
             lines.append(f"  {self.trimmed_contents} contents trimmed as the chat template does")
         if self.piecewise_pairs:
             lines.append(f"  {self.piecewise_pairs} pairs tokenised piecewise")
+        if self.other_variables:
+            lines.append(
+                f"  {self.other_variables} pairs were generated with other template_kwargs than they are formatted with"
+            )
         if self.swallowed_pairs:
             lines.append(
                 f"  {self.swallowed_pairs} pairs lose outer whitespace of contents to tokens of the chat template"

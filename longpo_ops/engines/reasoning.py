@@ -55,8 +55,8 @@ def part(text: str, opened: bool = False, reasoning: str = "", finish: str = "st
     if dropped := DROPPED.match(text):
         return Parts(text[dropped.end() :], dropped[1])
     thoughts, rest = "", text
-    while mark := next((mark for mark in MARKS if rest.lstrip().startswith(mark)), "</" if opened else None):
-        begun = rest.lstrip().removeprefix(mark)
+    while (mark := next((mark for mark in MARKS if rest.lstrip().startswith(mark)), "")) or opened:
+        begun = rest.lstrip().removeprefix(mark) if mark else rest
         found = _closing(begun, MARKS.get(mark))
         if found is None:
             return Parts(None, thoughts + begun)
@@ -74,8 +74,8 @@ def part_completion(completion: Completion, opened: bool) -> Parts:
 
 def _closing(text: str, mark: str | None) -> tuple[int, int] | None:
     """Where a closing mark begins and ends, the first of any kind where the opening one is not known."""
-    found = [(text.find(each), each) for each in ([mark] if mark else MARKS.values()) if each in text]
-    return (min(found)[0], min(found)[0] + len(min(found)[1])) if found else None
+    ends = [mark] if mark else MARKS.values()
+    return min(((text.find(end), text.find(end) + len(end)) for end in ends if end in text), default=None)
 
 
 def _of_channels(text: str) -> Parts:

@@ -268,6 +268,8 @@ async def _generate(
     run: GenerateRun, files, store: Store, chat: ChatFormat, prompts: Prompts, phases, progress
 ) -> Result:
     began, tally, listing = time.monotonic(), Tally(), Listing()
+    about = {"model": store.settings["model"], "engine": run.engine, "seed": run.seed, "recipe": run.title}
+    about |= {"template_kwargs": run.template_kwargs} if run.template_kwargs else {}
     steps = Steps(
         chat,
         prompts,
@@ -281,7 +283,7 @@ async def _generate(
         turns=run.chunks,
         seed=run.seed,
         reference_logps=run.reference_logps,
-        about={"model": store.settings["model"], "engine": run.engine, "seed": run.seed, "recipe": run.title},
+        about=about,
         tally=tally,
     )
     for number, engines in enumerate(phases):

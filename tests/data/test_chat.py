@@ -171,6 +171,11 @@ def test_template_variables_reach_the_template(make_tokenizer, pair):
     result = ChatFormat(tokenizer, template_kwargs={"enable_thinking": False}).tokenize(pair)
     assert prompts[0] in decode(tokenizer, result.ref_chosen[0].ids)
     assert prompts[1] in decode(tokenizer, result.chosen.ids)
+    made, report = replace(pair, provenance={"template_kwargs": {"enable_thinking": False}}), DataReport()
+    ChatFormat(tokenizer, template_kwargs={"enable_thinking": False}).tokenize(made, report)
+    assert report.other_variables == 0
+    ChatFormat(tokenizer).tokenize(made, report)
+    assert "1 pairs were generated with other template_kwargs" in str(report)
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])

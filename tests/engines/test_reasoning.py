@@ -20,6 +20,7 @@ def test_what_stands_between_marks_at_the_beginning_is_no_answer(mark):
     assert part(f"{mark}Is it 7? Per") == (None, "Is it 7? Per")  # cut off, or ended inside
     assert part(f"Is it 7?\n{end}\nParis.", opened=True) == ("Paris.", "Is it 7?\n")
     assert part(f"Is it 7? {end} Paris.", opened=True) == ("Paris.", "Is it 7? ")
+    assert part(f"{end}</b>", opened=True) == ("</b>", "")
     assert part("Is it 7?", opened=True) == (None, "Is it 7?")
     assert part(f"Is it 7?\n{end}\n\nParis.") == ("Paris.", "Is it 7?\n")  # opened, though nobody has told so
 

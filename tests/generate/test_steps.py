@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import AutoTokenizer
+
 from benchmarks.loop.openai_server import OpenAIServer, Reply, Seen, answer
 from longpo_ops.data import read_pairs
 from longpo_ops.generate import generate
@@ -26,6 +28,23 @@ def test_pairs_of_a_thinking_model_are_those_of_its_answers(settings, tmp_path):
         result = generate(settings(endpoints=(server.url,), out=str(tmp_path / "thinking")))
     plain, made = (list(read_pairs(tmp_path / name)) for name in ("plain", "thinking"))
     assert [pair.turns for pair in made] == [pair.turns for pair in plain] and result.made == 4
+
+
+def test_a_template_may_open_the_reasoning_itself(settings, tokenizer, tmp_path):
+    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    role, prompt = "<|{{ message['role'] }}|>", "{% if add_generation_prompt %}<|assistant|>"
+    assert role in own.chat_template and prompt in own.chat_template
+    empty = "{% if message['role'] == 'assistant' %}<think>\n</think>{% endif %}"
+    own.chat_template = own.chat_template.replace(role, role + empty).replace(prompt, prompt + "<think>")
+    own.save_pretrained(tmp_path / "model")
+    given = dict(model=str(tmp_path / "model"), prompts=None, max_documents=1)
+    made = {}
+    for name, begin, end in (("plain", "", "</think>"), ("thinking", THOUGHT, "</think>")):
+        with OpenAIServer(lambda number, seen, begin=begin, end=end: thinking(seen, "", begin + end)) as server:
+            generate(settings(endpoints=(server.url,), out=str(tmp_path / name), **given))
+        made[name] = [pair.turns for pair in read_pairs(tmp_path / name)]
+    assert made["plain"] == made["thinking"] and len(made["plain"][0]) == 4
+    assert not any("think" in turn.chosen + turn.rejected[0] for turn in made["plain"][0])
 
 
 def test_what_is_cut_off_inside_the_reasoning_is_a_failed_turn_that_is_counted(settings, tmp_path):
