@@ -76,9 +76,10 @@ class TransformersEngine(Engine):
         if (ends := self._ends()) and min(ends) >= rows:
             raise ValueError(f"eos_token_id={ends}: no text would end, as the embedding has {rows} rows")
         if not min(done.logprobs) > 1e-6 - math.log(rows):  # the likeliest token's; NaN is not above it either
+            came = ", ".join(map(str, done.logprobs))
             raise ValueError(
-                f"log-probs {', '.join(map(str, done.logprobs))} came after two tokens; expected finite numbers, and not that "
-                f"all {rows} tokens are equally likely: look at its config, its weights and --dtype"
+                f"log-probs {came} came after two tokens; expected finite numbers, and not that all {rows} tokens are equally "
+                "likely: look at its config, its weights and --dtype"
             )
 
     def _check(self, ids: Sequence[int]) -> None:

@@ -323,7 +323,10 @@ def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32
         try:
             loss = _Loss.apply(body(input_ids=ids, use_cache=False, **shared).last_hidden_state)
         except (NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"{type(model).__name__} cannot be planned: its forward needs data ({error})") from error
+            name = config.config.name_or_path
+            raise ValueError(
+                f"model {name!r}: {type(model).__name__} cannot be planned: its forward needs data ({error})"
+            ) from error
         if shared and not exchanges.count:
             raise ValueError(
                 f"{type(model).__name__} does not pass shards on to its attention: expected sequence_parallel=1"

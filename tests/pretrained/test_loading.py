@@ -12,7 +12,7 @@ from longpo_ops.pretrained import BrokenModel, loading, read_config
 from . import broken, outcomes
 from .tiny import llama, save
 
-SHORT = 40  # of the cases; `python -m tests.pretrained.outcomes` takes all of them
+SHORT = 24  # of the cases; `python -m tests.pretrained.outcomes` takes all of them
 
 
 @pytest.fixture(scope="module")
