@@ -54,8 +54,9 @@ TIMES = re.compile(
     r"seconds|exact|\w+_runtime|\w+_per_second|peak_memory_gib|(host|device)_bytes|trainer_state\.json|time"
 )
 VARYING = re.compile(r"(.*/)?(lock|training\.png|report\.html|data/mapped/.*|\.all\.jsonl\.\w+\.partial)")
+KEY = re.compile(r"pairs-[0-9a-f]{16}")  # which the times of files are in
 SHOWN = {  # of pages: what is of the last process alone
-    ".md": re.compile(r".*(tokens_per_second|peak_memory_gib|[Ss]econds| s\b|base/evaluate \||one/\w+ \|).*\n"),
+    ".md": re.compile(r".*(tokens_per_second|peak_memory_gib|[Ss]econds| s\b).*\n|## What it cost[\s\S]*"),
     ".html": re.compile(r"<tr><td>(requests|tokens \w+) now</td>.*?</tr>|<tr><td>(of them|tokens per|seconds).*?</tr>"),
 }
 
@@ -122,13 +123,15 @@ class Command:
 
 def results(out: Path) -> dict[str, bytes]:
     """The files of a run by their names, without what times decide."""
-    names = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*")) if path.is_file()}
+    paths = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    names = {KEY.sub("pairs-KEY", path.relative_to(out).as_posix()): path for path in paths}
+    assert len(names) == len(paths), f"{out}: pairs were tokenised twice"
     return {name: _timeless(path) for name, path in names.items() if not VARYING.fullmatch(name)}
 
 
 def _timeless(path: Path) -> bytes:
     if path.suffix == ".json":
-        return json.dumps(_without_times(json.loads(path.read_text()))).encode()
+        return json.dumps(_without_times(json.loads(KEY.sub("pairs-KEY", path.read_text())))).encode()
     return SHOWN[path.suffix].sub("", path.read_text()).encode() if path.suffix in SHOWN else path.read_bytes()
 
 
