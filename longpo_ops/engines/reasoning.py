@@ -17,7 +17,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from . import Completion, Request, Sampling
+from ..pretrained import render_chat
+from . import Completion
 
 MARKS = {
     "<think>": "</think>",
@@ -89,11 +90,8 @@ def _of_channels(text: str) -> Parts:
 
 def opens_reasoning(tokenizer, template_kwargs: dict) -> bool:
     """Whether the chat template itself begins the reasoning of an answer: its prompt ends inside a pair of MARKS."""
-    request = Request("a", Sampling(1))
-    prompt = tokenizer.apply_chat_template(
-        request.messages, tokenize=False, add_generation_prompt=True, **template_kwargs
-    ).rstrip()
-    return prompt.endswith(tuple(MARKS))
+    prompt = render_chat(tokenizer, [{"role": "user", "content": "a"}], True, **template_kwargs)
+    return prompt.rstrip().endswith(tuple(MARKS))
 
 
 def with_marks(tokenizer, ids: Sequence[int], text: str) -> str:

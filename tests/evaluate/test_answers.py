@@ -101,5 +101,5 @@ def test_a_conversation_goes_on_without_the_reasoning_and_so_does_the_judge(sett
 
 @pytest.mark.parametrize("tokens", [-1, 1.5, True])
 def test_reasoning_tokens_are_a_number(tokens, settings):
-    with pytest.raises(ValueError, match=r"reasoning_tokens is .*; expected a whole number of tokens, or 0"):
+    with pytest.raises(ValueError, match=r"reasoning_tokens.*expected"):
         settings(endpoints=("http://127.0.0.1:9/v1",), reasoning_tokens=tokens)
