@@ -54,7 +54,7 @@ def test_ranks_that_this_process_cannot_have_are_refused(options, message):
         ({"concurrency": 1.5}, "concurrency=1.5: expected int"),
         ({"concurrency": True}, "concurrency=True: expected int"),
         ({"rope": {"rope_theta": float("nan")}}, "rope={'rope_theta': nan}: expected finite numbers"),
-        ({"endpoints": "http://a"}, "endpoints='http://a': expected list or tuple"),
+        ({"endpoints": "http://a"}, "endpoints: a str came; expected list or tuple"),
         ({"trust_remote_code": 1}, "trust_remote_code=1: expected bool"),
     ],
 )
