@@ -46,3 +46,9 @@ def change_fields(body: dict[str, Any], options: dict[str, Any]) -> dict[str, An
             told = body.pop(name)
             body |= {} if value is None else {value: told}
     return body
+
+
+def changed(options: dict[str, Any]) -> dict[str, Any]:
+    """What options change of a request's own fields, such as its temperature: another answer comes of it. Names do not
+    matter."""
+    return {name: value for name, value in options.items() if name in OWN and not isinstance(value, str)}

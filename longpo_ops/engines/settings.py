@@ -17,7 +17,7 @@ from ..pretrained.template_kwargs import check_template_kwargs, check_values
 from ..runs.validate import check_kinds
 from . import NAMES, Engine
 from .address import KEY, check_url, read_key
-from .fields import OWN, check_fields
+from .fields import changed, check_fields
 
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 # Of a server that is one of several which share a model's ranks. One that waits for the others would wait for ever here.
@@ -96,10 +96,8 @@ class EngineSettings:
 
     @property
     def own_fields(self) -> dict:
-        """What the options change of a request's own fields, such as its temperature: another answer comes of it. Names do
-        not matter."""
-        options = self.engine_options or {} if self.engine == "server" else {}
-        return {name: value for name, value in options.items() if name in OWN and not isinstance(value, str)}
+        """What the options change of a server's requests (fields.changed)."""
+        return changed(self.engine_options or {}) if self.engine == "server" else {}
 
     def check_rope(self, name: str) -> None:
         """Raises ValueError for entries with which no model reads anything, and for a server, which has its own."""

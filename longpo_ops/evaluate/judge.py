@@ -7,10 +7,12 @@ Tests: tests/evaluate/test_published.py, tests/evaluate/test_mt_bench.py.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 
 from ..engines import Request, Sampling
+from ..engines.fields import changed
 from ..runs.journal import Shard
 from .answers import Answers
 
@@ -37,7 +39,8 @@ async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]
     engine = ServerEngine((run.judge,), run.judge_model, run.concurrency, **limits, **options)
     try:
         await engine.start()
-        judge = Answers(engine, journal, who=f"judge {engine.model}")
+        fields = changed(run.judge_options or {})  # another rating comes of them
+        judge = Answers(engine, journal, who=f"judge {engine.model}" + (f" {json.dumps(fields)}" if fields else ""))
 
         async def rate(asked: tuple[str, str] | None) -> float | None:
             if asked is None:

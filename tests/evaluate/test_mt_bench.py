@@ -90,6 +90,9 @@ def test_a_judge_gets_other_fields_and_says_which_it_refuses(settings, questions
         scores = evaluate(settings(judge_options=options, **given))
         bodies = [seen.body for seen in rater.seen if "max_tokens" not in seen.body]
         assert all(body["max_completion_tokens"] == 1024 and "temperature" not in body for body in bodies)
+        evaluate(settings(judge_options=options | {"temperature": 0.3}, **given))
+        again = [seen.body for seen in rater.seen if "temperature" in seen.body and "max_tokens" not in seen.body]
+        assert len(again) == len(bodies) > 0 and again[0]["temperature"] == 0.3
     assert scores.published["mt_bench"] == pytest.approx(0.7)
 
 
