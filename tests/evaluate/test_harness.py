@@ -107,9 +107,9 @@ def test_numbers_are_those_of_the_packages_own_model(run, files, model):
 
     from longpo_ops.evaluate.harness import known_tasks
 
-    calls, generate = [], TransformersEngine._generate
+    calls, answer = [], TransformersEngine._answer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TransformersEngine, "_generate", lambda *args: calls.append(1) or generate(*args))
+        patch.setattr(TransformersEngine, "_answer", lambda *args: calls.append(1) or answer(*args))
         scores = evaluate(run)
         first = len(calls)
         assert first >= 6 and evaluate(run).harness == scores.harness and len(calls) == first  # all from the journal

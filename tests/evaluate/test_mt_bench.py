@@ -182,9 +182,9 @@ def test_a_real_model_talks_and_a_killed_run_goes_on_to_the_same_answers(setting
     cut = settings(**given)
     short = "from longpo_ops.evaluate import mt_bench\nmt_bench.MOST = 12\n"
     assert run_killed(cut, 2, before=short) == -signal.SIGKILL
-    kept, calls, generate = asked(cut), [], TransformersEngine._generate
+    kept, calls, answer = asked(cut), [], TransformersEngine._answer
     assert 2 <= kept < 6
-    monkeypatch.setattr(TransformersEngine, "_generate", lambda *args: calls.append(1) or generate(*args))
+    monkeypatch.setattr(TransformersEngine, "_answer", lambda *args: calls.append(1) or answer(*args))
     evaluate(cut)
     assert len(calls) == 6 - kept
     files = [(Path(run.out) / "answers.jsonl").read_text() for run in (whole, cut)]

@@ -106,9 +106,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(settings, world, tmp_pa
     assert run_killed(run, 12 + 4) == -signal.SIGKILL  # the windows are the shortest
     kept, total = asked(run), 2 * 12 + 12
     assert 12 + 4 <= kept < total
-    calls, generate = [], TransformersEngine._generate
+    calls, answer = [], TransformersEngine._answer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TransformersEngine, "_generate", lambda *args: calls.append(1) or generate(*args))
+        patch.setattr(TransformersEngine, "_answer", lambda *args: calls.append(1) or answer(*args))
         again = evaluate(run)
     assert len(calls) == total - kept
     assert measured(again) == measured(whole) and asked(run) == total
