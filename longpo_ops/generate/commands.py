@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,14 +171,12 @@ def show(
 ) -> None:
     """Chosen beside rejected, differences marked."""
     from ..runs.journal import write_text
-    from ..runs.page import told
     from .report import pairs_page, show_pair
 
-    chosen, there = _first(path, number, id)
+    chosen, how_many = _first(path, number, id)
     if not chosen:
         which = "no pair" if id is None else f"no pair with id {id!r}"
         raise ValueError(f"{which} in {', '.join(map(str, path))}")
-    how_many = told(len(chosen), there, "pairs", f"--number {there} shows all")
     if html is not None:
         write_text(html, pairs_page(chosen, "Preference pairs", how_many))
         typer.echo(f"{html} holds {how_many}")
@@ -187,22 +186,26 @@ def show(
     typer.echo(how_many)
 
 
-def _first(paths: list[Path], number: int, id: str | None) -> tuple[list, int]:
-    """The first pairs, all or those of an id, and how many there are. Where no id is wanted, those that are not shown are
-    counted and not looked at."""
+def _first(paths: list[Path], number: int, id: str | None) -> tuple[list, str]:
+    """The first pairs, all or those of an id, and how many of how many these are. Where no id is wanted, those that are not
+    shown are counted and not looked at."""
     from ..data import Pair
-    from ..data.records import read_records
+    from ..data.records import count_records, read_records
+    from ..runs.page import told
 
-    records, found, there = (record for path in paths for record in read_records(path)), [], 0
-    for where, record in records:
-        if id is None and there >= number:
-            there += 1
-            continue
-        pair = Pair.from_record(record, where, allow_equal=True)
-        if id in (None, pair.id):
-            there += 1
-            found += [pair] if len(found) < number else []
-    return found, there
+    records = (record for path in paths for record in read_records(path))
+    pairs = (Pair.from_record(record, where, allow_equal=True) for where, record in records)
+    if id is not None:
+        found = [pair for pair in pairs if pair.id == id]
+        there = len(found)
+    else:
+        found = list(islice(pairs, number))
+        try:
+            there = sum(map(count_records, paths))
+        except ValueError as error:  # a file behind the pairs that are shown
+            return found, f"{len(found):,} pairs; how many there are cannot be said: {error}"
+    found = found[:number]
+    return found, told(len(found), there, "pairs", f"--number {there} shows all")
 
 
 @pairs.command()

@@ -133,8 +133,8 @@ def check_rope(config) -> None:
             if not _is_positive(value := entries.get(name)):
                 raise ValueError(f"rope_parameters: {name}={shown(value)}: expected a finite number above 0")
         low, high = entries.get("low_freq_factor"), entries.get("high_freq_factor")
-        if low and high and high <= low:
-            raise ValueError(f"rope_parameters: high_freq_factor={high}: expected more than low_freq_factor, {low}")
+        if low and high and high < low:  # equal ones have no band between them, as published
+            raise ValueError(f"rope_parameters: high_freq_factor={high}: expected at least low_freq_factor, {low}")
         for name in ("short_factor", "long_factor"):
             if isinstance(factors := entries.get(name), list) and len(factors) == 1:  # which torch spreads over all
                 raise ValueError(f"rope_parameters: {name}={factors}: expected a factor for each pair of columns")

@@ -159,6 +159,13 @@ def test_a_text_that_names_a_token_without_a_row_fails_alone(engine):
     assert ask(engine, question(0))[0].tokens
 
 
+def _first_row_zero(weights: dict) -> dict:
+    name = "model.embed_tokens.weight"
+    rows = weights[name].clone()
+    rows[0] = 0
+    return weights | {name: rows}
+
+
 def test_a_model_that_makes_no_numbers_or_no_ends_is_refused_as_it_is_loaded(model, tmp_path):
     def start(weights=None, generation=None) -> None:
         folder = shutil.copytree(model, tmp_path / str(len(list(tmp_path.iterdir()))))
@@ -167,9 +174,11 @@ def test_a_model_that_makes_no_numbers_or_no_ends_is_refused_as_it_is_loaded(mod
         asyncio.run(TransformersEngine(change(folder, weights)).start())
 
     with pytest.raises(
-        ValueError, match=r"cannot be loaded: config.json or generation_config.json: .* log-probs -.* equally likely"
+        ValueError,
+        match=r"cannot be loaded: config.json or generation_config.json: .* log-prob (-|nan).* equally likely",
     ):
         start(lambda weights: {name: weight * 1e30 for name, weight in weights.items()})
+    start(_first_row_zero)  # as that of padding is
     with pytest.raises(ValueError, match=r"eos_token_id=\[1000000\]: no text would end, as the embedding has"):
         start(generation={"eos_token_id": 10**6})
     with pytest.raises(ValueError, match="do not support `num_return_sequences`"):

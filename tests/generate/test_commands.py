@@ -113,6 +113,10 @@ def test_what_is_not_shown_is_counted_on_page_and_terminal(pair, tmp_path):
     assert told in call("pairs", "show", tmp_path).output
     assert "1 of 2 pairs; --number 2 shows all" in call("pairs", "show", tmp_path, "--id", 2, "--number", 1).output
     assert "5 of 5 pairs\n" in call("pairs", "show", tmp_path, "--number", 9).output
+    write_pairs([replace(pair, id=str(number)) for number in range(400)], tmp_path / "c.jsonl.gz")
+    cut = (tmp_path / "c.jsonl.gz").read_bytes()
+    (tmp_path / "c.jsonl.gz").write_bytes(cut[: len(cut) // 2])
+    assert "3 pairs; how many there are cannot be said: " in call("pairs", "show", tmp_path).output
 
 
 def test_stats(pair, tokenizer, tmp_path):

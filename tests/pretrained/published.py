@@ -42,6 +42,10 @@ PUBLISHED = {
         hidden_size=2048, head_dim=64, tie_word_embeddings=True, max_position_embeddings=131072,
         rope_scaling={**LLAMA3, "factor": 32.0, "rope_type": "llama3"},
     ),
+    "llama 4's angles": _llama(
+        rope_scaling={**LLAMA3, "factor": 16.0, "high_freq_factor": 1.0, "rope_type": "llama3"},
+        max_position_embeddings=10485760,
+    ),
     "llama 2 linear": _llama(rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=10000),
     "llama 2 yarn": _llama(
         rope_scaling={"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "finetuned": True},
