@@ -167,7 +167,8 @@ class ChatFormat:
                 raise BadRecord(pair.id, where, "longer than max_length", advice)
         report.trimmed_contents += trimmed
         report.piecewise_pairs += split
-        made_with = pair.provenance.get("template_kwargs", self.template_kwargs)
+        unsaid = {} if "engine" in pair.provenance else self.template_kwargs  # the generator says what it set
+        made_with = pair.provenance.get("template_kwargs", unsaid)
         report.other_variables += made_with != self.template_kwargs
         report.swallowed_pairs += any(conversation.swallowed for conversation in encoded.values())
         report.cut_documents += length < before

@@ -207,8 +207,10 @@ def parse_record(record: str | dict, where: str) -> dict:
 def record_id(record: dict, where: str) -> str:
     """What a record is called: its id, a whole number as text, or where it stands. BadRecord for an id of another kind."""
     value = record.get("id")
-    if value is None:
+    if value is None or value == "":
         return where
+    if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers where one is missing
+        value = int(value)
     if type(value) not in (str, int):
         raise BadRecord(where, "id", "wrong type", f"{came(value)}; expected text or a whole number, or no id")
     return check_text(where, "id", str(value))

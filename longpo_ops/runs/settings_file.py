@@ -8,6 +8,7 @@ YAML 1.1 takes `no` for false wherever it stands, `save_strategy: no` included, 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from functools import cache
@@ -42,7 +43,9 @@ def _parsed(where: str, read: Callable[[], str]) -> Any:
     import yaml
 
     try:
-        return yaml.load(read(), _loader())
+        value = yaml.load(read(), _loader())
+        json.dumps(value, skipkeys=True, default=str)  # an anchor that holds itself is a ValueError here
+        return value
     except (
         yaml.YAMLError,
         RecursionError,
@@ -53,7 +56,7 @@ def _parsed(where: str, read: Callable[[], str]) -> Any:
 
 def settle(values: dict[str, Any], *owners: type) -> dict[str, Any]:
     """Values by names of fields of `owners`, classes with annotations: a Word becomes a flag where its field takes one, and
-    inside a field of names and values, whose own kinds nobody here knows."""
+    inside a field of names and values, whose own kinds nobody here knows; a quoted 1e-5 a number where one is wanted."""
     kinds = {name: kind for owner in owners for name, kind in get_type_hints(owner).items()}
     return {name: _settled(value, kinds.get(name)) for name, value in values.items()}
 
@@ -61,6 +64,13 @@ def settle(values: dict[str, Any], *owners: type) -> dict[str, Any]:
 def _settled(value: Any, kind: Any) -> Any:
     if isinstance(value, Word):
         return value.flag if bool in (kind, *get_args(kind)) else str(value)
+    if (
+        isinstance(value, str)
+        and NUMBER.match(value)
+        and float in (kinds := (kind, *get_args(kind)))
+        and str not in kinds
+    ):
+        return float(value)
     return _flags(value) if isinstance(value, dict) else value
 
 

@@ -214,7 +214,8 @@ class TrainRun:
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(path)]
         key = [files, tokenizer_digest(tokenizer), vocab_size, tokenizer.chat_template, self.system, self.max_length]
         nll_tokens = self.settings()["nll_tokens"]
-        key += [self.cut_document, self.on_bad_record, self.allows_equal(), nll_tokens, self.template_kwargs]
+        key += [self.cut_document, self.on_bad_record, self.allows_equal(), nll_tokens]
+        key += [self.template_kwargs] if self.template_kwargs else []
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         file = Path(self.output_dir) / "data" / f"pairs-{digest}.parquet"
         told = file.with_suffix(".txt")

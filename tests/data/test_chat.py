@@ -176,6 +176,11 @@ def test_template_variables_reach_the_template(make_tokenizer, pair):
     assert report.other_variables == 0
     ChatFormat(tokenizer).tokenize(made, report)
     assert "1 pairs were generated with other template_kwargs" in str(report)
+    plain, report = replace(pair, provenance={"engine": "vllm"}), DataReport()
+    ChatFormat(tokenizer).tokenize(plain, report)
+    assert report.other_variables == 0
+    ChatFormat(tokenizer, template_kwargs={"enable_thinking": False}).tokenize(plain, report)
+    assert report.other_variables == 1
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])

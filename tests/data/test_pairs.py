@@ -103,11 +103,11 @@ def test_bad_records_are_named(path, value, message, pair):
         Pair.from_record(spoil(pair, path, value))
 
 
-@pytest.mark.parametrize("value", [{"n": 1}, [1], 1.5, True, "", " ", "\ud800"])
+@pytest.mark.parametrize("value", [{"n": 1}, [1], 1.5, float("nan"), True, " ", "\ud800"])
 def test_an_id_is_text_or_a_whole_number(value, pair):
     with pytest.raises(BadRecord, match=r"^record 'a\.jsonl:3', id: (wrong type|empty field|broken text encoding); "):
         Pair.from_record(pair.to_record() | {"id": value}, "a.jsonl:3")
-    for given, called in ((7, "7"), ("x y", "x y"), (None, "a.jsonl:3")):
+    for given, called in ((7, "7"), (7.0, "7"), ("x y", "x y"), (None, "a.jsonl:3"), ("", "a.jsonl:3")):
         assert Pair.from_record(pair.to_record() | {"id": given}, "a.jsonl:3").id == called
 
 

@@ -18,6 +18,7 @@ class Settings:
     free: dict[str, Any] | None
     names: tuple[str, ...]
     steps: int
+    rate: float | None
 
 
 @pytest.mark.parametrize("written, flag", [("no", False), ("Off", False), ("YES", True), ("on", True)])
@@ -42,10 +43,13 @@ def test_what_is_written_plainly_or_in_quotes_stays():
 def test_numbers_need_no_dot_and_quotes_make_text():
     found = parse_yaml("[5e-7, 1.5E+3, -2e3, '5e-7', 7, nothing, noon, .5]", "here")
     assert found == [5e-7, 1500.0, -2000.0, "5e-7", 7, "nothing", "noon", 0.5]
+    assert settle({"rate": "1e-5", "strategy": "1e-5"}, Settings) == {"rate": 1e-5, "strategy": "1e-5"}
     assert settle({"steps": parse_yaml("no", "here")}, Settings) == {"steps": "no"}  # a message will name the word
 
 
-@pytest.mark.parametrize("text", ["a: [", "\x00", "[" * 5000, "a: 2026-99-99", "!!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "\x00", "[" * 5000, "a: 2026-99-99", "a: &b {c: *b}", "!!python/object:os.system {}"]
+)
 def test_no_yaml_is_named(text):
     with pytest.raises(ValueError, match=r"^here: no valid YAML: "):
         parse_yaml(text, "here")
