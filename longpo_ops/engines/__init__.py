@@ -112,12 +112,14 @@ class RequestFailed(Exception):
 
 
 class Engine:
-    """What all engines offer. `concurrency` is how many requests are worth having under way at once.
+    """What all engines offer. `concurrency` is how many requests are worth having under way at once. whole: whether a
+    completion holds all that the model wrote; a server may leave its reasoning out.
 
     An engine has `_answer` and `_logps`, both of which raise as `generate`; log-probs are checked here.
     """
 
     concurrency = 1
+    whole = True
 
     async def start(self) -> None:
         """Load or reach the model. Raises EngineStopped (a ConnectionError) or ValueError where that cannot be."""

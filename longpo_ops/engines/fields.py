@@ -26,6 +26,8 @@ def check_fields(options: dict[str, Any], flag: str = "--engine-option") -> None
             raise ValueError(f"{flag} {name}={value!r}: expected what JSON has, without NaN and infinities") from None
         if name in FIXED:
             raise ValueError(f"{flag} {name}: every request has its own; expected another field")
+        if name == "chat_template_kwargs" and not isinstance(value, dict | None):
+            raise ValueError(f'{flag} {name}={value!r}: expected variables of the chat template, such as {{"a": 1}}')
         right = (
             value is None or type(value) in (int, float) or (isinstance(value, str) and value not in ("", *OWN, *FIXED))
         )

@@ -6,9 +6,11 @@
     Completion.reasoning, answer       where a server tells the two apart
 
 A text that is opened and never closed is reasoning alone: there is no answer, as the model was cut off inside or ended
-there. A mark anywhere else is a part of the text: an answer may speak of <think>. Without a template that opens it, a lone
-closing mark counts where it stands on a line of its own. Not covered: what is cut off inside gpt-oss's reasoning where a
-server drops its special tokens, as nothing is left that tells.
+there. A server may keep the reasoning to itself: its text that only the template has opened, and that ended by itself, is the
+answer. A mark anywhere else is a part of the text: an answer may speak of <think>. Without a template that opens it, a lone
+closing mark counts where it stands on a line of its own, unless it is as plain a tag as an answer may hold (PLAIN). Not
+covered: servers that drop special tokens, as vLLM's without a reasoning parser do by default (skip_special_tokens): where
+[THINK] is one, reasoning and answer come as one text, and what is cut off inside gpt-oss's reasoning comes as an answer.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ MARKS = {
     "\u25c1think\u25b7": "\u25c1/think\u25b7",
     "<|START_THINKING|>": "<|END_THINKING|>",
 }
+PLAIN = ("<thinking>", "<thought>", "<reasoning>")
 CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")  # of gpt-oss
-LONE = re.compile(rf"^[^\S\n]*(?:{'|'.join(map(re.escape, MARKS.values()))})[^\S\n]*$", re.MULTILINE)
+ALONE = "|".join(re.escape(end) for mark, end in MARKS.items() if mark not in PLAIN)
+LONE = re.compile(rf"^[^\S\n]*(?:{ALONE})[^\S\n]*$", re.MULTILINE)
 CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 DROPPED = re.compile(r"\A\s*analysis(.*?)assistantfinal", re.DOTALL)  # the same without its special tokens
 ENDS = re.compile(r"<\|(?:end|return|call)\|>.*", re.DOTALL)
@@ -44,8 +48,9 @@ class Parts(NamedTuple):
     reasoning: str
 
 
-def part(text: str, opened: bool = False, reasoning: str = "", finish: str = "stop") -> Parts:
-    """opened: whether what precedes the text has opened the reasoning. reasoning: what came apart. finish: of Completion."""
+def part(text: str, opened: str = "", reasoning: str = "", finish: str = "stop", whole: bool = True) -> Parts:
+    """opened: the mark that precedes the text, if one does (opens_reasoning). reasoning: what came apart. finish: of
+    Completion. whole: of Engine, whether all that the model wrote is here."""
     if reasoning:
         if not text.strip() and finish == "length":
             return Parts(None, reasoning)
@@ -58,25 +63,21 @@ def part(text: str, opened: bool = False, reasoning: str = "", finish: str = "st
     thoughts, rest = "", text
     while (mark := next((mark for mark in MARKS if rest.lstrip().startswith(mark)), "")) or opened:
         begun = rest.lstrip().removeprefix(mark) if mark else rest
-        found = _closing(begun, MARKS.get(mark))
-        if found is None:
+        thought, end, behind = begun.partition(MARKS[mark or opened])
+        if not (end or mark or whole) and finish == "stop":
+            break
+        if not end:
             return Parts(None, thoughts + begun)
-        thoughts, rest, opened = thoughts + begun[: found[0]], begun[found[1] :].lstrip(), False
+        thoughts, rest, opened = thoughts + thought, behind.lstrip(), ""
     lone = None if thoughts or rest != text else LONE.search(text)
     if lone and not any(mark in text[: lone.start()] for mark in MARKS):
         return Parts(text[lone.end() :].lstrip(), text[: lone.start()])
     return Parts(rest, thoughts)
 
 
-def part_completion(completion: Completion, opened: bool) -> Parts:
+def part_completion(completion: Completion, opened: str, whole: bool) -> Parts:
     """The parts of what an engine gave for a message."""
-    return part(completion.text, opened, completion.reasoning, completion.finish)
-
-
-def _closing(text: str, mark: str | None) -> tuple[int, int] | None:
-    """Where a closing mark begins and ends, the first of any kind where the opening one is not known."""
-    ends = [mark] if mark else MARKS.values()
-    return min(((text.find(end), text.find(end) + len(end)) for end in ends if end in text), default=None)
+    return part(completion.text, opened, completion.reasoning, completion.finish, whole)
 
 
 def _of_channels(text: str) -> Parts:
@@ -88,10 +89,10 @@ def _of_channels(text: str) -> Parts:
     return Parts(answer, thoughts)
 
 
-def opens_reasoning(tokenizer, template_kwargs: dict) -> bool:
-    """Whether the chat template itself begins the reasoning of an answer: its prompt ends inside a pair of MARKS."""
+def opens_reasoning(tokenizer, template_kwargs: dict) -> str:
+    """The opening one of MARKS with which the chat template's prompt ends, so that an answer begins inside; "" without."""
     prompt = render_chat(tokenizer, [{"role": "user", "content": "a"}], True, **template_kwargs)
-    return prompt.rstrip().endswith(tuple(MARKS))
+    return next((mark for mark in MARKS if prompt.rstrip().endswith(mark)), "")
 
 
 def with_marks(tokenizer, ids: Sequence[int], text: str) -> str:

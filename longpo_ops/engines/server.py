@@ -79,11 +79,14 @@ class ServerEngine(Engine):
     endpoints: base URLs such as http://127.0.0.1:8000/v1. model: the name it is served under; None takes the only one
     there is. concurrency: requests under way per endpoint. timeout: seconds until a request counts as failed.
     patience: seconds without any success until the run stops. key_variable: environment variable of the API key.
-    template_kwargs: variables of the chat template, for servers that take `chat_template_kwargs`. options: fields of every
-    request's body that are added, renamed or left out (fields.py); flag: how the command line names them.
+    template_kwargs: variables of the chat template, for servers that take `chat_template_kwargs`, beside those of the options.
+    options: fields of every request's body that are added, renamed or left out (fields.py); flag: how the command line names
+    them.
 
     Raises ValueError for a URL that holds a key or is none, a key that no header can hold, and options that no request has.
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -105,7 +108,8 @@ class ServerEngine(Engine):
         self.concurrency = concurrency * len(self.endpoints)
         self._key = read_key(key_variable)
         check_fields(options or {}, flag)
-        self._fields = dict(options or {}) | ({"chat_template_kwargs": template_kwargs} if template_kwargs else {})
+        variables = dict((options or {}).get("chat_template_kwargs") or {}) | (template_kwargs or {})
+        self._fields = dict(options or {}) | ({"chat_template_kwargs": variables} if template_kwargs else {})
         self._flag = flag
         self._homes: dict[str, Endpoint] = {}
         self._answered, self._last_success = 0, 0.0

@@ -126,7 +126,8 @@ class EngineSettings:
         loses text or, with a local engine, belongs to another model, and for template_kwargs that its template ignores."""
         rows = None if self.engine == "server" else read_config(self.model, self.trust_remote_code).vocab_size
         tokenizer = load_tokenizer(self.model, self.trust_remote_code, rows)
-        check_template_kwargs(tokenizer, self.template_kwargs)
+        own = "a server may have another template: --engine-option 'chat_template_kwargs={}' sends it unchecked"
+        check_template_kwargs(tokenizer, self.template_kwargs, own if self.engine == "server" else "")
         return tokenizer
 
     def make_engine(self, length: int) -> Engine:

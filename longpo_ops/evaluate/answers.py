@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,17 +31,25 @@ from ..runs.journal import Shard
 
 class Answers:
     """engine: started. who: told apart in the journal, where several engines answer. `reading` is how many tokens are
-    read at present, which failures tell. `last_failure` is what the last failed request said. opens: whether what a request
-    renders to begins the reasoning. `reasoning` is what models wrote before their answers, by name; `cut` are the names of
-    those that came to no answer.
+    read at present, which failures tell. `last_failure` is what the last failed request said. opens: the mark of reasoning
+    with which what a request renders to ends, or "". more: tokens that a model may write beside those of an answer, as
+    reasoning. tokenizer: then cuts the answers themselves to their limits; None leaves them. `reasoning` is what models wrote
+    before their answers, by name; `cut` are the names of those that came to no answer.
 
     All methods raise EngineStopped where the engine is gone and ValueError where memory does not suffice.
     """
 
     def __init__(
-        self, engine: Engine, journal: Shard, who: str = "", opens: Callable[[Request], bool] = lambda request: False
+        self,
+        engine: Engine,
+        journal: Shard,
+        who: str = "",
+        opens: Callable[[Request], str] = lambda request: "",
+        more: int = 0,
+        tokenizer=None,
     ):
         self.engine, self.journal, self.who, self.opens = engine, journal, who, opens
+        self.more, self.tokenizer = more, tokenizer
         self.reading, self.last_failure = 0, ""
         self.reasoning: dict[str, str] = {}
         self.cut: set[str] = set()
@@ -48,7 +57,9 @@ class Answers:
     async def generate(self, name: str, request: Request) -> dict[str, Any] | None:
         """{"text", "finish"}, the text without reasoning; for prompts of token ids as it came, and also "ids", where the engine
         tells them."""
-        sampling, raw = request.sampling, request.prompt_ids is not None
+        raw, limit = request.prompt_ids is not None, request.sampling.max_tokens
+        sampling = request.sampling if raw else replace(request.sampling, max_tokens=limit + self.more)
+        request = replace(request, sampling=sampling)
         asked = [request.content, request.prefill, request.prompt_ids]
         asked += [sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed]
         asked += [request.earlier] if request.earlier else []
@@ -63,10 +74,19 @@ class Answers:
         found = await self._once(name, asked, ask)
         if found is None or raw:
             return found
-        parts = part(found["text"], self.opens(request), found.get("reasoning", ""), found["finish"])
+        opened, apart = self.opens(request), found.get("reasoning", "")
+        parts = part(found["text"], opened, apart, found["finish"], self.engine.whole)
         self.reasoning |= {name: parts.reasoning} if parts.reasoning else {}
         self.cut |= {name} if parts.answer is None else set()
-        return None if parts.answer is None else found | {"text": parts.answer}
+        return None if parts.answer is None else found | self._within(limit, parts.answer, found["finish"])
+
+    def _within(self, limit: int, text: str, finish: str) -> dict[str, str]:
+        """An answer as if it had had no more than its own `limit` of tokens."""
+        if self.more and self.tokenizer is not None:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) > limit:
+                text, finish = self.tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False), "length"
+        return {"text": text, "finish": finish}
 
     async def score(self, name: str, ids: Sequence[int], first: int = 1) -> tuple[float, float] | None:
         """(sum, least) of the log-probs of ids[first:], which must not be empty; first is at least 1."""

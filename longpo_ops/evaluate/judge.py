@@ -40,13 +40,14 @@ async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]
     try:
         await engine.start()
         fields = changed(run.judge_options or {})  # another rating comes of them
-        judge = Answers(engine, journal, who=f"judge {engine.model}" + (f" {json.dumps(fields)}" if fields else ""))
+        who = f"judge {engine.model}" + (f" {json.dumps(fields)}" if fields else "")
+        judge = Answers(engine, journal, who=who, more=run.reasoning_tokens)
 
         async def rate(asked: tuple[str, str] | None) -> float | None:
             if asked is None:
                 return None
             name, prompt = asked
-            found = await judge.generate(name, Request(prompt, Sampling(JUDGE_TOKENS + run.reasoning_tokens)))
+            found = await judge.generate(name, Request(prompt, Sampling(JUDGE_TOKENS)))
             return None if found is None else rating(found["text"])
 
         return await judge.each(prompts, rate), len(judge.cut)

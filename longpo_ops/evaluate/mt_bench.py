@@ -49,14 +49,12 @@ class MTBench:
                     f"for {room}; expected --length of at least {needed}"
                 )
 
-    async def converse(
-        self, number: int, answers: Answers, seed: int, more: int = 0
-    ) -> list[tuple[Sample, str | None]]:
-        """A question's two samples and answers, with `more` tokens for reasoning. None for one whose request failed or that was
-        cut off inside the reasoning, and for one that would follow it."""
+    async def converse(self, number: int, answers: Answers, seed: int) -> list[tuple[Sample, str | None]]:
+        """A question's two samples and answers. None for one whose request failed or that was cut off inside the reasoning,
+        and for one that would follow it."""
         record, earlier, found = self.records[number], (), []
         temperature = TEMPERATURES.get(record["category"], OTHER)
-        sampling = Sampling(MOST + more, temperature, seed=seed if temperature else None)
+        sampling = Sampling(MOST, temperature, seed=seed if temperature else None)
         for turn, question in enumerate(record["turns"]):
             sample, text = self._sample(record, turn), None
             if len(earlier) == 2 * turn:

@@ -54,7 +54,7 @@ class Plan:
         return Counter(self.tokenizer, self.run.template_kwargs or {})
 
     @cached_property
-    def opens_reasoning(self) -> bool:
+    def opens_reasoning(self) -> str:
         return opens_reasoning(self.tokenizer, self.run.template_kwargs or {})
 
     @cached_property

@@ -196,7 +196,8 @@ class _Evaluation:
         try:
             self._tell(0)
             await self._start(engine)
-            self.answers = Answers(engine, self.journal, opens=self._opens)
+            more = dict(opens=self._opens, more=self.run_.reasoning_tokens, tokenizer=self.plan.tokenizer)
+            self.answers = Answers(engine, self.journal, **more)
             self._note_left_out()
             if self.run_.harness_tasks:
                 await self._harness()
@@ -267,13 +268,14 @@ class _Evaluation:
         content, prefill = sample.prompt, sample.prefill
         if prefill and not self.run_.prefill:
             content, prefill = f"{content}\n{prefill.strip()}", ""
-        sampling = Sampling(sample.max_tokens + self.run_.reasoning_tokens)
-        found = await self.answers.generate(sample.id, Request(content, sampling, prefill=prefill))
+        request = Request(content, Sampling(sample.max_tokens), prefill=prefill)
+        found = await self.answers.generate(sample.id, request)
         return None if found is None else found["text"]
 
-    def _opens(self, request: Request) -> bool:
-        """Whether the chat template begins the reasoning; a server renders a begun answer without its generation prompt."""
-        return self.plan.opens_reasoning and not (request.prefill and self.run_.engine == "server")
+    def _opens(self, request: Request) -> str:
+        """The mark with which the chat template begins the reasoning; a server renders a begun answer without its generation
+        prompt."""
+        return "" if request.prefill and self.run_.engine == "server" else self.plan.opens_reasoning
 
     def _cut(self, samples: Sequence[Sample]) -> int:
         """How many were cut off inside the reasoning; a note says what to do."""
@@ -323,7 +325,7 @@ class _Evaluation:
 
         async def ask(number: int) -> list[tuple[Sample, str | None]]:
             if isinstance(each, MTBench):
-                answered = await each.converse(number, self.answers, self.run_.seed, self.run_.reasoning_tokens)
+                answered = await each.converse(number, self.answers, self.run_.seed)
             else:
                 sample, cut = await asyncio.to_thread(each.sample, number, longest, counter)
                 counts["truncated"] += cut

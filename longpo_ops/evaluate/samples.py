@@ -110,14 +110,11 @@ class Counter:
 
     def count(self, prompt: str, prefill: str = "", earlier: tuple[tuple[str, str], ...] = ()) -> int:
         """earlier: messages before it, (role, content). Raises ValueError where the template refuses the messages."""
-        from jinja2 import TemplateError
-
         request = Request(prompt, Sampling(0), prefill=prefill, earlier=earlier)
         try:
             return len(render(self.tokenizer, request, self.template_kwargs))
-        except TemplateError as error:
-            what = "a conversation" if earlier else "a user's message"
-            raise ValueError(f"the chat template refuses {what}: {error}; use another template") from error
+        except ValueError as error:
+            raise ValueError(f"{error}; use another template") from error
 
 
 def fit(count: Callable[[int], int], least: int, room: int, guess: int | None = None) -> int | None:

@@ -238,7 +238,7 @@ class _DocumentWork:
         await asked.gate.enter(self.task.number)
         try:
             answer = await asked.engine.generate(request)
-            text = self.without_reasoning(answer)
+            text = self.without_reasoning(answer, asked.engine.whole)
         except RequestFailed as failure:
             if self.steps.long is None:  # the engine that comes next must not be asked in its place
                 self.shard.record(self.task.document.id, step, {FAILED: failure.reason, "detail": str(failure)})
@@ -256,9 +256,9 @@ class _DocumentWork:
         self.shard.record(self.task.document.id, step, value)
         return answer
 
-    def without_reasoning(self, answer: Completion) -> str:
+    def without_reasoning(self, answer: Completion, whole: bool) -> str:
         """Raises RequestFailed where nothing else is there."""
-        text = part_completion(answer, self.steps.opened).answer
+        text = part_completion(answer, self.steps.opened, whole).answer
         if text is None:
             advice = "raise answer_tokens or question_tokens, or ask without reasoning (template_kwargs)"
             raise RequestFailed(CUT, f"{answer.tokens} tokens were written and no answer; {advice}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import math
 from typing import Any
 
@@ -29,9 +30,10 @@ def check_values(given: dict[str, Any] | None) -> dict[str, Any]:
     return dict(given or {})
 
 
-def check_template_kwargs(tokenizer, given: dict[str, Any] | None) -> dict[str, Any]:
+def check_template_kwargs(tokenizer, given: dict[str, Any] | None, otherwise: str = "") -> dict[str, Any]:
     """-> a copy, {} of None. Raises ValueError for values that are not JSON's, for names that the tokenizer's chat template
-    does not read, and for those that the library sets itself."""
+    does not read, and for those that the library sets itself. otherwise: what else to do with an unread name; {} stands for
+    name and value."""
     checked = check_values(given)
     own = _own(tokenizer) if checked else set()
     if taken := sorted(own & set(checked)):
@@ -42,6 +44,7 @@ def check_template_kwargs(tokenizer, given: dict[str, Any] | None) -> dict[str, 
     for name in sorted(set(checked) - read):
         near = difflib.get_close_matches(name, read, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
+        meant += f"; {otherwise.replace('{}', json.dumps({name: checked[name]}))}" if otherwise else ""
         raise ValueError(
             f"template_kwargs: the chat template of {tokenizer.name_or_path!r} does not read {name}, so it would change "
             f"nothing; expected some of {', '.join(sorted(read)) or 'none, as it reads no variable'}{meant}"

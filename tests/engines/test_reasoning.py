@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import AddedToken
 
-from longpo_ops.engines.reasoning import CHANNELS, MARKS, opens_reasoning, part, with_marks
+from longpo_ops.engines.reasoning import CHANNELS, MARKS, PLAIN, opens_reasoning, part, with_marks
 from tests.engines import tiny
 
 HARMONY = "<|channel|>analysis<|message|>The user asks.<|end|><|start|>assistant"
@@ -18,11 +18,29 @@ def test_what_stands_between_marks_at_the_beginning_is_no_answer(mark):
     assert part(f" \n{mark}{mark} of {end}Paris {end}.") == (f"Paris {end}.", f"{mark} of ")
     assert part(f"{mark}\n\n{end}\n\n") == ("", "\n\n")
     assert part(f"{mark}Is it 7? Per") == (None, "Is it 7? Per")  # cut off, or ended inside
-    assert part(f"Is it 7?\n{end}\nParis.", opened=True) == ("Paris.", "Is it 7?\n")
-    assert part(f"Is it 7? {end} Paris.", opened=True) == ("Paris.", "Is it 7? ")
-    assert part(f"{end}</b>", opened=True) == ("</b>", "")
-    assert part("Is it 7?", opened=True) == (None, "Is it 7?")
-    assert part(f"Is it 7?\n{end}\n\nParis.") == ("Paris.", "Is it 7?\n")  # opened, though nobody has told so
+    assert part(f"Is it 7?\n{end}\nParis.", opened=mark) == ("Paris.", "Is it 7?\n")
+    assert part(f"Is it 7? {end} Paris.", opened=mark) == ("Paris.", "Is it 7? ")
+    assert part(f"{end}</b>", opened=mark) == ("</b>", "")
+    assert part("Is it 7?", opened=mark) == (None, "Is it 7?")
+    other = next(each for each in MARKS.values() if each != end)
+    assert part(f"It ends with {other}.\n{other}\n{end}\n7", opened=mark) == ("7", f"It ends with {other}.\n{other}\n")
+    assert part(f"It ends with {other}.", opened=mark).answer is None
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_lone_closing_mark_counts_unless_it_is_a_plain_tag(mark):
+    text = f"Is it 7?\n{MARKS[mark]}\n\nParis."  # opened, though nobody has told so
+    assert part(text) == ((text, "") if mark in PLAIN else ("Paris.", "Is it 7?\n"))
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_server_may_have_kept_the_reasoning_that_the_template_opens(mark):
+    said = dict(opened=mark, whole=False)
+    assert part("Paris.", **said) == ("Paris.", "") and part("", **said) == ("", "")
+    assert part("Is it 7? Per", **said, finish="length") == (None, "Is it 7? Per")
+    assert part(f"Is it 7?{MARKS[mark]}Paris.", **said) == ("Paris.", "Is it 7?")
+    assert part(f"{mark}Is it 7?", **said) == (None, "Is it 7?")
+    assert part("Is it 7?\n[/THINK]\nParis.", **said) == ("Paris.", "Is it 7?" + "\n")
 
 
 @pytest.mark.parametrize(
@@ -31,6 +49,7 @@ def test_what_stands_between_marks_at_the_beginning_is_no_answer(mark):
         "Write <think> before and </think> behind your thoughts.",
         "`</think>` ends it, on the same line.",
         "Such as\n<think>\nIs it 7?\n</think>\nParis.",
+        'The record:\n```xml\n<reasoning type="a">\nfoo\n</reasoning>\n```\nDone: 42.',
         "analysis of the log",
         "Use <|channel|>analysis<|message|> for it.",
         "  Paris.\n",
@@ -62,7 +81,7 @@ def test_the_final_channel_is_the_answer(text, expected):
 
 
 def test_reasoning_that_came_apart():
-    assert part("Paris.", reasoning="Is it 7?") == part("Paris.", True, "Is it 7?") == ("Paris.", "Is it 7?")
+    assert part("Paris.", reasoning="Is it 7?") == part("Paris.", "<think>", "Is it 7?") == ("Paris.", "Is it 7?")
     assert part("", reasoning="Is it", finish="length") == (None, "Is it")
     assert part("", reasoning="Is it", finish="stop") == ("", "Is it")  # an answer, and an empty one
     assert part("<think>7</think>Paris.", reasoning="Is it ") == ("Paris.", "Is it 7")
@@ -73,7 +92,7 @@ def test_a_template_may_open_the_reasoning_itself():
     begun = "{% if add_generation_prompt %}<|assistant|>{% if think is not defined or think %}<think>\n{% endif %}{% endif %}"
     assert not opens_reasoning(tokenizer, {})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + begun
-    assert opens_reasoning(tokenizer, {}) and not opens_reasoning(tokenizer, {"think": False})
+    assert opens_reasoning(tokenizer, {}) == "<think>" and not opens_reasoning(tokenizer, {"think": False})
     tokenizer.chat_template += "{% if add_generation_prompt %}</think>{% endif %}"  # Qwen3 without thinking
     assert not opens_reasoning(tokenizer, {})
 

@@ -45,11 +45,12 @@ def first(count: int, reply: Reply):
 
 def test_a_request_says_what_it_wants_and_gets_it():
     with OpenAIServer() as server:
-        (answer,) = ask(ServerEngine([server.url + "/"], template_kwargs={"a": 1}, options={"top_k": 5}), ASK)
+        options = {"top_k": 5, "chat_template_kwargs": {"a": 2, "b": 3}}
+        (answer,) = ask(ServerEngine([server.url + "/"], template_kwargs={"a": 1}, options=options), ASK)
         assert answer.text.startswith("The ") and answer.finish == "stop" and answer.prompt_tokens > 0
         assert server.seen[0].body == {
             "model": "little", "messages": [{"role": "user", "content": "Where is the harbour?"}], "max_tokens": 16,
-            "temperature": 0.7, "top_p": 0.9, "seed": 3, "top_k": 5, "chat_template_kwargs": {"a": 1},
+            "temperature": 0.7, "top_p": 0.9, "seed": 3, "top_k": 5, "chat_template_kwargs": {"a": 1, "b": 3},
         }  # fmt: skip
         assert "authorization" not in server.seen[0].headers
 
@@ -265,6 +266,10 @@ def test_fields_are_renamed_left_out_and_replaced():
         ({"stream": True}, "--engine-option stream: every"),
         ({"temperature": "seed"}, "temperature='seed': expected null, which leaves it out, another name"),
         ({"max_tokens": [1]}, "expected null"),
+        (
+            {"chat_template_kwargs": "thinking"},
+            "chat_template_kwargs='thinking': expected variables of the chat template",
+        ),
         ({"temperature": float("nan")}, r"temperature\W+nan.*: expected (what JSON has|finite)"),
         ({"stop": [float("inf")]}, r"stop\W+inf.*: expected (what JSON has|finite)"),
     ],

@@ -59,14 +59,14 @@ def test_a_template_that_opens_the_reasoning_tells_what_is_one(settings, tokeniz
     own.save_pretrained(tmp_path / "model")
 
     def behave(number, seen):
-        return said(f"{ALL}</think> Nobody." if number % 2 else ALL, "stop" if number % 2 else "length")
+        return [said(f"{ALL}</think> Nobody."), said(ALL, "length"), said(ALL)][number % 3]
 
     with OpenAIServer(behave) as server:
-        more = dict(endpoints=(server.url,), lengths=(160,), samples=2, concurrency=1)
+        more = dict(endpoints=(server.url,), lengths=(160,), samples=3, concurrency=1)
         run = settings(model=str(tmp_path / "model"), tasks=("names", "begun"), **more)
         scores = evaluate(run)
     names, begun = (scores.tasks[name][160] for name in ("names", "begun"))
-    assert (names.score, names.cut) == (0.0, 1)
+    assert (names.score, names.cut) == (pytest.approx(1 / 3), 1)  # the third: the server kept its reasoning to itself
     assert begun.cut == 0  # a server goes on with a begun answer, of which no template opens the reasoning
 
 
@@ -97,6 +97,17 @@ def test_a_conversation_goes_on_without_the_reasoning_and_so_does_the_judge(sett
     assert scores.published["mt_bench"] == pytest.approx((0.8 + 0 + 0) / 3)
     assert "mt_bench: 2 of 4 answers were cut off inside the model's reasoning and score 0" in str(scores.notes)
     assert "mt_bench: 1 of the judge's answers were cut off inside its reasoning and rate nothing" in str(scores.notes)
+
+
+@pytest.mark.parametrize("answer", ["the boats", "the wind and the boats " * 12 + ALL])
+def test_tokens_for_reasoning_are_none_for_the_answer(answer, settings, tokenizer):
+    with OpenAIServer(lambda number, seen: said(f"<think>{ALL}</think>{answer}")) as server:
+        run = settings(endpoints=(server.url,), lengths=(160,), samples=1, reasoning_tokens=500)
+        scores = evaluate(run)
+    (record,) = records(run)
+    ids = tokenizer(answer)["input_ids"]
+    assert record["answer"] == tokenizer.decode(ids[:12]) and answer.startswith(record["answer"])
+    assert scores.tasks["names"][160].score == 0.0 and server.seen[0].body["max_tokens"] == 512
 
 
 @pytest.mark.parametrize("tokens", [-1, 1.5, True])

@@ -56,7 +56,7 @@ def test_a_template_that_refuses_the_message():
 
     tokens = copy.deepcopy(tokenizer())
     tokens.chat_template = "{{ raise_exception('a system message comes first') }}"
-    with pytest.raises(ValueError, match="refuses a user's message: a system message comes first"):
+    with pytest.raises(ValueError, match="refuses a conversation: a system message comes first; use another"):
         Counter(tokens).count("Hello")
 
 

@@ -39,11 +39,12 @@ def test_a_template_may_open_the_reasoning_itself(settings, tokenizer, tmp_path)
     own.save_pretrained(tmp_path / "model")
     given = dict(model=str(tmp_path / "model"), prompts=None, max_documents=1)
     made = {}
-    for name, begin, end in (("plain", "", "</think>"), ("thinking", THOUGHT, "</think>")):
+    for name, begin, end in (("plain", "", "</think>"), ("thinking", THOUGHT, "</think>"), ("kept", "", "")):
         with OpenAIServer(lambda number, seen, begin=begin, end=end: thinking(seen, "", begin + end)) as server:
             generate(settings(endpoints=(server.url,), out=str(tmp_path / name), **given))
         made[name] = [pair.turns for pair in read_pairs(tmp_path / name)]
-    assert made["plain"] == made["thinking"] and len(made["plain"][0]) == 4
+    assert made["plain"] == made["thinking"] == made["kept"]  # the last: by a server that leaves the reasoning out
+    assert len(made["plain"][0]) == 4
     assert not any("think" in turn.chosen + turn.rejected[0] for turn in made["plain"][0])
 
 

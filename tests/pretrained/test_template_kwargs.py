@@ -72,7 +72,8 @@ def test_a_model_that_is_asked_has_a_template_that_reads_them(tokenizer, tmp_pat
         model=str(tmp_path), engine="server", endpoints=("http://127.0.0.1:9/v1",), template_kwargs={"date": "Monday"}
     )
     assert settings.load_tokenizer().chat_template == DATED
-    with pytest.raises(ValueError, match="does not read thinking"):
+    other = r"does not read thinking, .*--engine-option 'chat_template_kwargs={\"thinking\": false}' sends"
+    with pytest.raises(ValueError, match=other):
         EngineSettings(
             model=str(tmp_path),
             engine="server",
