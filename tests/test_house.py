@@ -46,6 +46,7 @@ ROOMS = {
     "evolve": (
         "data",
         "documents",
+        "engines",
         "evaluate",
         "generate",
         "lazy",

@@ -35,16 +35,23 @@ STOP = {
     "stop",
     "eos",
     "eos_token",
+    "eos_token_id",
     "end",
     "end_turn",
+    "end_of_turn",
+    "end_of_text",
     "endoftext",
+    "stopped",
     "stop_sequence",
+    "stop_string",
     "stop_token",
     "complete",
     "completed",
 }
 LENGTH = {"length", "length_capped", "max_length", "max_tokens", "max_new_tokens", "max_output_tokens", "model_length"}
 LENGTH |= {"max_completion_tokens", "token_limit", "model_context_window_exceeded"}
+LENGTH |= {"repetition"}  # vLLM cuts off a text that goes round in circles
+UNTOLD = {"", "none", "null"}
 
 
 @dataclass(frozen=True)
@@ -178,9 +185,10 @@ def as_finish(reason: str | None, tokens: int = 0, limit: int | None = None) -> 
 
     Raises RequestFailed for a text that ended otherwise: by a filter of content, in a call of a tool, by an error.
     """
-    if reason is None:
+    name = re.sub(r"\W+", "_", str(reason or "").strip().lower())
+    name = name.removeprefix("finish_reason_").removeprefix("finishreason_")
+    if name in UNTOLD:
         return "length" if limit is not None and tokens >= limit else "stop"
-    name = re.sub(r"\W+", "_", str(reason).strip().lower()).removeprefix("finish_reason_")
     if name in STOP or name in LENGTH:
         return "stop" if name in STOP else "length"
     raise RequestFailed(f"the answer ended with {name[:40]}", "expected a text that was finished or cut off")

@@ -1,23 +1,30 @@
 """Where servers are, and the keys to them: checked before anything is sent, and never repeated.
 
     URL       scheme://host[:port]/path, such as http://127.0.0.1:8000/v1
-    shown()   the same with *** for every part of the path that is neither a version nor in PLAIN
+    shown()   the same with *** and six digits of a digest for every part of the path that looks like a key
 
-Some gateways take a key as a part of the path, and no look at a part tells a key from a name. So messages, reports and
-settings files hold `shown` alone, which knows the parts that servers commonly have. User names, passwords, queries and
-fragments are refused. A host is an address, and is shown.
+Some gateways take a key as a part of the path. Messages, reports and settings files hold `shown` alone. A part looks like
+a key where it begins as keys do (KEY_BEGINS), or where its words, which are what is between the signs - _ . and others,
+are random by their looks:
+
+    length    a word of 20 or more characters, or of 12 or more with both letters and digits
+    changes   between small letters, capitals and digits, within a word: 5 or more in one, or 8 in all
+
+So names of models, deployments and versions are shown (qwen2.5-72b-instruct, v1beta1), and two keys have two digests. Not
+covered: a key that is short, or made of words as names are. User names, passwords, queries and fragments are refused. A
+host is an address, and is shown.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from urllib.parse import unquote, urlsplit
 
 KEY = "OPENAI_API_KEY"
-VERSION = re.compile(r"v\d{1,2}((alpha|beta)\d{0,2})?")
-PLAIN = {"api", "openai", "llm", "ai", "inference", "compatible-mode", "deployments", "engines", "models", "serverless"}
-PLAIN |= {"chat", "completions", "endpoints", "serving-endpoints", "generativelanguage", "proxy", ""}
+KEY_BEGINS = re.compile(r"((sk|pk|gsk|nvapi|glpat)[-_]|(hf|ghp)_).")
+RUN = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
 
 def check_url(url: str, what: str = "endpoint") -> str:
@@ -27,9 +34,10 @@ def check_url(url: str, what: str = "endpoint") -> str:
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of a port that is no number, or brackets that do not close
+        right = right and re.fullmatch(r"[!-~]+", url.replace(parts.netloc, _ascii(parts.netloc), 1))
+    except ValueError:  # of a port that is no number, brackets that do not close, or a host that no name server knows
         right = False
-    if not right or not re.fullmatch(r"[!-~]+", url):
+    if not right:
         raise ValueError(f"{what}: no valid URL came; {wanted} (what came is not repeated, as it may hold a key)")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
@@ -40,21 +48,45 @@ def check_url(url: str, what: str = "endpoint") -> str:
 
 
 def shown(url: str) -> str:
-    """A checked URL as it may be repeated."""
+    """A checked URL as it may be repeated. What is shown already stays as it is."""
     parts = urlsplit(url)
-    path = [each if _is_plain(each) else "***" for each in parts.path.split("/")]
+    path = [f"***{_digest(each)}" if _is_key(each) else each for each in parts.path.split("/")]
     return f"{parts.scheme}://{parts.netloc}{'/'.join(path)}"
 
 
 def secrets(url: str) -> list[str]:
-    """The parts of a checked URL that are not shown, as they stand there and decoded, the longest first; those of fewer than
-    four characters are no keys."""
-    hidden = [each for each in urlsplit(url).path.split("/") if len(each) > 3 and not _is_plain(each)]
+    """The parts of a checked URL that are not shown, as they stand there and decoded, the longest first."""
+    hidden = [each for each in urlsplit(url).path.split("/") if _is_key(each)]
     return sorted({*hidden, *map(unquote, hidden)}, key=len, reverse=True)
 
 
-def _is_plain(part: str) -> bool:
-    return part in PLAIN or VERSION.fullmatch(part) is not None
+def _is_key(part: str) -> bool:
+    words = re.findall(r"[^\W_]+", text := unquote(part))
+    changes = [len(RUN.findall(word)) - 1 for word in words]
+    return (
+        bool(KEY_BEGINS.match(text)) or any(map(_is_long, words)) or max(changes, default=0) >= 5 or sum(changes) >= 8
+    )
+
+
+def _is_long(word: str) -> bool:
+    mixed = re.search("[0-9]", word) and re.search("[A-Za-z]", word)
+    return len(word) >= (12 if mixed else 20)
+
+
+def _digest(part: str) -> str:
+    return hashlib.sha256(part.encode()).hexdigest()[:6]
+
+
+def _ascii(netloc: str) -> str:
+    """A host as it is asked for, where it has letters beyond ASCII. Raises ValueError for one that cannot be."""
+    if netloc.isascii():
+        return netloc
+    import httpx
+
+    try:
+        return httpx.URL(f"http://{netloc}").netloc.decode()
+    except httpx.InvalidURL as error:
+        raise ValueError from error
 
 
 def read_key(variable: str) -> str:

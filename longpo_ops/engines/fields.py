@@ -2,8 +2,8 @@
 
     max_tokens=max_completion_tokens   a text for a field that requests have: its name there
     temperature=null                   leaves it out
-    temperature=1                      a number: its value in every request
-    top_k=40                           any other field: added to every request
+    temperature=1                      a number, or logprobs=true: its value in every request
+    top_k=40                           any other field: added to every request; of stream and n only false and 1
 
 Tests: tests/engines/test_server.py.
 """
@@ -14,6 +14,8 @@ import json
 from typing import Any
 
 OWN = ("max_tokens", "temperature", "top_p", "seed", "logprobs", "echo")  # fields that an option may rename or remove
+SWITCHES = ("logprobs", "echo")
+SET = {"stream": False, "n": 1}  # what every request means, which may be said
 FIXED = ("model", "messages", "prompt", "stream", "n")  # without which no answer can be read
 
 
@@ -24,17 +26,23 @@ def check_fields(options: dict[str, Any], flag: str = "--engine-option") -> None
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
             raise ValueError(f"{flag} {name}={value!r}: expected what JSON has, without NaN and infinities") from None
+        if name in SET:
+            if type(value) is not type(SET[name]) or value != SET[name]:
+                came, only = json.dumps(value), json.dumps(SET[name])
+                raise ValueError(
+                    f"{flag} {name}={came}: one whole answer is read per request; expected {only}, or none"
+                )
+            continue
         if name in FIXED:
             raise ValueError(f"{flag} {name}: every request has its own; expected another field")
         if name == "chat_template_kwargs" and not isinstance(value, dict | None):
             raise ValueError(f'{flag} {name}={value!r}: expected variables of the chat template, such as {{"a": 1}}')
-        right = (
-            value is None or type(value) in (int, float) or (isinstance(value, str) and value not in ("", *OWN, *FIXED))
-        )
+        kinds = (int, float, bool) if name in SWITCHES else (int, float)
+        right = value is None or type(value) in kinds or (isinstance(value, str) and value not in ("", *OWN, *FIXED))
         if name in OWN and not right:
             raise ValueError(
                 f"{flag} {name}={value!r}: expected null, which leaves it out, another name for it such as "
-                "max_completion_tokens, or a number"
+                f"max_completion_tokens, or a number{' or true or false' if name in SWITCHES else ''}"
             )
 
 

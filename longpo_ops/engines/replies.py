@@ -15,6 +15,7 @@ from typing import Any
 from . import Completion, RequestFailed, as_finish
 
 THINKING = ("thinking", "reasoning", "reasoning_content")  # types of parts, and names of fields
+TEXTS = ("text", "output_text", "refusal")  # types of parts
 CODES = {  # in the codes and types of errors that are no numbers
     **{
         "rate_limit": 429,
@@ -51,8 +52,7 @@ def as_completion(answer: Any, limit: int) -> Completion:
         raw = "message" not in choice and "text" in choice  # of the completions endpoint
         message = {"content": choice["text"]} if raw else choice["message"]
         text, reasoning = _texts(message.get("content") or message.get("refusal"))
-        told = next((message[name] for name in THINKING if message.get(name)), None)
-        reasoning += "".join(_texts(told))
+        reasoning += next((told for name in THINKING if (told := _thought(message.get(name)))), "")
         logprobs = choice.get("logprobs") or {}
         values = (
             logprobs.get("token_logprobs") if raw else [each.get("logprob") for each in logprobs.get("content") or ()]
@@ -85,14 +85,25 @@ def _texts(content: Any) -> tuple[str, str]:
         if isinstance(part, str):
             text += part
         elif kind in THINKING:
-            reasoning += "".join(_texts(next((part[name] for name in (*THINKING, "text") if name in part), None)))
+            reasoning += _thought(part)
         elif isinstance(told := part.get("text", part.get("refusal")), str):
             text += told
+        elif told is None and kind in TEXTS:
+            continue
         elif kind != "redacted_thinking":
             raise RequestFailed(
                 "the answer is no text", f"a part of type {kind} came; expected parts of text and thinking"
             )
     return text, reasoning
+
+
+def _thought(told: Any) -> str:
+    """The words of a reasoning; none where its field holds something else, such as a switch or what is encrypted."""
+    if isinstance(told, list):
+        return "".join(map(_thought, told))
+    if isinstance(told, dict):
+        return next((words for name in (*THINKING, "text") if (words := _thought(told.get(name)))), "")
+    return told if isinstance(told, str) else ""
 
 
 def echoed_logps(answer: Any, count: int) -> Any:
@@ -112,8 +123,9 @@ def find_error(answer: Any) -> tuple[int | None, str] | None:
         answer = answer[0]
     if not isinstance(answer, dict):
         return None
-    error = answer if answer.get("object") == "error" else answer.get("error") or _error_of_choice(answer)
-    if not error:
+    found = (answer if answer.get("object") == "error" else None, answer.get("error"), _error_of_choice(answer))
+    error = next((each for each in found if _says_something(each)), None)
+    if error is None:
         return None
     if not isinstance(error, dict):
         return None, _words(error)
@@ -121,6 +133,10 @@ def find_error(answer: Any) -> tuple[int | None, str] | None:
     told = [str(each) for each in names if each not in (None, "")]
     words = _words(error.get("message") or error.get("detail") or error)
     return _status(told), f"{told[0]}: {words}" if told else words
+
+
+def _says_something(error: Any) -> bool:
+    return any(error.values()) if isinstance(error, dict) else bool(error)
 
 
 def _words(value: Any) -> str:

@@ -74,7 +74,7 @@ class Apart:
         On Ctrl-C, and whatever else ends it early, nothing of the task is left running.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in (self.folder / TOLD, self.folder / ENDED, *self.folder.glob("*.partial")):
+        for left in (self.folder / TASK, self.folder / TOLD, self.folder / ENDED, *self.folder.glob("*.partial")):
             left.unlink(missing_ok=True)
         (self.folder / TASK).touch(mode=0o600)  # an address in it may hold a key
         (self.folder / TASK).write_text(json.dumps(task | {"machine": machine()}, indent=1), encoding="utf-8")

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ..engines.address import shown
 from ..runs.journal import changes, write_atomically
 from ..runs.usage import peak_bytes
 
@@ -58,7 +59,9 @@ class Receipt:
         try:
             kept = json.loads(receipt.path.read_text(encoding="utf-8"))
             before, receipt.done, receipt.cost = kept["settings"], kept["done"], Cost(**kept["cost"])
-        except (ValueError, KeyError, TypeError):
+            if before.get("judge"):  # earlier versions wrote the address as it came
+                before["judge"] = shown(before["judge"])
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{receipt.path} is damaged; remove it, and its stage goes on from what {out} holds"
             ) from None

@@ -99,7 +99,12 @@ def _merge(run: TrainRun) -> None:
 def _evaluate(run: EvaluateRun, tell: Tell) -> None:
     scores = evaluate(run, lambda done, total, label: tell(done / max(1, total), label))
     if not scores.complete:  # a number of fewer windows is not the one that others are compared with
-        raise ValueError(f"the evaluation is not complete: {'; '.join(scores.notes)}; the same command asks again")
+        raise ValueError(
+            f"the evaluation is not complete: {'; '.join(scores.notes)}; the same command asks again. Where the same fails "
+            "each time, leave its length, text or harness task out in evaluate: and remove the receipts of the evaluations "
+            f"that are there, evaluate.json and untrained.json in the folders of {Path(run.out).parents[1]}: their answers "
+            "are kept"
+        )
 
 
 WORK = {GenerateRun: _generate, TrainRun: _train, EvaluateRun: _evaluate}

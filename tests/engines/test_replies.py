@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.loop.openai_server import OpenAIServer, Reply
 from longpo_ops.engines import Completion, Request, RequestFailed, Sampling, as_finish, as_logps
+from longpo_ops.engines.replies import find_error
 from longpo_ops.engines.server import ServerEngine
 
 ASK = Request("Who rings the bell?", Sampling(8))
@@ -58,10 +59,22 @@ def said(content, **message) -> dict:
         (said(None, reasoning="hm"), "", "hm"),
         (said(None, refusal="I will not say."), "I will not say.", ""),
         (said([]), "", ""),
+        (said("Eve.", reasoning=True), "Eve.", ""),
+        (said("Eve.", thinking={"type": "enabled"}, reasoning="hm"), "Eve.", "hm"),
+        (said("Eve.", reasoning=[{"type": "encrypted", "data": "x"}, "hm", 3]), "Eve.", "hm"),
+        (said([{"type": "text", "text": None}, {"type": "text", "text": "Eve."}]), "Eve.", ""),
+        (said([{"type": "thinking", "thinking": None}, {"type": "text", "text": "Eve."}]), "Eve.", ""),
     ],
 )
 def test_texts_are_joined_and_reasoning_is_apart(ask, choice, text, reasoning):
     assert ask(choice) == Completion(text, "stop", 0, 0, reasoning=reasoning)
+
+
+@pytest.mark.parametrize("error", [{"message": "", "code": None}, {}, "", None, False])
+def test_an_error_that_says_nothing_is_none(ask, error):
+    assert ask(said("Eve.") | {"error": error}).text == "Eve."
+    assert find_error({"choices": [said("Eve.")], "error": error}) is None
+    assert find_error({"choices": [{"error": {"code": 503}}], "error": error})[0] == 503
 
 
 def test_a_part_that_is_no_text_is_a_failed_request(ask):
@@ -73,19 +86,41 @@ def test_a_part_that_is_no_text_is_a_failed_request(ask):
     ("reason", "finish"),
     [
         (name, "stop")
-        for name in ("stop", "STOP", "eos_token", "end_turn", "stop_sequence", "FINISH_REASON_STOP", "COMPLETE")
+        for name in (
+            "stop",
+            "STOP",
+            "eos_token",
+            "end_turn",
+            "stop_sequence",
+            "FINISH_REASON_STOP",
+            "COMPLETE",
+            "end_of_text",
+            "eos_token_id",
+            "stopped",
+            "FinishReason.STOP",
+        )
     ]
     + [
         (name, "length")
-        for name in ("length", "MAX_TOKENS", "max_tokens", "length_capped", "model_length", "max-length")
+        for name in (
+            "length",
+            "MAX_TOKENS",
+            "max_tokens",
+            "length_capped",
+            "model_length",
+            "max-length",
+            "repetition",
+            "FinishReason.MAX_TOKENS",
+        )
     ],
 )
 def test_ends_have_one_name(ask, reason, finish):
     assert ask(said("Eve.") | {"finish_reason": reason}).finish == finish == as_finish(reason)
 
 
-def test_an_end_without_a_name_is_told_by_the_limit(ask):
-    choice = said("Eve.") | {"finish_reason": None}
+@pytest.mark.parametrize("reason", [None, "", " ", "null", "None"])
+def test_an_end_without_a_name_is_told_by_the_limit(ask, reason):
+    choice = said("Eve.") | {"finish_reason": reason}
     assert ask(choice, usage={"completion_tokens": 8}).finish == "length"
     assert ask(choice, usage={"completion_tokens": 7}).finish == ask(choice).finish == "stop"
 

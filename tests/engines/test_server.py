@@ -251,11 +251,12 @@ def test_a_refused_field_comes_with_the_option_that_cures_it(words, option):
 
 def test_fields_are_renamed_left_out_and_replaced():
     options = {"max_tokens": "max_completion_tokens", "temperature": None, "top_p": 1, "echo": None, "top_k": None}
+    options |= {"stream": False, "n": 1, "logprobs": True}
     with OpenAIServer() as server:
         (answer,) = ask(ServerEngine([server.url], options=options), ASK)
         assert answer.text and server.seen[0].body == {
             "model": "little", "messages": [{"role": "user", "content": "Where is the harbour?"}],
-            "max_completion_tokens": 16, "top_p": 1, "seed": 3, "top_k": None,
+            "max_completion_tokens": 16, "top_p": 1, "seed": 3, "top_k": None, "stream": False, "n": 1, "logprobs": True,
         }  # fmt: skip
 
 
@@ -263,7 +264,13 @@ def test_fields_are_renamed_left_out_and_replaced():
     ("options", "message"),
     [
         ({"messages": None}, "--engine-option messages: every request has its own"),
-        ({"stream": True}, "--engine-option stream: every"),
+        (
+            {"stream": True},
+            "--engine-option stream=true: one whole answer is read per request; expected false, or none",
+        ),
+        ({"n": 2}, "--engine-option n=2: one whole"),
+        ({"n": True}, "--engine-option n=true: one whole"),
+        ({"seed": True}, "expected null"),
         ({"temperature": "seed"}, "temperature='seed': expected null, which leaves it out, another name"),
         ({"max_tokens": [1]}, "expected null"),
         (

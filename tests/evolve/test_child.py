@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from longpo_ops.evolve import Evolution, evolve, plan, processes
-from longpo_ops.evolve.child import LOG, machine
+from longpo_ops.evolve.child import ENDED, LOG, TASK, machine
 from longpo_ops.evolve.processes import Apart, check_launch, command, end, environment
 from longpo_ops.evolve.run import _is_apart
 from longpo_ops.evolve.work import from_plain, to_plain
@@ -170,6 +170,17 @@ def test_out_of_memory_and_faults_are_told_apart(tmp_path, lock):
     with pytest.raises(ValueError, match=r"^KeyError: a; its traceback is in .*/log$"):
         said({"kind": "KeyError", "error": "a"}).run({}, lock, lambda *_: None)
     said({"error": None}).run({}, lock, lambda *_: None)
+
+
+def test_a_task_left_behind_by_an_earlier_version_is_for_its_owner_alone(tmp_path, lock):
+    (tmp_path / "task").mkdir()
+    (left := tmp_path / "task" / TASK).write_text("{}")
+    left.chmod(0o644)
+    Apart(
+        tmp_path / "task",
+        ["sh", "-c", f"test $(stat -c %a {left}) = 600 && echo '{{\"error\": null}}' > {left.parent / ENDED}", "--"],
+    ).run({}, lock, lambda *_: None)
+    assert not left.exists()
 
 
 # -- nothing is left -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from longpo_ops.engines.address import shown
 from longpo_ops.evolve.receipt import Cost, Receipt
 
 MIB = 2**20
@@ -62,3 +63,14 @@ def test_a_running_stage_writes_down_its_cost(make, monkeypatch):
         while len(seen) < 3:
             seen.add(make("stage").cost.seconds)
             assert not make("stage").done
+
+
+@pytest.mark.parametrize("judge", ["http://gw/judge-a/v1", "http://gw/sk-of-somebody/v1"])
+def test_a_judge_whose_address_was_written_as_it_came_is_the_same(tmp_path, judge):
+    with Receipt(tmp_path, {"judge": judge}).measured():  # as earlier versions did
+        pass
+    assert Receipt.open(tmp_path, {"judge": shown(judge)}).done
+    for other in ("http://gw/judge-b/v1", "http://gw/sk-of-another/v1"):
+        with pytest.raises(ValueError, match=r"begun with other settings .*judge") as refused:
+            Receipt.open(tmp_path, {"judge": shown(other)})
+        assert "sk-of" not in str(refused.value)

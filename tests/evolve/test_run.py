@@ -247,6 +247,33 @@ def test_documents_that_are_too_short_stop_the_round(finished, tmp_path):
     assert "no document was selected" in (tmp_path / "out/report.html").read_text()
 
 
+def test_what_an_evaluation_cannot_measure_is_left_out_of_the_evolution(finished, tmp_path, monkeypatch):
+    """As its message says: the receipts go, and the answers stay."""
+    settings = begun(finished, tmp_path / "out", "base/evaluate", "one/pairs", "one/untrained")
+    base, stages = tmp_path / "out/base", []
+    (base / "evaluate.json").unlink()
+    lost = Scores(about={}, complete=False, notes=["perplexity at 256 tokens: 1 of 4 windows failed"])
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"^base/evaluate: .* 1 of 4 .*") as stopped:
+        patched.setattr("longpo_ops.evolve.work.evaluate", lambda *_: lost)
+        run(settings)
+    assert f"evaluate.json and untrained.json in the folders of {tmp_path / 'out'}: their" in str(stopped.value)
+    del settings["evaluate"]["perplexity"]
+    settings["retention"] = []
+    (base / "evaluate.json").unlink()
+    (tmp_path / "out/one/untrained.json").unlink()
+    before = (base / "evaluate/work/00000.journal").read_bytes()
+
+    def stop(name, done, note):
+        stages.append(name)
+        if name == "one/train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, stop)
+    assert stages[0] == "base/evaluate" and "one/untrained" in stages, stages
+    assert (base / "evaluate/work/00000.journal").read_bytes() == before and Scores.load(base / "evaluate").complete
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused_before_anything_runs(finished, tmp_path):
     settings = begun(finished, tmp_path / "out")
     settings["model"] = str(shutil.copytree(settings["model"], tmp_path / "bare"))

@@ -258,9 +258,11 @@ def test_a_start_that_cannot_be_trained_is_refused_before_anything_runs(model, d
 
 def test_models_are_measured_beyond_what_they_read(model):
     settings = changed(model=str(model), first={"evaluate": {"lengths": [128, 2048]}})
-    settings["evaluate"] |= {"lengths": [128, 4096], "judge": "http://h/key-of-somebody/v1"}
+    settings["evaluate"] |= {"lengths": [128, 4096], "judge": "http://h/sk-of-somebody/v1"}
     base, *_ = plan(Evolution.from_settings(settings))
-    assert base.run.judge.endswith("/key-of-somebody/v1") and base.settings["judge"] == "http://h/***/v1"  # for files
+    assert (
+        base.run.judge.endswith("/sk-of-somebody/v1") and base.settings["judge"] == "http://h/***f9f788/v1"
+    )  # for files
     first = rounds(settings)[0]
     assert base.run.rope == {"rope_theta": 1e4}  # its own: the config's limit alone is raised
     assert first["untrained"].run.rope == first["evaluate"].run.rope == {"rope_theta": 2e4}
