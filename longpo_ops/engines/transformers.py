@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..pretrained import load_model, load_tokenizer, loading, read_config, replace_rope
+from ..pretrained import load_model, load_tokenizer, read_config, replace_rope, trying
 from . import Completion, Engine, EngineStopped, Request, RequestFailed, Sampling, render
 from .reasoning import with_marks
 
@@ -66,7 +66,7 @@ class TransformersEngine(Engine):
         self.tokenizer = load_tokenizer(self.name, self.trust_remote_code, config.vocab_size)
         self.model = load_model(self.name, config, self.dtype, self.trust_remote_code).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        with loading(self.name, "config.json or generation_config.json: it cannot generate"):
+        with trying(self.name, "config.json or generation_config.json: it cannot generate"):
             self._try()
 
     def _try(self) -> None:
@@ -76,7 +76,10 @@ class TransformersEngine(Engine):
         weight = self.model.get_input_embeddings().weight
         rows, step = weight.shape[0], max(1, weight.shape[0] // 256)
         token = step * int(weight[::step].float().norm(dim=-1).argmax())  # that of padding may be zero in a good model
-        if (ends := self._ends()) and min(ends) >= rows:
+        ends = self._ends()
+        if not all(type(end) is int for end in ends):
+            raise ValueError(f"eos_token_id={ends}: expected ids of tokens, which are whole numbers")
+        if ends and min(ends) >= rows:
             raise ValueError(f"eos_token_id={ends}: no text would end, as the embedding has {rows} rows")
         ids = torch.tensor([[token, token]], device=self.model.device)
         with torch.no_grad():

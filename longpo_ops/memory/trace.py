@@ -219,19 +219,30 @@ def carried_models() -> list[str]:
 
 
 def build(config, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The model on the meta device, all layers or the first few. Raises ValueError for what is no causal LM."""
+    """The model on the meta device, all layers or the first few. Raises ValueError for what is no causal LM, and for one whose
+    attention, or layers, the planner cannot reach."""
     import copy
 
     from transformers import AttentionInterface
 
-    from longpo_ops.pretrained import build_empty
+    from longpo_ops.pretrained import BrokenModel, build_empty
 
     AttentionInterface.register(NAME, _attend)
     config = copy.deepcopy(config) if layers is None else first_layers(config, layers)
-    model = build_empty(config, dtype=dtype, attn_implementation=NAME)
-    if not hasattr(getattr(model, model.base_model_prefix), "layers"):
+    try:
+        model = build_empty(config, dtype=dtype, attn_implementation=NAME)
+    except BrokenModel as error:
+        if NAME not in str(error.__cause__):
+            raise
         raise ValueError(
-            f"model {config.name_or_path!r}: {type(model).__name__} cannot be planned: its body has no list of layers"
+            f"model {config.name_or_path!r}: a model of type {config.model_type!r} cannot be planned: it takes no "
+            "attention but those of its own code, and the planner puts one of its own in place"
+        ) from error
+    body = getattr(model, model.base_model_prefix)
+    if not hasattr(body, "layers"):
+        raise ValueError(
+            f"model {config.name_or_path!r}: {type(model).__name__} cannot be planned: the planner looks for the layers in "
+            f"`layers` of the body, and a {type(body).__name__} has them elsewhere"
         )
     return model
 

@@ -1,7 +1,7 @@
 """What a model's name or folder holds: its config, its tokenizer, its weights; what is not whole is refused by name."""
 
 from .config import DTYPES, read_config, read_whole_config, replace_rope, text_config
-from .loading import BrokenModel, is_out_of_memory, loading
+from .loading import BrokenModel, is_out_of_memory, loading, trying
 from .template import render as render_chat
 from .tokenizer import check_ids, load_tokenizer
 from .weights import build_empty, check_weights, explain_zeros, load_model, require_causal_lm
@@ -23,4 +23,5 @@ __all__ = [
     "replace_rope",
     "require_causal_lm",
     "text_config",
+    "trying",
 ]

@@ -2,7 +2,7 @@
 
 transformers checks the kinds of fields (a text in place of a number); it builds models of zero heads, of a RoPE of negative
 base and of eps that is infinite, or tries to build ones of 10^12 layers. These are refused here. Fields that no config of
-transformers has, those of remote code, are left alone.
+transformers has, those of remote code, are left alone, as are those of the other parts of a model that also sees or hears.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ LARGEST = {  # of sizes, by all their names; what is beyond would be built for h
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "intermediate_size", "vocab_size"), 2**28),
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), 2**48),
 }
+LEAST = {"sliding_window": -1}  # of sizes, where it is not 1; a window of 0 or -1 is none
 SHARE = re.compile(r"(.*_)?(eps(ilon)?|(dropout|pdrop)(_prob)?)$")
 ROPE = (
     *("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor"),
@@ -62,25 +63,32 @@ def read_whole_config(name: str, trust_remote_code: bool = False):
     with loading(name, lambda: f"config.json{_blamed(told)}"):
         whole = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with loading(name, "config.json"):
-        _check_config(whole.get_text_config())
+        text = whole.get_text_config()
+        _check_config(text)
+    if (getattr(text, "sliding_window", None) or 0) < 1 and hasattr(text, "sliding_window"):
+        text.sliding_window = None  # the libraries would mask all of a window of 0
     return whole
 
 
 def _check_numbers(told: dict[str, Any]) -> None:
-    """Raises ValueError for entries of config.json that transformers would take, and no model can have."""
-    for part in (told, told.get("text_config")):
-        for field, expected in _wrong_numbers(part if isinstance(part, dict) else {}):
-            raise ValueError(
-                f"{field}={shown(part[field])}: expected {expected}; mend the file, or fetch the model again"
-            )
+    """Raises ValueError for entries of config.json that transformers would take, and no model can have. Of a model with
+    parts those of its text part; of remote code none, as its fields may mean anything."""
+    from transformers import CONFIG_MAPPING
+
+    kind, part = told.get("model_type"), told.get("text_config")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        return
+    part = part if isinstance(part, dict) else told
+    for field, expected in _wrong_numbers(part):
+        raise ValueError(f"{field}={shown(part[field])}: expected {expected}; mend the file, or fetch the model again")
 
 
 def _wrong_numbers(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """-> fields, and what was expected of each."""
     for field, value in told.items():
-        number = type(value) in (int, float)
-        if field in LARGEST and (isinstance(value, str | float) or (number and not 1 <= value <= LARGEST[field])):
-            yield field, f"a whole number from 1 to {LARGEST[field]:,}"
+        number, least = type(value) in (int, float), LEAST.get(field, 1)
+        if field in LARGEST and (isinstance(value, str | float) or (number and not least <= value <= LARGEST[field])):
+            yield field, f"a whole number from {least} to {LARGEST[field]:,}"
         elif SHARE.match(field) and number and not 0 <= value < 1:
             yield field, "a number from 0 to 1"
         elif field in ("rope_parameters", "rope_scaling") and not isinstance(value, dict | None):

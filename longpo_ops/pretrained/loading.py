@@ -1,6 +1,8 @@
 """One error for whatever a model's files make the libraries raise that read them.
 
-    transformers, tokenizers, safetensors, huggingface_hub, jinja2, json, torch raise  -> BrokenModel, theirs as its cause
+    loading   transformers, tokenizers, safetensors, huggingface_hub, jinja2, json, torch raise  -> BrokenModel, from theirs
+    trying    a model that was read runs, and refuses what its config says                        -> BrokenModel
+              any other error is the machine's or the program's                                   -> itself
 
 A folder may hold anything in any place, and the libraries answer with whatever exception they come to. The message names the
 model, the file, the field where it can be known, and what came. What is no fault of the files keeps its own words: no memory, a
@@ -13,11 +15,15 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+NUMBERED = re.compile(r"\(os error (\d+)\)")  # what libraries written in Rust make of the system's errors
 SMALL = (  # files of a model that hold one JSON object each
     *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
 )
@@ -49,6 +55,19 @@ def loading(name: str, what: str | Callable[[], str] = "") -> Iterator[None]:
         elif not isinstance(error, OSError | ValueError):  # those say themselves what to do
             why += "; mend the file, or fetch the model again"
         raise BrokenModel(f"model {name!r} cannot be loaded: {why}") from error
+
+
+@contextmanager
+def trying(name: str, what: str) -> Iterator[None]:
+    """Within it the model `name`, which was read whole, runs. Raises BrokenModel, a ValueError, for a ValueError, and for what
+    transformers' generation makes of settings that it cannot use; everything else goes through."""
+    try:
+        yield
+    except Exception as error:
+        refused = isinstance(error, ValueError) or _is_of_generation(error)
+        if isinstance(error, BrokenModel) or not refused or not _is_of_the_files(error):
+            raise
+        raise BrokenModel(f"model {name!r}: {what}: {explain(error)}") from error
 
 
 @contextmanager
@@ -89,10 +108,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
-def _is_of_the_files(error: BaseException) -> bool:
-    if isinstance(error, ImportError) or is_out_of_memory(error):
+def _is_of_the_machine(error: BaseException | None) -> bool:
+    """Whether the system said it, in a number or in words, or caused it."""
+    if error is None:
         return False
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := NUMBERED.search(str(error))):
+        number = int(found[1])
+    return number in OF_THE_MACHINE or _is_of_the_machine(error.__cause__)
+
+
+def _is_of_generation(error: Exception) -> bool:
+    """Whether transformers' code around a model raised it, which works with generation_config.json, and no kernel."""
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    ours = last.tb_frame.f_globals.get("__name__", "").startswith("transformers.generation.")
+    return ours and not isinstance(error, torch.AcceleratorError)
+
+
+def _is_of_the_files(error: BaseException) -> bool:
+    if isinstance(error, ImportError) or is_out_of_memory(error) or _is_of_the_machine(error):
         return False
     return (
         isinstance(error, Exception) or type(error).__name__ == "PanicException"
@@ -121,6 +157,8 @@ def _unreadable(folder: Path, names: tuple[str, ...]) -> str | None:
         except ValueError as error:
             return f"{name} is no JSON: {error} (of {len(text):,} characters, which begin {text[:20]!r})"
         except OSError as error:
+            if _is_of_the_machine(error):
+                raise
             return f"{name} cannot be read: {error.strerror}"
         if not isinstance(told, dict):
             return f"{name} holds a JSON {type(told).__name__}, {json.dumps(told)[:40]}; expected an object"

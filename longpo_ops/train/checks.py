@@ -35,7 +35,7 @@ from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
 from ..parallel.mesh import check_alike
-from ..pretrained import explain_zeros, loading
+from ..pretrained import explain_zeros, trying
 from .arithmetic import AUTOCAST, base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 def prepare_model(model: nn.Module) -> nn.Module:
     """Shared-prefix attention, and a forward that stops at the hidden states. Raises ValueError for a model that cannot."""
-    with loading(base_model(model).config.name_or_path, "it cannot be trained"):
+    with trying(base_model(model).config.name_or_path, "it cannot be trained"):
         use_shared_prefix(base_model(model))
         return attach(model)
 

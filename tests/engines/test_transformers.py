@@ -175,11 +175,24 @@ def test_a_model_that_makes_no_numbers_or_no_ends_is_refused_as_it_is_loaded(mod
 
     with pytest.raises(
         ValueError,
-        match=r"cannot be loaded: config.json or generation_config.json: .* log-prob (-|nan).* equally likely",
+        match=r"model '.*': config.json or generation_config.json: .* log-prob (-|nan).* equally likely",
     ):
         start(lambda weights: {name: weight * 1e30 for name, weight in weights.items()})
     start(_first_row_zero)  # as that of padding is
     with pytest.raises(ValueError, match=r"eos_token_id=\[1000000\]: no text would end, as the embedding has"):
         start(generation={"eos_token_id": 10**6})
+    with pytest.raises(ValueError, match=r"eos_token_id=\['a'\]: expected ids of tokens, which are whole numbers"):
+        start(generation={"eos_token_id": ["a"]})
     with pytest.raises(ValueError, match="do not support `num_return_sequences`"):
         start(generation={"num_return_sequences": 3})
+    with pytest.raises(ValueError, match=r"generation_config.json: it cannot generate: TypeError: '>' not supported"):
+        start(generation={"num_beams": "4"})
+
+
+def test_a_fault_of_the_program_is_not_blamed_on_the_model(model, monkeypatch):
+    def broken(*_):
+        raise AttributeError("ours")
+
+    monkeypatch.setattr(TransformersEngine, "_generate", broken)
+    with pytest.raises(AttributeError, match="ours"):
+        asyncio.run(TransformersEngine(str(model)).start())

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, place, tile_layers
@@ -27,6 +28,7 @@ from longpo_ops.memory.times import attention_pairs
 from longpo_ops.memory.trace import carried_models, read_config, trace
 from longpo_ops.ops.head import attach
 from longpo_ops.ops.logprobs import linear_cross_entropy
+from longpo_ops.pretrained import build_empty
 
 from .models import small
 
@@ -189,6 +191,25 @@ def test_unknown_model_is_refused(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="neither one of llama-3-8b, mistral-7b"):
         read_config("no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "gpt2",
+            "cannot be planned: the planner looks for the layers in `layers` of the body, and a GPT2Model has them",
+        ),
+        ("opt", "the planner looks for the layers in `layers` of the body, and a OPTModel has them elsewhere"),
+        ("falcon", "a model of type 'falcon' cannot be planned: it takes no attention but those of its own code"),
+    ],
+)
+def test_a_model_that_cannot_be_planned_is_built_and_refused_for_what_the_planner_lacks(kind, message):
+    config = AutoConfig.for_model(kind, num_hidden_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=128)
+    build_empty(config)
+    with pytest.raises(ValueError, match=message) as caught:
+        weights_of(config)
+    assert "mend the file" not in str(caught.value)
 
 
 def test_a_model_that_sees_is_planned_as_its_text_part(tmp_path):

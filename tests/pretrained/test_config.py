@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from transformers import Gemma3TextConfig, Qwen2Config
+from transformers import AutoConfig, Gemma3TextConfig, Qwen2Config
 
 from longpo_ops.engines.settings import EngineSettings
 from longpo_ops.pretrained import BrokenModel, build_empty, read_config, replace_rope
 from longpo_ops.train.run import TrainRun
 
 from .published import PUBLISHED
-from .tiny import llama
+from .tiny import SIZES, WITH_PICTURES, llama
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4}
 
@@ -82,12 +82,52 @@ def test_configs_of_published_models_are_taken_and_built(model, tmp_path):
     build_empty(config)
 
 
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_what_transformers_saves_of_published_models_is_taken(model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[model]))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    again = read_config(str(tmp_path))
+    assert again.vocab_size > 1000 and getattr(again, "sliding_window", None) != 0
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_nothing_is_none(window, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "mistral", "sliding_window": window}))
+    assert read_config(str(tmp_path)).sliding_window is None
+
+
+def test_the_numbers_of_a_model_with_parts_are_those_of_its_text_part(tmp_path):
+    told = WITH_PICTURES["gemma3"]().to_dict() | {"max_position_embeddings": 1200.0}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert read_config(str(tmp_path)).max_position_embeddings == SIZES["max_position_embeddings"]
+    told["text_config"]["num_attention_heads"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(BrokenModel, match="num_attention_heads=0: expected a whole number from 1"):
+        read_config(str(tmp_path))
+
+
+def test_the_numbers_of_remote_code_are_left_alone(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from transformers import PreTrainedConfig\n\n\nclass Mine(PreTrainedConfig):\n    model_type = 'mine'\n"
+    )
+    told = {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Mine"},
+        "vocab_size": 704,
+        "n_heads": [4, 0],
+        "factor": 0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(told | {"intermediate_size": 1.5}))
+    assert read_config(str(tmp_path), trust_remote_code=True).intermediate_size == 1.5
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ({"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number from 1 to"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000: expected a whole number from 1 to 8,192"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3: expected a divisor of num_attention_heads, which is 4"),
+        ({"sliding_window": -16}, "sliding_window=-16: expected a whole number from -1 to"),
         ({"hidden_size": "32"}, "hidden_size='32': expected a whole number"),
         ({"hidden_size": None}, "hidden_size=None: .*expected int, got NoneType .*; mend the file"),
         ({"model_type": ["llama"]}, r"model_type=\['llama'\]: TypeError"),

@@ -1,13 +1,17 @@
 """Broken folders are refused by name, or taken where nothing depends on what is broken; a traceback answers none of them."""
 
 import errno
+import os
 import random
+import resource
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from longpo_ops.pretrained import BrokenModel, loading, read_config
+from longpo_ops.pretrained import BrokenModel, loading, read_config, trying
+from longpo_ops.pretrained.loading import check_files
 
 from . import broken, outcomes
 from .tiny import llama, save
@@ -73,6 +77,7 @@ def test_whatever_the_libraries_raise_of_the_files_becomes_one_kind(error, tmp_p
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EMFILE, "Too many open files"),
+        RuntimeError("IO error: No space left on device (os error 28)"),
         ImportError("install bitsandbytes"),
         KeyboardInterrupt(),
     ],
@@ -81,6 +86,42 @@ def test_what_is_no_fault_of_the_files_keeps_its_own_words(error, tmp_path):
     with pytest.raises(type(error)) as caught, loading(str(tmp_path)):
         raise error
     assert caught.value is error
+
+
+@contextmanager
+def no_file_to_spare():
+    """Every file that is opened within it is one too many."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("read", [check_files, read_config])
+def test_too_many_open_files_are_no_fault_of_the_model(tmp_path, read):
+    save(tmp_path, llama())
+    with pytest.raises(OSError, match="Too many open files") as caught, no_file_to_spare():
+        read(str(tmp_path))
+    assert not isinstance(caught.value, BrokenModel) and caught.value.errno == errno.EMFILE
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("x"), RuntimeError("Triton"), KeyError("x"), torch.AcceleratorError("CUDA error", 700)]
+)
+def test_faults_of_a_model_that_runs_are_not_blamed_on_its_files(error):
+    with pytest.raises(type(error)) as caught, trying("m", "it cannot generate"):
+        raise error
+    assert caught.value is error
+
+
+def test_what_a_model_that_runs_refuses_is_told_with_its_name():
+    with pytest.raises(BrokenModel) as caught, trying("m", "it cannot generate"):
+        raise ValueError("rope")
+    assert str(caught.value) == "model 'm': it cannot generate: rope"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """Chat templates that run away are ended and refused; those that end, in whatever way, are rendered or say why not."""
 
+import errno
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from longpo_ops.pretrained import BrokenModel, render_chat
+from longpo_ops.pretrained import BrokenModel, render_chat, template
 from longpo_ops.pretrained.template import check_template
 
 from .broken import TEMPLATES
@@ -45,6 +49,35 @@ def test_a_template_that_fails_says_so_where_a_conversation_is_wanted(tokenizer,
     check_template("m", tokenizer)
     with pytest.raises(ValueError, match=f"model '{TINY}': the chat template refuses a conversation: "):
         render_chat(tokenizer, MESSAGES, True)
+
+
+def test_where_children_are_not_told_of_or_not_to_be_had_a_template_is_taken(tokenizer, monkeypatch):
+    tokenizer.chat_template = CHATML + "{# one #}"
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        check_template("m", tokenizer)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+    def refuse():
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    tokenizer.chat_template = CHATML + "{# two #}"
+    check_template("m", tokenizer)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_that_others_end_says_nothing_of_the_template(number):
+    assert template._runs_away(lambda: os.kill(os.getpid(), number)) is None
+
+
+def test_a_child_that_waits_for_a_lock_is_ended_soon():
+    lock = threading.Lock()
+    with lock, pytest.MonkeyPatch.context() as patch:
+        assert template.WAIT <= 15
+        patch.setattr(template, "WAIT", 1)
+        assert template._runs_away(lock.acquire) is None
 
 
 def test_a_template_that_writes_nothing_is_refused(tokenizer):

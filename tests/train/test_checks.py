@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from longpo_ops.cli import app
 from longpo_ops.pretrained import load_model, read_config
 from longpo_ops.train import LongPOConfig
-from longpo_ops.train.checks import count_steps, kept_memory
+from longpo_ops.train.checks import count_steps, kept_memory, prepare_model
 from longpo_ops.train.run import TrainRun, prepare, train
 
 from ..pretrained.tiny import CHATML, WITH_PICTURES, qwen_vl, save
@@ -265,3 +265,12 @@ def test_gemma_3_with_pictures_is_trained_as_a_text_model_and_goes_on(home, tmp_
     )
     weights = dict(before.named_parameters())
     assert any(not torch.equal(p, weights[name]) for name, p in after.named_parameters())
+
+
+def test_a_fault_of_the_program_is_not_blamed_on_the_model(home, monkeypatch):
+    def broken(_):
+        raise AttributeError("ours")
+
+    monkeypatch.setattr("longpo_ops.train.checks.use_shared_prefix", broken)
+    with pytest.raises(AttributeError, match="ours"):
+        prepare_model(AutoModelForCausalLM.from_pretrained(home / "model"))
