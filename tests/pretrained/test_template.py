@@ -72,6 +72,17 @@ def test_a_child_that_others_end_says_nothing_of_the_template(number):
     assert template._runs_away(lambda: os.kill(os.getpid(), number)) is None
 
 
+def test_a_child_that_took_its_time_is_blamed_however_the_system_ends_it(monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 1)
+
+    def work():
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+        while True:
+            pass
+
+    assert template._runs_away(work) == "more than 1 s"
+
+
 def test_a_child_that_waits_for_a_lock_is_ended_soon():
     lock = threading.Lock()
     with lock, pytest.MonkeyPatch.context() as patch:
