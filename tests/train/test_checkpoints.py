@@ -144,7 +144,7 @@ def test_a_refused_run_leaves_somebodys_folder_as_it_was(home, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises((ValueError, OSError), match="nothere"):
         run_tiny(home, tmp_path, **STEPS, model=str(tmp_path / "nothere"))
-    with pytest.raises(ValueError, match="no-pairs.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"no-pairs\.jsonl does not exist"):
         run_tiny(home, tmp_path, **STEPS, data=str(tmp_path / "no-pairs.jsonl"))
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ValueError, match=f"{tmp_path}/.partial is of no run in output_dir.*give another"):
