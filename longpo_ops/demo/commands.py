@@ -42,7 +42,7 @@ def demo(
                 "leave one of the two out"
             )
     with Lock(out / "work" / "lock"):  # a second demo would write other documents under the first one
-        with writing(out):
+        with writing(out, elsewhere=True):
             prepare(out, seed)
         _show(wanted, out, compare)
 

@@ -43,7 +43,7 @@ class Shard:
         lines, self._end = _whole_lines(journal)
         for line in lines:
             self._take(line)
-        self._file = os.open(journal, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._file, self._end)
 
     def add(self, document: str) -> None:

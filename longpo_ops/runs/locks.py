@@ -29,14 +29,17 @@ class Lock:
     def __init__(self, path: Path):
         folder = path.parents[1]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.file: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # the umask says whether a group shares it
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self.file, 200, 0).decode(errors="replace").strip() or "a process that has not said which"
             os.close(self.file)
+            host = holder.partition(" on ")[2]
+            gone = f"; if {host} is gone for good, remove {path}" if host not in ("", platform.node()) else ""
             raise ValueError(
-                f"another run is at work in {folder} ({holder}, or what it started); wait for it, or use another folder"
+                f"another run is at work in {folder} ({holder}, or what it started); wait for it, or use another "
+                f"folder{gone}"
             ) from None
         except OSError as error:
             if error.errno not in UNKNOWN:

@@ -216,14 +216,13 @@ def check_one_folder(args: TrainingArguments) -> None:
 @contextmanager
 def one_run(args: TrainingArguments) -> Iterator[None]:
     """A collective of all processes of a run, which alone is at work in output_dir within it: the first one holds the lock,
-    and clears what a killed run has left half done. Raises ValueError where another run is at work there, and OSError where
-    it cannot be written, on all of them."""
+    and clears the files that a killed run has left half written. Raises ValueError where another run is at work there, and
+    OSError where it cannot be written, on all of them."""
     lock, refusal, out = None, [None], Path(args.output_dir)
     if args.process_index == 0:
         try:
             lock = Lock(out / "data" / "lock")
             clear_partials(*out.glob("reference/*"), *out.glob("reference/*/hidden"))
-            clear_leftovers(out)
         except (ValueError, OSError) as error:
             refusal = [error]
     if args.world_size > 1:
@@ -231,7 +230,7 @@ def one_run(args: TrainingArguments) -> Iterator[None]:
     try:
         if refusal[0] is not None:
             raise refusal[0]
-        with writing(out):
+        with writing(out, elsewhere=True):
             yield
     finally:
         if lock is not None:
@@ -371,3 +370,17 @@ def clear_leftovers(run: Path) -> None:
     """What a killed process was writing or deleting."""
     for name in (PARTIAL, REMOVED):
         shutil.rmtree(run / name, ignore_errors=True)
+
+
+def clear_killed(args: TrainingArguments, ours: bool) -> None:
+    """What a killed run has left half done in output_dir, where a run is. ours: whether one is. Raises ValueError, on all
+    processes, where none is: those folders are somebody's, and the checkpoints would be written over them."""
+    run = Path(args.output_dir)
+    for name in (PARTIAL, REMOVED):
+        if not ours and (run / name).exists():
+            raise ValueError(
+                f"{run / name} is of no run in output_dir, and checkpoints would be written over it; move it away, or give "
+                "another output_dir"
+            )
+    if ours and args.should_save:
+        clear_leftovers(run)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields, replace
+from typing import get_args, get_type_hints
 
+import numpy as np
 import torch
 from accelerate import ParallelismConfig
 from transformers import SchedulerType, TrainingArguments
@@ -93,6 +95,7 @@ class LongPOConfig(TrainingArguments):
     sequence_parallel: int | None = field(default=None, metadata={"help": "processes that share a pack's rows"})
 
     def __post_init__(self):
+        self._make_plain()
         self.method.make_objective(self.objective_options or {})
         if self.reference not in REFERENCES:
             raise ValueError(f"reference={self.reference!r}: expected one of {', '.join(REFERENCES)}")
@@ -152,12 +155,24 @@ class LongPOConfig(TrainingArguments):
             settings = self.gradient_accumulation_steps, self.max_grad_norm, self.world_size, self.mixed_precision
             refuse_step_in_backward(*settings)
 
+    def _make_plain(self) -> None:
+        """Python's own numbers for numpy's, and flags for 0 and 1."""
+        kinds = get_type_hints(type(self))
+        for name in (f.name for f in fields(self) if f.init):
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                value = value.item()
+            choices = {kinds[name], *get_args(kinds[name])}
+            if bool in choices and not choices & {int, float} and type(value) is int and value in (0, 1):
+                value = bool(value)
+            setattr(self, name, value)
+
     def _check_numbers(self) -> None:
         """Raises ValueError for values of another kind, and for a run of no step."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         if not isinstance(self.accelerator_config, dict | str | None):  # accelerate's own object will do
             del given["accelerator_config"]
-        check_kinds(given, LongPOConfig)
+        check_kinds(given, type(self))
         if self.max_steps < -1 or self.max_steps == 0:
             raise ValueError(f"max_steps={self.max_steps}: expected a number of steps, or -1 for whole epochs")
         if self.max_steps == -1 and self.num_train_epochs <= 0:

@@ -27,7 +27,7 @@ from ..pretrained.template_kwargs import check_values
 from ..runs.journal import write_text
 from ..runs.settings_file import settle
 from ..runs.validate import check_kinds
-from .checkpoints import check_going_on, check_one_folder, last_checkpoint, one_run
+from .checkpoints import check_going_on, check_one_folder, clear_killed, last_checkpoint, one_run
 from .checks import (
     agreed_memory,
     check_model,
@@ -339,7 +339,12 @@ def train(run: TrainRun, progress: TrainerCallback | None = None) -> LongPOTrain
     output_dir holds another run or a checkpoint that is not whole, where another process is at work in it, and where nothing
     was trained; OSError, with a path and the system's reason, for what cannot be written: mend it and run the same again.
     """
-    with one_run(run.config()):
+    config = run.config()
+    for name in filter(None, (run.model, run.reference_model)):
+        run.read_config(name)  # where one is refused, output_dir is not made
+    for path in filter(None, (run.data, run.eval_data)):
+        data_files(path)
+    with one_run(config):
         return _train(run, progress)
 
 
@@ -358,6 +363,7 @@ def _train(run: TrainRun, progress: TrainerCallback | None) -> LongPOTrainer:
     elif checkpoint is not None:
         check_going_on(checkpoint, prepared.steps, prepared.config)
         log.info("going on from %s", checkpoint)
+    clear_killed(prepared.config, checkpoint is not None or holds_run(run.output_dir))
     policy = run.load_model(run.model, policy=True)
     dtype, untrained = policy.dtype, weights_digest(policy)  # training may hold it in another
     trainer = _make_trainer(run, policy, prepared)

@@ -49,6 +49,27 @@ def test_the_second_run_is_told_the_folder_and_the_process_and_a_killed_one_keep
     Lock(path).close()
 
 
+def test_a_group_may_share_a_folder(tmp_path):
+    before = os.umask(0o002)
+    try:
+        Lock(tmp_path / "work/lock").close()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "work/lock").stat().st_mode & 0o777 == 0o664
+
+
+def test_what_to_do_with_the_lock_of_another_host_is_told(tmp_path):
+    """A network file system may keep the lock of a host that is gone."""
+    path = tmp_path / "work/lock"
+    with Lock(path):
+        path.write_text("process 4711 on node-of-old\n")
+        with pytest.raises(ValueError, match=f"another folder; if node-of-old is gone for good, remove {path}$"):
+            Lock(path)
+        path.write_text(f"process 4711 on {platform.node()}\n")
+        with pytest.raises(ValueError, match=r"or use another folder$"):
+            Lock(path)
+
+
 def test_a_process_that_was_forked_from_a_killed_one_keeps_nobody_out(tmp_path):
     process = Started(HOLDS.format(forks=True), tmp_path / "work/lock")
     child = int(process.first_line())

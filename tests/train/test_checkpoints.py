@@ -10,8 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from longpo_ops.train import last_checkpoint
-from longpo_ops.train.checkpoints import MANIFEST, check_checkpoint, checkpoints, discard, rotate, write_manifest
+from longpo_ops.train import LongPOConfig, last_checkpoint
+from longpo_ops.train.checkpoints import (
+    MANIFEST,
+    check_checkpoint,
+    checkpoints,
+    discard,
+    one_run,
+    rotate,
+    write_manifest,
+)
 
 from ..processes import CLI, killed_in, longpo
 from ..processes import run as run_process
@@ -119,6 +127,29 @@ def test_a_disk_that_refuses_is_told_and_the_run_goes_on_to_the_same_bytes(home,
     run_tiny(home, tmp_path / "out", **STEPS)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_a_full_cache_of_a_library_is_not_told_as_the_runs_own_folder(tmp_path):
+    config = LongPOConfig(output_dir=str(tmp_path / "out"), use_cpu=True)
+    with pytest.raises(OSError, match="No space left") as refusal, one_run(config), open("/dev/full", "w") as cache:
+        cache.write("x")
+        cache.flush()
+    assert refusal.value.filename is None
+
+
+def test_a_refused_run_leaves_somebodys_folder_as_it_was(home, tmp_path):
+    for name in (".partial", ".removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, OSError), match="nothere"):
+        run_tiny(home, tmp_path, **STEPS, model=str(tmp_path / "nothere"))
+    with pytest.raises(ValueError, match=r"no-pairs\.jsonl does not exist"):
+        run_tiny(home, tmp_path, **STEPS, data=str(tmp_path / "no-pairs.jsonl"))
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match=f"{tmp_path}/.partial is of no run in output_dir.*give another"):
+        run_tiny(home, tmp_path, **STEPS)
+    assert set(before) <= set(tmp_path.rglob("*"))
 
 
 def final(output: Path) -> dict:

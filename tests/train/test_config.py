@@ -1,5 +1,8 @@
 """What LongPOConfig makes of processes that share packs, as far as one process can ask (the rest: tests/parallel)."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 from accelerate import ParallelismConfig
 from transformers import AutoModelForCausalLM
@@ -29,6 +32,32 @@ def test_a_single_process_shares_with_none(tmp_path):
         ValueError, match=r"sequence_parallel=2 with 1 process \(WORLD_SIZE\).*torchrun --nproc-per-node 2"
     ):
         LongPOConfig(output_dir=str(tmp_path), use_cpu=True, sequence_parallel=2)
+
+
+def test_numbers_of_numpy_and_flags_as_numbers_are_taken(tmp_path):
+    given = dict(max_steps=np.int64(5), learning_rate=np.float32(1e-5), pack_tokens=np.int32(64))
+    config = LongPOConfig(output_dir=str(tmp_path), use_cpu=1, bf16=0, gradient_checkpointing=0, tf32=0, **given)
+    taken = [getattr(config, name) for name in given]
+    assert taken == [5, float(np.float32(1e-5)), 64] and list(map(type, taken)) == [int, float, int]
+    assert [config.use_cpu, config.gradient_checkpointing, config.tf32] == [True, False, False]
+    assert config.gradient_checkpointing is False and type(config.max_grad_norm) is float
+    with pytest.raises(ValueError, match="gradient_checkpointing=2: expected bool"):
+        LongPOConfig(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=2)
+    with pytest.raises(ValueError, match="max_grad_norm=nan: expected a finite number"):
+        LongPOConfig(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=np.float32("nan"))
+
+
+@dataclass
+class OwnConfig(LongPOConfig):
+    """With a field of its own."""
+
+    margin: float = 0.5
+
+
+def test_fields_of_a_subclass_are_settings_too(tmp_path):
+    assert OwnConfig(output_dir=str(tmp_path), use_cpu=True, margin=2).margin == 2
+    with pytest.raises(ValueError, match="margin='wide': expected float"):
+        OwnConfig(output_dir=str(tmp_path), use_cpu=True, margin="wide")
 
 
 def test_a_launchers_file_of_deepspeed_shares_no_packs(tmp_path, monkeypatch):
