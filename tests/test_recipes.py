@@ -42,6 +42,7 @@ def test_every_setting_that_decides_is_judged():
         "max_length",
         "lora_alpha",
         "lora_targets",
+        "template_kwargs",  # of the model's own template, as in generate
         "dtype",
         "constraint_weight",
     }
