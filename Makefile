@@ -20,7 +20,7 @@ STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 FUNCTIONS := tests/ops/test_operators.py
 REHEARSE := $(OLDEST)/bin/python -m benchmarks.gpu.check --rehearse
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 RANKS  := tests/parallel/test_*_ranks.py
 # GPU machines have Python 3.12, and kernels are packed for one Python: taken where it is found.
 PYTHONS_312 = python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python3.12

@@ -18,6 +18,10 @@ SET = os.environ.get("ATEN_CPU_CAPABILITY", "own")
 CACHE = os.path.join(tempfile.gettempdir(), f"longpo_ops-tests-inductor-{getpass.getuser()}-{SET}")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHE)
 
+# Files of minutes, which are begun first: one that comes last keeps one process at work and the others idle.
+LONG = ("gpu/test_check", "evolve/test_run", "test_workspace", "test_packaging", "test_child", "train/test_checkpoints",
+        "demo/test_commands", "test_evolve_ranks", "test_launch_ranks")  # fmt: skip
+
 # A suite that a shell started in the background ignores SIGINT, and so would the runs that tests stop with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -28,3 +32,7 @@ settings.load_profile("repeatable")
 def _told_anew():
     """What a recipe tells once in a process, every test is told."""
     recipes.warn.cache_clear()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.with_suffix("").as_posix().endswith(LONG))
