@@ -38,7 +38,7 @@ qwen2.5-72b-instruct Qwen2.5-Coder-32B-Instruct-AWQ Qwen3-30B-A3B-Instruct-2507-
 Llama-3.2-11B-Vision-Instruct Meta-Llama-3.1-8B-Instruct-Q4_K_M.gguf Mistral-7B-Instruct-v0.3 Mixtral-8x22B-Instruct-v0.1
 mixtral8x7b starcoder2-15b gpt-4o-mini-2024-07-18 gpt-oss-120b text-embedding-ada-002 DeepSeek-R1-0528-Qwen3-8B deepseek-ai
 gemma-3-27b-it-qat-q4_0 Phi-3.5-MoE-instruct glm-4-9b-chat-1m NousResearch OLMo-2-1124-13B-Instruct llama-3-70b-262k
-claude-3-5-sonnet-20241022 command-r-plus-08-2024 c4ai-command-r-v01 Yi-34B-200K internlm2_5-7b-chat-1m token-classification
+gemini-1.5-pro-002 command-r-plus-08-2024 c4ai-command-r-v01 Yi-34B-200K internlm2_5-7b-chat-1m token-classification
 hf-inference judge-a my-team-gateway eu-west-1 2024-10-21 SmolLM2-135M-Instruct LongCat-Flash-Chat 123456789012"""
 KEYS = """sk-abc sk-proj-abc-def sk_live_4eC3 gsk_a hf_abcdef nvapi-x glpat-a-b ghp_x t0k3nXb9Qw2L abcdefghijklmnopqrstuvwxyz
 3f2b8c1e-9d4a-4c7b-8e21-0a1b2c3d4e5f 9f86d081884c7d659a2feaa0c55ad015 AKIAIOSFODNN7EXAMPLE AIzaSyD-9tSrke72PouQMnMX-a7eZSW0j
