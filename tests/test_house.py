@@ -24,7 +24,7 @@ ROOMS = {
     "parallel": (),
     "ops": ("kernels", "kinds", "parallel"),
     "data": ("kinds", "pretrained", "text"),
-    "attention": ("data", "kinds", "parallel"),
+    "attention": ("data", "kinds", "parallel", "pretrained"),
     "runs": ("data", "text"),
     "documents": ("lazy", "text"),
     "engines": ("ops", "pretrained", "runs"),

@@ -1,5 +1,6 @@
 """Attention for long pairs: the shared prefix computed once."""
 
+from longpo_ops.attention.proof import PrefixNotShared, Proof, prove
 from longpo_ops.attention.registration import (
     NAME,
     SharedPrefixHandle,
@@ -14,6 +15,8 @@ from longpo_ops.attention.ulysses import check_heads, exchanged_numbers, head_pl
 
 __all__ = [
     "NAME",
+    "PrefixNotShared",
+    "Proof",
     "SharedPrefixHandle",
     "check_heads",
     "check_ranks",
@@ -21,6 +24,7 @@ __all__ = [
     "exchanged_numbers",
     "explain_attention",
     "head_plan",
+    "prove",
     "register",
     "rope_depends_on_length",
     "shared_prefix_attention",

@@ -3,22 +3,27 @@
     with use_shared_prefix(model):                        # or: handle = use_shared_prefix(model); handle.remove()
         model(input_ids, position_ids=p, shared_prefix_layout=layout, use_cache=False)
 
-The layout travels to every layer as a keyword argument, and so do shards (parallel.Shards): the model then has this rank's
+A model is taken when proof.py shows it: that tells each layer's window or chunk, too, which here decides what its rows see. The
+layout travels to every layer as a keyword argument, and so do shards (parallel.Shards): the model then has this rank's
 rows and positions, and the layout is the whole row's (ulysses.py). No mask is ever built: transformers would take position ids
 that restart for packed sequences and hide the prefix from the rejected tail; an all-ones mask would show it the chosen
 tail. Without a layout attention is plain causal. What cannot be computed rightly is refused with a ValueError. Not
-covered, and refused by name: key-value caches, padding, dropout, layers that see more than the past, RoPE that gives the
-sequences of a pack other frequencies than they have alone (rope.py).
+covered, and refused by name: key-value caches, padding, dropout, layers that see more than the past, arguments of attention
+that are not known here, RoPE that gives the sequences of a pack other frequencies than they have alone (rope.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from longpo_ops.attention.masks import Seen
+from longpo_ops.attention.proof import PrefixNotShared, Proof, blocks_of, prove
 from longpo_ops.attention.rope import check_rope_over_ranks, renew, rotary_modules
 from longpo_ops.attention.shared_prefix import plan_calls, shared_prefix_attention, under_autocast
 from longpo_ops.attention.ulysses import check_heads, to_heads, to_rows
@@ -30,8 +35,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "longpo_shared_prefix"
-# Held equal to separate sequences by tests.
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
+# Arguments that attention is given and that change nothing it computes: of caches and outputs, and what was used before it.
+UNHEARD = (
+    *(
+        "use_cache",
+        "cache_position",
+        "past_key_values",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+    ),
+    *("return_dict", "position_embeddings", "logits_to_keep"),
+)
+KNOWN = ("shared_prefix_layout", "shards", "position_ids", "softcap", "s_aux")
+_LAYER = "_longpo_ops_layer"
+
+
+class _Layer(NamedTuple):
+    """What attention must know of the module that calls it."""
+
+    seen: Seen
+    first: bool  # of the model's, which looks at the positions for all
 
 
 def register() -> str:
@@ -52,6 +76,8 @@ class SharedPrefixHandle:
     def remove(self) -> None:
         """Gives the model its former attention implementation back."""
         self._model.set_attn_implementation(self._before)
+        for module in self._model.modules():
+            module.__dict__.pop(_LAYER, None)
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -65,22 +91,59 @@ class SharedPrefixHandle:
 def use_shared_prefix(model: PreTrainedModel) -> SharedPrefixHandle:
     """Sets the model's attention to shared-prefix attention; the returned handle undoes it.
 
-    Raises ValueError for a model family that has not been checked, and for a model that cannot switch its attention.
+    Raises PrefixNotShared, a ValueError, for a model that is not shown to give the numbers of separate sequences (proof.py).
     """
-    _check_model(model)
+    return _install(model, _proof(model))
+
+
+def _install(model: PreTrainedModel, proof: Proof) -> SharedPrefixHandle:
     name, before = register(), model.config._attn_implementation
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
-        raise ValueError(f"{type(model).__name__} does not take the attention implementation {name!r}")
-    hooks = [m.register_forward_pre_hook(_refuse_cache, with_kwargs=True) for m in _attention_modules(model)]
+        raise PrefixNotShared(f"{type(model).__name__} does not take the attention implementation {name!r}")
+    attentions, hooks = _attentions(model, proof), []
+    for number, (attention, seen) in enumerate(attentions.items()):
+        setattr(attention, _LAYER, _Layer(seen, number == 0))
+        hooks.append(attention.register_forward_pre_hook(_refuse_cache, with_kwargs=True))
     for parent, rotary in rotary_modules(model):
         hooks.append(parent.register_forward_pre_hook(partial(renew, rotary), with_kwargs=True))
     return SharedPrefixHandle(model, before, hooks)
 
 
+@contextlib.contextmanager
+def installed(model: PreTrainedModel, proof: Proof) -> Iterator[None]:
+    """The attention within it, for a model that is still to be proved."""
+    with _install(model, proof):
+        yield
+
+
+def _attentions(model: nn.Module, proof: Proof) -> dict[nn.Module, Seen]:
+    """The modules that call attention, in order, and what their rows see."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = zip(blocks_of(model), proof.attention, proof.seen, strict=True)
+    return {block.get_submodule(name): seen for block, name, seen in layers if seen is not None}
+
+
+def _proof(model: nn.Module) -> Proof:
+    check_object("model", model, nn.Module, "a transformers model")
+    proof = prove(model)
+    if proof.reason is not None:
+        raise PrefixNotShared(
+            f"{type(model).__name__} cannot share a prefix between sequences: {proof.reason}. Keep its own attention and give "
+            "it separate sequences (longpo train --separate)"
+        )
+    return proof
+
+
+def unknown_arguments(given: dict[str, Any]) -> list[str]:
+    """Names of arguments that came with a value, and that would go unheard although attention may depend on them."""
+    on = (name for name, value in given.items() if value is not None and value is not False and name not in UNHEARD)
+    return [name for name in on if name not in KNOWN and not (name == "is_causal" and given[name] is True)]
+
+
 def check_ranks(model: PreTrainedModel, ranks: int) -> None:
     """Raises ValueError where a pack's rows cannot lie on so many ranks: too few heads, RoPE that depends on the length."""
-    _check_model(model)
+    _proof(model)
     check_heads(model.config.get_text_config(), ranks)
     if ranks > 1:
         check_rope_over_ranks(model)
@@ -93,45 +156,22 @@ def explain_attention(model: PreTrainedModel, layout: SharedPrefixLayout) -> str
     """
     from collections import Counter
 
-    _check_model(model)
     check_object("layout", layout, SharedPrefixLayout, "a SharedPrefixLayout, as a PairBatch has")
-    kinds = Counter((_window(m), getattr(m, "attn_logit_softcapping", None)) for m in _attention_modules(model))
+    attentions = _attentions(model, _proof(model))
+    kinds = Counter((seen, getattr(m, "attn_logit_softcapping", None)) for m, seen in attentions.items())
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = torch.empty(1, 1, 1, size, dtype=model.dtype, device=model.device)
     q = token.expand(1, config.num_attention_heads, layout.length, size)
-    k = token.expand(1, config.num_key_value_heads, layout.length, size)
+    k = token.expand(1, getattr(config, "num_key_value_heads", None) or config.num_attention_heads, layout.length, size)
     lines = []
-    for (window, softcap), count in kinds.items():
-        lines.append(f"{count} layers with window {window}, soft-cap {softcap}, {token.dtype} on {token.device}:")
-        plan = plan_calls(q, k, k, layout, 1.0, window, softcap)
+    for (seen, softcap), count in kinds.items():
+        lines.append(f"{count} layers with {seen}, soft-cap {softcap}, {token.dtype} on {token.device}:")
+        plan = plan_calls(q, k, k, layout, 1.0, seen.window, softcap, seen.chunk)
         calls = [(i, c) for segment in plan for i, c in enumerate(segment)]
         uses = Counter((("own rows", "shared prefix")[i], c.kernel.name, c.why) for i, c in calls)
         lines += [f"  {part} x{n}: {kernel} ({why})" for (part, kernel, why), n in uses.items()]
     return "\n".join(lines)
-
-
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
-
-
-def _window(module: nn.Module) -> int | None:
-    """Mistral gives every layer its config's window, the others carry their own; Llama has none."""
-    return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    check_object("model", model, nn.Module, "a transformers model")
-    _check_family(getattr(model, "config", None))
-
-
-def _check_family(config) -> None:
-    kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"shared-prefix attention is checked for {', '.join(FAMILIES)}, got a model of type {kind!r}: "
-            f"keep its own attention and give it separate sequences"
-        )
 
 
 def _refuse_cache(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -149,10 +189,11 @@ def _attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (H,) attention sinks
     shared_prefix_layout: SharedPrefixLayout | None = None,
     shards: Shards | None = None,
     position_ids: Tensor | None = None,  # (1 or B, Tq)
-    **_,
+    **given,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: (B, Tq, H, D) and no weights. With shards, rows and positions are this rank's."""
     if attention_mask is not None:
@@ -164,13 +205,22 @@ def _attention_forward(
         raise ValueError(f"shared-prefix attention has no dropout, got {dropout}: set config.attention_dropout to 0")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"shared-prefix attention is causal, {type(module).__name__} is bidirectional")
+    seen, first = _layer_of(module, sliding_window)
+    if unknown := unknown_arguments(given):
+        raise ValueError(
+            f"shared-prefix attention does not know {', '.join(unknown)}, which {type(module).__name__} gave it"
+        )
     if shards is not None:
         check_object("shards", shards, Shards, "parallel.Shards")
-    if getattr(module, "layer_idx", 0) == 0 and (position_ids is not None or shards is not None):
+    if first and (position_ids is not None or shards is not None):
         whole = position_ids if shards is None else _whole_row(position_ids, shards)
         _check_positions(whole, shared_prefix_layout)
     heads, kv_heads = query.shape[1], key.shape[1]
     if shards is not None:
+        if s_aux is not None:
+            raise ValueError(
+                "attention sinks (s_aux) are not known where ranks share the rows: set sequence_parallel=1"
+            )
         query, key, value = to_heads(*under_autocast(query, key, value), shards)
     out = shared_prefix_attention(
         query,
@@ -178,10 +228,27 @@ def _attention_forward(
         value,
         layout=shared_prefix_layout,
         scale=scaling,
-        window=sliding_window,
+        window=seen.window,
+        chunk=seen.chunk,
         softcap=softcap,
+        sinks=s_aux,
     )
     return (out if shards is None else to_rows(out, heads, kv_heads, shards)), None
+
+
+def _layer_of(module: nn.Module, sliding_window: int | None) -> _Layer:
+    layer = getattr(module, _LAYER, None)
+    if layer is None:
+        raise ValueError(
+            f"{type(module).__name__} has not been looked at: set the attention by use_shared_prefix(model), once the "
+            "model has all its layers"
+        )
+    if sliding_window is not None and sliding_window != layer.seen.window:
+        raise ValueError(
+            f"{type(module).__name__} has a window of {sliding_window}, and had {layer.seen} when use_shared_prefix looked "
+            "at it: use it again after a change of the config"
+        )
+    return layer
 
 
 def _whole_row(position_ids: Tensor | None, shards: Shards) -> Tensor:
@@ -228,21 +295,13 @@ def _no_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
     attention_mask: Tensor | None = None,  # (B, kv_length) bool
-    use_vmap: bool = False,
-    config=None,
     **_,
 ) -> None:
     """transformers' mask function: no mask, and a ValueError for what would need one."""
-    if config is not None:
-        _check_family(config)
     if attention_mask is not None and not attention_mask.all():
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} has {int((~attention_mask.bool()).sum())} zeros: "
             f"shared-prefix attention takes no padding; give sequences singly, or packed with a shared_prefix_layout"
-        )
-    if use_vmap:
-        raise ValueError(
-            "this model asks for more than causal and sliding-window masks, which shared-prefix attention lacks"
         )
     if kv_offset + kv_length != q_offset + q_length:
         raise ValueError(
