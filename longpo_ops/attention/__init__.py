@@ -2,6 +2,7 @@
 
 from longpo_ops.attention.registration import (
     NAME,
+    PrefixNotShared,
     SharedPrefixHandle,
     check_ranks,
     explain_attention,
@@ -14,6 +15,7 @@ from longpo_ops.attention.ulysses import check_heads, exchanged_numbers, head_pl
 
 __all__ = [
     "NAME",
+    "PrefixNotShared",
     "SharedPrefixHandle",
     "check_heads",
     "check_ranks",

@@ -34,6 +34,10 @@ NAME = "longpo_shared_prefix"
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
 
 
+class PrefixNotShared(ValueError):
+    """A model whose sequences cannot share a prefix; it may be given separate ones."""
+
+
 def register() -> str:
     """Makes the implementation known to transformers (as often as wanted) and returns its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -128,7 +132,7 @@ def _check_model(model: PreTrainedModel) -> None:
 def _check_family(config) -> None:
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
-        raise ValueError(
+        raise PrefixNotShared(
             f"shared-prefix attention is checked for {', '.join(FAMILIES)}, got a model of type {kind!r}: "
             f"keep its own attention and give it separate sequences"
         )
