@@ -61,7 +61,8 @@ SEPARATE = {
     "llama4_text": dict(attention_chunk_size=8, intermediate_size_mlp=24, layer_types=["chunked_attention", "full_attention"],
                         no_rope_layers=[1, 0], moe_layers=[1], **EXPERTS),
     "deepseek_v3": dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
-                        n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, n_shared_experts=1, num_key_value_heads=4, **EXPERTS),
+                        n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, n_shared_experts=1,
+                        num_key_value_heads=4, **EXPERTS),
     "glm4": {},
     "cohere2": dict(logit_scale=0.25, **LOCAL),
     "olmo3": dict(**LOCAL),
@@ -74,7 +75,7 @@ SEPARATE = {
     "ministral3": dict(),
 }  # fmt: skip
 FAMILIES = PACKED | SEPARATE
-# The vmap of Llama 4's masks knows no mode: norms and softmax stay in float32. Phi-3's frequencies are made anew within the mode.
+# Llama 4's masks (vmap) know no mode, so norms and softmax stay in float32; Phi-3's frequencies are made anew within the mode.
 ROUNDED = {"llama4_text": 1e-5, "phi3": 1e-7}
 PAIRS = [make_pair(1, turns=2, document=9, answer=3), make_pair(2, turns=1, rejected=2, document=16, answer=3)]
 REFERENCE = (-3.0, -4.0)

@@ -1,4 +1,4 @@
-"""Separate sequences: every method's loss and gradients, with checkpointing and offload, whatever came before; what is refused."""
+"""Separate sequences: every method's loss and gradients, with checkpointing and offload, whatever came before; refusals."""
 
 import copy
 import logging
