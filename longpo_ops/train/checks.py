@@ -377,7 +377,7 @@ def plan_memory(
 def with_room(
     memory: Memory, planned: plan.Plan, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]]
 ) -> Memory:
-    """A plan's memory for separate sequences: each one's layer inputs end in the middle of a page of the host, and together they
+    """A plan's memory for separate sequences: each one's layer inputs end in the midst of a page of the host, and together they
     leave as much of the device unused as one input of all of them has."""
     selected = [select(pair, config.method) for pairs in datasets for pair in pairs]
     pairs = max(1, (config.pack_tokens or 0) // min(packed_length(pair, True) for pair in selected))
