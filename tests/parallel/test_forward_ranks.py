@@ -14,7 +14,7 @@ STEP = dict(
     max_steps=2, optim="sgd", learning_rate=0.1, warmup_steps=0, lr_scheduler_type="constant", max_grad_norm=1.0, seed=3,
     reference="precompute", pack_tokens=110, separate=True,
 )  # fmt: skip
-OFFLOAD = {"offload": True, "host_bytes": 1 << 26}
+OFFLOAD = {"offload": True, "host_bytes": 1 << 30}  # of pages of 16 MiB, one for each layer and sequence
 CASES = {
     "DDP, Gemma 3": ("gemma3_text", dict(gradient_checkpointing=False)),
     "DDP, checkpointing": ("llama", dict(gradient_checkpointing=True)),
