@@ -10,6 +10,8 @@ the head and the rows of all, so that a loss reads N rows once, as of a pack. Au
     A = sum_k T_k A_k / sum_k T_k
 
 All K graphs wait for the one backward; gradient checkpointing and offload keep T_1 + ... + T_K rows of every layer's input.
+Where ranks share the weights (FSDP2, ZeRO-3), each call is a collective: a rank with fewer sequences than another makes idle
+calls first, on a few tokens whose rows are cut off again, so that their gradients are zeros and all ranks call equally often.
 Memory beside that: hidden states twice, N x H. Which way a model goes it says itself, by its attention. Not covered: several
 sequences in one batch, which would need padding.
 """
@@ -29,6 +31,8 @@ from ..data import PairBatch
 from ..parallel import Shards
 from .arithmetic import base_model
 
+FEW = 8  # tokens of an idle call
+
 
 def shares_prefix(model: nn.Module) -> bool:
     """Whether packs of this model hold a prefix once (use_shared_prefix), wrapped for several processes or not."""
@@ -36,11 +40,16 @@ def shares_prefix(model: nn.Module) -> bool:
 
 
 def run(
-    model: nn.Module, batch: PairBatch, compute: Callable, device: torch.device, shards: Shards | None = None
+    model: nn.Module,
+    batch: PairBatch,
+    compute: Callable,
+    device: torch.device,
+    shards: Shards | None = None,
+    calls: int = 0,
 ) -> tuple[Any, Tensor | None]:
     """-> compute(hidden (N, H), head) of the pack's rows, or of this rank's, and the model's auxiliary loss, if it has one.
 
-    model: its forward attached (ops/head.py). Raises ValueError for a pack with shared prefixes and a model that reads
+    model: its forward attached (ops/head.py). calls: how often separate sequences call it at least. Raises ValueError for a pack with shared prefixes and a model that reads
     sequences one by one, and where several ranks share the rows of such a model.
     """
     if shares_prefix(model):
@@ -50,7 +59,7 @@ def run(
             f"{type(_causal(model)).__name__} reads sequences one by one, and this pack's share a prefix, or several ranks its "
             "rows; expected pack(..., separate=True) and one rank"
         )
-    return _run_separate(model, batch, compute, device)
+    return _run_separate(model, batch, compute, device, calls)
 
 
 def _run_shared(model, batch: PairBatch, compute, device, shards: Shards | None):
@@ -67,28 +76,31 @@ def _run_shared(model, batch: PairBatch, compute, device, shards: Shards | None)
     return result, _auxiliary(outputs)
 
 
-def _run_separate(model, batch: PairBatch, compute, device):
+def _run_separate(model, batch: PairBatch, compute, device, calls: int):
     takes = inspect.signature(type(_causal(model)).forward).parameters.values()
     quiet = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
     kwargs = {"use_cache": False} if quiet else {}
-    hidden: list[Tensor] = []  # of the sequences before
+    hidden: list[Tensor] = []  # of the calls before
     losses: list[Tensor] = []  # T_k A_k
 
-    def call(spans, compute: Callable):
-        ids = batch.input_ids[:, spans.start : spans.end].to(device, non_blocking=True)
+    def call(start: int, end: int, compute: Callable, weight: int):
+        ids = batch.input_ids[:, start:end].to(device, non_blocking=True)
         result, outputs = model(input_ids=ids, compute=compute, return_outputs=True, **kwargs)
         if (loss := _auxiliary(outputs)) is not None:
-            losses.append(loss * ids.numel())
+            losses.append(loss * weight)
         return result
 
     def at_last(states: Tensor, head):
         before = [each.to(states) for each in hidden]  # accelerate widens what a model returns under autocast
-        return compute(torch.cat([*before, states[0]]), head)
+        return compute(torch.cat([*before, states[0]])[idle * few :], head)
 
     *first, last = batch.layout.pairs
+    idle, few = max(0, calls - len(batch.layout.pairs)), min(FEW, batch.layout.pairs[0].end)
+    for _ in range(idle):
+        hidden.append(call(0, few, lambda states, head: states[0], 0))
     for spans in first:
-        hidden.append(call(spans, lambda states, head: states[0]))
-    result = call(last, at_last)
+        hidden.append(call(spans.start, spans.end, lambda states, head: states[0], spans.end - spans.start))
+    result = call(last.start, last.end, at_last, last.end - last.start)
     return result, sum(losses) / batch.layout.length if losses else None
 
 

@@ -328,7 +328,7 @@ class LongPOTrainer(RanksTrainer):
         def at_the_head(hidden: Tensor, head):
             return compute(hidden, head, pack, references, num_pairs, shards)
 
-        (loss, metrics), aux_loss = run(model, batch, at_the_head, device, shards)
+        (loss, metrics), aux_loss = run(model, batch, at_the_head, device, shards, self._calls(batch))
         if aux_loss is not None:
             weight = balance_weight(base_model(self.model))
             loss = loss + weight * batch.num_pairs / num_pairs * aux_loss.to(loss)
