@@ -49,8 +49,8 @@ def run(
 ) -> tuple[Any, Tensor | None]:
     """-> compute(hidden (N, H), head) of the pack's rows, or of this rank's, and the model's auxiliary loss, if it has one.
 
-    model: its forward attached (ops/head.py). calls: how often separate sequences call it at least. Raises ValueError for a pack
-    with shared prefixes and a model that reads sequences one by one, and where several ranks share the rows of such a model.
+    model: its forward attached (ops/head.py). calls: how often separate sequences call it at least. Raises ValueError for a
+    pack with shared prefixes and a model that reads sequences one by one, and where several ranks share such a model's rows.
     """
     if shares_prefix(model):
         return _run_shared(model, batch, compute, device, shards)
