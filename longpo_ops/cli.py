@@ -55,6 +55,10 @@ def train(
         float | None, typer.Option(help="RoPE base of the policy; the reference keeps its own.")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="LoRA of this rank; 0 is full fine-tuning.")] = None,
+    separate: Annotated[
+        bool | None,
+        typer.Option("--separate", help="Sequences one by one, by the model's own attention, not packed."),
+    ] = None,
     fit: Annotated[str | None, typer.Option(help="auto: choose memory settings that fit this machine.")] = None,
     host_bytes: Annotated[
         int | None, typer.Option(help="Of fit: memory of the host, where more can be had than is available now.")
@@ -92,7 +96,8 @@ def train(
         return
     prepared = prepare(run)
     check_output(run, prepared)
-    for name, value in (describe(prepared.pairs, prepared.config) | run.all_settings()).items():
+    rows = {"sequences": f"separate: {prepared.separate}" if prepared.separate else "packed: a prefix is shared"}
+    for name, value in (describe(prepared.pairs, prepared.config) | rows | run.all_settings()).items():
         typer.echo(f"{name:32s}{getattr(value, 'value', value)}")
     if (plan_of_run := prepared.plan) is not None:
         from .memory.plan_report import print_plan

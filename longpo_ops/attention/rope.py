@@ -14,6 +14,7 @@ rows: refused for these types, whatever the pack.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -65,6 +66,19 @@ def renew(name: str, parent: nn.Module, args: tuple, kwargs: dict) -> None:
         return
     _check(rotary, position_ids, layout)
     setattr(parent, name, _anew(rotary).to(position_ids.device))
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Makes each later call of the model, of one sequence alone, go by that sequence's own length: `dynamic` would keep the
+    frequencies of the longest before it."""
+    for parent, name in rotary_modules(model):
+        if _depends_on_length(getattr(parent, name)):
+            parent.register_forward_pre_hook(partial(_forget, name))
+
+
+def _forget(name: str, parent: nn.Module, args: tuple) -> None:
+    rotary = getattr(parent, name)
+    setattr(parent, name, _anew(rotary).to(next(rotary.buffers()).device))
 
 
 _DEPENDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

@@ -16,6 +16,11 @@ label, the token that follows its own in its own sequence, and nothing needs a s
 Sequences are numbered as packed_preference_loss wants them: the chosen one of pair b is b, rejected ones follow from B on,
 pair by pair. Pairs follow each other, positions start from 0 in each; nothing is padded. Memory: 40 bytes per row. Not
 covered: batches of several packs.
+
+With separate=True, for models that share no prefix, sequence k is a span of its own, whole, with one tail, in that order: all
+chosen ones, then all rejected ones. What rows say of themselves is as above, so the same loss reads both:
+
+    rows = [chosen 0 | chosen 1 ... | rejected 0 | rejected 1 ...] : sum_k length_k
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kinds import check_each, check_object, check_whole
+from ..kinds import check_each, check_flag, check_object, check_whole
 from .layout import PairSpans, SharedPrefixLayout
 from .tokenized import IGNORE, TokenizedPair, TokenSequence
 
@@ -69,43 +74,52 @@ class PairBatch:
         ids, labels = self.input_ids[0].cpu().numpy(), self.labels.cpu().numpy()
         segments, weights = self.segments.cpu().numpy(), self.nll_weights.cpu().numpy()
         sequences: list[TokenSequence] = []
-        chosen = [(spans, 0) for spans in self.layout.pairs]
-        rejected = [(spans, j) for spans in self.layout.pairs for j in range(1, len(spans.tails))]
-        for k, (spans, j) in enumerate(chosen + rejected):
+        first = [(spans, 0) for spans in self.layout.pairs]  # the chosen ones, or all where they are separate
+        others = [(spans, j) for spans in self.layout.pairs for j in range(1, len(spans.tails))]
+        for k, (spans, j) in enumerate(first + others):
             shared = np.arange(spans.start, spans.prefix_end - (j > 0))
             rows = np.concatenate([shared, np.arange(*spans.tails[j])])
-            nll = _unshift(labels[rows], weights[rows] > 0) if j == 0 else None
+            nll = _unshift(labels[rows], weights[rows] > 0) if k < self.num_pairs else None
             sequences.append(TokenSequence(ids[rows], _unshift(labels[rows], segments[rows] == k), nll))
         return tuple(sequences)
 
 
-def packed_length(pair: TokenizedPair) -> int:
+def packed_length(pair: TokenizedPair, separate: bool = False) -> int:
     """Rows that a pair takes in a pack."""
-    prefix = _prefix_length(check_object("pair", pair, TokenizedPair, "a TokenizedPair"))
+    sequences = _sequences(check_object("pair", pair, TokenizedPair, "a TokenizedPair"))
+    if check_flag("separate", separate):
+        return sum(map(len, sequences))
+    prefix = _prefix_length(pair.id, sequences)
     return len(pair.chosen) + sum(1 + len(sequence) - prefix for sequence in pair.rejected)
 
 
-def pack(pairs: Sequence[TokenizedPair], target_length: int | None = None, seed: int = 0) -> PairBatch:
+def pack(
+    pairs: Sequence[TokenizedPair], target_length: int | None = None, seed: int = 0, *, separate: bool = False
+) -> PairBatch:
     """Pack pairs into one sequence. A pair may have no rejected sequences: plain causal training on the chosen one.
 
     target_length: spread each pair's positions over [0, target_length) with `spread_positions`, a draw of its own per
-    `seed` and record id. Raises ValueError for no pairs, and for a pair whose sequences share no prefix before their
-    answers.
+    `seed` and record id. separate: every sequence whole, for models that read them one by one. Raises ValueError for no
+    pairs, for a pair whose sequences share no prefix before their answers (separate: for a sequence that begins with its
+    answer), and for a target_length of separate sequences.
     """
     pairs = list(check_each("pairs", pairs, TokenizedPair, "a TokenizedPair"))
     if not pairs:
         raise ValueError("no pairs came; expected at least one to pack")
     target_length = None if target_length is None else check_whole("target_length", target_length, 1)
     seed = check_whole("seed", seed, 0)
+    if check_flag("separate", separate) and target_length is not None:
+        raise ValueError(f"target_length={target_length} with separate=True: expected none of the two, or one")
+    rejected_pair = [b for b, pair in enumerate(pairs) for _ in pair.rejected]
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "positions", "labels", "segments", "weights")}
-    spans, rejected_pair, row = [], [], 0
-    for b, pair in enumerate(pairs):
-        prefix, start, tails = _prefix_length(pair), row, []
-        positions = _positions(pair, prefix, target_length, seed)
-        for j, sequence in enumerate((pair.chosen, *pair.rejected)):
+    spans, row = [], 0
+    for name, numbered in _spans_of(pairs, separate):
+        sequences = [sequence for _, sequence in numbered]
+        prefix, start, tails = _prefix_length(name, sequences), row, []
+        positions = _positions(name, max(map(len, sequences)), prefix, target_length, seed)
+        for j, (number, sequence) in enumerate(numbered):
             first = 0 if j == 0 else prefix - 1
-            number = b if j == 0 else len(pairs) + len(rejected_pair)
-            labels, segments, weights = _targets(sequence, number, with_nll=j == 0)
+            labels, segments, weights = _targets(sequence, number, with_nll=number < len(pairs))
             columns["ids"].append(sequence.ids[first:])
             columns["positions"].append(positions[first : len(sequence)])
             columns["labels"].append(labels[first:])
@@ -114,8 +128,6 @@ def pack(pairs: Sequence[TokenizedPair], target_length: int | None = None, seed:
             end = row + len(sequence) - first
             tails.append((start + prefix if j == 0 else row, end))
             row = end
-            if j > 0:
-                rejected_pair.append(b)
         spans.append(PairSpans(start, start + prefix, tuple(tails)))
     packed = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()}
     return PairBatch(
@@ -132,15 +144,17 @@ def pack(pairs: Sequence[TokenizedPair], target_length: int | None = None, seed:
     )
 
 
-def pack_within(pairs: Iterable[TokenizedPair], max_tokens: int) -> Iterator[list[TokenizedPair]]:
+def pack_within(
+    pairs: Iterable[TokenizedPair], max_tokens: int, *, separate: bool = False
+) -> Iterator[list[TokenizedPair]]:
     """Group pairs, in their order, into lists that pack into at most max_tokens rows each: as many as fit, greedily.
 
-    Raises ValueError, naming the record, for a pair that does not fit alone.
+    separate: as in pack. Raises ValueError, naming the record, for a pair that does not fit alone.
     """
     max_tokens = check_whole("max_tokens", max_tokens, 1)
     group, used = [], 0
     for pair in check_each("pairs", pairs, TokenizedPair, "a TokenizedPair"):
-        length = packed_length(pair)
+        length = packed_length(pair, separate)
         if length > max_tokens:
             raise ValueError(
                 f"record {pair.id!r} packs into {length} tokens, the budget of a pack is {max_tokens}; raise the "
@@ -186,27 +200,44 @@ def spread_positions(
     return positions
 
 
-def _positions(pair: TokenizedPair, prefix: int, target_length: int | None, seed: int) -> np.ndarray:
-    """Position ids of the pair's longest sequence; the others take as many from the start, as they share the prefix."""
+def _sequences(pair: TokenizedPair) -> tuple[TokenSequence, ...]:
+    return pair.chosen, *pair.rejected
+
+
+def _spans_of(pairs: list[TokenizedPair], separate: bool) -> Iterator[tuple[str, list[tuple[int, TokenSequence]]]]:
+    """-> record id and numbered sequences of each span: a pair, or a sequence alone."""
+    rejected = [(pair.id, sequence) for pair in pairs for sequence in pair.rejected]
+    numbered = [*((pair.id, pair.chosen) for pair in pairs), *rejected]
+    if separate:
+        yield from ((name, [(k, sequence)]) for k, (name, sequence) in enumerate(numbered))
+        return
+    k = len(pairs)
+    for b, pair in enumerate(pairs):
+        yield pair.id, [(b, pair.chosen), *enumerate(pair.rejected, k)]
+        k += len(pair.rejected)
+
+
+def _positions(name: str, length: int, prefix: int, target_length: int | None, seed: int) -> np.ndarray:
+    """Position ids of a pair's longest sequence; the others take as many from the start, as they share the prefix."""
     if target_length is None:
-        return np.arange(pair.length, dtype=np.int64)
-    rng = np.random.default_rng([seed, zlib.crc32(pair.id.encode())])
+        return np.arange(length, dtype=np.int64)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     try:
-        return spread_positions(prefix, pair.length - prefix, target_length, rng)
+        return spread_positions(prefix, length - prefix, target_length, rng)
     except ValueError as error:
-        raise ValueError(f"record {pair.id!r}: {error}") from None
+        raise ValueError(f"record {name!r}: {error}") from None
 
 
-def _prefix_length(pair: TokenizedPair) -> int:
+def _prefix_length(name: str, sequences: Sequence[TokenSequence]) -> int:
     """Tokens before the first answer token of any sequence that all sequences share."""
-    sequences = (pair.chosen, *pair.rejected)
+    chosen, *rejected = sequences
     shared = min(int(np.argmax(sequence.labels != IGNORE)) for sequence in sequences)
-    for sequence in pair.rejected:
-        differs = np.flatnonzero(sequence.ids[:shared] != pair.chosen.ids[:shared])
+    for sequence in rejected:
+        differs = np.flatnonzero(sequence.ids[:shared] != chosen.ids[:shared])
         shared = int(differs[0]) if len(differs) else shared
     if shared < 1:
         raise ValueError(
-            f"record {pair.id!r}: its sequences share no token before their first answer token; expected the same "
+            f"record {name!r}: its sequences share no token before their first answer token; expected the same "
             "prompt in all, and answer labels in each"
         )
     return shared

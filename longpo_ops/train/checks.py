@@ -4,7 +4,9 @@ check_model        before anything is tokenised: the family, the head, adapters,
 check_shared_rows  likewise, and in the trainer: heads, RoPE and auxiliary loss of a model whose packs several processes share
 check_not_empty    in the trainer: that each process holds the models' weights, and not zeros in their place
 check_pairs        before weights are read: what the method reads of every record, and that it fits
+check_positions    likewise: that no sequence is longer than a table of positions
 check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
+check_separate     of a model whose sequences are separate: settings that need packs, or one forward for each backward
 check_schedule     before the reference is loaded: that a step has a rate above 0
 plan_memory        what `fit: auto` will choose for the longest pack on this machine, or on all of the run's
 agreed_memory      or what it chose when the run that goes on began
@@ -12,7 +14,9 @@ agreed_memory      or what it chose when the run that goes on began
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,13 +28,14 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import get_scheduler
 
-from ..attention import check_ranks, check_rope, rope_depends_on_length, use_shared_prefix
+from ..attention import PrefixNotShared, check_ranks, check_rope, rope_depends_on_length, use_shared_prefix
+from ..attention.rope import forget_lengths
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
 from ..memory.mesh import ONE_CARD, Mesh
 from ..memory.optimizer import check_optim
 from ..memory.settings import Memory, machine_here
-from ..memory.tiers import processes_here
+from ..memory.tiers import PAGE, processes_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
@@ -39,37 +44,127 @@ from ..pretrained import explain_zeros, trying
 from .arithmetic import AUTOCAST, base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
+from .forward import shares_prefix
 from .packed import PackedPairs, select
 from .reference import DataReference, readings
 
 if TYPE_CHECKING:
     from .run import TrainRun
 
-
-def prepare_model(model: nn.Module) -> nn.Module:
-    """Shared-prefix attention, and a forward that stops at the hidden states. Raises ValueError for a model that cannot."""
-    with trying(base_model(model).config.name_or_path, "it cannot be trained"):
-        use_shared_prefix(base_model(model))
-        return attach(model)
+log = logging.getLogger("longpo_ops.train")
 
 
-def check_model(run: TrainRun, config: LongPOConfig) -> nn.Module:
-    """-> the policy on the meta device, as it will be trained. Raises ValueError for what its run would refuse of it, of
-    the reference and of their weights, which are not read."""
+def prepare_model(model: nn.Module, separate: bool = False) -> str | None:
+    """Shared-prefix attention unless `separate`, and a forward that stops at the hidden states. -> why the model's
+    sequences are separate, which is told once, or None. Raises ValueError for a model that can be trained neither way."""
+    causal, why = base_model(model), "separate=True" if separate else None
+    with trying(causal.config.name_or_path, "it cannot be trained"):
+        try:
+            if why is None:
+                use_shared_prefix(causal)
+        except PrefixNotShared as error:
+            why = str(error)
+        attach(model)
+    if why is not None:
+        forget_lengths(causal)
+        told = f"{type(causal).__name__} is given separate sequences, one by one, by its own attention: {why}"
+        _tell_once(logging.INFO, told)
+    return why
+
+
+@functools.cache
+def _tell_once(level: int, text: str) -> None:
+    log.log(level, "%s", text)
+
+
+def check_separate(model: nn.Module, config: LongPOConfig, target: int | None) -> None:
+    """Raises ValueError for settings that do not go with separate sequences: positions with gaps, which transformers takes for
+    several texts, and checkpointing that runs a backward of its own for each forward."""
+    name = type(base_model(model)).__name__
+    if target:
+        raise ValueError(
+            f"target_length={target}: {name} is given separate sequences, by its own attention, which takes positions with "
+            "gaps for several texts; set target_length to 0, or train a model that shares prefixes (separate=False)"
+        )
+    if config.gradient_checkpointing and (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            f"gradient_checkpointing_kwargs: use_reentrant=True, and {name} is given separate sequences, several forwards for "
+            "each backward, whose gradients would be complete several times; expected false, its default"
+        )
+
+
+def check_model(run: TrainRun, config: LongPOConfig) -> tuple[nn.Module, str | None]:
+    """-> the policy on the meta device, as it will be trained, and why its sequences are separate, or None. Raises ValueError
+    for what its run would refuse of it, of the reference and of their weights, which are not read."""
     policy = run.empty_model(run.model, policy=True)
     refuse_unplanned(policy, config)
     check_shared_rows(policy, config)
-    prepare_model(policy)
+    why = prepare_model(policy, config.separate)
+    check_trained(policy, config, why is not None)
     read_head(policy.get_output_embeddings(), merge_lora=False)  # attach waits for weights with it
     if needs_reference(config) and run.reference_model is not None:
-        prepare_model(run.empty_model(run.reference_model, policy=False))
-    return policy
+        prepare_model(run.empty_model(run.reference_model, policy=False), config.separate)
+    return policy, why
+
+
+def check_trained(model: nn.Module, config: LongPOConfig, separate: bool) -> None:
+    """Raises ValueError for settings that the policy, prepared as it is, does not go with. Dropout is told."""
+    causal = base_model(model)
+    if separate:
+        check_separate(model, config, target_length(model, config))
+    if config.gradient_checkpointing and not causal.supports_gradient_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing=True: {type(causal).__name__} has none; set gradient_checkpointing to false"
+        )
+    balance_weight(causal)
+    if rates := dropout_rates(causal):
+        told = ", ".join(f"{name}={rate:g}" for name, rate in rates.items())
+        _tell_once(
+            logging.WARNING,
+            f"{type(causal).__name__} drops out ({told}), a reference does not: rewards do not begin at 0",
+        )
+
+
+def dropout_rates(causal: nn.Module) -> dict[str, float]:
+    """Those above 0, by the names that modules have them under."""
+    rates = {}
+    for module in causal.modules():
+        values = [(name, v) for name, v in vars(module).items() if "drop" in name]
+        values += [(name, child.p) for name, child in module.named_children() if isinstance(child, nn.Dropout)]
+        rates |= {name: rate for name, rate in values if isinstance(rate, float) and rate > 0}
+    return rates
+
+
+def balance_weight(causal: nn.Module) -> float | None:
+    """What a mixture of experts weighs its auxiliary loss by; None where it has none. Raises ValueError where it does not
+    say it."""
+    config = causal.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return None
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        if (weight := getattr(config, name, None)) is not None:
+            return weight
+    raise ValueError(
+        f"output_router_logits=True: the config of {type(causal).__name__} has no router_aux_loss_coef to weigh its auxiliary "
+        "loss by; set output_router_logits to false in it"
+    )
 
 
 def check_shared_rows(model: nn.Module, config: LongPOConfig) -> None:
     """Raises ValueError for a model that cannot compute on rows that several processes share."""
     if (ranks := config.sequence_parallel) > 1:
-        check_ranks(base_model(model), ranks)
+        if config.separate:
+            raise ValueError(
+                f"sequence_parallel={ranks} with separate=True: processes share rows by shared-prefix attention; expected "
+                "sequence_parallel=1, whose processes have packs of their own"
+            )
+        try:
+            check_ranks(base_model(model), ranks)
+        except PrefixNotShared as error:
+            raise ValueError(
+                f"sequence_parallel={ranks}: processes share rows by shared-prefix attention, and {error}; expected "
+                "sequence_parallel=1, whose processes have packs of their own"
+            ) from None
         if getattr(base_model(model).config.get_text_config(), "output_router_logits", False):
             raise ValueError(
                 f"sequence_parallel={ranks}: {type(base_model(model)).__name__} adds a loss of its experts' load, which is no "
@@ -104,20 +199,22 @@ def target_length(model: nn.Module, config: LongPOConfig) -> int | None:
     return config.target_length
 
 
-def check_pairs(pairs: Sequence[TokenizedPair], config: LongPOConfig, target: int | None) -> int:
+def check_pairs(
+    pairs: Sequence[TokenizedPair], config: LongPOConfig, target: int | None, separate: bool = False
+) -> int:
     """-> tokens of the longest sequence. Raises ValueError for a record that lacks what the method reads of it, or does not
     fit the target length."""
-    return max((_check_pair(pair, config, target) for pair in pairs), default=0)
+    return max((_check_pair(pair, config, target, separate) for pair in pairs), default=0)
 
 
-def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None) -> int:
+def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None, separate: bool) -> int:
     selected, method = select(pair, config.method), config.method
     if target and selected.length > target:
         raise ValueError(
             f"record {pair.id!r}: {selected.length} tokens, target_length is {target}; raise it (or "
             "max_position_embeddings, its default for logo), or set it to 0 to leave positions as they are"
         )
-    if (tokens := packed_length(selected)) < config.sequence_parallel:
+    if (tokens := packed_length(selected, separate)) < config.sequence_parallel:
         raise ValueError(
             f"record {pair.id!r}: {tokens} tokens in its pack, fewer than the {config.sequence_parallel} processes that share "
             "it; lower sequence_parallel, or leave the record out"
@@ -127,14 +224,38 @@ def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None) -
     return selected.length
 
 
-def packs_of(pairs: Sequence[TokenizedPair], config: LongPOConfig, target: int | None) -> PackedPairs:
+def check_positions(model: nn.Module, longest: int) -> None:
+    """Raises ValueError for a sequence beyond a table of positions, of which the model has no more. Other positions beyond its
+    config are told."""
+    causal = base_model(model)
+    positions, tokens = getattr(causal.config, "max_position_embeddings", None), causal.get_input_embeddings()
+    if positions is None or longest <= positions:
+        return
+    tables = [
+        (n, m.num_embeddings) for n, m in causal.named_modules() if isinstance(m, nn.Embedding) and m is not tokens
+    ]
+    tables += [(name, len(buffer)) for name, buffer in causal.named_buffers() if buffer.dim() == 2]
+    for name, rows in tables:
+        if positions <= rows <= positions + 8:  # some begin with a row or two of their own
+            raise ValueError(
+                f"the longest sequence has {longest} tokens, and {name} of {type(causal).__name__} holds {positions} "
+                "positions; expected shorter texts (max_length, cut_document), or a model whose positions are not a table"
+            )
+    told = f"the longest sequence has {longest} tokens, the model's config reads {positions}: set rope_theta and"
+    _tell_once(logging.WARNING, f"{told} max_position_embeddings")
+
+
+def packs_of(
+    pairs: Sequence[TokenizedPair], config: LongPOConfig, target: int | None, separate: bool = False
+) -> PackedPairs:
     """The packs that a run of this config trains on."""
-    return PackedPairs(pairs, config.method, pack_tokens=config.pack_tokens, target_length=target, seed=config.seed)
+    given = {"pack_tokens": config.pack_tokens, "target_length": target, "seed": config.seed, "separate": separate}
+    return PackedPairs(pairs, config.method, **given)
 
 
 def check_packs(model: nn.Module, packs: Iterable[PackedPairs]) -> None:
-    """Raises ValueError for a pack of sequences that alone would get other RoPE frequencies."""
-    if rope_depends_on_length(base_model(model)):
+    """Raises ValueError for a pack of sequences that alone would get other RoPE frequencies. Separate ones get their own."""
+    if shares_prefix(model) and rope_depends_on_length(base_model(model)):
         for pack in (pack for each in packs for pack in each):
             check_rope(base_model(model), pack.batch.position_ids, pack.batch.layout)
 
@@ -227,12 +348,17 @@ def agreed_memory(config: LongPOConfig) -> Memory | None:
 
 
 def plan_memory(
-    model: nn.Module, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]], reference: nn.Module | None
+    model: nn.Module,
+    config: LongPOConfig,
+    datasets: Sequence[Sequence[TokenizedPair]],
+    reference: nn.Module | None,
+    separate: bool = False,
 ) -> plan.Plan:
     """What the planner chooses for the longest pack, trained on or evaluated, beside an online reference. A collective of all
-    ranks, which choose alike. Raises ValueError where nothing fits."""
+    ranks, which choose alike. Separate sequences are planned for as a pack as long as all of them: layer inputs are theirs,
+    and temporaries no larger. Raises ValueError where nothing fits."""
     refuse_unplanned(model, config)
-    longest = max(packed_length(select(pair, config.method)) for pairs in datasets for pair in pairs)
+    longest = max(packed_length(select(pair, config.method), separate) for pairs in datasets for pair in pairs)
     online = reference is not None and config.reference == "online"
     work = plan.Work(
         model.config,
@@ -246,6 +372,18 @@ def plan_memory(
         mesh=_mesh(config),
     )
     return search.fit(work, _least_machine(config), config.allow_lossy)
+
+
+def with_room(
+    memory: Memory, planned: plan.Plan, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]]
+) -> Memory:
+    """A plan's memory for separate sequences: each one's layer inputs end in the midst of a page of the host, and together they
+    leave as much of the device unused as one input of all of them has."""
+    selected = [select(pair, config.method) for pairs in datasets for pair in pairs]
+    pairs = max(1, (config.pack_tokens or 0) // min(packed_length(pair, True) for pair in selected))
+    sequences = pairs * max(1 + len(pair.rejected) for pair in selected)
+    layers, one = plan.weights_of(planned.work.config).layers, plan.traced(planned.work, planned.settings).input
+    return replace(memory, host_bytes=memory.host_bytes + (sequences * layers * PAGE + one) * processes_here())
 
 
 def _mesh(config: LongPOConfig) -> Mesh:

@@ -45,6 +45,8 @@ class LongPOConfig(TrainingArguments):
     pack_tokens: budget of a pack; pairs that fit together share one. Default: one pair per pack.
     target_length: spread position ids over this many positions (LOGO's synthesis), 0 for none. Default: the policy's
         max_position_embeddings for logo, none for the others.
+    separate: the sequences of a pair one by one through the model's own attention, each paying for the prefix itself, instead
+        of packed: same loss and metrics. So is trained, whatever is set, what shared-prefix attention does not take.
     constraint_weight: weight of the KL term of sft_constraint (default 0.1) and sft_constraint_official (0.01).
     workspace_bytes: scratch of the loss (fused_preference_loss).
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
@@ -85,6 +87,7 @@ class LongPOConfig(TrainingArguments):
     reference_cache: str | None = field(default=None, metadata={"help": "folder of precomputed reference log-probs"})
     pack_tokens: int | None = field(default=None, metadata={"help": "token budget of a pack"})
     target_length: int | None = field(default=None, metadata={"help": "spread positions over this length (LOGO)"})
+    separate: bool = field(default=False, metadata={"help": "sequences one by one, by the model's own attention"})
     constraint_weight: float | None = field(default=None, metadata={"help": "weight of the KL term of a constraint"})
     workspace_bytes: int | None = field(default=None, metadata={"help": "scratch bytes of the loss"})
     memory: dict | None = field(default=None, metadata={"help": "settings of memory/settings.py, as JSON"})

@@ -6,7 +6,8 @@
 
 A folder goes on with the run it holds, and with no other: what has changed is told in words. Files may be moved, renamed
 and touched. Decided, because a checkpoint would carry the old value on or the steps after it be those of neither run:
-objective, data, tokenizer, models, optimizer, schedule, clipping, precision, storage in 8 bits, seeds, packs a step. Free:
+objective, data, tokenizer, models, optimizer, schedule, clipping, precision, storage in 8 bits, seeds, packs a step, and
+whether sequences are separate, by which packs fill and experts are balanced. Free:
 tiling, offload, devices, whether the reference is computed before or on the fly, the number of processes and how many share
 the rows of a pack, as long as a step has as many packs (random states, of dropout say, are then begun anew), logging, saving,
 and evaluation where it decides no weights (load_best_model_at_end, save_strategy best and a scheduler that looks at it do).
@@ -56,7 +57,7 @@ DECIDING = {
         *("lora_rank", "lora_alpha", "lora_targets", "dtype"),
     ),
     "config": (
-        *("objective", "objective_options", "constraint_weight", "pack_tokens", "target_length"),
+        *("objective", "objective_options", "constraint_weight", "pack_tokens", "target_length", "separate"),
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
         *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
         *("bf16", "fp16", "tf32", "neftune_noise_alpha", "seed", "data_seed", "ignore_data_skip"),
@@ -65,7 +66,11 @@ DECIDING = {
 }
 # None: of a method without a reference, of a plan that is not made yet, or of an earlier version
 DERIVED = ("reference_from", "memory")
-EARLIER = {"nll_tokens": "contents", "template_kwargs": None}  # of earlier versions, which had no choice
+EARLIER = {
+    "nll_tokens": "contents",
+    "template_kwargs": None,
+    "separate": False,
+}  # of earlier versions, which had no choice
 LENGTH = ("max_steps", "num_train_epochs")
 WEIGHTS = "*.safetensors*"
 READ = (WEIGHTS, "*config.json", "tokenizer*", "trainer_state.json")  # what a run leaves, for programs
@@ -103,6 +108,7 @@ class Identity:
         values = {"recipe": run.title} | {name: settings[name] for name in (*PATHS, *DECIDING["run"])}
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
         values["objective_options"] = config.objective_options or {}
+        values["separate"] = prepared.separate is not None  # asked for or not
         values |= {"reference_from": _reference_from(config), "memory": _memory(config)}
         values["packs_per_step"] = packs_per_step(config)
         values |= {"processes": config.world_size, "contents": contents}

@@ -119,14 +119,18 @@ class PackedPairs(Dataset):
         pack_tokens: int | None = None,
         target_length: int | None = None,
         seed: int = 0,
+        separate: bool = False,
     ):
-        """pack_tokens: budget of a pack, None for a pair each. target_length (0 is none too) and seed as in data.pack."""
+        """pack_tokens: budget of a pack, None for a pair each. target_length (0 is none too), seed and separate as in
+        data.pack."""
         self.pairs, self.method, self.target_length, self.seed = pairs, method, target_length or None, seed
+        self.separate = separate
         self.groups = [[i] for i in range(len(pairs))] if pack_tokens is None else self._group(pack_tokens)
 
     def _group(self, pack_tokens: int) -> list[list[int]]:
         index, groups = 0, []
-        for group in pack_within((select(pair, self.method) for pair in self.pairs), pack_tokens):
+        selected = (select(pair, self.method) for pair in self.pairs)
+        for group in pack_within(selected, pack_tokens, separate=self.separate):
             groups.append(list(range(index, index + len(group))))
             index += len(group)
         return groups
@@ -136,7 +140,8 @@ class PackedPairs(Dataset):
 
     def __getitem__(self, index: int) -> Pack:
         pairs = tuple(self.pairs[i] for i in self.groups[index])
-        return Pack(pack([select(pair, self.method) for pair in pairs], self.target_length, self.seed), pairs, index)
+        selected = [select(pair, self.method) for pair in pairs]
+        return Pack(pack(selected, self.target_length, self.seed, separate=self.separate), pairs, index)
 
 
 def collate(packs: list[Pack]) -> dict[str, Pack]:

@@ -50,6 +50,7 @@ class RanksTrainer(CheckpointedTrainer):
     """Trainer whose mesh is that of LongPOConfig.sequence_parallel."""
 
     args: LongPOConfig
+    separate: bool
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's, without what accelerate would hook into the layers for its own attention over ranks, and without what
@@ -83,6 +84,13 @@ class RanksTrainer(CheckpointedTrainer):
         held = digest([*parts, *(None if r is None else r.cpu() for r in references)])
         check_alike({"packs": f"{held:08x} of {ids}"}, self.sequence_group)
         return Shards(batch.layout.length, self.sequence_group)
+
+    def _calls(self, batch: PairBatch) -> int:
+        """How often a pack's separate sequences call the model: where ranks share the weights as often on all of them."""
+        calls = len(batch.layout.pairs)
+        if not self.separate or not (self.args.is_sharded or self.is_deepspeed_enabled):
+            return calls
+        return int(self.accelerator.gather(torch.tensor([calls], device=self.args.device)).max())
 
     def _sum_over_packs(self, values: Tensor) -> Tensor:
         """Of all ranks; those that share packs count them once."""

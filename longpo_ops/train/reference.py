@@ -31,11 +31,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..attention.rope import rotary_modules
 from ..data import PairBatch, TokenizedPair, pack
 from ..ops.logprobs import linear_logprobs
 from ..runs.disk import writing
 from ..runs.journal import write_atomically
 from .arithmetic import Arithmetic, base_model
+from .forward import run, shares_prefix
 
 
 def readings(pair: TokenizedPair, reading: str) -> tuple[TokenizedPair, ...]:
@@ -80,7 +82,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 class Reference:
     """A frozen model that reads the short inputs (or the long ones) of pairs, on the fly.
 
-    model: a causal LM with shared-prefix attention (use_shared_prefix), its forward attached (ops/head.py).
+    model: a causal LM, its forward attached (ops/head.py), with shared-prefix attention (use_shared_prefix) or its own: it
+        then reads sequence by sequence (forward.py).
     A PEFT policy serves as its own reference: adapters off, and RoPE as `config`, the reference's own, has it.
     arithmetic: the policy's.
     """
@@ -98,12 +101,16 @@ class Reference:
 
     def digest(self) -> str:
         """The key of what it says."""
-        return model_digest(self.model, self.config, self.arithmetic)
+        key = model_digest(self.model, self.config, self.arithmetic)
+        return key if shares_prefix(self.model) else f"{key}-separate"
+
+    def _pack(self, pair: TokenizedPair) -> PairBatch:
+        return pack([pair], separate=not shares_prefix(self.model))
 
     def logps(self, pair: TokenizedPair) -> tuple[float, tuple[float, ...]]:
         """-> summed answer log-probs of the chosen and of each rejected conversation. Raises ValueError where the model gives
         none that are finite."""
-        sums = sum(self._sums(pack([part])) for part in readings(pair, self.reading)).tolist()
+        sums = sum(self._sums(self._pack(part)) for part in readings(pair, self.reading)).tolist()
         if not all(map(math.isfinite, sums)):
             raise ValueError(
                 f"record {pair.id!r}: the reference's log-probs are {', '.join(map(str, sums))}; expected finite numbers: its "
@@ -113,7 +120,7 @@ class Reference:
 
     def hidden(self, pair: TokenizedPair) -> Tensor:
         """-> (A, H) hidden states of the chosen answer rows, all turns in order."""
-        batches = (pack([replace(part, rejected=())]) for part in readings(pair, self.reading))
+        batches = (self._pack(replace(part, rejected=())) for part in readings(pair, self.reading))
         return torch.cat([self._run(b, lambda h, head, b=b: h[(b.segments >= 0).to(h.device)]) for b in batches])
 
     def head(self) -> Tensor:
@@ -138,13 +145,7 @@ class Reference:
         try:
             plain = contextlib.nullcontext() if self.config is None else without_adapters(self.model, self.config)
             with plain, self.arithmetic.of(self.model):
-                return self.model(
-                    input_ids=batch.input_ids.to(device),
-                    position_ids=batch.position_ids.to(device),
-                    shared_prefix_layout=batch.layout,
-                    use_cache=False,
-                    compute=lambda hidden, head: compute(hidden[0], head),
-                )
+                return run(self.model, batch, compute, device)[0]
         finally:
             self.model.train(training)
 
@@ -164,15 +165,24 @@ class DataReference:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module, config) -> Iterator[None]:
-    """A PEFT model as its base model, with RoPE as `config` has it."""
-    body = base_model(model).base_model
-    rotary = body.rotary_emb
-    body.rotary_emb = type(rotary)(config=config).to(next(rotary.buffers()))  # its device and dtype, too
+    """A PEFT model as its base model, with RoPE as `config` has it. Raises ValueError where that is another, and the model has
+    no module of transformers' for it."""
+    causal = base_model(model)
+    before = [(parent, name, getattr(parent, name)) for parent, name in rotary_modules(causal)]
+    theirs, ours = (getattr(each, "rope_parameters", None) for each in (config, causal.config))
+    if not before and theirs != ours:
+        raise ValueError(
+            f"reference_config: rope_parameters={theirs}, the policy's are {ours}, and {type(causal).__name__} has no rotary "
+            "module to exchange; expected the same, or reference_model"
+        )
+    for parent, name, rotary in before:
+        setattr(parent, name, type(rotary)(config=config).to(next(rotary.buffers())))  # its device and dtype, too
     try:
         with model.disable_adapter():
             yield
     finally:
-        body.rotary_emb = rotary
+        for parent, name, rotary in before:
+            setattr(parent, name, rotary)
 
 
 @contextlib.contextmanager

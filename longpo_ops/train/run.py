@@ -33,6 +33,7 @@ from .checks import (
     check_model,
     check_packs,
     check_pairs,
+    check_positions,
     check_schedule,
     count_steps,
     needs_reference,
@@ -282,7 +283,7 @@ def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
 @dataclass(frozen=True)
 class Prepared:
     """A run that may begin. steps: of its whole length. plan: what `fit: auto` chooses for it; None for a run with memory
-    settings of its own, or that goes on with those it keeps."""
+    settings of its own, or that goes on with those it keeps. separate: why its sequences are, None where they are packed."""
 
     config: LongPOConfig
     tokenizer: PreTrainedTokenizerBase
@@ -290,6 +291,7 @@ class Prepared:
     evaluation: PairStore | None
     steps: int
     plan: Plan | None
+    separate: str | None
 
 
 def prepare(run: TrainRun) -> Prepared:
@@ -299,26 +301,26 @@ def prepare(run: TrainRun) -> Prepared:
     check_ranks(config, {})
     check_one_folder(config)
     vocab_size = run.read_config(run.model).vocab_size
-    policy, tokenizer = check_model(run, config), run.load_tokenizer()
+    (policy, separate), tokenizer = check_model(run, config), run.load_tokenizer()
     with config.main_process_first(local=False):
         pairs = run.load_pairs(run.data, tokenizer, vocab_size)
         evaluation = run.load_pairs(run.eval_data, tokenizer, vocab_size) if run.eval_data else None
     datasets, target = [pairs, evaluation] if evaluation else [pairs], target_length(policy, config)
-    for each in datasets:
-        check_pairs(each, config, target)
-    packs = [packs_of(each, config, target) for each in datasets]
+    check_positions(policy, max(check_pairs(each, config, target, separate is not None) for each in datasets))
+    packs = [packs_of(each, config, target, separate is not None) for each in datasets]
     check_packs(policy, packs)
     steps = count_steps(len(packs[0]), config)
     check_schedule(steps, config)
-    return Prepared(config, tokenizer, pairs, evaluation, steps, _plan(run, config, datasets))
+    plan = _plan(run, config, datasets, separate is not None)
+    return Prepared(config, tokenizer, pairs, evaluation, steps, plan, separate)
 
 
-def _plan(run: TrainRun, config: LongPOConfig, datasets: list[PairStore]) -> Plan | None:
+def _plan(run: TrainRun, config: LongPOConfig, datasets: list[PairStore], separate: bool) -> Plan | None:
     if config.fit != "auto" or agreed_memory(config) is not None:
         return None
     beside = config.method.reference is not None and config.reference == "online"
     reference = run.empty_model(run.reference_model or run.model, policy=False) if beside else None
-    return plan_memory(run.empty_model(run.model, policy=True), config, datasets, reference)
+    return plan_memory(run.empty_model(run.model, policy=True), config, datasets, reference, separate)
 
 
 def check_output(run: TrainRun, prepared: Prepared) -> None:

@@ -1,12 +1,14 @@
 """A transformers.Trainer that trains on short-to-long preference pairs, one pack of pairs at a time.
 
     pack -> model body with shared-prefix attention -> hidden (N, H) -> packed loss in the model's forward -> backward
+    or separate: sequence by sequence through the model's own attention -> hidden of all, (N, H) -> the same loss (forward.py)
 
     L = lambda/P sum_pairs f + 1/P sum_pairs mean_t NLL     P = pairs of the step, over accumulation and ranks (Eq. 14)
       + c/P sum_packs P_k A_k                               a mixture of experts' load balancing A_k of pack k, P_k pairs
+    A_k = sum_s T_s A_s / sum_s T_s                         of separate sequences s of T_s tokens; else of the pack at once
 
 c is the config's router_aux_loss_coef, A_k the model's own auxiliary loss over every row of the pack, where the config
-says output_router_logits.
+says output_router_logits. f and NLL read the same rows either way: a sequence's log-probs are its own.
 
 What is ours: the loss (every method of methods.py), where the reference comes from, the normalisation by pairs, the
 metrics, and that a run which trains nothing says so. The rest is transformers' Trainer, with the checkpoints of
@@ -47,18 +49,23 @@ from .arithmetic import Arithmetic, base_model, keep_float32_master, widen
 from .checkpoints import check_one_folder
 from .checks import (
     agreed_memory,
+    balance_weight,
     check_not_empty,
     check_packs,
     check_pairs,
+    check_positions,
     check_rates,
     check_shared_rows,
+    check_trained,
     memory_file,
     packs_of,
     plan_memory,
     prepare_model,
     target_length,
+    with_room,
 )
 from .config import LongPOConfig
+from .forward import run
 from .metrics import Totals, total
 from .packed import Pack, PackedPairs, collate
 from .ranks import RanksTrainer, check_ranks, weights_digest
@@ -70,7 +77,8 @@ log = logging.getLogger("longpo_ops.train")
 class LongPOTrainer(RanksTrainer):
     """Trains a causal LM (or a PEFT model of one) on tokenised pairs.
 
-    model: of a family that shared-prefix attention knows. Its attention is set and its forward attached (ops/head.py).
+    model: any causal LM that attach (ops/head.py) takes. Its forward is attached, and its attention set to shared-prefix
+        attention, where that takes it and args.separate is off. `separate` says whether its sequences are separate ones.
     args: LongPOConfig. train_dataset, eval_dataset: sequences of TokenizedPair, in memory or a PairStore.
     reference_model: the frozen reference with its own RoPE settings, for methods that have one. None for
         reference="data", and for a PEFT policy, whose base is the reference under reference_config (default: its own).
@@ -105,28 +113,25 @@ class LongPOTrainer(RanksTrainer):
         self._evaluated: dict[int, dict[str, Tensor]] = {}  # of each pack of the evaluation at hand
         self._tokens, self._since = 0, 0.0  # trained on since the last log, and when the first of them came
         self._teacher_head: Tensor | None = None
-        self._target_length = target_length(model, args)
         named = {"training data": train_dataset, "evaluation data": eval_dataset}
         check_ranks(args, named := {name: pairs for name, pairs in named.items() if pairs is not None})
         check_shared_rows(model, args)
         check_one_folder(args)
         check_not_empty({"model": model, "reference_model": reference_model}, args)
+        self.separate = prepare_model(model, args.separate) is not None
+        check_trained(model, args, self.separate)
+        if self.separate and args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # else a pack's second forward changes what the first one saved
+        self._target_length = target_length(model, args)
         datasets = list(named.values())
-        longest = max(check_pairs(pairs, args, self._target_length) for pairs in datasets)
-        positions = getattr(base_model(model).config, "max_position_embeddings", None)
-        if positions is not None and longest > positions:
-            log.warning(
-                "the longest sequence has %d tokens, the model's config reads %d: set rope_theta and max_position_embeddings",
-                longest,
-                positions,
-            )
+        longest = max(check_pairs(pairs, args, self._target_length, self.separate) for pairs in datasets)
+        check_positions(model, longest)
         self.memory = (
             self._fitted(model, args, datasets, reference_model)
             if args.fit == "auto"
             else Memory.from_settings(args.memory)
         )
         args.gradient_checkpointing &= not self.memory.offload  # which does it itself
-        prepare_model(model)
         check_packs(model, (self._packs(pairs, args) for pairs in datasets))
         if self.memory.states is None:
             keep_float32_master(model, args)
@@ -151,12 +156,14 @@ class LongPOTrainer(RanksTrainer):
         if (kept := agreed_memory(args)) is not None:
             log.info("%s: goes on with what was planned when the run began, %s", file, kept)
             return kept
-        planned = plan_memory(model, args, datasets, reference_model)
+        planned = plan_memory(model, args, datasets, reference_model, self.separate)
         told = "; ".join([describe_settings(planned), *search.lossy_offers(planned, args.allow_lossy)])
         log.info("%d tokens, %.3g GiB predicted: %s", planned.work.length, planned.peak.total / 2**30, told)
         if advice := allocator_advice():
             log.warning("%s", advice)
         memory = Memory.from_plan(planned)
+        if self.separate and memory.offload:
+            memory = with_room(memory, planned, args, datasets)
         if args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, (json.dumps(dataclasses.asdict(memory), indent=1) + "\n").encode())
@@ -239,7 +246,7 @@ class LongPOTrainer(RanksTrainer):
         return prepared
 
     def _packs(self, pairs: Sequence[TokenizedPair], args: LongPOConfig) -> PackedPairs:
-        return packs_of(pairs, args, self._target_length)
+        return packs_of(pairs, args, self._target_length, self.separate)
 
     # -- reference ---------------------------------------------------------------------------------------------------
 
@@ -254,7 +261,8 @@ class LongPOTrainer(RanksTrainer):
             if reference_model is model:
                 raise ValueError("reference_model is the policy itself; expected another model, which stays frozen")
             reference_model.requires_grad_(False)
-            widen(prepare_model(reference_model), model)
+            prepare_model(reference_model, args.separate)
+            widen(reference_model, model)
         elif hasattr(model, "disable_adapter"):
             reference_model, config = model, reference_config or policy.config
         else:
@@ -316,19 +324,13 @@ class LongPOTrainer(RanksTrainer):
         compute = self._preference if self.objective is not None else self._supervised
         references = self._references(pack)
         shards = self._shards(batch, references)
-        rows = slice(None) if shards is None else shards.rows
-        (loss, metrics), outputs = model(
-            input_ids=batch.input_ids[:, rows].to(device, non_blocking=True),
-            position_ids=batch.position_ids[:, rows].to(device, non_blocking=True),
-            shared_prefix_layout=batch.layout,
-            shards=shards,
-            use_cache=False,
-            compute=lambda hidden, head: compute(hidden[0], head, pack, references, num_pairs, shards),
-            return_outputs=True,
-        )
-        aux_loss = getattr(outputs, "aux_loss", None)
+
+        def at_the_head(hidden: Tensor, head):
+            return compute(hidden, head, pack, references, num_pairs, shards)
+
+        (loss, metrics), aux_loss = run(model, batch, at_the_head, device, shards, self._calls(batch))
         if aux_loss is not None:
-            weight = base_model(self.model).config.get_text_config().router_aux_loss_coef
+            weight = balance_weight(base_model(self.model))
             loss = loss + weight * batch.num_pairs / num_pairs * aux_loss.to(loss)
             metrics["aux_loss"] = total(aux_loss * batch.num_pairs, batch.num_pairs)
         return loss, metrics | {"loss": total(loss * num_pairs, batch.num_pairs)}
