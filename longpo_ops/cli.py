@@ -55,6 +55,17 @@ def train(
         float | None, typer.Option(help="RoPE base of the policy; the reference keeps its own.")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="LoRA of this rank; 0 is full fine-tuning.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="LoRA's scale times the rank; default twice the rank.")
+    ] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Of what adapters read, from 0 to 1.")] = None,
+    lora_target_modules: Annotated[
+        str | None,
+        typer.Option(help="Layers with adapters, by their names with commas, or all-linear (never the head)."),
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="How the weights under adapters are stored (QLoRA): none, int8 or nf4.")
+    ] = None,
     fit: Annotated[str | None, typer.Option(help="auto: choose memory settings that fit this machine.")] = None,
     host_bytes: Annotated[
         int | None, typer.Option(help="Of fit: memory of the host, where more can be had than is available now.")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -35,25 +36,19 @@ def add_adapters(
     """-> a causal LM as a PEFT model, whose adapters alone train.
 
     target_modules: names of linear layers as PEFT takes them, with commas, or "all-linear": every one but the head.
-    target_parameters: names of fused experts' weights, (experts, out, in), which are no layers. alpha: default 2 rank.
+    target_parameters: names of fused experts' weights, (experts, out, in), which are no layers; PEFT itself adds those of
+    Mixtral and Qwen, and their routers, to "all-linear". alpha: default 2 rank.
 
     Raises ValueError for names that the model has not, for its head and embeddings, and for dropout with target_parameters.
     """
     from peft import LoraConfig, get_peft_model
 
-    if target_modules == ALL_LINEAR:
-        _check_reached(model)
     modules, parameters = _names(target_modules), _names(target_parameters)
     fused = [name for name, weight in model.named_parameters() if weight.ndim == 3]
-    if target_modules != ALL_LINEAR:
+    if target_modules == ALL_LINEAR:
+        _check_reached(model)
+    else:
         _check_modules(model, modules)
-    elif left := [name for name in fused if not any(_means(given, name) for given in parameters)]:
-        log.warning(
-            "%d fused weights of experts get no adapters, as they are no linear layers: give their names as "
-            "lora_target_parameters (%s) to train them, too",
-            len(left),
-            ",".join(_kinds(left)),
-        )
     _check_parameters(parameters, fused, dropout)
     config = LoraConfig(
         r=rank,
@@ -65,7 +60,18 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     model.enable_input_require_grads()
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    left = set(fused) - set(
+        adapted.base_model.targeted_parameter_names
+    )  # of Mixtral's and Qwen's experts PEFT leaves none
+    if target_modules == ALL_LINEAR and left:
+        log.warning(
+            "%d fused weights of experts get no adapters, as they are no linear layers: name them to train them, too "
+            "(lora_target_parameters=%s)",
+            len(left),
+            ",".join(_kinds(left)),
+        )
+    return adapted
 
 
 def _names(given: str | None) -> list[str]:
@@ -77,7 +83,7 @@ def _means(given: str, name: str) -> bool:
     return name == given or name.endswith(f".{given}")
 
 
-def _kinds(names: list[str]) -> list[str]:
+def _kinds(names: Iterable[str]) -> list[str]:
     """Names below their layer, each once."""
     return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
 
