@@ -144,8 +144,8 @@ def _training(evolution: Evolution, each: Round, start: Model, reference: Model,
         )
     if run.quantization != NONE or (start.path == start.identity and run.is_quantised(start.path)):
         raise ValueError(
-            "train: adapters on quantised weights are not merged into a model that the next round could load; give the model in "
-            "full precision, and leave quantization out"
+            "train: adapters on quantised weights are not merged into a model that the next round could load; give the model "
+            "in full precision, and leave quantization out"
         )
     return Stage(TRAIN, each, out, run, start, theta, _decided(run, run.settings(), given, **context, **identity))
 

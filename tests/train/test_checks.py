@@ -89,11 +89,11 @@ REFUSED = {
     "adapters as model": (lambda home, at: {"model": adapters(home, at)}, "PEFT adapters of .* expected a whole model"),
     "no such layers": (
         lambda home, _: {"lora_rank": 4, "lora_target_modules": "query"},
-        "Target modules .*query.* not found",
+        "no layer is named .query.; expected all-linear",
     ),
     "adapters on the head": (
         lambda home, _: {"lora_rank": 4, "lora_target_modules": "lm_head"},
-        "its head carries adapters",
+        "is the head or an embedding",
     ),
     "weights": (lambda home, at: {"model": changed_model(home, at, weights=lose)}, "1 weights are missing"),
     "reference's weights": (
