@@ -8,6 +8,8 @@ nf4    bitsandbytes, 4-bit NormalFloat: half a byte for each weight, a scale for
 A model is stored so already (quantization_config in its config.json), or is made so while it is loaded. Whether this machine
 can load what is stored, and whether gradients pass through it, transformers' own quantiser says, before a weight is read.
 Not covered: int4 of torchao, through which PEFT trains no adapters.
+
+Tests: tests/train/test_qlora.py.
 """
 
 from __future__ import annotations
