@@ -59,6 +59,17 @@ def train(
         bool | None,
         typer.Option("--separate", help="Sequences one by one, by the model's own attention, not packed."),
     ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="LoRA's scale times the rank; default twice the rank.")
+    ] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Of what adapters read, from 0 to 1.")] = None,
+    lora_target_modules: Annotated[
+        str | None,
+        typer.Option(help="Layers with adapters, by their names with commas, or all-linear (never the head)."),
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="How the weights under adapters are stored (QLoRA): none, int8 or nf4.")
+    ] = None,
     fit: Annotated[str | None, typer.Option(help="auto: choose memory settings that fit this machine.")] = None,
     host_bytes: Annotated[
         int | None, typer.Option(help="Of fit: memory of the host, where more can be had than is available now.")

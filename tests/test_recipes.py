@@ -41,7 +41,7 @@ def test_every_setting_that_decides_is_judged():
         "max_position_embeddings",
         "max_length",
         "lora_alpha",
-        "lora_targets",
+        *("lora_dropout", "lora_target_modules", "lora_target_parameters", "use_rslora", "quantization"),
         "template_kwargs",  # of the model's own template, as in generate
         "dtype",
         "constraint_weight",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ..evaluate import EvaluateRun
 from ..generate import GenerateRun
-from ..pretrained import read_config
+from ..pretrained import NONE, read_config
 from ..recipes import OFFICIAL, RECIPES
 from ..train.run import ACCUMULATION, TrainRun
 from .receipt import Receipt
@@ -141,6 +141,11 @@ def _training(evolution: Evolution, each: Round, start: Model, reference: Model,
         raise ValueError(
             f"train: {ACCUMULATION} beside launch: how many sequences a step would have is known to the launcher alone; leave "
             "it out, and the official recipe's 8 are shared by its processes"
+        )
+    if run.quantization != NONE or (start.path == start.identity and run.is_quantised(start.path)):
+        raise ValueError(
+            "train: adapters on quantised weights are not merged into a model that the next round could load; give the model "
+            "in full precision, and leave quantization out"
         )
     return Stage(TRAIN, each, out, run, start, theta, _decided(run, run.settings(), given, **context, **identity))
 

@@ -28,7 +28,14 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import get_scheduler
 
-from ..attention import PrefixNotShared, check_ranks, check_rope, rope_depends_on_length, use_shared_prefix
+from ..attention import (
+    PrefixNotShared,
+    check_ranks,
+    check_rope,
+    rope_depends_on_length,
+    rotary_modules,
+    use_shared_prefix,
+)
 from ..attention.rope import forget_lengths
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
@@ -98,6 +105,11 @@ def check_model(run: TrainRun, config: LongPOConfig) -> tuple[nn.Module, str | N
     for what its run would refuse of it, of the reference and of their weights, which are not read."""
     policy = run.empty_model(run.model, policy=True)
     refuse_unplanned(policy, config)
+    refuse_sharing(run.is_quantised(run.model), config)
+    if run.settings()["rope_theta"] is not None and not rotary_modules(policy):
+        raise ValueError(
+            f"rope_theta: {type(base_model(policy)).__name__} has no RoPE that it would change; leave it out"
+        )
     check_shared_rows(policy, config)
     why = prepare_model(policy, config.separate)
     check_trained(policy, config, why is not None)
@@ -148,6 +160,16 @@ def balance_weight(causal: nn.Module) -> float | None:
         f"output_router_logits=True: the config of {type(causal).__name__} has no router_aux_loss_coef to weigh its auxiliary "
         "loss by; set output_router_logits to false in it"
     )
+
+
+def refuse_sharing(quantised: bool, config: LongPOConfig) -> None:
+    """Raises ValueError for a quantised policy of several processes, which would be sharded, or sent, as if it had plain
+    weights."""
+    if quantised and (config.world_size > 1 or config.is_sharded or config.deepspeed):
+        raise ValueError(
+            "the model's weights are quantised, which one process alone holds whole: start one, without fsdp, deepspeed and "
+            "sequence_parallel, or give the model in full precision"
+        )
 
 
 def check_shared_rows(model: nn.Module, config: LongPOConfig) -> None:

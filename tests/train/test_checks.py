@@ -95,8 +95,14 @@ REFUSED = {
     ),
     "Qwen2.5-VL": (lambda home, at: {"model": qwen(home, at)}, "no causal LM of type 'qwen2_5_vl_text'"),
     "adapters as model": (lambda home, at: {"model": adapters(home, at)}, "PEFT adapters of .* expected a whole model"),
-    "no such layers": (lambda home, _: {"lora_rank": 4, "lora_targets": "query"}, "Target modules .*query.* not found"),
-    "adapters on the head": (lambda home, _: {"lora_rank": 4, "lora_targets": "lm_head"}, "its head carries adapters"),
+    "no such layers": (
+        lambda home, _: {"lora_rank": 4, "lora_target_modules": "query"},
+        "no layer is named .query.; expected all-linear",
+    ),
+    "adapters on the head": (
+        lambda home, _: {"lora_rank": 4, "lora_target_modules": "lm_head"},
+        "is the head or an embedding",
+    ),
     "weights": (lambda home, at: {"model": changed_model(home, at, weights=lose)}, "1 weights are missing"),
     "reference's weights": (
         lambda home, at: {"reference_model": changed_model(home, at, weights=lose)},
