@@ -41,7 +41,7 @@ def test_every_setting_that_decides_is_judged():
         "max_position_embeddings",
         "max_length",
         "lora_alpha",
-        "lora_targets",
+        "lora_target_modules",
         "template_kwargs",  # of the model's own template, as in generate
         "dtype",
         "constraint_weight",

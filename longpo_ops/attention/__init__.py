@@ -8,7 +8,7 @@ from longpo_ops.attention.registration import (
     register,
     use_shared_prefix,
 )
-from longpo_ops.attention.rope import check_rope, rope_depends_on_length
+from longpo_ops.attention.rope import check_rope, rope_depends_on_length, rotary_modules
 from longpo_ops.attention.shared_prefix import shared_prefix_attention
 from longpo_ops.attention.ulysses import check_heads, exchanged_numbers, head_plan
 
@@ -23,6 +23,7 @@ __all__ = [
     "head_plan",
     "register",
     "rope_depends_on_length",
+    "rotary_modules",
     "shared_prefix_attention",
     "use_shared_prefix",
 ]

@@ -2,21 +2,27 @@
 
 from .config import DTYPES, read_config, read_whole_config, replace_rope, text_config
 from .loading import BrokenModel, is_out_of_memory, loading, trying
+from .quantised import NONE, check_scheme, check_trainable, is_plain, plain_parts
 from .template import render as render_chat
 from .tokenizer import check_ids, load_tokenizer
 from .weights import build_empty, check_weights, explain_zeros, load_model, require_causal_lm
 
 __all__ = [
     "DTYPES",
+    "NONE",
     "BrokenModel",
     "build_empty",
     "check_ids",
+    "check_scheme",
+    "check_trainable",
     "check_weights",
     "explain_zeros",
     "is_out_of_memory",
+    "is_plain",
     "load_model",
     "load_tokenizer",
     "loading",
+    "plain_parts",
     "read_config",
     "read_whole_config",
     "render_chat",

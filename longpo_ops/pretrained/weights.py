@@ -7,8 +7,8 @@ among them); and after loading. Weights that are NaN or infinite are refused aft
 are. A model that also reads pictures or sound is loaded as its text part alone, which must be whole; the other parts are
 left out.
 
-Not covered: names of a hub whose files are not here yet, quantised weights, and all weights where accelerate is not
-installed (transformers loads no empty tensors without it), are compared after loading only.
+Not covered: names of a hub whose files are not here yet, weights that are stored quantised, and all weights where accelerate is
+not installed (transformers loads no empty tensors without it), are compared after loading only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from ..kinds import shown
 from .config import DTYPES, read_whole_config
 from .loading import loading, quiet
+from .quantised import NONE, plain_parts, quantization_options
 
 log = logging.getLogger("longpo_ops.pretrained")
 
@@ -73,17 +74,19 @@ def require_causal_lm(config) -> None:
         )
 
 
-def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: bool = False):
-    """Compares the headers of a model's safetensors with what its config asks for -> the model on the meta device.
+def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: bool = False, quantization: str = NONE):
+    """Compares the headers of a model's safetensors with what its config asks for -> the model on the meta device, in full
+    precision.
 
-    name, config, dtype: as in load_model. Raises ValueError, naming some and counting the others, for weights that are
-    missing, of other shapes, or unknown.
+    name, config, dtype, quantization: as in load_model. Raises ValueError, naming some and counting the others, for weights
+    that are missing, of other shapes, or unknown; and for weights that cannot be, or be made, quantised here.
     """
     from transformers.modeling_utils import load_state_dict
     from transformers.utils import is_accelerate_available
 
     model = build_empty(config, trust_remote_code)
     with loading(name):
+        quantization_options(config, quantization, _given_dtype(dtype))
         files = None if getattr(config, "quantization_config", None) else _files(name)
         if files is None or not is_accelerate_available():
             return model
@@ -98,16 +101,19 @@ def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: boo
     return model
 
 
-def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool = False):
+def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool = False, quantization: str = NONE):
     """The causal LM `name` under a config (read_config's, perhaps changed) on the CPU, from safetensors.
 
-    dtype: one of DTYPES. Raises ValueError for weights that are not whole (check_weights), NaN or infinite, or 0 throughout,
-    and where the environment tells transformers to leave them at 0 on all processes but one.
+    dtype: one of DTYPES. quantization: how its linear layers but the head are stored, one of quantised.SCHEMES; bitsandbytes
+    puts them on the GPU where there is one.
+
+    Raises ValueError for weights that are not whole (check_weights), NaN or infinite, or 0 throughout, and where the
+    environment tells transformers to leave them at 0 on all processes but one.
     """
     from transformers import AutoModelForCausalLM
 
     _refuse_empty_processes()
-    check_weights(name, config, dtype, trust_remote_code)
+    check_weights(name, config, dtype, trust_remote_code, quantization)
     with loading(name), quiet(bar=True):
         parts = _parts(name, trust_remote_code)
         model, found = _loaded(
@@ -118,6 +124,7 @@ def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool =
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             **parts,
+            **quantization_options(config, quantization, _given_dtype(dtype)),
         )
         _refuse(found, model, bool(parts))
         _refuse_not_finite(model)
@@ -150,7 +157,11 @@ def _parts(name: str, trust_remote_code: bool) -> dict:
 
 
 def _torch_dtype(dtype: str):
-    return "auto" if dtype == "auto" else getattr(torch, dtype)
+    return _given_dtype(dtype) or "auto"
+
+
+def _given_dtype(dtype: str) -> torch.dtype | None:
+    return None if dtype == "auto" else getattr(torch, dtype)
 
 
 def _files(name: str) -> list[Path] | None:
@@ -219,12 +230,16 @@ def _refuse(found: dict, model, text_only: bool) -> None:
 
 def _refuse_not_finite(model) -> None:
     """Raises ValueError for weights with NaN or infinity."""
-    wrong = []
-    for name, weight in model.state_dict().items():
-        if weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.device.type != "meta" and weight.numel():
-            wrong += [] if torch.stack(weight.aminmax()).isfinite().all() else [name]
+    wrong = [name for name, weight in model.state_dict().items() if not all(map(_is_finite, plain_parts(weight)))]
     if wrong:
         raise ValueError(f"{len(wrong)} weights hold NaN or infinity ({_some(wrong)}); fetch the model again")
+
+
+def _is_finite(part: torch.Tensor) -> bool:
+    """Codes of a quantised weight are finite."""
+    if part.is_floating_point() and part.itemsize > 1 and part.device.type != "meta" and part.numel():
+        return bool(torch.stack(part.aminmax()).isfinite().all())
+    return True
 
 
 def _refuse_empty_processes() -> None:
@@ -258,7 +273,8 @@ def _has_number(weight: torch.Tensor) -> bool:
     """Whether any is not 0. Shards are taken for such, as rows of zeros may fill one."""
     if hasattr(weight, "to_local"):
         return True
-    return any(bool(part.any()) for part in weight.detach().reshape(-1).split(ZEROS_READ))
+    numbers = plain_parts(weight.detach())[0]
+    return any(bool(part.any()) for part in numbers.reshape(-1).split(ZEROS_READ))
 
 
 def _some(names) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..memory.tiling import is_tiled, tile_layers
+from ..pretrained import is_plain
 
 log = logging.getLogger("longpo_ops.train")
 
@@ -73,10 +74,15 @@ def widen(reference: nn.Module, policy: nn.Module) -> None:
     """Gives weights of the reference the dtype of the policy's of the same name, where that is wider: no number changes.
 
     A reference that stays wider than the policy is warned of: rewards then begin with what rounding makes of the policy.
+    Quantised weights of either are left alone.
     """
-    dtypes = {name.replace(".base_layer.", "."): p.dtype for name, p in base_model(policy).named_parameters()}
+    dtypes = {
+        name.replace(".base_layer.", "."): p.dtype for name, p in base_model(policy).named_parameters() if is_plain(p)
+    }
     wider = set()
     for name, parameter in reference.named_parameters():
+        if not is_plain(parameter):
+            continue
         dtype = dtypes.get(name, parameter.dtype)
         if dtype.itemsize > parameter.dtype.itemsize:
             parameter.data = parameter.data.to(dtype)

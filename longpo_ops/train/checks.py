@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import get_scheduler
 
-from ..attention import check_ranks, check_rope, rope_depends_on_length, use_shared_prefix
+from ..attention import check_ranks, check_rope, rope_depends_on_length, rotary_modules, use_shared_prefix
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
 from ..memory.mesh import ONE_CARD, Mesh
@@ -58,12 +58,27 @@ def check_model(run: TrainRun, config: LongPOConfig) -> nn.Module:
     the reference and of their weights, which are not read."""
     policy = run.empty_model(run.model, policy=True)
     refuse_unplanned(policy, config)
+    refuse_sharing(run.is_quantised(run.model), config)
+    if run.settings()["rope_theta"] is not None and not rotary_modules(policy):
+        raise ValueError(
+            f"rope_theta: {type(base_model(policy)).__name__} has no RoPE that it would change; leave it out"
+        )
     check_shared_rows(policy, config)
     prepare_model(policy)
     read_head(policy.get_output_embeddings(), merge_lora=False)  # attach waits for weights with it
     if needs_reference(config) and run.reference_model is not None:
         prepare_model(run.empty_model(run.reference_model, policy=False))
     return policy
+
+
+def refuse_sharing(quantised: bool, config: LongPOConfig) -> None:
+    """Raises ValueError for a quantised policy of several processes, which would be sharded, or sent, as if it had plain
+    weights."""
+    if quantised and (config.world_size > 1 or config.is_sharded or config.deepspeed):
+        raise ValueError(
+            "the model's weights are quantised, which one process alone holds whole: start one, without fsdp, deepspeed and "
+            "sequence_parallel, or give the model in full precision"
+        )
 
 
 def check_shared_rows(model: nn.Module, config: LongPOConfig) -> None:

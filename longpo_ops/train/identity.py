@@ -53,7 +53,8 @@ DECIDING = {
             "template_kwargs",
             "nll_tokens",
         ),
-        *("lora_rank", "lora_alpha", "lora_targets", "dtype"),
+        *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "use_rslora"),
+        *("quantization", "dtype"),
     ),
     "config": (
         *("objective", "objective_options", "constraint_weight", "pack_tokens", "target_length"),
@@ -65,7 +66,11 @@ DECIDING = {
 }
 # None: of a method without a reference, of a plan that is not made yet, or of an earlier version
 DERIVED = ("reference_from", "memory")
-EARLIER = {"nll_tokens": "contents", "template_kwargs": None}  # of earlier versions, which had no choice
+EARLIER = {  # of earlier versions, which had no choice
+    **{"nll_tokens": "contents", "template_kwargs": None},
+    **{"lora_dropout": 0.0, "lora_target_parameters": None, "use_rslora": False, "quantization": "none"},
+}
+RENAMED = {"lora_targets": "lora_target_modules"}
 LENGTH = ("max_steps", "num_train_epochs")
 WEIGHTS = "*.safetensors*"
 READ = (WEIGHTS, "*config.json", "tokenizer*", "trainer_state.json")  # what a run leaves, for programs
@@ -185,7 +190,8 @@ class Identity:
         )
 
     def _compare(self, theirs: dict[str, Any], checkpoint: str | None) -> None:
-        theirs = EARLIER | theirs | {"objective_options": theirs["objective_options"] or {}}
+        theirs = EARLIER | {RENAMED.get(name, name): value for name, value in theirs.items()}
+        theirs["objective_options"] = theirs["objective_options"] or {}
         both = [name for name in DERIVED if None not in (theirs.get(name), self.values[name])]
         names = (*DECIDING["run"], *DECIDING["config"], *both)
         before, now = theirs["contents"], self.values["contents"]

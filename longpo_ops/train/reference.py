@@ -31,11 +31,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..attention import rotary_modules
 from ..data import PairBatch, TokenizedPair, pack
 from ..ops.logprobs import linear_logprobs
+from ..pretrained import plain_parts
 from ..runs.disk import writing
 from ..runs.journal import write_atomically
 from .arithmetic import Arithmetic, base_model
+from .states import other_names
 
 
 def readings(pair: TokenizedPair, reading: str) -> tuple[TokenizedPair, ...]:
@@ -60,16 +63,19 @@ def pair_digest(pair: TokenizedPair, reading: str) -> str:
 
 
 def model_digest(model: nn.Module, config=None, arithmetic: Arithmetic | None = None) -> str:
-    """Of a model's config, parameters and arithmetic; of a PEFT model's base, when the reference's `config` is given. Reads
-    every parameter once (about a second per GB)."""
+    """Of a model's config, weights and arithmetic; of a PEFT model's base, when the reference's `config` is given. Reads every
+    weight once (about a second per GB), of quantised ones codes and scales, whether parameters or not."""
     described = (config or model.config).to_dict()
     described = {k: v for k, v in described.items() if not k.startswith("_") and k != "transformers_version"}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     digest.update(str(arithmetic or Arithmetic()).encode())
-    for name, tensor in sorted(model.named_parameters()):
-        if config is None or not tensor.requires_grad:
+    trained = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    skipped = other_names(model) | (trained if config is not None else set())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in skipped:
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
+            for part in plain_parts(tensor):
+                digest.update(_bytes(part))
     return digest.hexdigest()[:16]
 
 
@@ -164,15 +170,17 @@ class DataReference:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module, config) -> Iterator[None]:
-    """A PEFT model as its base model, with RoPE as `config` has it."""
-    body = base_model(model).base_model
-    rotary = body.rotary_emb
-    body.rotary_emb = type(rotary)(config=config).to(next(rotary.buffers()))  # its device and dtype, too
+    """A PEFT model as its base model, with RoPE as `config` has it: every module of it that makes rotary angles, none of which
+    a model need have."""
+    found = [(parent, name, getattr(parent, name)) for parent, name in rotary_modules(base_model(model))]
     try:
+        for parent, name, rotary in found:
+            setattr(parent, name, type(rotary)(config=config).to(next(rotary.buffers())))  # its device and dtype, too
         with model.disable_adapter():
             yield
     finally:
-        body.rotary_emb = rotary
+        for parent, name, rotary in found:
+            setattr(parent, name, rotary)
 
 
 @contextlib.contextmanager

@@ -22,11 +22,23 @@ from ..data.records import data_files
 from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
 from ..parallel.mesh import check_alike
-from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
+from ..pretrained import (
+    DTYPES,
+    NONE,
+    check_ids,
+    check_scheme,
+    check_trainable,
+    check_weights,
+    load_model,
+    load_tokenizer,
+    read_config,
+    replace_rope,
+)
 from ..pretrained.template_kwargs import check_values
 from ..runs.journal import write_text
 from ..runs.settings_file import settle
 from ..runs.validate import check_kinds
+from .adapters import ALL_LINEAR, add_adapters
 from .checkpoints import check_going_on, check_one_folder, clear_killed, last_checkpoint, one_run
 from .checks import (
     agreed_memory,
@@ -49,6 +61,7 @@ from .trainer import LongPOTrainer
 
 log = logging.getLogger("longpo_ops.train")
 
+OF_ADAPTERS = ("use_rslora", "quantization")
 ACCUMULATION = "gradient_accumulation_steps"
 
 
@@ -65,7 +78,10 @@ class TrainRun:
         one has 8 sequences over all processes (WORLD_SIZE / sequence_parallel have sequences of their own); another
         objective than its own keeps its own options. Records of equal answers, which `default` refuses, are trained on.
     nll_tokens: which tokens the NLL term counts, "contents" or "all" (data.tokenized_pairs); None is the recipe's.
-    lora_rank: 0 for full fine-tuning. lora_targets: module names, or "all-linear" (never the head).
+    lora_rank: 0 for full fine-tuning. lora_alpha, lora_dropout, lora_target_modules, lora_target_parameters, use_rslora: as
+        PEFT has them (adapters.add_adapters); the base is the reference.
+    quantization: "none", or how the body's linear layers are stored while adapters train on them (QLoRA), "int8" or "nf4"
+        (pretrained/quantised.py). A model that is stored quantised needs adapters, too, and no setting.
     dtype: "auto" is the model's own. What is saved at the end has it, whatever training kept (LongPOTrainer).
 
     A run goes on from the last whole checkpoint in output_dir. Raises ValueError for values of another kind.
@@ -87,7 +103,11 @@ class TrainRun:
     nll_tokens: str | None = None
     lora_rank: int = 0
     lora_alpha: float | None = None
-    lora_targets: str = "all-linear"
+    lora_dropout: float = 0.0
+    lora_target_modules: str = ALL_LINEAR
+    lora_target_parameters: str | None = None
+    use_rslora: bool = False
+    quantization: str = NONE
     dtype: str = "auto"
     trust_remote_code: bool = False
     training: dict[str, Any] = field(default_factory=dict)
@@ -127,9 +147,13 @@ class TrainRun:
             )
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: expected 0 for full fine-tuning, or a rank")
+        check_scheme(self.quantization)
         for name in ("rope_theta", "max_position_embeddings", "max_length", "lora_alpha"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name}={value}: expected more than 0, or none")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: expected a number from 0 to 1")
+        self._refuse_without_adapters()
         if Path(self.output_dir).is_file():
             raise ValueError(f"output_dir={self.output_dir} is a file: expected a folder, or a name that is free")
         for name in ("model", "reference_model"):
@@ -140,6 +164,15 @@ class TrainRun:
                 )
         given = self._given()
         recipes.warn(recipes.tell(self.recipe, "train", given, self._fill(given)[1]))
+
+    def _refuse_without_adapters(self) -> None:
+        """Raises ValueError for settings that adapters alone read."""
+        names = [f for f in dataclasses.fields(self) if f.name.startswith("lora_") or f.name in OF_ADAPTERS]
+        idle = [f"{f.name}={getattr(self, f.name)!r}" for f in names if getattr(self, f.name) != f.default]
+        if idle and not self.lora_rank:
+            raise ValueError(
+                f"{', '.join(idle)}: of adapters, and lora_rank is 0; set lora_rank (16, say), or leave it out"
+            )
 
     # -- settings ----------------------------------------------------------------------------------------------------
 
@@ -235,14 +268,30 @@ class TrainRun:
         return supervised or self.recipe == recipes.OFFICIAL
 
     def load_model(self, name: str, policy: bool):
-        """A causal LM from safetensors; the policy with its RoPE settings and adapters."""
-        model = load_model(name, self._model_config(name, policy), self.dtype, self.trust_remote_code)
+        """A causal LM from safetensors; the policy with its RoPE settings, quantisation and adapters."""
+        model = load_model(name, *self._how(name, policy))
         return self._with_adapters(model) if policy and self.lora_rank else model
 
     def empty_model(self, name: str, policy: bool):
-        """The same on the meta device; of its weights no more than names and shapes are read."""
-        model = check_weights(name, self._model_config(name, policy), self.dtype, self.trust_remote_code)
+        """The same on the meta device in full precision; of its weights no more than names and shapes are read."""
+        model = check_weights(name, *self._how(name, policy))
         return self._with_adapters(model) if policy and self.lora_rank else model
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether the weights of a policy of this name are, stored so or made so."""
+        return self.quantization != NONE or getattr(self.read_config(name), "quantization_config", None) is not None
+
+    def _how(self, name: str, policy: bool) -> tuple:
+        """What load_model and check_weights are given. Raises ValueError for a quantised policy that cannot be trained."""
+        config = self._model_config(name, policy)
+        if policy and getattr(config, "quantization_config", None) is not None:
+            if not self.lora_rank:
+                raise ValueError(
+                    f"model {name!r}: its weights are quantised, which steps of full fine-tuning cannot move; set lora_rank "
+                    "(16, say) to train adapters on them, or give the model in full precision"
+                )
+            check_trainable(name, config)
+        return config, self.dtype, self.trust_remote_code, self.quantization if policy else NONE
 
     def _model_config(self, name: str, policy: bool):
         config = self.read_config(name)
@@ -254,13 +303,14 @@ class TrainRun:
         return config
 
     def _with_adapters(self, model):
-        from peft import LoraConfig, get_peft_model
-
-        alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        targets = self.lora_targets if self.lora_targets == "all-linear" else self.lora_targets.split(",")
-        model.enable_input_require_grads()
-        return get_peft_model(
-            model, LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+        return add_adapters(
+            model,
+            self.lora_rank,
+            self.lora_alpha,
+            self.lora_dropout,
+            self.lora_target_modules,
+            self.lora_target_parameters,
+            self.use_rslora,
         )
 
 

@@ -54,7 +54,7 @@ def weight_files(folder: Path) -> list[Path]:
 def gather(model: nn.Module) -> dict[str, Tensor]:
     """A collective of all processes -> the model's weights, of a PEFT model those that train, whole and on the host of the
     first one; nothing on the others. Tied weights have one name."""
-    adapters, others, parameters = hasattr(model, "get_base_model"), _other_names(model), dict(model.named_parameters())
+    adapters, others, parameters = hasattr(model, "get_base_model"), other_names(model), dict(model.named_parameters())
     frozen = {name for name, weight in parameters.items() if not weight.requires_grad} if adapters else set()
     whole = {name: _gathered(weight) for name, weight in model.state_dict().items() if name not in others | frozen}
     return {name: weight for name, weight in whole.items() if weight is not None}
@@ -154,11 +154,11 @@ def _held(model: nn.Module) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(model, adapter_name=model.active_adapters[0])
-    others = _other_names(model)
+    others = other_names(model)
     return {name: weight for name, weight in model.state_dict().items() if name not in others}
 
 
-def _other_names(model: nn.Module) -> set[str]:
+def other_names(model: nn.Module) -> set[str]:
     """Those of tied weights but the first."""
     return dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
 

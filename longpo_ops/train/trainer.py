@@ -56,6 +56,7 @@ from .checks import (
     packs_of,
     plan_memory,
     prepare_model,
+    refuse_sharing,
     target_length,
 )
 from .config import LongPOConfig
@@ -109,6 +110,7 @@ class LongPOTrainer(RanksTrainer):
         named = {"training data": train_dataset, "evaluation data": eval_dataset}
         check_ranks(args, named := {name: pairs for name, pairs in named.items() if pairs is not None})
         check_shared_rows(model, args)
+        refuse_sharing(getattr(base_model(model), "is_quantized", False), args)
         check_one_folder(args)
         check_not_empty({"model": model, "reference_model": reference_model}, args)
         datasets = list(named.values())

@@ -87,8 +87,14 @@ REFUSED = {
     "reference": (lambda home, at: {"reference_model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
     "Qwen2.5-VL": (lambda home, at: {"model": qwen(home, at)}, "no causal LM of type 'qwen2_5_vl_text'"),
     "adapters as model": (lambda home, at: {"model": adapters(home, at)}, "PEFT adapters of .* expected a whole model"),
-    "no such layers": (lambda home, _: {"lora_rank": 4, "lora_targets": "query"}, "Target modules .*query.* not found"),
-    "adapters on the head": (lambda home, _: {"lora_rank": 4, "lora_targets": "lm_head"}, "its head carries adapters"),
+    "no such layers": (
+        lambda home, _: {"lora_rank": 4, "lora_target_modules": "query"},
+        "Target modules .*query.* not found",
+    ),
+    "adapters on the head": (
+        lambda home, _: {"lora_rank": 4, "lora_target_modules": "lm_head"},
+        "its head carries adapters",
+    ),
     "weights": (lambda home, at: {"model": changed_model(home, at, weights=lose)}, "1 weights are missing"),
     "reference's weights": (
         lambda home, at: {"reference_model": changed_model(home, at, weights=lose)},
