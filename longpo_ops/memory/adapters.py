@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from longpo_ops.kinds import check_choice, check_number, check_whole, refusal
-from longpo_ops.pretrained import NONE, SCHEMES
+from longpo_ops.kinds import check_number, check_whole, refusal
+from longpo_ops.pretrained import NONE, check_scheme
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """rank to dropout: as PEFT's LoraConfig has them. quantization: of the base's linear weights, a name of pretrained.SCHEMES.
+    """rank to dropout: as PEFT's LoraConfig has them. quantization: of the base's linear weights, a name that pretrained.check_scheme knows.
 
     The head stays as it is. So do experts that are one tensor, which is no linear layer, but for those in target_parameters.
     """
@@ -38,12 +38,10 @@ class Adapters:
 
     def __post_init__(self):
         check_whole("lora_rank", self.rank, 1)
-        check_choice("quantization", self.quantization, SCHEMES)
+        check_scheme(self.quantization)
         if not 0 <= check_number("lora_dropout", self.dropout) < 1:
             raise refusal("lora_dropout", self.dropout, "a number of at least 0, below 1")
-        if self.target_modules != ALL_LINEAR and not (
-            isinstance(self.target_modules, tuple) and self.target_modules
-        ):
+        if self.target_modules != ALL_LINEAR and not (isinstance(self.target_modules, tuple) and self.target_modules):
             raise refusal("lora_target_modules", self.target_modules, f"{ALL_LINEAR}, or a tuple of names")
 
     @classmethod
@@ -53,7 +51,9 @@ class Adapters:
         if others or given.peft_type.value != "LORA":
             raise ValueError(f"adapters of {[g.peft_type.value for g in (given, *others)]}: expected one set of LoRA")
         targets = given.target_modules
-        modules = targets if targets == ALL_LINEAR else tuple(sorted([targets] if isinstance(targets, str) else targets))
+        modules = (
+            targets if targets == ALL_LINEAR else tuple(sorted([targets] if isinstance(targets, str) else targets))
+        )
         parameters = tuple(getattr(given, "target_parameters", None) or ())
         return cls(given.r, modules, parameters, given.lora_dropout, quantization)
 
@@ -86,6 +86,21 @@ class Adapters:
         """Of so many quantised weights: one each, with a scale a row that is not counted; or half of one, and for 64 of them
         a scale of a byte, for 256 of which there is a float32."""
         return numbers if self.quantization == "int8" else -(-numbers // 2) + numbers // 64 + numbers // 4096
+
+
+def scheme_of(config) -> str:
+    """How the weights of a model that is stored quantised are counted. Raises ValueError for ways that are not known."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return NONE
+    told = stored if isinstance(stored, dict) else vars(stored)
+    method = getattr(told.get("quant_method"), "value", told.get("quant_method"))
+    if method not in ("bitsandbytes", "torchao"):
+        raise ValueError(
+            f"model {config.name_or_path!r}: its weights are quantised ({method}), and the planner knows bitsandbytes and torchao "
+            "only; set memory by hand, and fit to 'off'"
+        )
+    return "nf4" if told.get("load_in_4bit") or told.get("_load_in_4bit") else "int8"
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:

@@ -154,6 +154,11 @@ class Work:
             check_object("adapters", self.adapters, Adapters, "an Adapters")
             if self.mesh.sharded:
                 raise refusal("mesh", f"{self.mesh.cards} cards", "one card, as adapters are planned for no more")
+        elif getattr(self.config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"model {self.config.name_or_path!r}: its weights are quantised, which steps of full fine-tuning cannot move; "
+                "give lora_rank to plan adapters on them"
+            )
         if self.length < self.mesh.sequence_parallel:
             raise refusal(
                 "length", self.length, f"a token for each of the {self.mesh.sequence_parallel} ranks at least"

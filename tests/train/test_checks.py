@@ -81,7 +81,6 @@ def lose(weights):
 
 
 REFUSED = {
-    "fit with adapters": (lambda home, _: {"fit": "auto", "lora_rank": 4}, "fit='auto' plans full fine-tuning"),
     "Phi-3": (lambda home, at: {"model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
     "OLMoE": (lambda home, at: {"model": other_family(home, at, "olmoe")}, "got a model of type 'olmoe'"),
     "reference": (lambda home, at: {"reference_model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
