@@ -25,9 +25,11 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Adapters:
-    """rank to dropout: as PEFT's LoraConfig has them. quantization: of the base's linear weights, a name that pretrained.check_scheme knows.
+    """rank to dropout, rank_pattern: as PEFT's LoraConfig has them. quantization: of the base's linear weights, a name that
+    pretrained.check_scheme knows.
 
-    The head stays as it is. So do experts that are one tensor, which is no linear layer, but for those in target_parameters.
+    The head stays as it is. Experts that are one tensor are no linear layers: they are not quantised, and PEFT itself says
+    which names mean them.
     """
 
     rank: int
@@ -35,6 +37,7 @@ class Adapters:
     target_parameters: tuple[str, ...] = ()
     dropout: float = 0.0
     quantization: str = NONE
+    rank_pattern: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
         check_whole("lora_rank", self.rank, 1)
@@ -54,8 +57,9 @@ class Adapters:
         modules = (
             targets if targets == ALL_LINEAR else tuple(sorted([targets] if isinstance(targets, str) else targets))
         )
-        parameters = tuple(getattr(given, "target_parameters", None) or ())
-        return cls(given.r, modules, parameters, given.lora_dropout, quantization)
+        parameters = tuple(sorted(getattr(given, "target_parameters", None) or ()))
+        ranks = tuple(sorted(given.rank_pattern.items()))
+        return cls(given.r, modules, parameters, given.lora_dropout, quantization, ranks)
 
     def put_on(self, model: nn.Module) -> int:
         """Freezes a model and gives it adapters. -> numbers of weights that are quantised. Raises ValueError for targets that
@@ -69,6 +73,7 @@ class Adapters:
             lora_dropout=self.dropout,
             target_modules=ALL_LINEAR if self.target_modules == ALL_LINEAR else list(self.target_modules),
             target_parameters=list(self.target_parameters) or None,
+            rank_pattern=dict(self.rank_pattern),
             task_type="CAUSAL_LM",
         )
         get_peft_model(model, config)
@@ -97,8 +102,8 @@ def scheme_of(config) -> str:
     method = getattr(told.get("quant_method"), "value", told.get("quant_method"))
     if method not in ("bitsandbytes", "torchao"):
         raise ValueError(
-            f"model {config.name_or_path!r}: its weights are quantised ({method}), and the planner knows bitsandbytes and torchao "
-            "only; set memory by hand, and fit to 'off'"
+            f"model {config.name_or_path!r}: its weights are quantised ({method}), and the planner knows bitsandbytes and "
+            "torchao only; set memory by hand, and fit to 'off'"
         )
     return "nf4" if told.get("load_in_4bit") or told.get("_load_in_4bit") else "int8"
 

@@ -35,6 +35,7 @@ from longpo_ops.memory.structure import BY_HAND, Config, one_layer
 from longpo_ops.parallel import Shards
 
 PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::bmm": 1, "aten::baddbmm": 2}  # where the left factor's columns are
+AUTOCAST = torch.autocast
 GROUPED = "aten::_grouped_mm"
 
 
@@ -47,8 +48,8 @@ class Ledger(TorchDispatchMode):
         self._seen = {x.untyped_storage()._cdata for x in known}  # counted elsewhere: weights
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
         name = function.name().partition(".")[0]
+        out = _grouped(*args[:3]) if name == GROUPED else function(*args, **(kwargs or {}))
         if name in PRODUCTS:
             self.flops += 2 * out.numel() * args[PRODUCTS[name] - 1].shape[-1]
         elif name == GROUPED:  # each row by its own expert, or each expert's rows by each other
@@ -78,6 +79,15 @@ class Ledger(TorchDispatchMode):
         return seen
 
 
+def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """What a grouped product gives, in every dtype: on the meta device torch knows bfloat16 alone. ends (E,).
+
+    a (S, in), b (E, in, out) -> (S, out);    a (in, S), b (S, out) -> (E, in, out)
+    """
+    size = (a.shape[0], b.shape[-1])
+    return a.new_empty(size if b.ndim == 3 else (ends.shape[0], *size))
+
+
 class _Rank(NamedTuple):
     """What Shards asks of a process group, without processes."""
 
@@ -99,6 +109,11 @@ class _Exchanges:
     def __call__(self, sent: Tensor, sizes: list[int], sizes_to_come: list[int], shards: Shards) -> Tensor:
         self.count += 1
         return sent.new_empty(sum(sizes_to_come))
+
+
+def _autocast(device_type: str, *more, **options):
+    """torch's, which knows no meta device; nothing is cast there."""
+    return nullcontext() if device_type == "meta" else AUTOCAST(device_type, *more, **options)
 
 
 class _Mark(torch.autograd.Function):
@@ -250,8 +265,9 @@ def _trace(
     patches = (
         mock.patch.object(ulysses, "_all_to_all", exchanges),
         mock.patch.object(stand_in, "note", lambda *told: notes.append(told)),
+        mock.patch.object(torch, "autocast", _autocast),
     )
-    with _tiled(model, tile_rows), patches[0], patches[1], ledger:
+    with _tiled(model, tile_rows), patches[0], patches[1], patches[2], ledger:
         ids = torch.empty(1, rows, dtype=torch.int64, device="meta")
         try:
             loss = _Loss.apply(body(input_ids=ids, use_cache=False, **shared).last_hidden_state)
