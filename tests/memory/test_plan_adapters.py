@@ -51,10 +51,10 @@ def test_a_quantised_base_takes_its_bits():
     ):
         config.quantization_config = told
         assert scheme_of(config) == scheme
-        with pytest.raises(ValueError, match="quantised, which steps of full fine-tuning cannot move; give lora_rank"):
+        with pytest.raises(ValueError, match=r"quantised, which steps of full fine-tuning cannot move; give lora_rank"):
             Work(config, 512)
     config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(ValueError, match="quantised .gptq., and the planner knows bitsandbytes and torchao"):
+    with pytest.raises(ValueError, match=r"quantised .gptq., and the planner knows bitsandbytes and torchao"):
         scheme_of(config)
 
 
