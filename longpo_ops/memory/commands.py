@@ -14,7 +14,8 @@ def plan(
     model: Annotated[
         str,
         typer.Option(
-            help="mistral-7b, llama-3-8b, qwen2.5-1.5b, -7b, -32b or -72b, or any causal LM: a name or folder."
+            help="A name or folder of any causal LM, or one carried here: mistral-7b, llama-3-8b, mixtral-8x7b, qwen3-30b-a3b, "
+            "qwen2.5-1.5b, -7b, -32b or -72b."
         ),
     ],
     length: Annotated[int, typer.Option(help="Tokens of a pack: prefix, chosen and rejected tails.")] = 524288,
@@ -36,6 +37,19 @@ def plan(
     ] = "no",
     inside_gb_s: Annotated[float, typer.Option(help="What a GPU sends to others of its machine, GB/s (NVLink).")] = 300,
     between_gb_s: Annotated[float, typer.Option(help="What a GPU sends to other machines, GB/s (400 Gbit/s).")] = 45,
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            help="LoRA of this rank on a frozen base; 0 is full fine-tuning. This and the next as in training."
+        ),
+    ] = 0,
+    lora_target_modules: Annotated[
+        str, typer.Option(help="Linear layers that get adapters, with commas, or all-linear.")
+    ] = "all-linear",
+    lora_target_parameters: Annotated[
+        str, typer.Option(help="Weights of fused experts that get adapters, with commas.")
+    ] = "",
+    quantization: Annotated[str, typer.Option(help="Of the frozen base: none, int8 or nf4.")] = "none",
     accumulation: Annotated[int, typer.Option(help="Packs a step accumulates gradients over.")] = 8,
     max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0 for none.")] = 1.0,
     optim: Annotated[
@@ -82,6 +96,7 @@ def plan(
                 f"online with gpus={gpus}: a reference beside a sharded policy is not supported; leave it out"
             )
         kind = getattr(torch, dtype)
+        adapters = _adapters(config, lora_rank, lora_target_modules, lora_target_parameters, quantization)
         mesh = Mesh(gpus, sequence_parallel or 1, gpus_per_node, mixed_precision)
         work = planner.Work(
             config,
@@ -91,9 +106,10 @@ def plan(
             max_grad_norm,
             kind,
             int(workspace_gib * gib),
-            planner.weights_of(config).total * kind.itemsize if online else 0,
+            planner.weights_of(config).total * kind.itemsize if online and adapters is None else 0,
             optim,
             mesh,
+            adapters,
         )
     tried = []
     try:
@@ -127,3 +143,22 @@ def plan(
         draw_plan(found, title, picture)
         if not json_:
             typer.echo(f"Picture: {picture}")
+
+
+def _adapters(config, rank: int, modules: str, parameters: str, quantization: str):
+    """What is trained; None for all weights. Raises ValueError for settings of adapters without a rank."""
+    from .adapters import ALL_LINEAR, NONE, Adapters, scheme_of
+
+    if not rank:
+        given = {"lora_target_modules": modules != ALL_LINEAR, "lora_target_parameters": parameters}
+        if idle := [name for name, is_set in (given | {"quantization": quantization != NONE}).items() if is_set]:
+            raise ValueError(f"{', '.join(idle)}: of adapters, and lora_rank is 0; set it (16, say), or leave them out")
+        return None
+    names = {
+        which: tuple(name.strip() for name in given.split(",") if name.strip())
+        for which, given in (("modules", modules), ("parameters", parameters))
+    }
+    targets = ALL_LINEAR if modules == ALL_LINEAR else names["modules"]
+    return Adapters(
+        rank, targets, names["parameters"], quantization=quantization if quantization != NONE else scheme_of(config)
+    )

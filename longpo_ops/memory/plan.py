@@ -12,12 +12,16 @@
 What a layer needs comes from trace.py, which runs one on the meta device; the rest is arithmetic. Everything here is
 derived, not measured: times are operations over the rates of Machine, copies and FSDP2's traffic where they are longer than a
 layer's time are added, the exchanges of heads in full, and nothing else (norms, launches, data) is in them. Full fine-tuning;
-of several cards FSDP2 as accelerate sets it up, with Ulysses. Adapters are not modelled.
+of several cards FSDP2 as accelerate sets it up, with Ulysses. Or adapters on a frozen base, on one card:
+
+    device(phase) = frozen weights + adapters, their states and gradients so far + layer inputs + what the phase itself needs
+
+Layers of one kind are traced once (structure.py). Of a mixture memory holds all experts, their gradients and states; operations
+are those of the experts that a row goes to.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -26,14 +30,16 @@ import torch
 
 from longpo_ops.kinds import FLOATS, check_choice, check_each, check_number, check_object, check_whole, refusal
 from longpo_ops.memory import optimizer, pieces
+from longpo_ops.memory.adapters import Adapters
 from longpo_ops.memory.cost import WeightBytes, weight_bytes
 from longpo_ops.memory.host_step import room_bytes
 from longpo_ops.memory.mesh import ONE_CARD, Mesh, heads_of
 from longpo_ops.memory.offload import Placement
 from longpo_ops.memory.quantise import CODECS
+from longpo_ops.memory.structure import Weights, weights_of
 from longpo_ops.memory.tiers import PAGE
 from longpo_ops.memory.times import sent_bytes, step_seconds
-from longpo_ops.memory.trace import Trace, build, trace
+from longpo_ops.memory.trace import Trace, trace
 from longpo_ops.ops.sweep import DEFAULT_WORKSPACE, workspace_of
 
 GIB = 1 << 30
@@ -111,7 +117,7 @@ class Work:
     """A step: packs of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config.
     reference_bytes: weights of a reference that stays on the device beside the policy. optim: a name of optimizer.OPTIMS.
     dtype: what is computed in, and on one card what weights are kept in. mesh: the cards; accumulation is of one data-parallel
-    group."""
+    group. adapters: what is trained, in float32 on a base that is frozen; None for all weights."""
 
     config: object
     length: int
@@ -123,6 +129,7 @@ class Work:
     reference_bytes: int = 0
     optim: str = "adamw_torch"
     mesh: Mesh = ONE_CARD
+    adapters: Adapters | None = None
 
     def __post_init__(self):
         if not hasattr(self.config, "to_json_string") or isinstance(self.config, type):
@@ -143,6 +150,15 @@ class Work:
                 f"length={self.length!r}, tails={self.tails}: expected a pack longer than its rejected tails"
             )
         check_object("mesh", self.mesh, Mesh, "a Mesh")
+        if self.adapters is not None:
+            check_object("adapters", self.adapters, Adapters, "an Adapters")
+            if self.mesh.sharded:
+                raise refusal("mesh", f"{self.mesh.cards} cards", "one card, as adapters are planned for no more")
+        elif getattr(self.config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"model {self.config.name_or_path!r}: its weights are quantised, which steps of full fine-tuning cannot move; "
+                "give lora_rank to plan adapters on them"
+            )
         if self.length < self.mesh.sequence_parallel:
             raise refusal(
                 "length", self.length, f"a token for each of the {self.mesh.sequence_parallel} ranks at least"
@@ -153,6 +169,15 @@ class Work:
     def rows(self) -> int:
         """Of a pack, on one card."""
         return -(-self.length // self.mesh.sequence_parallel)
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """Adapters beside 16-bit weights are float32."""
+        return self.dtype if self.adapters is None or self.dtype.itemsize > 4 else torch.float32
+
+    @property
+    def weights(self) -> Weights:
+        return weights_of(self.config, self.adapters)
 
     @property
     def step_costs(self) -> dict[str, StepCost]:
@@ -178,17 +203,6 @@ class Settings:
     step_in_backward: bool = False
 
 
-class Weights(NamedTuple):
-    """Numbers of weights. tied: whether the head is the embedding."""
-
-    total: int
-    layer: int
-    embedding: int
-    largest: int
-    layers: int
-    tied: bool
-
-
 class Phase(NamedTuple):
     name: str
     parts: dict[str, int]  # bytes by component
@@ -210,6 +224,7 @@ class Plan(NamedTuple):
     disk: dict[str, int]
     seconds: dict[str, float]
     sent: dict[str, int]
+    active: int  # weights that a row is multiplied by, or looked up in
 
     @property
     def peak(self) -> Phase:
@@ -244,45 +259,25 @@ class Plan(NamedTuple):
 # -- prediction --------------------------------------------------------------------------------------------------------
 
 
-def weights_of(config) -> Weights:
-    return _weights(config.to_json_string(use_diff=False), _Hidden(config))
-
-
-class _Hidden(NamedTuple):
-    """A config that a cache does not look at."""
-
-    config: object
-
-    def __hash__(self):
-        return 0
-
-    def __eq__(self, other):
-        return True
-
-
-@functools.lru_cache(maxsize=64)
-def _weights(key: str, hidden: _Hidden) -> Weights:
-    model = build(hidden.config)
-    body = getattr(model, model.base_model_prefix)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return Weights(
-        total=sum(p.numel() for p in model.parameters()),
-        layer=sum(p.numel() for p in body.layers[0].parameters()),
-        embedding=embedding.numel(),
-        largest=max(p.numel() for p in model.parameters()),
-        layers=len(body.layers),
-        tied=embedding is head,
-    )
-
-
-def traced(work: Work, settings: Settings) -> Trace:
-    """A layer of a card. Where weights are sharded, the whole gradients of a layer are new in every backward, in the dtype that
-    is computed in; shards of them are summed over packs."""
+def traced(work: Work, settings: Settings) -> dict[int, Trace]:
+    """A layer of each kind, by the first one, on a card. Where weights are sharded, the whole gradients of a layer are new in
+    every backward, in the dtype that is computed in; shards of them are summed over packs."""
     held = work.accumulation > 1 and not work.mesh.sharded
     mode = "freed" if settings.step_in_backward else "held" if held else "new"
     ranks = work.mesh.sequence_parallel
     wide = _float32_gradients(work) and not work.mesh.sharded
-    return trace(work.config, work.rows, settings.tile_rows, work.dtype, mode, wide, ranks)
+    given = (work.config, work.rows, settings.tile_rows, work.dtype, mode, wide, ranks)
+    return {layer: trace(*given, layer, work.adapters) for layer in work.weights.counts}
+
+
+def input_bytes(traces: dict[int, Trace]) -> int:
+    """Of a layer."""
+    return traces[0].input
+
+
+def attention_bytes(traces: dict[int, Trace]) -> int:
+    """Of a layer's attention output and logsumexp, at most."""
+    return max(t.attention for t in traces.values())
 
 
 def _float32_gradients(work: Work) -> bool:
@@ -299,16 +294,16 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
     check_choice(f"optim={work.optim!r}, states", settings.states, tuple(work.step_costs))
     if settings.step_in_backward:
         optimizer.refuse_step_in_backward(work.accumulation, work.max_grad_norm, work.mesh.cards)
-    t, w = traced(work, settings), weights_of(work.config)
+    traces, w = traced(work, settings), work.weights
     layers = w.layers
     inputs = (
         Placement(settings.kept, settings.on_host, settings.on_disk) if settings.offload else Placement(layers, 0, 0)
     )
     if sum(inputs) != layers:
         raise ValueError(f"kept, on_host and on_disk are {tuple(inputs)}: expected {layers} layers in all")
-    encoded = encoded_bytes(t, work, settings)
+    encoded = encoded_bytes(traces, work, settings)
     stored = paged(encoded)
-    attention = settings.attention_layers * paged(t.attention)
+    attention = settings.attention_layers * paged(attention_bytes(traces))
     optimizer_bytes = _optimizer_bytes(work, settings, w)
     host = {
         "reserve": machine.host_reserve,
@@ -319,12 +314,18 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
         work,
         machine,
         settings,
-        tuple(_phases(work, settings, machine, t, w, inputs)),
+        tuple(_phases(work, settings, machine, traces, w, inputs)),
         {name: n for name, n in host.items() if n},
         {"layer inputs": inputs.disk * stored} if inputs.disk else {},
-        step_seconds(work, settings, machine, t, w, inputs, encoded, kept_bytes(work, settings)),
+        step_seconds(work, settings, machine, traces, w, inputs, encoded, kept_bytes(work, settings)),
         sent_bytes(work, w),
+        _active(work, traces, w),
     )
+
+
+def _active(work: Work, traces: dict[int, Trace], w: Weights) -> int:
+    layers = sum(n * traces[kind].forward_flops for kind, n in w.counts.items()) // (2 * work.rows)
+    return layers + (1 if w.tied else 2) * w.embedding
 
 
 def check_planned(work: Work, machine: Machine) -> None:
@@ -336,14 +337,15 @@ def paged(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
-def encoded_bytes(t: Trace, work: Work, settings: Settings) -> int:
-    count = t.input // work.dtype.itemsize
+def encoded_bytes(traces: dict[int, Trace], work: Work, settings: Settings) -> int:
+    count = input_bytes(traces) // work.dtype.itemsize
     return CODECS[settings.store].nbytes(torch.empty(count, dtype=work.dtype, device="meta"))
 
 
 def kept_bytes(work: Work, settings: Settings) -> WeightBytes:
+    """Of each weight that is trained."""
     return weight_bytes(
-        work.dtype,
+        work.trained_dtype,
         settings.states,
         settings.master,
         optim=work.optim,
@@ -354,7 +356,7 @@ def kept_bytes(work: Work, settings: Settings) -> WeightBytes:
 
 
 def _optimizer_bytes(work: Work, settings: Settings, w: Weights) -> dict[str, int]:
-    share, kept = work.mesh.share(w.total), kept_bytes(work, settings)
+    share, kept = work.mesh.share(w.trained), kept_bytes(work, settings)
     return {"master": kept.master * share, "optimizer states": int(kept.states * share)}
 
 
@@ -366,26 +368,28 @@ def _host_scratch(work: Work, settings: Settings, w: Weights) -> int:
 
 
 def _phases(
-    work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, inputs: Placement
+    work: Work, settings: Settings, machine: Machine, traces: dict[int, Trace], w: Weights, inputs: Placement
 ) -> Iterator[Phase]:
     size, layers, tiers, mesh = work.dtype.itemsize, w.layers, inputs.tiers(), work.mesh
+    of_layer = [traces[kind] for kind in w.kinds]
+    t = traces[0]
     kept_of_each = kept_bytes(work, settings)
     g = kept_of_each.gradient
-    base = {"reserve": machine.device_reserve, "weights": mesh.share(w.total) * kept_of_each.weight}
+    base = {"reserve": machine.device_reserve, "weights": _weights_bytes(work, w, kept_of_each)}
     base |= {"ids and positions": t.positions} | ({"reference": work.reference_bytes} if work.reference_bytes else {})
     if not settings.host:
         base |= _optimizer_bytes(work, settings, w)
     held, freed = work.accumulation > 1, settings.step_in_backward
     step_scratch = 0 if settings.host else STEP_BYTES * min(optimizer.PIECE, mesh.share(w.largest))
     scratch = step_scratch if freed else 0
-    encoded = encoded_bytes(t, work, settings) if settings.store != "exact" else 0
+    encoded = encoded_bytes(traces, work, settings) if settings.store != "exact" else 0
 
     def away(layer: int) -> bool:
         return layer >= 0 and tiers[layer] != "device"
 
     def phase(name: str, gradients: int, kept: int, passing: int, **needs: int) -> Phase:
         """gradients: numbers of those that are complete."""
-        numbers = w.total if held else gradients
+        numbers = w.trained if held else gradients
         parts = base | {"gradients": mesh.share(numbers) * g, "layer inputs": kept * t.input + passing}
         parts |= {n.replace("_", " "): v for n, v in needs.items()}
         predicted = sum(parts.values()) - machine.device_reserve
@@ -402,36 +406,47 @@ def _phases(
             "whole_gradients": size * whole,
         }
 
-    last, head = layers - 1, w.embedding
+    last, head, each, trained = layers - 1, w.embedding, w.each, w.trained_each
+    of_head = 0 if work.adapters else head  # gradients
     # A head that is the embedding is gathered from the first layer to the last, and its gradient waits for the embedding's.
     throughout, whole, summed = (head, head, 0) if w.tied else (0, 0, head)
-    complete = summed if mesh.sharded else head
+    complete = summed if mesh.sharded else of_head
     for layer in range(layers):
         kept = layer + 1 - sum(map(away, range(layer + 1)))
         passing = (t.input + encoded) * away(layer)
-        yield phase(f"forward {layer}", 0, kept, passing, layer=max(t.forward, 0), **sharding(throughout + 2 * w.layer))
+        needs = sharding(throughout + each[layer] + each[min(layer + 1, last)])
+        yield phase(f"forward {layer}", 0, kept, passing, layer=max(of_layer[layer].forward, 0), **needs)
     passing = (t.input + encoded) * away(last)
-    kept, at_loss = tiers.count("device"), sharding(head + w.layer if w.tied else 2 * head)
+    kept, at_loss = tiers.count("device"), sharding(head + each[last] if w.tied else 2 * head)
     yield phase("last norm", 0, kept, passing, layer=t.norm, **at_loss)
-    dw = head * (4 + (size if size < 4 else 0))
+    dw = of_head * (4 + (size if size < 4 else 0))
     yield phase("loss", 0, kept, passing, layer=t.held, loss=_workspace(work) + dw, **at_loss)
-    own = 0 if freed or mesh.sharded else head
-    held_back = t.norm_backward + (head * g if freed else 0)
-    before, after = sharding(head + w.layer, 0, head), sharding(throughout + w.layer, summed, head)
+    own = 0 if freed or mesh.sharded else of_head
+    held_back = t.norm_backward + (of_head * g if freed else 0)
+    before, after = sharding(head + each[last], 0, head), sharding(throughout + each[last], summed, head)
     needs = max(before, after, key=lambda parts: sum(parts.values()))
     yield phase("backward last norm", own, kept, passing, layer=held_back, **needs)
     for layer in reversed(range(layers)):
-        gradients = 0 if freed else complete + (last - layer) * w.layer
+        gradients = 0 if freed else complete + sum(trained[layer + 1 :])
         kept = layer + 1 - sum(map(away, range(layer + 1)))
         passing = (t.input + encoded) * away(layer) + (encoded or t.input) * away(layer - 1)
-        following = w.layer if layer else summed  # an embedding of its own comes where the next layer did
-        needs = sharding(throughout + w.layer + following, summed if layer == last else w.layer, whole)
-        yield phase(f"backward {layer}", gradients, kept, passing, layer=t.backward, optimizer_scratch=scratch, **needs)
-    gradients = 0 if freed else complete + layers * w.layer
-    needs = sharding(head, w.layer, whole)
+        following = each[layer - 1] if layer else summed  # an embedding of its own comes where the next layer did
+        needs = sharding(throughout + each[layer] + following, summed if layer == last else each[layer + 1], whole)
+        needs |= {"layer": of_layer[layer].backward, "optimizer_scratch": scratch}
+        yield phase(f"backward {layer}", gradients, kept, passing, **needs)
+    gradients = 0 if freed else complete + sum(trained)
+    needs = sharding(head, each[0], whole)
     yield phase("embedding", gradients, 1, 0, layer=t.embedding_backward, optimizer_scratch=scratch, **needs)
     if not freed:
-        yield phase("optimizer", w.total, 0, 0, optimizer_scratch=step_scratch)
+        yield phase("optimizer", w.trained, 0, 0, optimizer_scratch=step_scratch)
+
+
+def _weights_bytes(work: Work, w: Weights, kept: WeightBytes) -> int:
+    """Of a card."""
+    if work.adapters is None:
+        return work.mesh.share(w.total) * kept.weight
+    frozen = (w.total - w.quantised) * work.dtype.itemsize + work.adapters.quantised_bytes(w.quantised)
+    return frozen + w.trained * kept.weight
 
 
 def _workspace(work: Work) -> int:

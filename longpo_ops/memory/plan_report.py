@@ -43,6 +43,10 @@ def as_json(plan: Plan, allow_lossy: str, tried: Sequence[Split] = ()) -> dict:
         "max_grad_norm": work.max_grad_norm,
         "optim": work.optim,
         "mesh": dataclasses.asdict(work.mesh),
+        "adapters": None if work.adapters is None else dataclasses.asdict(work.adapters),
+        "weights": work.weights.total,
+        "active_weights": plan.active,
+        "trained": work.weights.trained,
         "settings": dataclasses.asdict(plan.settings),
         "lossy_offers": lossy_offers(plan, allow_lossy),
         "fits": not plan.shortfalls,
@@ -150,7 +154,7 @@ def print_plan(plan: Plan, title: str, allow_lossy: str) -> None:
         table.add_row(f"  {part}", f"{time:.3g}", "")
     console.print(table)
     console.print(f"Settings: {describe_settings(plan)}.", soft_wrap=True)
-    for line in assumptions(plan):
+    for line in (*weights_words(plan), *assumptions(plan)):
         console.print(line, soft_wrap=True)
     for offer in lossy_offers(plan, allow_lossy):
         console.print(f"Lossy storage: {offer}.", soft_wrap=True)
@@ -160,6 +164,17 @@ def print_plan(plan: Plan, title: str, allow_lossy: str) -> None:
 
 def split_words(mesh: Mesh) -> str:
     return f"sequence parallel {mesh.sequence_parallel} x data parallel {mesh.data_parallel}"
+
+
+def weights_words(plan: Plan) -> list[str]:
+    """Of mixtures and adapters: how many weights are held, met by a token, and trained."""
+    w, work = plan.work.weights, plan.work
+    if work.adapters is not None:
+        kept = "16 bits" if work.adapters.quantization == "none" else f"{work.adapters.quantization} but for the head"
+        return [f"Trained: {w.trained:,} numbers of adapters on {w.total:,} frozen weights ({kept})."]
+    if plan.active > 0.9 * w.total:
+        return []
+    return [f"Mixture: {w.total:,} weights, all held and stepped; a token meets {plan.active:,} of them."]
 
 
 def assumptions(plan: Plan) -> list[str]:

@@ -16,12 +16,13 @@ from longpo_ops.memory.plan import (
     Plan,
     Settings,
     Work,
+    attention_bytes,
     check_planned,
     encoded_bytes,
+    input_bytes,
     paged,
     predict,
     traced,
-    weights_of,
 )
 from longpo_ops.memory.tiers import gib
 from longpo_ops.memory.tiling import FAMILIES, ROWS
@@ -133,11 +134,11 @@ def _candidates(work: Work, allow_lossy: str) -> Iterator[list[Settings]]:
 def placed(work: Work, settings: Settings, machine: Machine) -> Plan:
     """The prediction with as many layer inputs on the device as fit, then on the host, then on disk, and attention outputs
     where the host has room left."""
-    layers = weights_of(work.config).layers
+    layers = work.weights.layers
     if not settings.offload:
         return predict(work, settings, machine)
-    t = traced(work, settings)
-    stored, attention = paged(encoded_bytes(t, work, settings)), paged(t.attention)
+    traces = traced(work, settings)
+    stored, attention = paged(encoded_bytes(traces, work, settings)), paged(attention_bytes(traces))
     used = sum(predict(work, replace(settings, on_disk=layers), machine).host.values())
     room = max(0, machine.host_bytes - used)
 
@@ -147,7 +148,7 @@ def placed(work: Work, settings: Settings, machine: Machine) -> Plan:
         return predict(work, chosen, machine)
 
     spare = max(0, machine.device_bytes - spread(0).peak.total)
-    kept = min(layers, int(spare * (1 - machine.error)) // t.input)
+    kept = min(layers, int(spare * (1 - machine.error)) // input_bytes(traces))
     while kept < layers and "device" not in spread(kept + 1).shortfalls:
         kept += 1
     plan = spread(kept)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from longpo_ops.memory.mesh import PASSES, head_dim, heads_of
+from longpo_ops.memory.structure import window_of
 
 if TYPE_CHECKING:
     from longpo_ops.memory.cost import WeightBytes
     from longpo_ops.memory.offload import Placement
-    from longpo_ops.memory.plan import Machine, Settings, Weights, Work
+    from longpo_ops.memory.plan import Machine, Settings, Work
+    from longpo_ops.memory.structure import Weights
     from longpo_ops.memory.trace import Trace
 
 # What the way to a float32 master and back reads and writes on a device, bytes a weight.
@@ -46,35 +48,41 @@ def step_seconds(
     work: Work,
     settings: Settings,
     machine: Machine,
-    t: Trace,
+    traces: dict[int, Trace],
     w: Weights,
     inputs: Placement,
     stored: int,
     kept: WeightBytes,
 ) -> dict[str, float]:
     """By component. stored: bytes of a layer input away from the device, not rounded to pages."""
-    config, layers, ranks = work.config, w.layers, work.mesh.sequence_parallel
-    pairs = attention_pairs(work.length, work.tails, getattr(config, "sliding_window", None))
-    attention = 4 * max(heads_of(config, ranks).query) * head_dim(config) * pairs
-    layer = {
-        "forward": t.forward_flops / machine.matmul + attention / machine.attention,
-        "backward": t.backward_flops / machine.matmul
-        + 2.5 * attention / machine.attention_backward
-        + (1 - settings.attention_layers / layers) * attention / machine.attention,
-    }
-    seconds = {name: layers * time for name, time in layer.items()}
-    seconds["loss"] = 6 * work.rows * w.embedding / machine.matmul
+    layers = {kind: _layer_seconds(work, settings, machine, traces[kind], w, kind) for kind in w.counts}
+    seconds = {name: sum(n * layers[kind][name] for kind, n in w.counts.items()) for name in ("forward", "backward")}
+    seconds["loss"] = (4 if work.adapters else 6) * work.rows * w.embedding / machine.matmul
     rest = inputs.host + inputs.disk
-    saved = settings.attention_layers * t.attention / layers
-    copied = (rest * stored / layers + saved) / machine.copy
+    saved = settings.attention_layers * max(t.attention for t in traces.values()) / w.layers
+    copied = (rest * stored / w.layers + saved) / machine.copy
     spilled = inputs.disk * stored / max(rest, 1) / machine.disk
-    seconds["waiting for copies"] = sum(layers * max(0.0, copied - time, spilled - time) for time in layer.values())
-    seconds |= _sending_seconds(work, machine, w, layer)
+    seconds["waiting for copies"] = sum(
+        n * max(0.0, copied - time, spilled - time) for kind, n in w.counts.items() for time in layers[kind].values()
+    )
+    seconds |= _sending_seconds(work, machine, w, layers)
     seconds = {name: work.accumulation * time for name, time in seconds.items()}
     return seconds | {"optimizer": _optimizer_seconds(work, settings, machine, w, kept)}
 
 
-def _sending_seconds(work: Work, machine: Machine, w: Weights, layer: dict[str, float]) -> dict[str, float]:
+def _layer_seconds(
+    work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, layer: int
+) -> dict[str, float]:
+    attention = t.pair_flops * attention_pairs(work.length, work.tails, window_of(work.config, layer))
+    return {
+        "forward": t.forward_flops / machine.matmul + attention / machine.attention,
+        "backward": t.backward_flops / machine.matmul
+        + 2.5 * attention / machine.attention_backward
+        + (1 - settings.attention_layers / w.layers) * attention / machine.attention,
+    }
+
+
+def _sending_seconds(work: Work, machine: Machine, w: Weights, layers: dict[int, dict[str, float]]) -> dict[str, float]:
     """Attention waits for the exchanges of heads. FSDP2's traffic goes on beside the layers, which hide what they take as long
     as; weights outside of them (the head, the embedding) are waited for."""
     mesh, rates = work.mesh, (machine.inside_node, machine.between_nodes)
@@ -84,17 +92,20 @@ def _sending_seconds(work: Work, machine: Machine, w: Weights, layer: dict[str, 
     def fsdp(weights: int, gathers: int, reduced: bool) -> float:
         return mesh.ring_seconds(mesh.fsdp_sent(weights, work.dtype, gathers, reduced), *rates)
 
-    shown = max(0.0, fsdp(w.layer, 1, False) - layer["forward"]) + max(0.0, fsdp(w.layer, 1, True) - layer["backward"])
+    shown = 0.0
+    for kind, n in w.counts.items():
+        for reduced, time in zip((False, True), layers[kind].values(), strict=True):
+            shown += n * max(0.0, fsdp(w.each[kind], 1, reduced) - time)
     exchanged = sent_bytes(work, w).get("Ulysses", 0)
     return {
         "exchanging heads": mesh.exchange_seconds(exchanged, *rates),
-        "waiting for weights": w.layers * shown + fsdp(w.total - w.layers * w.layer, 2, True),
+        "waiting for weights": shown + fsdp(w.total - sum(w.each), 2, True),
     }
 
 
 def _optimizer_seconds(work: Work, settings: Settings, machine: Machine, w: Weights, kept: WeightBytes) -> float:
     """A step on the host takes as long as the slower of two: the copies of weights and gradients, and the host's own work."""
-    cost, weights = work.step_costs[settings.states], work.mesh.share(w.total)
+    cost, weights = work.step_costs[settings.states], work.mesh.share(w.trained)
     if not settings.host:
         conversions = CONVERSIONS[settings.master] if kept.master else 0
         return (cost.passes + conversions) * weights / machine.device_memory

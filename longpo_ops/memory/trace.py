@@ -3,11 +3,12 @@
 
     embedding -> layer (checkpointed) -> last norm -> loss stand-in -> backward of all of it
 
-A Ledger sees every operation: storages that appear and go give the bytes alive, matrix products their floating-point
-operations. Whatever the model's own code, or tile_layers, does is counted as it is. A stand-in takes the place of attention: it
-allocates what shared-prefix attention does (Attention), as the scratch of its kernels cannot be seen from here. Where ranks
-share a pack, the layer runs at the rows of one of them, the one with the most heads: ulysses.py's own code exchanges heads for
-rows around attention, and a stand-in takes the place of its collective.
+A layer of each kind (structure.py) is counted. A Ledger sees every operation: storages that appear and go give the bytes alive,
+matrix products their floating-point operations. Whatever the model's own code, or tile_layers, does is counted as it is.
+Experts run as transformers runs them on a GPU, in grouped products over rows x experts of a token: what they take does not
+depend on where a row is routed. A stand-in takes the place of attention (stand_in.py), as the scratch of its kernels cannot be
+seen from here. Where ranks share a pack, the layer runs at the rows of one of them, the one with the most heads: ulysses.py
+itself exchanges heads for rows around attention, and a stand-in takes the place of its collective.
 
 Tests: tests/memory/test_plan.py.
 """
@@ -27,12 +28,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longpo_ops.attention import ulysses
-from longpo_ops.attention.shared_prefix import GROUP
+from longpo_ops.memory import stand_in
+from longpo_ops.memory.adapters import Adapters
 from longpo_ops.memory.mesh import heads_of
+from longpo_ops.memory.structure import BY_HAND, Config, one_layer
 from longpo_ops.parallel import Shards
 
-NAME = "longpo_ops_plan"
 PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::bmm": 1, "aten::baddbmm": 2}  # where the left factor's columns are
+AUTOCAST = torch.autocast
+GROUPED = "aten::_grouped_mm"
 
 
 class Ledger(TorchDispatchMode):
@@ -44,10 +48,12 @@ class Ledger(TorchDispatchMode):
         self._seen = {x.untyped_storage()._cdata for x in known}  # counted elsewhere: weights
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
         name = function.name().partition(".")[0]
+        out = _grouped(*args[:3]) if name == GROUPED else function(*args, **(kwargs or {}))
         if name in PRODUCTS:
             self.flops += 2 * out.numel() * args[PRODUCTS[name] - 1].shape[-1]
+        elif name == GROUPED:  # each row by its own expert, or each expert's rows by each other
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._add(x.untyped_storage())
@@ -73,48 +79,13 @@ class Ledger(TorchDispatchMode):
         return seen
 
 
-class Attention(torch.autograd.Function):
-    """Allocates what shared-prefix attention does and computes nothing: q (B, H, T, D), k, v (B, Hk, T, D).
+def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """What a grouped product gives, in every dtype: on the meta device torch knows bfloat16 alone. ends (E,).
 
-    Forward: out and logsumexp, and the output of one group of heads (GROUP). Backward: all gradients, and for one group
-    its own dq, dk, dv; in 16 bits also its dq in float32 and dk, dv for every query head, as flash kernels have them.
+    a (S, in), b (E, in, out) -> (S, out);    a (in, S), b (S, out) -> (E, in, out)
     """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, heads, rows, size = q.shape
-        out = q.new_empty(batch, rows, heads, size)
-        lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, lse)
-        q.new_empty(batch, Attention.group(q, k), rows, size)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        q, k, v, _, _ = ctx.saved_tensors
-        batch, heads, rows, size = q.shape
-        grads = tuple(torch.empty_like(x) for x in (q, k, v))
-        group = Attention.group(q, k)
-        scratch = [q.new_empty(batch, group + 2 * group * k.shape[1] // heads, rows, size)]
-        if q.dtype.itemsize < 4:
-            scratch.append(q.new_empty(batch, group, rows, size, dtype=torch.float32))
-            scratch.append(q.new_empty(batch, 2 * group if heads > k.shape[1] else 0, rows, size))
-        return grads
-
-    @staticmethod
-    def group(q: Tensor, k: Tensor) -> int:
-        """Query heads of one kernel call."""
-        batch, heads, rows, size = q.shape
-        per_key = heads // k.shape[1]
-        return min(heads, per_key * max(1, GROUP // (batch * per_key * rows * size)))
-
-
-def _attend(module, q, k, v, mask, shards: Shards | None = None, **_):
-    if shards is None:
-        return Attention.apply(q, k, v), None
-    heads, kv_heads = q.shape[1], k.shape[1]
-    out = Attention.apply(*ulysses.to_heads(q, k, v, shards))
-    return ulysses.to_rows(out, heads, kv_heads, shards), None
+    size = (a.shape[0], b.shape[-1])
+    return a.new_empty(size if b.ndim == 3 else (ends.shape[0], *size))
 
 
 class _Rank(NamedTuple):
@@ -138,6 +109,11 @@ class _Exchanges:
     def __call__(self, sent: Tensor, sizes: list[int], sizes_to_come: list[int], shards: Shards) -> Tensor:
         self.count += 1
         return sent.new_empty(sum(sizes_to_come))
+
+
+def _autocast(device_type: str, *more, **options):
+    """torch's, which knows no meta device; nothing is cast there."""
+    return nullcontext() if device_type == "meta" else AUTOCAST(device_type, *more, **options)
 
 
 class _Mark(torch.autograd.Function):
@@ -175,6 +151,7 @@ class Trace(NamedTuple):
 
     input: int  # what a checkpoint of the layer holds
     attention: int  # its attention output and logsumexp
+    pair_flops: int  # of its attention's forward, for each pair of a query and a key
     positions: int
     embedding: int  # peak
     forward: int  # peak; the layer's output is part of it
@@ -218,46 +195,6 @@ def carried_models() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / "models").glob("*.json"))
 
 
-def build(config, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The model on the meta device, all layers or the first few. Raises ValueError for what is no causal LM, and for one whose
-    attention, or layers, the planner cannot reach."""
-    import copy
-
-    from transformers import AttentionInterface
-
-    from longpo_ops.pretrained import BrokenModel, build_empty
-
-    AttentionInterface.register(NAME, _attend)
-    config = copy.deepcopy(config) if layers is None else first_layers(config, layers)
-    try:
-        model = build_empty(config, dtype=dtype, attn_implementation=NAME)
-    except BrokenModel as error:
-        if NAME not in str(error.__cause__):
-            raise
-        raise ValueError(
-            f"model {config.name_or_path!r}: a model of type {config.model_type!r} cannot be planned: it takes no "
-            "attention but those of its own code, and the planner puts one of its own in place"
-        ) from error
-    body = getattr(model, model.base_model_prefix)
-    if not hasattr(body, "layers"):
-        raise ValueError(
-            f"model {config.name_or_path!r}: {type(model).__name__} cannot be planned: the planner looks for the layers in "
-            f"`layers` of the body, and a {type(body).__name__} has them elsewhere"
-        )
-    return model
-
-
-def first_layers(config, layers: int):
-    """A copy of a config that has its first layers only."""
-    import copy
-
-    config = copy.deepcopy(config)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    config.num_hidden_layers = layers
-    return config
-
-
 def trace(
     config,
     rows: int,
@@ -266,42 +203,37 @@ def trace(
     gradients: str = "new",
     float32_gradients: bool = False,
     ranks: int = 1,
+    layer: int = 0,
+    adapters: Adapters | None = None,
 ) -> Trace:
-    """One layer of `config` at `rows` rows, those of one of so many ranks that share a pack.
+    """A layer of `config` at `rows` rows, those of one of so many ranks that share a pack.
 
     gradients: "new" appear in this backward, "held" were there before (accumulation), "freed" go as soon as they are there.
     Raises ValueError for heads that the ranks cannot share, and for a model that cannot run without data (a RoPE that reads
     its positions, say).
     """
-    config = first_layers(config, 1)  # however many there are, this one is traced
-    key = config.to_json_string(use_diff=False)
-    return _trace(_Config(key, config), rows, tile_rows, dtype, gradients, float32_gradients, ranks)
-
-
-class _Config(NamedTuple):
-    """A config that hashes by what it says."""
-
-    key: str
-    config: object
-
-    def __hash__(self):
-        return hash(self.key)
-
-    def __eq__(self, other):
-        return self.key == other.key
+    return _trace(Config.of(config), rows, tile_rows, dtype, gradients, float32_gradients, ranks, layer, adapters)
 
 
 @functools.lru_cache(maxsize=256)
-def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32_gradients: bool, ranks: int) -> Trace:
+def _trace(
+    config: Config,
+    rows: int,
+    tile_rows: int | None,
+    dtype: torch.dtype,
+    gradients: str,
+    float32_gradients: bool,
+    ranks: int,
+    index: int,
+    adapters: Adapters | None,
+) -> Trace:
     heads = heads_of(config.config, ranks)
     shared = {} if ranks == 1 else {"shards": Shards(ranks * rows, _Rank(heads.busiest, ranks))}
-    model = build(config.config, 1, dtype)
+    model, body, layer = one_layer(config.config, index, dtype, adapters)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    body = getattr(model, model.base_model_prefix)
-    (layer,) = body.layers
     known = [*model.parameters(), *model.buffers()]
-    for p in body.parameters():
+    for p in filter(lambda p: p.requires_grad, body.parameters()):
         if float32_gradients and p.dtype.itemsize < 4:
             p.grad_dtype = torch.float32
         if gradients == "held":
@@ -311,6 +243,7 @@ def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     ledger, exchanges = Ledger(known), _Exchanges()
     marks: dict[str, tuple[int, int, int]] = {}
+    notes: list[tuple[int, int]] = []  # of attention: in forward, and again in recomputation
 
     def mark(name: str) -> None:
         marks[name] = ledger.mark()
@@ -329,7 +262,12 @@ def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32
 
     layer.register_forward_pre_hook(before, with_kwargs=True)
     layer.register_forward_hook(after)
-    with _tiled(model, tile_rows), mock.patch.object(ulysses, "_all_to_all", exchanges), ledger:
+    patches = (
+        mock.patch.object(ulysses, "_all_to_all", exchanges),
+        mock.patch.object(stand_in, "note", lambda *told: notes.append(told)),
+        mock.patch.object(torch, "autocast", _autocast),
+    )
+    with _tiled(model, tile_rows), patches[0], patches[1], patches[2], ledger:
         ids = torch.empty(1, rows, dtype=torch.int64, device="meta")
         try:
             loss = _Loss.apply(body(input_ids=ids, use_cache=False, **shared).last_hidden_state)
@@ -342,7 +280,13 @@ def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32
             raise ValueError(
                 f"{type(model).__name__} does not pass shards on to its attention: expected sequence_parallel=1"
             )
+        if not notes:
+            raise ValueError(
+                f"model {config.config.name_or_path!r}: {type(model).__name__} cannot be planned: layer {index} asks for no "
+                f"attention, and the planner does not know what it computes instead; {BY_HAND}"
+            )
         mark("norm")
+        kept, pair_flops = map(sum, zip(*notes, strict=True))
         loss.backward()
         mark("embedding_backward")
     del loss
@@ -351,7 +295,8 @@ def _trace(config: _Config, rows: int, tile_rows, dtype, gradients: str, float32
     peaks = {name: peak - positions - size for name, (_, peak, _) in marks.items()}
     return Trace(
         input=size,
-        attention=ranks * rows * max(heads.query) * (layer.self_attn.head_dim * dtype.itemsize + 4),
+        attention=kept,
+        pair_flops=pair_flops,
         positions=positions,
         held=marks["norm"][0] - positions - size,
         forward_flops=marks["forward"][2],

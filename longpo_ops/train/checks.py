@@ -39,6 +39,7 @@ from ..attention import (
 from ..attention.rope import forget_lengths
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
+from ..memory.adapters import Adapters, scheme_of
 from ..memory.mesh import ONE_CARD, Mesh
 from ..memory.optimizer import check_optim
 from ..memory.settings import Memory, machine_here
@@ -47,7 +48,7 @@ from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
 from ..parallel.mesh import check_alike
-from ..pretrained import explain_zeros, trying
+from ..pretrained import NONE, explain_zeros, trying
 from .arithmetic import AUTOCAST, base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
@@ -316,8 +317,8 @@ def refuse_unplanned(model: nn.Module, config: LongPOConfig) -> None:
     """Raises ValueError where `fit: auto` has no plan for a run."""
     if config.fit != "auto":
         return
-    if hasattr(model, "get_base_model"):
-        raise ValueError("fit='auto' plans full fine-tuning: set memory by hand, and fit to 'off'")
+    if hasattr(model, "get_base_model") and config.world_size > 1:
+        raise ValueError("fit='auto' plans adapters on one process: set memory by hand, and fit to 'off'")
     if config.world_size > 1 and config.fsdp_version != 2:
         held = f"with FSDP{config.fsdp_version}" if config.fsdp_version else "without it"
         raise ValueError(
@@ -375,24 +376,34 @@ def plan_memory(
     datasets: Sequence[Sequence[TokenizedPair]],
     reference: nn.Module | None,
     separate: bool = False,
+    quantization: str = NONE,
 ) -> plan.Plan:
     """What the planner chooses for the longest pack, trained on or evaluated, beside an online reference. A collective of all
     ranks, which choose alike. Separate sequences are planned for as a pack as long as all of them: layer inputs are theirs,
-    and temporaries no larger. Raises ValueError where nothing fits."""
+    and temporaries no larger. quantization: of an empty policy, which does not say it itself. Raises ValueError where nothing
+    fits, and for a policy that trains other weights than all of them, or than adapters of one rank."""
     refuse_unplanned(model, config)
     longest = max(packed_length(select(pair, config.method), separate) for pairs in datasets for pair in pairs)
     online = reference is not None and config.reference == "online"
+    adapters, dtype = _adapters(model, quantization), base_model(model).dtype
     work = plan.Work(
-        model.config,
+        base_model(model).config,
         max(longest, config.pack_tokens or 0),
         accumulation=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,
-        dtype=model.dtype if config.world_size == 1 else AUTOCAST[config.mixed_precision] or model.dtype,
+        dtype=dtype if config.world_size == 1 else AUTOCAST[config.mixed_precision] or dtype,
         workspace_bytes=config.workspace_bytes or default_workspace(config.device),
         reference_bytes=sum(p.nbytes for p in reference.parameters()) if online else 0,
         optim=check_optim(config.optim),
         mesh=_mesh(config),
+        adapters=adapters,
     )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if adapters is not None and trained != (planned := work.weights.trained):
+        raise ValueError(
+            f"fit='auto' plans LoRA of rank {adapters.rank}, {planned} numbers, and the policy trains {trained}: set memory by "
+            "hand, and fit to 'off'"
+        )
     return search.fit(work, _least_machine(config), config.allow_lossy)
 
 
@@ -404,8 +415,15 @@ def with_room(
     selected = [select(pair, config.method) for pairs in datasets for pair in pairs]
     pairs = max(1, (config.pack_tokens or 0) // min(packed_length(pair, True) for pair in selected))
     sequences = pairs * max(1 + len(pair.rejected) for pair in selected)
-    layers, one = plan.weights_of(planned.work.config).layers, plan.traced(planned.work, planned.settings).input
+    layers = plan.weights_of(planned.work.config).layers
+    one = plan.input_bytes(plan.traced(planned.work, planned.settings))
     return replace(memory, host_bytes=memory.host_bytes + (sequences * layers * PAGE + one) * processes_here())
+
+
+def _adapters(model: nn.Module, quantization: str) -> Adapters | None:
+    if not hasattr(model, "get_base_model"):
+        return None
+    return Adapters.of(model, scheme_of(base_model(model).config) if quantization == NONE else quantization)
 
 
 def _mesh(config: LongPOConfig) -> Mesh:

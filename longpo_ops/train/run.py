@@ -369,8 +369,10 @@ def _plan(run: TrainRun, config: LongPOConfig, datasets: list[PairStore], separa
     if config.fit != "auto" or agreed_memory(config) is not None:
         return None
     beside = config.method.reference is not None and config.reference == "online"
+    beside = beside and (run.reference_model is not None or not run.lora_rank)  # of adapters it is the base
     reference = run.empty_model(run.reference_model or run.model, policy=False) if beside else None
-    return plan_memory(run.empty_model(run.model, policy=True), config, datasets, reference, separate)
+    policy = run.empty_model(run.model, policy=True)
+    return plan_memory(policy, config, datasets, reference, separate, run.quantization)
 
 
 def check_output(run: TrainRun, prepared: Prepared) -> None:

@@ -28,7 +28,7 @@ from longpo_ops.memory.times import attention_pairs
 from longpo_ops.memory.trace import carried_models, read_config, trace
 from longpo_ops.ops.head import attach
 from longpo_ops.ops.logprobs import linear_cross_entropy
-from longpo_ops.pretrained import build_empty
+from longpo_ops.pretrained import build_empty, plain_parts
 
 from .models import small
 
@@ -51,17 +51,29 @@ def allocated(run) -> int:
     return peak
 
 
+def put_on(model, adapters) -> None:
+    """Adapters on weights that are quantised by torchao, where they are to be in 8 bits."""
+    if adapters.quantization == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model.model, Int8WeightOnlyConfig())
+    dataclasses.replace(adapters, quantization="none").put_on(model)
+
+
 def measured(work: Work, settings: Settings) -> int:
     """Peak bytes of the second step of a real model, weights and optimizer states included."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(work.config, dtype=work.dtype).train()
+    if work.adapters:
+        put_on(model, work.adapters)
     use_shared_prefix(model)
     attach(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     early = settings.step_in_backward
-    optimizer = OPTIMS[work.optim](model.parameters(), lr=1e-3, states=settings.states, step_in_backward=early)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMS[work.optim](trained, lr=1e-3, states=settings.states, step_in_backward=early)
     tokens = torch.randint(work.config.vocab_size, (1, work.length))
 
     def step() -> None:
@@ -88,7 +100,7 @@ def measured(work: Work, settings: Settings) -> int:
                 )
             )
         step()
-        resident = sum(p.nbytes for p in model.parameters())
+        resident = sum(part.nbytes for p in model.parameters() for part in plain_parts(p))
         resident += sum(t.nbytes for w in optimizer.state_dict()["state"].values() for t in w.values())
         return resident + allocated(step)
 
@@ -180,6 +192,8 @@ def test_attention_pairs_are_those_of_the_mask():
         ("qwen2.5-1.5b", 1.544),
         ("qwen2.5-32b", 32.764),
         ("qwen2.5-72b", 72.706),
+        ("mixtral-8x7b", 46.703),
+        ("qwen3-30b-a3b", 30.532),
     ],
 )
 def test_carried_shapes_have_the_published_sizes(name, billions):

@@ -84,7 +84,6 @@ def lose(weights):
 
 
 REFUSED = {
-    "fit with adapters": (lambda home, _: {"fit": "auto", "lora_rank": 4}, "fit='auto' plans full fine-tuning"),
     "positions of Phi-3": (
         lambda home, at: {"model": other_family(home, at, "phi3"), "target_length": 9000},
         "target_length=9000: Phi3ForCausalLM is given separate sequences",
