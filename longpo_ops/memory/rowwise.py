@@ -60,7 +60,7 @@ class RowWise:
         """The function's results, (B, T, ...) each."""
         length, results = inputs[0].shape[1], None
         for tile in self._tiles(length):
-            parts = self.function(*(x[:, tile] for x in inputs))
+            parts = self.function(*(x[:, tile].contiguous() for x in inputs))  # no copy of one sequence
             if results is None:
                 results = [p.new_empty(p.shape[0], length, *p.shape[2:]) for p in parts]
             for result, part in zip(results, parts, strict=True):
@@ -76,14 +76,17 @@ class RowWise:
         with self._replayed(inputs[0].device):
             for tile in self._tiles(inputs[0].shape[1]):
                 with torch.enable_grad(), torch.autocast(**self.autocast):
-                    leaves = [x[:, tile].detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True)]
+                    tiles = (x[:, tile].contiguous().detach() for x in inputs)
+                    leaves = [x.requires_grad_(n) for x, n in zip(tiles, needs, strict=True)]
                     parts = self.function(*leaves)
                 pairs = [
                     (p, d[:, tile]) for p, d in zip(parts, dresults, strict=True) if d is not None and p.requires_grad
                 ]
                 wanted = [leaf for leaf in leaves if leaf.requires_grad] + self.parameters
                 results, upstream = zip(*pairs, strict=True) if pairs else ((), ())
-                given = torch.autograd.grad(results, wanted, upstream, allow_unused=True) if pairs else [None] * len(wanted)
+                given = (
+                    torch.autograd.grad(results, wanted, upstream, allow_unused=True) if pairs else [None] * len(wanted)
+                )
                 grads = iter(given)
                 for dinput in filter(lambda d: d is not None, dinputs):
                     grad = next(grads)

@@ -1,15 +1,16 @@
 """Which parts of a model may be computed by tiles of rows: tried on a small model of the same class and config.
 
-The small model (pretrained/small.py) has every layer of the real one, in float64, every parameter random. Its own forward shows what
-each layer is called with. Of each kind of layer one is then computed by tiles, and its results and every gradient are held against
-its own:
+The small model (pretrained/small.py) has two layers of each kind that the real one has, in float64, every parameter random.
+Its own forward shows what each layer is called with. Of each kind one is then computed by tiles, and its results and every
+gradient are held against its own:
 
     whole      the layer, split around its call of attention
     parts      where that fails: those of its modules that are row-wise (norms, the MLP or experts)
     nothing    where that fails too
 
-and at last the whole model so tiled against itself, which sees what layers leave for each other. Nothing is read off a name: what
-a layer computes, its own code says. Proofs are remembered in the process, by class and config.
+and at last the whole model so tiled against itself, which sees what layers leave for each other. Nothing is read off a name:
+what a layer computes, its own code says. Proofs are remembered in the process, by class and config. Not seen: what layers
+further apart than two of a kind leave for each other in some other place than the containers they are called with.
 
 Tests: tests/memory/test_tile_proof.py.
 """
@@ -42,7 +43,9 @@ from longpo_ops.memory.tiled_calls import (
 
 LENGTH, ROWS, BATCH = 11, 4, 2  # three tiles, the last of them shorter
 WINDOW = 5
-TOLERANCE = 1e-5  # of the largest number of a tensor: parts of models compute in float32 whatever their weights are
+TOLERANCE = (
+    1e-5  # of a tensor's largest number, and 1 % of all tensors': parts of models compute in float32 in any case
+)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,11 @@ def _prove(model_class: type[nn.Module], config) -> Proof:
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.enable_grad():
         try:
             kinds = _kinds(model_class, config)
-            first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-            model = _random_model(model_class, config, first)
-            if list(map(kind_of, layers_of(model))) != [kinds[i] for i in first]:  # cut in depth they are others
+            two = [
+                i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2
+            ]  # as one may leave something for the next
+            model = _random_model(model_class, config, two)
+            if list(map(kind_of, layers_of(model))) != [kinds[i] for i in two]:  # cut in depth they are others
                 model = _random_model(model_class, config)
             return _of_all(prove_model(model), list(map(kind_of, layers_of(model))), kinds)
         except Exception as error:  # whatever the code of some model raises, it is not tiled then
@@ -155,7 +160,7 @@ def prove_model(model: nn.Module) -> Proof:
     layers = layers_of(model)
     if not layers:
         return Proof(why=f"{type(model).__name__} has no layers of transformers' GradientCheckpointingLayer")
-    body = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    body = _body(model)
     ids = torch.randint(model.get_input_embeddings().num_embeddings, (BATCH, LENGTH))
     seen = _look(body, ids, [body, *layers])
     if not any(layer in seen for layer in layers):
@@ -174,6 +179,7 @@ def prove_model(model: nn.Module) -> Proof:
 
 def _confirm(model: nn.Module, body: nn.Module, ids: Tensor, proof: Proof) -> Proof:
     """The proof, or as much of it as is true of the whole model."""
+
     def run(ids: Tensor) -> Tensor:
         return body(ids, use_cache=False).last_hidden_state
 
@@ -212,7 +218,9 @@ def _look(body: nn.Module, ids: Tensor, parents: list[nn.Module]) -> dict[nn.Mod
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module not in seen:
-            seen[module] = Seen(*tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs)), len(seen))
+            seen[module] = Seen(
+                *tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs)), len(seen)
+            )
 
     watched = dict.fromkeys([*parents[1:], *(child for parent in parents for child in parent.children())])
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
@@ -294,7 +302,9 @@ def _used(layer: nn.Module, results: list) -> set[str]:
     return {name for name, grad in zip(named, grads, strict=False) if grad is not None}
 
 
-def _holders(layer: nn.Module, before: set[str], after: set[str], use: tuple[bool, bool] | None = None) -> frozenset[str]:
+def _holders(
+    layer: nn.Module, before: set[str], after: set[str], use: tuple[bool, bool] | None = None
+) -> frozenset[str]:
     """What holds the parameters that are used so, before and after attention: modules, by themselves all of whose parameters
     are used alike, or else the parameters."""
     held = []
@@ -365,24 +375,23 @@ def _results(function: Callable, args: tuple, kwargs: dict, parameters: list[Ten
 
 def _difference(expected: list[Tensor | None], compute: Callable[[], list[Tensor | None]]) -> str:
     """Why the results are not the expected ones, or nothing."""
+    if any(b is not None and not b.isfinite().all() for b in expected):
+        return "its own numbers are not finite"
     try:
         ours = compute()
     except Exception as error:  # of the model's own code, run as it is not meant to be
         return str(error) if isinstance(error, Unproved) else f"{type(error).__name__}: {error}"
     if len(ours) != len(expected):
         return f"by tiles it has {len(ours)} results and gradients, as it is {len(expected)}"
-    worst = 0.0
+    worst, least = 0.0, 0.01 * max((float(x.abs().max()) for x in expected if x is not None and x.numel()), default=0.0)
     for a, b in zip(ours, expected, strict=True):
         a, b = (torch.zeros_like(other) if x is None and other is not None else x for x, other in ((a, b), (b, a)))
         if a is None or not b.numel():
             continue
         if a.shape != b.shape:
             return f"by tiles a result has shape {tuple(a.shape)}, as it is {tuple(b.shape)}"
-        if not b.isfinite().all():
-            return "its own numbers are not finite"
-        scale = b.abs().max()
-        error = (a - b).abs().max() / scale if scale else a.abs().max()
-        worst = max(worst, float(error)) if error == error else float("inf")
+        error = float((a - b).abs().max()) / max(float(b.abs().max()), least)
+        worst = max(worst, error) if error == error else float("inf")
     return "" if worst <= TOLERANCE else f"its rows depend on each other outside of attention (error {worst:.1e})"
 
 
@@ -407,7 +416,7 @@ def forwards_of(model: nn.Module, proof: Proof, rows: int) -> dict[nn.Module, Ca
         if part.split:
             forwards[layer] = partial(run_split, layer, layer.forward, part.split, rows)
         forwards |= {m: partial(run_rowwise, m, m.forward, rows) for m in (getattr(layer, n) for n in part.modules)}
-    body = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    body = _body(model)
     return forwards | {m: partial(run_rowwise, m, m.forward, rows) for m in (getattr(body, n) for n in proof.last)}
 
 
@@ -418,3 +427,12 @@ def attached(model: nn.Module, proof: Proof, rows: int) -> Iterator[None]:
         for module, forward in forwards_of(model, proof, rows).items():
             stack.enter_context(replaced(module, forward))
         yield
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """What has the layers, and gives the last hidden state."""
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if body is not model or not (layers := layers_of(model)):
+        return body
+    path = next(name for name, module in model.named_modules() if module is layers[0])
+    return model.get_submodule(path.rpartition(".")[0].rpartition(".")[0])

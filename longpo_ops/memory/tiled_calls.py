@@ -15,12 +15,11 @@ Tests: tests/memory/test_tiling.py, tests/memory/test_tile_proof.py.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -70,7 +69,7 @@ class Call:
 def shared_containers(args: tuple, kwargs: dict[str, Any]) -> list[str]:
     """Arguments that a layer could leave something in for others."""
     named = [*((str(i), x) for i, x in enumerate(args)), *kwargs.items()]
-    return [name for name, x in named if isinstance(x, dict | list | set)]
+    return [name for name, x in named if isinstance(x, MutableMapping | MutableSequence | MutableSet)]
 
 
 class Results:
@@ -105,8 +104,8 @@ class Unproved(ValueError):
 
 
 def recorded_keys() -> list[str]:
-    """Of router logits and the like, which transformers collects by hooks in a context variable: they are taken off the tiles as
-    further results, and put into the model's own collection whole, with their gradients."""
+    """Of router logits and the like, which transformers collects by hooks in a context variable: they are taken off the tiles
+    as further results, and put into the model's own collection whole, with their gradients."""
     return [key for key, values in (_collector().get() or {}).items() if isinstance(values, list)]
 
 
@@ -213,7 +212,8 @@ def _same(a: Any, b: Any) -> bool:
 class Split:
     """Where a layer is parted. attention, projection: names of the attention module and of the one in it that turns `a` into
     all that the attention module returns, `results` things of which the others are None (0: the tensor itself), if there are
-    such. before: what holds parameters that the forward reads only before attention; known: whatever holds parameters."""
+    such. before, both: what holds parameters that the forward reads before attention only, and before and after it; known:
+    whatever holds parameters."""
 
     attention: str | None
     projection: str | None
@@ -227,10 +227,10 @@ class Split:
         first, second = [], []
         for name, p in layer.named_parameters():
             holders = holders_of(name)
-            before, unknown = holders & self.before, not holders & self.known
-            if before or unknown:
+            unknown = not holders & self.known
+            if unknown or holders & (self.before | self.both):
                 first.append(p)
-            if not before or unknown or holders & self.both:
+            if unknown or not holders & self.before:
                 second.append(p)
         return first, second
 
@@ -295,7 +295,9 @@ def _called(own: Callable, call: Call, tiles: tuple[Tensor, ...]) -> Any:
 
 def _check_arguments(call: Call, args: tuple, kwargs: dict[str, Any]) -> None:
     if shared := shared_containers(args, kwargs):
-        raise ValueError(f"tiles: a layer got {', '.join(shared)}, a container that layers share: leave its layers untiled")
+        raise ValueError(
+            f"tiles: a layer got {', '.join(shared)}, a container that layers share: leave its layers untiled"
+        )
     if any(isinstance(x, Tensor) and x.requires_grad for x in call.leaves):
         raise ValueError("tiles: a layer got a tensor without rows that needs a gradient: leave its layers untiled")
 

@@ -5,11 +5,11 @@
     y       = h + mlp(n(h)), h = x + W a  rows of x, a at a time  saves x, a
 
 x, y (B, T, H), q (B, heads, T, D), a (B, T, heads, D). This is a Llama; what a layer does before and after attention is its own
-forward's affair (tiled_calls.py), and that it may be parted is proved (tile_proof.py). Both row-wise parts keep their inputs only:
-the backward runs each tile's forward again and differentiates it, parameter gradients summed over tiles in float32 (rowwise.py).
-Memory: x, a, y, q, k, v and their gradients at full length, the temporaries of one tile, 4 bytes per parameter of one part.
-Attention goes by groups of kv heads already, in shared-prefix attention. Under checkpointing the last part runs twice, not three
-times; the projections to q, k and v do run three times: 3 % more products for an 8B Llama.
+forward's affair (tiled_calls.py), and that it may be parted is proved (tile_proof.py). Both row-wise parts keep their inputs
+only: the backward runs each tile's forward again and differentiates it, parameter gradients summed over tiles in float32
+(rowwise.py). Memory: x, a, y, q, k, v and their gradients at full length, the temporaries of one tile, 4 bytes per parameter of
+one part. Attention goes by groups of kv heads already, in shared-prefix attention. Under checkpointing the last part runs
+twice, not three times; the projections to q, k and v do run three times: 3 % more products for an 8B Llama.
 
 Layers that cannot be parted so (linear attention, state spaces, attention of their own code) have their row-wise modules tiled:
 norms, the MLP, experts. A row's experts do not depend on its tile, and what transformers records of routers is put together.
@@ -86,7 +86,8 @@ def tile_layers(model: nn.Module, rows: int = ROWS) -> TilingHandle:
 
 
 def explain_tiling(config) -> Proof:
-    """What tile_layers would do for a causal LM of this transformers config: true if anything, its text says what. No weights."""
+    """What tile_layers would do for a causal LM of this transformers config: true if anything; its text says what. Needs no
+    weights."""
     from transformers import AutoModelForCausalLM
 
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
