@@ -35,11 +35,14 @@ PARTS = {
 }
 
 
-def make_model(kind, layers, dtype=torch.float64):
+def make_model(kind, layers, **options):
+    """In float64, every parameter random. options: of the small config."""
     config = small_config(AutoConfig.for_model(kind), window=5, layers=layers)
+    for name, value in options.items():
+        setattr(config, name, value)
     config._experts_implementation = "eager"
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(torch.float64)
     randomise(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
