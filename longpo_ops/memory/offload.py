@@ -153,8 +153,8 @@ class Offloader:
             return function(*args, **kwargs)
         if not args or not isinstance(args[0], Tensor):
             raise ValueError(
-                f"offload: layer {layer} got its input by keyword, where checkpointing does not see it; expected hidden states as "
-                "the first argument: leave offload off for this model"
+                f"offload: layer {layer} got its input by keyword, where checkpointing does not see it; expected hidden "
+                "states as the first argument: leave offload off for this model"
             )
         visit = Visit(self.last() if layer == self.last_layer + 1 else None)
         contexts = partial(recall_contexts, partial(self.keep, layer, visit)) if self.save_attention else _no_contexts
