@@ -6,7 +6,7 @@ __all__, __getattr__, __dir__ = public_names(
     __name__,
     {
         "offload": ("OffloadHandle", "Placement", "offload_activations", "place"),
-        "tiling": ("TilingHandle", "tile_layers"),
+        "tiling": ("TilingHandle", "explain_tiling", "tile_layers"),
         "optimizer": ("AdamW", "RMSprop", "float32_gradients"),
         "plan": ("Machine", "Work", "predict"),
         "search": ("fit", "longest"),

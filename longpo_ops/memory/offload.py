@@ -151,6 +151,11 @@ class Offloader:
         """Calls a layer under checkpointing, its input offloaded. Takes the place of torch's checkpoint."""
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
+        if not args or not isinstance(args[0], Tensor):
+            raise ValueError(
+                f"offload: layer {layer} got its input by keyword, where checkpointing does not see it; expected hidden "
+                "states as the first argument: leave offload off for this model"
+            )
         visit = Visit(self.last() if layer == self.last_layer + 1 else None)
         contexts = partial(recall_contexts, partial(self.keep, layer, visit)) if self.save_attention else _no_contexts
         try:
@@ -322,6 +327,8 @@ def offload_activations(
     model's own checkpointing does. A forward pass whose inputs do not fit is refused with a ValueError when it meets the
     first layer. Host memory that the system refuses is a MemoryError, a disk that fails or is full, and a file that was
     cut short, an OSError; weights and optimizer are untouched then.
+
+    Asks nothing of what a layer computes: it need not be one that tile_layers takes, and may have several inputs.
 
     Raises ValueError for a model without checkpointable layers or on several devices, a folder that takes no file, and an
     unknown store.

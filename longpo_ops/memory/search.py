@@ -25,7 +25,7 @@ from longpo_ops.memory.plan import (
     traced,
 )
 from longpo_ops.memory.tiers import gib
-from longpo_ops.memory.tiling import FAMILIES, ROWS
+from longpo_ops.memory.tiling import ROWS, explain_tiling
 
 LOSSY = {"nothing": "", "states": "8-bit optimizer states", "all": "8-bit optimizer states and layer inputs"}
 
@@ -109,7 +109,7 @@ def _rank(s: Settings) -> tuple:
 
 def _candidates(work: Work, allow_lossy: str) -> Iterator[list[Settings]]:
     """Groups of settings, each considered only where none of the groups before it has one that fits."""
-    tiles = [None] if work.config.model_type not in FAMILIES else [None, ROWS] if work.length > ROWS else [None]
+    tiles = [None, ROWS] if work.length > ROWS and explain_tiling(work.config) else [None]
     early = work.accumulation == 1 and not work.max_grad_norm and not work.mesh.sharded
     check_lossy(allow_lossy)
     kinds = ("float32",) if allow_lossy == "nothing" else tuple(work.step_costs)

@@ -27,6 +27,8 @@ from .models import (
     same,
     step,
 )
+from .test_tile_proof import make_model as make_structure
+from .test_tile_proof import run as run_structure
 
 HOST_ALL = LAYERS * PAGES * PAGE
 BUDGETS = {  # device_bytes, host_bytes, on disk?, tiers
@@ -366,6 +368,34 @@ def test_composes_with_peft(tmp_path):
         torch.manual_seed(4)
         assert same(step(model), expected)
         assert handle.used_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("qwen3_next", [2, 3]), ("lfm2", [0, 1]), ("gpt_oss", [0, 1]), ("falcon", [0]), ("gemma4_text", [4, 5])],
+)
+def test_layers_of_any_kind(kind, layers):
+    """Linear attention, convolutions, sinks, attention of their own code, several tensors for each layer."""
+    options = {"layer_types": ["conv", "full_attention"]} if kind == "lfm2" else {}
+    results = []
+    for offloaded in (False, True):
+        model = make_structure(kind, layers, **options)
+        torch.manual_seed(4)
+        if not offloaded:
+            results.append(run_structure(model, False))
+            continue
+        with attach(model, host=1 << 22) as handle:
+            results.append(run_structure(model, False))
+            assert {m.layer for m in handle.moves} == set(range(len(layers))) and handle.used_bytes == 0
+    expected, ours = results
+    assert ours.keys() == expected.keys()
+    assert all((ours[n] is None) == (b is None) and (b is None or torch.equal(ours[n], b)) for n, b in expected.items())
+
+
+def test_an_input_by_keyword_is_refused():
+    model = make_model()
+    with attach(model), pytest.raises(ValueError, match="layer 0 got its input by keyword"):
+        model.model.layers[0](hidden_states=torch.zeros(1, 3, 64))
 
 
 @pytest.mark.parametrize("what", ["layers", "model"])

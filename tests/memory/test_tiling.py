@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
-from transformers.models import gemma, gpt2
+from transformers.models import gemma
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, tile_layers
@@ -276,9 +276,6 @@ def test_handle_gives_the_forwards_back():
 
 
 def test_refuses_what_it_does_not_know():
-    model = AutoModelForCausalLM.from_config(gpt2.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11))
-    with pytest.raises(ValueError, match="'gpt2'"):
-        tile_layers(model)
     with pytest.raises(ValueError, match="Linear"):
         tile_layers(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="rows=0: expected a whole number of rows per tile"):
