@@ -1,10 +1,11 @@
 """What a model's name or folder holds: its config, its tokenizer, its weights; what is not whole is refused by name."""
 
-from .config import DTYPES, read_config, read_whole_config, replace_rope, text_config
+from .config import DTYPES, read_config, read_whole_config, replace_rope
 from .loading import BrokenModel, is_out_of_memory, loading, trying
 from .template import render as render_chat
+from .text_part import check_whole, text_config
 from .tokenizer import check_ids, load_tokenizer
-from .weights import build_empty, check_weights, explain_zeros, load_model, require_causal_lm
+from .weights import build_empty, check_weights, explain_zeros, load_model, require_causal_lm, save_text_model
 
 __all__ = [
     "DTYPES",
@@ -12,6 +13,7 @@ __all__ = [
     "build_empty",
     "check_ids",
     "check_weights",
+    "check_whole",
     "explain_zeros",
     "is_out_of_memory",
     "load_model",
@@ -22,6 +24,7 @@ __all__ = [
     "render_chat",
     "replace_rope",
     "require_causal_lm",
+    "save_text_model",
     "text_config",
     "trying",
 ]

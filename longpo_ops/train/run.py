@@ -22,7 +22,17 @@ from ..data.records import data_files
 from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
 from ..parallel.mesh import check_alike
-from ..pretrained import DTYPES, check_ids, check_weights, load_model, load_tokenizer, read_config, replace_rope
+from ..pretrained import (
+    DTYPES,
+    check_ids,
+    check_weights,
+    check_whole,
+    load_model,
+    load_tokenizer,
+    read_whole_config,
+    replace_rope,
+    text_config,
+)
 from ..pretrained.template_kwargs import check_values
 from ..runs.journal import write_text
 from ..runs.settings_file import settle
@@ -65,6 +75,7 @@ class TrainRun:
         one has 8 sequences over all processes (WORLD_SIZE / sequence_parallel have sequences of their own); another
         objective than its own keeps its own options. Records of equal answers, which `default` refuses, are trained on.
     nll_tokens: which tokens the NLL term counts, "contents" or "all" (data.tokenized_pairs); None is the recipe's.
+    text_only: of a model that also reads pictures or sound, train its text model and save that alone; others are text models.
     lora_rank: 0 for full fine-tuning. lora_targets: module names, or "all-linear" (never the head).
     dtype: "auto" is the model's own. What is saved at the end has it, whatever training kept (LongPOTrainer).
 
@@ -85,6 +96,7 @@ class TrainRun:
     on_bad_record: str = "raise"
     recipe: str = recipes.DEFAULT
     nll_tokens: str | None = None
+    text_only: bool = False
     lora_rank: int = 0
     lora_alpha: float | None = None
     lora_targets: str = "all-linear"
@@ -188,8 +200,12 @@ class TrainRun:
         return LongPOConfig(output_dir=self.output_dir, **given)
 
     def read_config(self, name: str):
-        """The transformers config of a model of the run (pretrained.read_config)."""
-        return read_config(name, self.trust_remote_code)
+        """The transformers config of a model of the run (pretrained.read_config). Raises ValueError for a policy that also
+        reads pictures or sound, unless its text model alone is wanted."""
+        whole = read_whole_config(name, self.trust_remote_code)
+        if name == self.model:
+            check_whole(whole, self.text_only, self.lora_rank)
+        return text_config(whole)
 
     def all_settings(self) -> dict[str, Any]:
         """As they will be used: those of this run, LongPOConfig's own, and others that were set. The recipe by its title."""
