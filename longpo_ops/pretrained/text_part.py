@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from .loading import BrokenModel, explain, quiet
-from .small import small_config
+from .small import WIDTH, small_config
 
 # How checkpoints of models with several parts name those of the text part, and how the text part does.
 NAMES = {
@@ -180,7 +180,8 @@ def _class_of(whole) -> type | None:
 
 def _small(whole):
     """The whole, whose text part is of small width, in float32."""
-    small, real, text = copy.deepcopy(whole), whole.get_text_config(), small_config(whole, window=WINDOW)
+    small, real = copy.deepcopy(whole), whole.get_text_config()
+    text = small_config(whole, window=WINDOW) if real.hidden_size > WIDTH else copy.deepcopy(real)
     for name, value in vars(whole).items():
         if value is real:
             small.__dict__[name] = text

@@ -37,6 +37,7 @@ SHOWN = {  # kinds of wrappers, by what their text model is
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_5_text": "minicpmv4_6 qwen3_5",
     "qwen3_moe": "qwen3_omni_moe_thinker qwen3_vl_moe",
+    "qwen4_exp_text": "qwen4_exp",
 }
 REFUSED = {
     "cohere2_vision": "differ by",  # no logit_scale
@@ -144,7 +145,7 @@ def test_a_head_of_its_own_is_told_in_the_saved_config_where_the_whole_says_it_i
 def test_what_is_saved_has_the_ids_that_end_texts_and_the_tokenizer_with_its_template(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     config = WITH_PICTURES["gemma3"]()
-    config.text_config.eos_token_id = 7
+    config.text_config.vocab_size, config.text_config.eos_token_id = 1024, 7
     config.eos_token_id = [7, 9]
     save(tmp_path / "whole", config)
     tokenizer.chat_template = CHATML
@@ -188,8 +189,9 @@ def test_a_text_model_that_computes_otherwise_is_refused(monkeypatch, what):
 
 
 def test_what_is_no_text_model_of_its_own_is_refused_by_name(tmp_path):
+    sizes = {name: value for name, value in SIZES.items() if value is not None}
     whole = CONFIG_MAPPING["mllama"](
-        text_config=SIZES | {"cross_attention_layers": [1]}, vision_config={"num_hidden_layers": 1}
+        text_config=sizes | {"cross_attention_layers": [1], "pad_token_id": 0}, vision_config={"num_hidden_layers": 1}
     )
     whole.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no causal LM of type 'mllama_text_model'; give a text model, or one"):

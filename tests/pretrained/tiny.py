@@ -56,7 +56,7 @@ WITH_PICTURES = {
     "gemma4": lambda: Gemma4Config(
         text_config=SIZES
         | {"sliding_window": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
-        | {"vocab_size_per_layer_input": 704, "num_kv_shared_layers": 0},
+        | {"vocab_size_per_layer_input": 704, "num_kv_shared_layers": 0, "pad_token_id": 0},
         vision_config=EYE | {"num_key_value_heads": 2, "head_dim": 8},
     ),
     "qwen2_5_vl": lambda: Qwen2_5_VLConfig(text_config=SIZES | {"rope_parameters": THREE}, vision_config=QWEN_EYE),
