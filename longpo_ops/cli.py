@@ -37,6 +37,10 @@ def about() -> None:
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options below override it.")] = None,
     model: Annotated[str | None, typer.Option(help="Causal LM: a name or a folder.")] = None,
+    text_only: Annotated[
+        bool | None,
+        typer.Option("--text-only", help="Of a model that also sees or hears: its text model, saved alone."),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Pairs: a file or a folder (JSON Lines, Parquet).")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Where checkpoints, figure and card go.")] = None,
     objective: Annotated[

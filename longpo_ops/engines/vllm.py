@@ -67,11 +67,11 @@ class VLLMEngine(Engine):
 
     def _overrides(self, name: str, trust_remote_code: bool) -> dict:
         """What vLLM lays over the model's config. RoPE entries replace those of the same name, the others stay."""
-        config = read_config(name, trust_remote_code)
+        whole = read_whole_config(name, trust_remote_code)
+        config = whole.get_text_config()
         replace_rope(config, self.rope, self.arguments["max_model_len"])
         laid = {entry: getattr(config, entry) for entry in ("rope_parameters", "max_position_embeddings")}
-        whole = read_whole_config(name, trust_remote_code)
-        parts = [part for part in whole.sub_configs if getattr(whole, part, None) is whole.get_text_config()]
+        parts = [part for part in whole.sub_configs if getattr(whole, part, None) is config]
         return {parts[0]: laid} if parts else laid
 
     async def close(self) -> None:

@@ -7,7 +7,6 @@ transformers has, those of remote code, are left alone, as are those of the othe
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -19,6 +18,7 @@ import torch
 
 from ..kinds import shown
 from .loading import check_files, loading, quiet
+from .text_part import text_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of weights; auto is the one they are stored in
 LARGEST = {  # of sizes, by all their names; what is beyond would be built for hours, or out of memory
@@ -36,8 +36,7 @@ ROPE = (
 
 
 def read_config(name: str, trust_remote_code: bool = False):
-    """The transformers config of a model; of one that also reads pictures or sound (Gemma 3 from 4B on, Mistral 3,
-    Qwen2.5-VL, Llama 4) that of its text part, which says its sizes.
+    """The transformers config of a model; of one that also reads pictures or sound that of its text model (text_part.py).
 
     Raises BrokenModel, a ValueError, where there is none, for fields that no model can be built of, and for a folder of
     adapters.
@@ -146,19 +145,6 @@ def check_rope(config) -> None:
         for name in ("short_factor", "long_factor"):
             if isinstance(factors := entries.get(name), list) and len(factors) == 1:  # which torch spreads over all
                 raise ValueError(f"rope_parameters: {name}={factors}: expected a factor for each pair of columns")
-
-
-def text_config(whole):
-    """The config of the text part, with what the whole says for all parts: dtype, tied embeddings, quantisation."""
-    text = whole.get_text_config()
-    if text is whole:
-        return whole
-    text = copy.deepcopy(text)
-    for name in ("dtype", "tie_word_embeddings", "quantization_config"):
-        if (value := getattr(whole, name, None)) is not None:
-            setattr(text, name, value)
-    text.name_or_path = whole.name_or_path
-    return text
 
 
 def replace_rope(config, rope: dict, length: int | None) -> None:

@@ -4,8 +4,8 @@ transformers fills a parameter that a checkpoint lacks with random numbers, and 
 for. Here either is a ValueError, found twice: from the headers of the safetensors, before a weight is read, by
 transformers' own loading of empty tensors (its renamings, its lists of keys that may be missing or left out, tied heads
 among them); and after loading. Weights that are NaN or infinite are refused after loading, one pass over them where they
-are. A model that also reads pictures or sound is loaded as its text part alone, which must be whole; the other parts are
-left out.
+are. A model that also reads pictures or sound is loaded as its text model alone (text_part.py), which must be whole; the other
+parts are left out.
 
 Not covered: names of a hub whose files are not here yet, weights that are stored quantised, and all weights where accelerate is
 not installed (transformers loads no empty tensors without it), are compared after loading only.
@@ -22,20 +22,16 @@ from pathlib import Path
 import torch
 
 from ..kinds import shown
-from .config import DTYPES, read_whole_config
+from .config import DTYPES, read_config, read_whole_config
 from .loading import loading, quiet
 from .quantised import NONE, plain_parts, quantization_options
+from .text_part import NAMES, check_text_part, has_parts
+from .tokenizer import load_tokenizer
 
 log = logging.getLogger("longpo_ops.pretrained")
 
 ZEROS_READ = 2**20  # numbers at a time
 SHOWN = 4  # names of weights in a message; the others are counted
-# How checkpoints of models with several parts name those of the text part, and how the text part does.
-TEXT_PART = {
-    r"^language_model\.model\.": "model.",
-    r"^model\.language_model\.": "model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-}
 
 
 def build_empty(config, trust_remote_code: bool = False, **options):
@@ -64,13 +60,13 @@ def _cannot_build(config) -> str:
 
 
 def require_causal_lm(config) -> None:
-    """Raises ValueError for a config that transformers has no causal LM for, such as the text part of Qwen2.5-VL."""
+    """Raises ValueError for a config that transformers has no causal LM for, such as the text part of Mllama."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
         raise ValueError(
             f"model {config.name_or_path!r}: transformers has no causal LM of type {config.model_type!r}; give a text "
-            "model, or one whose text part has a causal LM of its own (Gemma 3, Mistral 3, Llama 4)"
+            "model, or one whose text part has a causal LM of its own (Gemma 3, Mistral 3, Llama 4, Qwen3-VL)"
         )
 
 
@@ -98,6 +94,7 @@ def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: boo
         with quiet(bar=False):
             model, found = _loaded(type(model), None, config=config, **options, **parts)
         _refuse(found, model, bool(parts))
+        _tell_tied(model)
     return model
 
 
@@ -127,14 +124,34 @@ def load_model(name: str, config, dtype: str = "auto", trust_remote_code: bool =
             **quantization_options(config, quantization, _given_dtype(dtype)),
         )
         _refuse(found, model, bool(parts))
+        _tell_tied(model)
         _refuse_not_finite(model)
         if told := explain_zeros(model):
             raise ValueError(f"{told}; fetch the model again")
     if parts:
         model._weight_conversions = None  # it is saved as the text model that it is, not under the checkpoint's names
         others = sorted({key.split(".")[0] for key in found["unexpected_keys"]})
-        log.info("%s: its text part alone, without %s", name, ", ".join(others))
+        log.info("%s: its text model alone, a %s, without %s", name, type(model).__name__, ", ".join(others))
     return model
+
+
+def save_text_model(name: str, folder: str, trust_remote_code: bool = False) -> None:
+    """The text model of a model that also reads pictures or sound, with its tokenizer, chat template and ids that end texts, as
+    a folder that AutoModelForCausalLM loads. Raises ValueError as load_model, and for a folder that holds weights."""
+    if list(Path(folder).glob("*.safetensors")):
+        raise ValueError(f"folder {folder!r} holds weights, which would be overwritten; give another")
+    config = read_config(name, trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code, config.vocab_size)
+    load_model(name, config, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tell_tied(model) -> None:
+    """transformers keeps embedding and head apart where a checkpoint has both and its config says that they are one (that of a
+    whole says so for Mistral 3 unless told otherwise). A config saved with it would let others drop the head."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
 
 
 def _loaded(kind, name: str | None, **options):
@@ -151,9 +168,13 @@ def _loaded(kind, name: str | None, **options):
 
 
 def _parts(name: str, trust_remote_code: bool) -> dict:
-    """What from_pretrained needs to load the text part of a model that has others."""
+    """What from_pretrained needs to load the text part of a model that has others. Raises ValueError for one that is no text
+    model by itself."""
     whole = read_whole_config(name, trust_remote_code)
-    return {} if whole.get_text_config() is whole else {"key_mapping": TEXT_PART}
+    if not has_parts(whole):
+        return {}
+    check_text_part(whole)
+    return {"key_mapping": NAMES}
 
 
 def _torch_dtype(dtype: str):

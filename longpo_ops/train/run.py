@@ -29,10 +29,12 @@ from ..pretrained import (
     check_scheme,
     check_trainable,
     check_weights,
+    check_whole,
     load_model,
     load_tokenizer,
-    read_config,
+    read_whole_config,
     replace_rope,
+    text_config,
 )
 from ..pretrained.template_kwargs import check_values
 from ..runs.journal import write_text
@@ -79,6 +81,7 @@ class TrainRun:
         one has 8 sequences over all processes (WORLD_SIZE / sequence_parallel have sequences of their own); another
         objective than its own keeps its own options. Records of equal answers, which `default` refuses, are trained on.
     nll_tokens: which tokens the NLL term counts, "contents" or "all" (data.tokenized_pairs); None is the recipe's.
+    text_only: of a model that also reads pictures or sound, train its text model and save that alone; others are text models.
     lora_rank: 0 for full fine-tuning. lora_alpha, lora_dropout, lora_target_modules, lora_target_parameters, use_rslora: as
         PEFT has them (adapters.add_adapters); the base is the reference.
     quantization: "none", or how the body's linear layers are stored while adapters train on them (QLoRA), "int8" or "nf4"
@@ -102,6 +105,7 @@ class TrainRun:
     on_bad_record: str = "raise"
     recipe: str = recipes.DEFAULT
     nll_tokens: str | None = None
+    text_only: bool = False
     lora_rank: int = 0
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -222,8 +226,12 @@ class TrainRun:
         return LongPOConfig(output_dir=self.output_dir, **given)
 
     def read_config(self, name: str):
-        """The transformers config of a model of the run (pretrained.read_config)."""
-        return read_config(name, self.trust_remote_code)
+        """The transformers config of a model of the run (pretrained.read_config). Raises ValueError for a policy that also
+        reads pictures or sound, unless its text model alone is wanted."""
+        whole = read_whole_config(name, self.trust_remote_code)
+        if name == self.model:
+            check_whole(whole, self.text_only, self.lora_rank)
+        return text_config(whole)
 
     def all_settings(self) -> dict[str, Any]:
         """As they will be used: those of this run, LongPOConfig's own, and others that were set. The recipe by its title."""

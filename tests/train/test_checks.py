@@ -16,7 +16,7 @@ from longpo_ops.train import LongPOConfig
 from longpo_ops.train.checks import count_steps, kept_memory, prepare_model
 from longpo_ops.train.run import TrainRun, prepare, train
 
-from ..pretrained.tiny import CHATML, WITH_PICTURES, qwen_vl, save
+from ..pretrained.tiny import CHATML, WITH_PICTURES, save
 from .tiny import make_model, make_pair, make_trainer, write_home
 
 
@@ -48,7 +48,7 @@ def other_family(home: Path, folder: Path, kind: str, **more) -> str:
 
 
 def qwen(home: Path, folder: Path) -> str:
-    save(folder, qwen_vl())
+    save(folder, WITH_PICTURES["qwen3_vl"]())
     return with_tokenizer(home, folder)
 
 
@@ -84,15 +84,18 @@ def lose(weights):
 
 
 REFUSED = {
-    "positions of Phi-3": (
-        lambda home, at: {"model": other_family(home, at, "phi3"), "target_length": 9000},
-        "target_length=9000: Phi3ForCausalLM is given separate sequences",
+    "positions of Falcon": (
+        lambda home, at: {"model": other_family(home, at, "falcon"), "target_length": 9000},
+        "target_length=9000: FalconForCausalLM is given separate sequences",
     ),
     "loss of JetMoE": (
         lambda home, at: {"model": other_family(home, at, "granitemoe", output_router_logits=True, **UNWEIGHED)},
         "GraniteMoeForCausalLM has no router_aux_loss_coef to weigh its auxiliary loss by",
     ),
-    "Qwen2.5-VL": (lambda home, at: {"model": qwen(home, at)}, "no causal LM of type 'qwen2_5_vl_text'"),
+    "Qwen3-VL": (
+        lambda home, at: {"model": qwen(home, at)},
+        r"\(qwen3_vl\) has other parts .* is not there; --text-only",
+    ),
     "adapters as model": (lambda home, at: {"model": adapters(home, at)}, "PEFT adapters of .* expected a whole model"),
     "no such layers": (
         lambda home, _: {"lora_rank": 4, "lora_target_modules": "query"},
@@ -274,6 +277,10 @@ def test_gemma_3_with_pictures_is_trained_as_a_text_model_and_goes_on(home, tmp_
     more = settings(
         home, tmp_path / "out", model=model, save_steps=1, learning_rate=1e-3, gradient_accumulation_steps=1
     )
+    done = CliRunner().invoke(app, ["train", *as_options(more)])
+    assert done.exit_code == 1 and "training inside of it is not there; --text-only" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+    more["text_only"] = True
     train(TrainRun.from_settings(more))
     train(TrainRun.from_settings(more | {"max_steps": 2}))
     trained = str(tmp_path / "out")
