@@ -4,13 +4,14 @@ from .config import DTYPES, read_config, read_whole_config, replace_rope, text_c
 from .loading import BrokenModel, is_out_of_memory, loading, trying
 from .template import render as render_chat
 from .tokenizer import check_ids, load_tokenizer
-from .weights import build_empty, check_weights, explain_zeros, load_model, require_causal_lm
+from .weights import build_empty, check_stored_head, check_weights, explain_zeros, load_model, require_causal_lm
 
 __all__ = [
     "DTYPES",
     "BrokenModel",
     "build_empty",
     "check_ids",
+    "check_stored_head",
     "check_weights",
     "explain_zeros",
     "is_out_of_memory",
