@@ -107,6 +107,9 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
     done = in_process("train", *arguments, "--dry-run")
     assert done.exit_code == 0, done.output
     told = dict(re.findall(r"^(\w[\w ]*?)  +(.+)$", done.stdout, re.MULTILINE))
+    assert told["sequences"] == "packed: a prefix is shared"
+    separate = in_process("train", *arguments, "--separate", "--dry-run")
+    assert re.search(r"^sequences +separate: separate=True$", separate.stdout, re.MULTILINE), separate.output
     assert told["pairs"] == "8" and int(told["tokens of packs"]) < int(told["tokens of separate sequences"])
     assert int(told["shortest sequence"]) <= int(told["median sequence"]) <= int(told["longest sequence"])
     assert told["recipe"] == "official with changes (learning_rate, max_steps, objective_options, pack_tokens)"

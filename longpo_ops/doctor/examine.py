@@ -13,12 +13,14 @@ Of weights no more is read than headers. Not covered, as in a dry run: what only
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
 import shlex
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +186,7 @@ class _Examiner:
         sequence = chat.tokenize(Pair.from_record(make_record())).ref_chosen[0]
         parts, is_answer = [], sequence.labels != -100
         edges = [0, *(i for i in range(1, len(sequence)) if is_answer[i] != is_answer[i - 1]), len(sequence)]
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             text = tokenizer.decode(sequence.ids[first:last], clean_up_tokenization_spaces=False)
             parts.append(f"[[{text}]]" if is_answer[first] else text)
         return chat, f"an answer in brackets: {''.join(parts)!r}"
@@ -228,10 +230,8 @@ class _Examiner:
         """Whether a run like this is planned at all. That it does not fit is told by the run itself."""
         planned = dataclasses.replace(self.run, training=self.run.training | {"fit": "auto"})
         config = planned.config()
-        try:
+        with suppress(NothingFits):
             plan_memory(model, config, [[pair]], None, "shared prefix" not in self.known or config.separate)
-        except NothingFits:
-            pass
         self.run = planned
         return None, "plans this model and run: the verdict is that of fit auto"
 

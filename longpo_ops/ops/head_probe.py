@@ -80,7 +80,7 @@ def probe(causal: nn.Module, forward: Callable, merge_lora: bool) -> Probed:
             )
         _check_causal(name, hidden)
         softcap, scale = _fit(name, z[2], logits[2])
-        if not body:  # its forward calls parts of its body, or another one
+        if not body and causal.base_model is not causal:  # its forward calls parts of its body, or another one
             causal.base_model(**kwargs)
         ends_at_head = len(body) == 1 and body[0].shape == hidden.shape and torch.equal(body[0], hidden)
         probed = Probed(softcap, scale, ends_at_head)

@@ -4,6 +4,7 @@ check_model        before anything is tokenised: the family, the head, adapters,
 check_shared_rows  likewise, and in the trainer: heads, RoPE and auxiliary loss of a model whose packs several processes share
 check_not_empty    in the trainer: that each process holds the models' weights, and not zeros in their place
 check_pairs        before weights are read: what the method reads of every record, and that it fits
+check_positions    likewise: that no sequence is longer than a table of positions
 check_packs        before weights are read: RoPE that depends on the longest sequence of a pack
 check_separate     of a model whose sequences are separate: settings that need packs, or one forward for each backward
 check_schedule     before the reference is loaded: that a step has a rate above 0
@@ -53,10 +54,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("longpo_ops.train")
 
 
-def prepare_model(model: nn.Module, config: LongPOConfig) -> str | None:
-    """Shared-prefix attention unless config.separate, and a forward that stops at the hidden states. -> why the model's
+def prepare_model(model: nn.Module, separate: bool = False) -> str | None:
+    """Shared-prefix attention unless `separate`, and a forward that stops at the hidden states. -> why the model's
     sequences are separate, which is told once, or None. Raises ValueError for a model that can be trained neither way."""
-    causal, why = base_model(model), "separate=True" if config.separate else None
+    causal, why = base_model(model), "separate=True" if separate else None
     with trying(causal.config.name_or_path, "it cannot be trained"):
         try:
             if why is None:
@@ -98,14 +99,18 @@ def check_model(run: TrainRun, config: LongPOConfig) -> tuple[nn.Module, str | N
     policy = run.empty_model(run.model, policy=True)
     refuse_unplanned(policy, config)
     check_shared_rows(policy, config)
-    why = prepare_model(policy, config)
+    why = prepare_model(policy, config.separate)
     check_trained(policy, config, why is not None)
     read_head(policy.get_output_embeddings(), merge_lora=False)  # attach waits for weights with it
     check_stored_head(run.model, base_model(policy))
     if needs_reference(config) and run.reference_model is not None:
+<<<<<<< HEAD
         reference = run.empty_model(run.reference_model, policy=False)
         prepare_model(reference, config)
         check_stored_head(run.reference_model, reference)
+=======
+        prepare_model(run.empty_model(run.reference_model, policy=False), config.separate)
+>>>>>>> dcb35a527dfaed8df8c4f166917fa621f6d3c50a
     return policy, why
 
 
@@ -224,6 +229,27 @@ def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None, s
     if method.reference is not None:
         DataReference().logps(pair) if config.reference == "data" else readings(pair, method.reference)
     return selected.length
+
+
+def check_positions(model: nn.Module, longest: int) -> None:
+    """Raises ValueError for a sequence beyond a table of positions, of which the model has no more. Other positions beyond its
+    config are told."""
+    causal = base_model(model)
+    positions, tokens = getattr(causal.config, "max_position_embeddings", None), causal.get_input_embeddings()
+    if positions is None or longest <= positions:
+        return
+    tables = [
+        (n, m.num_embeddings) for n, m in causal.named_modules() if isinstance(m, nn.Embedding) and m is not tokens
+    ]
+    tables += [(name, len(buffer)) for name, buffer in causal.named_buffers() if buffer.dim() == 2]
+    for name, rows in tables:
+        if positions <= rows <= positions + 8:  # some begin with a row or two of their own
+            raise ValueError(
+                f"the longest sequence has {longest} tokens, and {name} of {type(causal).__name__} holds {positions} "
+                "positions; expected shorter texts (max_length, cut_document), or a model whose positions are not a table"
+            )
+    told = f"the longest sequence has {longest} tokens, the model's config reads {positions}: set rope_theta and"
+    _tell_once(logging.WARNING, f"{told} max_position_embeddings")
 
 
 def packs_of(

@@ -33,6 +33,7 @@ from .checks import (
     check_model,
     check_packs,
     check_pairs,
+    check_positions,
     check_schedule,
     count_steps,
     needs_reference,
@@ -309,8 +310,7 @@ def prepare(run: TrainRun) -> Prepared:
         pairs = run.load_pairs(run.data, tokenizer, vocab_size)
         evaluation = run.load_pairs(run.eval_data, tokenizer, vocab_size) if run.eval_data else None
     datasets, target = [pairs, evaluation] if evaluation else [pairs], target_length(policy, config)
-    for each in datasets:
-        check_pairs(each, config, target, separate is not None)
+    check_positions(policy, max(check_pairs(each, config, target, separate is not None) for each in datasets))
     packs = [packs_of(each, config, target, separate is not None) for each in datasets]
     check_packs(policy, packs)
     steps = count_steps(len(packs[0]), config)

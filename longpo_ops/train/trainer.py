@@ -53,6 +53,7 @@ from .checks import (
     check_not_empty,
     check_packs,
     check_pairs,
+    check_positions,
     check_rates,
     check_shared_rows,
     check_trained,
@@ -116,20 +117,14 @@ class LongPOTrainer(RanksTrainer):
         check_shared_rows(model, args)
         check_one_folder(args)
         check_not_empty({"model": model, "reference_model": reference_model}, args)
-        self.separate = prepare_model(model, args) is not None
+        self.separate = prepare_model(model, args.separate) is not None
         check_trained(model, args, self.separate)
         if self.separate and args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # else a pack's second forward changes what the first one saved
         self._target_length = target_length(model, args)
         datasets = list(named.values())
         longest = max(check_pairs(pairs, args, self._target_length, self.separate) for pairs in datasets)
-        positions = getattr(base_model(model).config, "max_position_embeddings", None)
-        if positions is not None and longest > positions:
-            log.warning(
-                "the longest sequence has %d tokens, the model's config reads %d: set rope_theta and max_position_embeddings",
-                longest,
-                positions,
-            )
+        check_positions(model, longest)
         self.memory = (
             self._fitted(model, args, datasets, reference_model)
             if args.fit == "auto"
@@ -263,7 +258,7 @@ class LongPOTrainer(RanksTrainer):
             if reference_model is model:
                 raise ValueError("reference_model is the policy itself; expected another model, which stays frozen")
             reference_model.requires_grad_(False)
-            prepare_model(reference_model, args)
+            prepare_model(reference_model, args.separate)
             widen(reference_model, model)
         elif hasattr(model, "disable_adapter"):
             reference_model, config = model, reference_config or policy.config

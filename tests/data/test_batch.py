@@ -105,6 +105,34 @@ def test_unpack_undoes_pack(batch_pairs):
 
 
 @given(st.lists(pairs(), min_size=1, max_size=4))
+def test_separate_sequences_are_whole_and_say_of_their_rows_what_packed_ones_do(batch_pairs):
+    batch, packed = pack(batch_pairs, separate=True), pack(batch_pairs)
+    sequences = sequences_of(batch_pairs)
+    assert batch.layout.length == sum(map(len, sequences)) == sum(packed_length(pair, True) for pair in batch_pairs)
+    assert (batch.ids, batch.rejected_pair, batch.num_pairs) == (packed.ids, packed.rejected_pair, len(batch_pairs))
+    for k, (spans, expected) in enumerate(zip(batch.layout.pairs, sequences, strict=True)):
+        ((start, end),), rows = spans.tails, slice(spans.start, spans.end)
+        assert spans.start < spans.prefix_end == start < end and end - spans.start == len(expected)
+        assert batch.input_ids[0, rows].tolist() == expected.ids.tolist()
+        assert batch.position_ids[0, rows].tolist() == list(range(len(expected)))
+        assert set(batch.segments[rows].tolist()) <= {-1, k} and (
+            k < len(batch_pairs) or not batch.nll_weights[rows].any()
+        )
+    for name in ("labels", "segments", "nll_weights"):  # sequence by sequence, those that answer or count
+        kept = [(each.segments >= 0) | (each.nll_weights > 0) for each in (batch, packed)]
+        ours, theirs = (sorted(getattr(b, name)[rows].tolist()) for b, rows in zip((batch, packed), kept, strict=True))
+        assert ours == theirs
+    for ours, theirs in zip(batch.unpack(), packed.unpack(), strict=True):
+        assert ours.ids.tolist() == theirs.ids.tolist() and ours.labels.tolist() == theirs.labels.tolist()
+        assert (ours.nll_labels is None) == (theirs.nll_labels is None)
+        assert ours.nll_labels is None or ours.nll_labels.tolist() == theirs.nll_labels.tolist()
+    groups = list(pack_within(batch_pairs, batch.layout.length, separate=True))
+    assert groups == [batch_pairs]
+    with pytest.raises(ValueError, match="target_length=999 with separate=True"):
+        pack(batch_pairs, 999, separate=True)
+
+
+@given(st.lists(pairs(), min_size=1, max_size=4))
 def test_host_lists_agree_with_the_tensors(batch_pairs):
     batch = pack(batch_pairs)
     assert batch.layout.length == sum(packed_length(pair) for pair in batch_pairs)

@@ -119,7 +119,8 @@ def model_of(shape: str, checkpoints: bool = False):
     model = AutoModelForCausalLM.from_config(config).double().train()
     if checkpoints:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return prepare_model(model)
+    prepare_model(model)
+    return model
 
 
 def wrapped(model, wrapper: str):

@@ -76,15 +76,23 @@ def adapters(home: Path, folder: Path) -> str:
     return with_tokenizer(home, folder)
 
 
+UNWEIGHED = {"num_local_experts": 2, "num_experts_per_tok": 1, "router_aux_loss_coef": None}
+
+
 def lose(weights):
     return {name: weight for name, weight in weights.items() if "layers.1.self_attn.q_proj" not in name}
 
 
 REFUSED = {
     "fit with adapters": (lambda home, _: {"fit": "auto", "lora_rank": 4}, "fit='auto' plans full fine-tuning"),
-    "Phi-3": (lambda home, at: {"model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
-    "OLMoE": (lambda home, at: {"model": other_family(home, at, "olmoe")}, "got a model of type 'olmoe'"),
-    "reference": (lambda home, at: {"reference_model": other_family(home, at, "phi3")}, "got a model of type 'phi3'"),
+    "positions of Phi-3": (
+        lambda home, at: {"model": other_family(home, at, "phi3"), "target_length": 9000},
+        "target_length=9000: Phi3ForCausalLM is given separate sequences",
+    ),
+    "loss of JetMoE": (
+        lambda home, at: {"model": other_family(home, at, "granitemoe", output_router_logits=True, **UNWEIGHED)},
+        "GraniteMoeForCausalLM has no router_aux_loss_coef to weigh its auxiliary loss by",
+    ),
     "Qwen2.5-VL": (lambda home, at: {"model": qwen(home, at)}, "no causal LM of type 'qwen2_5_vl_text'"),
     "adapters as model": (lambda home, at: {"model": adapters(home, at)}, "PEFT adapters of .* expected a whole model"),
     "no such layers": (lambda home, _: {"lora_rank": 4, "lora_targets": "query"}, "Target modules .*query.* not found"),
@@ -112,6 +120,12 @@ def test_a_dry_run_refuses_what_the_run_refuses_before_anything_is_tokenised(hom
         train(TrainRun.from_settings(more))
     assert str(refused.value) == str(done.exception)
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {"lock"}
+
+
+def test_a_text_beyond_a_table_of_positions_is_refused_before_weights_are_read(home, tmp_path):
+    gpt2 = other_family(home, tmp_path / "model", "gpt2", n_embd=32, n_layer=1, n_head=4, max_position_embeddings=64)
+    with pytest.raises(ValueError, match=r"tokens, and transformer\.wpe of GPT2LMHeadModel holds 64 positions"):
+        prepare(TrainRun.from_settings(settings(home, tmp_path / "out", model=gpt2)))
 
 
 def test_a_record_that_does_not_fit_is_refused_before_weights_are_read(home, tmp_path, monkeypatch):

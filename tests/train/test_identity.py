@@ -202,6 +202,7 @@ def test_a_tokenizer_is_known_by_more_than_its_vocabulary(home):
         ({"dtype": "bfloat16"}, "dtype='auto' became 'bfloat16'"),
         ({"objective_options": {"beta": 0.2}}, r"objective_options=\{\} became \{'beta': 0\.2\}"),
         ({"memory": {"offload": True, "store": "int8"}}, r"memory=\{'store': 'exact'.* became \{'store': 'int8'"),
+        ({"separate": True}, "separate=False became True"),
         ({"memory": {"states": "8bit"}}, r"memory=\{.*'states': None.* became \{.*'states': '8bit'"),
     ],
 )
@@ -222,7 +223,7 @@ def test_settings_that_decide_nothing_may_change(home, caplog):
 def test_a_run_of_an_earlier_version_goes_on(home):
     file = home / "out" / "run.json"
     values = json.loads(file.read_text())
-    for name in ("reference_from", "memory", "nll_tokens", "recipe", "template_kwargs"):
+    for name in ("reference_from", "memory", "nll_tokens", "recipe", "template_kwargs", "separate"):
         del values[name]
     file.write_text(json.dumps(values | {"objective_options": None, "reference": "precompute"}))
     assert begin(home) is None

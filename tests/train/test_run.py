@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longpo_ops.train import METHODS, LongPOConfig, last_checkpoint
 from longpo_ops.train.run import TrainRun, prepare
@@ -386,3 +386,36 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(home, tmp_pa
     with pytest.raises(ValueError, match=rf"the loss is (inf|nan) at step {step}, .*lower learning_rate"):
         run(home, tmp_path, max_steps=2, objective_options={"preference_weight": 1e308}, **more)
     assert last_checkpoint(tmp_path) is None and not (tmp_path / "model.safetensors").exists()
+
+
+# -- models that share no prefix -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2(home) -> str:
+    """A folder; its layers know neither RoPE nor shared prefixes."""
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    shape = dict(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=2048)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape)).save_pretrained(home / "gpt2")
+    tokenizer.save_pretrained(home / "gpt2")
+    return str(home / "gpt2")
+
+
+def test_a_model_that_shares_no_prefix_is_trained_and_goes_on(home, gpt2, tmp_path):
+    more = dict(model=gpt2, gradient_accumulation_steps=1, save_steps=1, save_strategy="steps", learning_rate=1e-3)
+    whole = run(home, tmp_path / "whole", max_steps=2, **more)
+    assert whole.separate and json.loads((tmp_path / "whole" / "run.json").read_text())["separate"] is True
+    shutil.copytree(
+        tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoint-2", "*.safetensors")
+    )
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "cut" / "checkpoint-1", dirs_exist_ok=True)
+    again = run(home, tmp_path / "cut", max_steps=2, separate=True, **more)
+    for (name, weight), (_, other) in zip(again.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def test_its_adapters_begin_as_the_base_that_is_their_reference(home, gpt2, tmp_path):
+    trainer = run(home, tmp_path, model=gpt2, lora_rank=2, objective="dpo", max_steps=1, reference="online")
+    log = trainer.evaluate(trainer.train_dataset)  # in evaluation nothing drops out
+    assert trainer.separate and abs(log["eval_rewards/margins"]) < 1e-4 < abs(log["eval_logps/chosen"])
