@@ -1,4 +1,7 @@
-"""`longpo doctor`: the page, or its JSON. Exit code 0 only if training would start."""
+"""`longpo doctor`: the page, or its JSON. Exit code 0 only if training would start.
+
+Tests: tests/doctor/test_examine.py.
+"""
 
 from __future__ import annotations
 

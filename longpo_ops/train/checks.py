@@ -104,13 +104,9 @@ def check_model(run: TrainRun, config: LongPOConfig) -> tuple[nn.Module, str | N
     read_head(policy.get_output_embeddings(), merge_lora=False)  # attach waits for weights with it
     check_stored_head(run.model, base_model(policy))
     if needs_reference(config) and run.reference_model is not None:
-<<<<<<< HEAD
         reference = run.empty_model(run.reference_model, policy=False)
-        prepare_model(reference, config)
+        prepare_model(reference, config.separate)
         check_stored_head(run.reference_model, reference)
-=======
-        prepare_model(run.empty_model(run.reference_model, policy=False), config.separate)
->>>>>>> dcb35a527dfaed8df8c4f166917fa621f6d3c50a
     return policy, why
 
 
