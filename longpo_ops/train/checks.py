@@ -35,7 +35,7 @@ from ..memory import plan, search
 from ..memory.mesh import ONE_CARD, Mesh
 from ..memory.optimizer import check_optim
 from ..memory.settings import Memory, machine_here
-from ..memory.tiers import processes_here
+from ..memory.tiers import PAGE, processes_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
@@ -375,6 +375,18 @@ def plan_memory(
         mesh=_mesh(config),
     )
     return search.fit(work, _least_machine(config), config.allow_lossy)
+
+
+def with_room(
+    memory: Memory, planned: plan.Plan, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]]
+) -> Memory:
+    """A plan's memory for separate sequences: each one's layer inputs end in the midst of a page of the host, and together they
+    leave as much of the device unused as one input of all of them has."""
+    selected = [select(pair, config.method) for pairs in datasets for pair in pairs]
+    pairs = max(1, (config.pack_tokens or 0) // min(packed_length(pair, True) for pair in selected))
+    sequences = pairs * max(1 + len(pair.rejected) for pair in selected)
+    layers, one = plan.weights_of(planned.work.config).layers, plan.traced(planned.work, planned.settings).input
+    return replace(memory, host_bytes=memory.host_bytes + (sequences * layers * PAGE + one) * processes_here())
 
 
 def _mesh(config: LongPOConfig) -> Mesh:

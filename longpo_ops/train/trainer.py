@@ -62,6 +62,7 @@ from .checks import (
     plan_memory,
     prepare_model,
     target_length,
+    with_room,
 )
 from .config import LongPOConfig
 from .forward import run
@@ -161,6 +162,8 @@ class LongPOTrainer(RanksTrainer):
         if advice := allocator_advice():
             log.warning("%s", advice)
         memory = Memory.from_plan(planned)
+        if self.separate and memory.offload:
+            memory = with_room(memory, planned, args, datasets)
         if args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, (json.dumps(dataclasses.asdict(memory), indent=1) + "\n").encode())
