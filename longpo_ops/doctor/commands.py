@@ -20,7 +20,7 @@ WIDTH, NAME = 118, 20
 def doctor(
     model: Annotated[str, typer.Option(help="Causal LM: a name or a folder.")],
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a pair's pack: the plan for them on this machine.")
+        int | None, typer.Option(help="Tokens of a pair's pack: the plan for them on this machine.")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="LoRA of this rank; 0 is full fine-tuning.")] = None,
     set_: Annotated[

@@ -83,6 +83,8 @@ def examine(settings: dict[str, Any], length: int | None = None) -> Examination:
             f"settings: {', '.join(given)} came; expected none of {', '.join(FIXED)}, as a pair is made here: "
             "`longpo train --dry-run` checks data of your own"
         )
+    if length is not None and length < 1:
+        raise ValueError(f"length={length}: expected a number of tokens from 1")
     with tempfile.TemporaryDirectory() as folder:
         made = {"data": f"{folder}/pairs.jsonl", "output_dir": f"{folder}/run"}
         return _Examiner(TrainRun.from_settings(settings | made), length).examine(settings)
