@@ -17,13 +17,14 @@ import typer
 
 from . import launch
 from .demo.commands import demo
+from .doctor.commands import doctor
 from .engines import options
 from .evaluate.commands import evaluate
 from .evolve.commands import evolve
 from .generate.commands import generate, pairs
 from .memory.commands import plan
 from .runs import disk, terminal
-from .runs.settings_file import parse_yaml, read_yaml
+from .runs.settings_file import assigned, read_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -123,6 +124,7 @@ def train(
 
 
 app.command(name="demo")(demo)
+app.command(name="doctor")(doctor)
 app.command(name="plan")(plan)
 app.command(name="evaluate")(evaluate)
 app.command(name="evolve")(evolve)
@@ -140,12 +142,7 @@ def _settings(config: Path | None, assignments: list[str]) -> dict[str, Any]:
             settings = read_yaml(config, f"--config {config}") or {}
             if not isinstance(settings, dict):
                 raise ValueError(f"--config {config}: expected names and values, got {type(settings).__name__}")
-        for assignment in assignments:
-            name, equals, value = assignment.partition("=")
-            if not equals or not name:
-                raise ValueError(f"--set {assignment}: expected name=value")
-            settings[name] = parse_yaml(value, f"--set {assignment}")
-    return settings
+        return settings | assigned(assignments)
 
 
 def _speak_once() -> None:

@@ -43,6 +43,7 @@ ROOMS = {
         "runs",
         "text",
     ),
+    "doctor": ("attention", "data", "memory", "ops", "pretrained", "runs", "train"),
     "evolve": (
         "data",
         "documents",
@@ -57,7 +58,19 @@ ROOMS = {
     ),
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
-    "cli": ("demo", "engines", "evaluate", "evolve", "generate", "launch", "memory", "pretrained", "runs", "train"),
+    "cli": (
+        "demo",
+        "doctor",
+        "engines",
+        "evaluate",
+        "evolve",
+        "generate",
+        "launch",
+        "memory",
+        "pretrained",
+        "runs",
+        "train",
+    ),
 }
 TRAINER = re.compile(r"transformers\.(Trainer|Training|trainer|integrations|Seq2SeqTrain)\w*")
 MAY_TRAIN = ("train", "evolve", "demo", "cli")

@@ -149,8 +149,11 @@ def check_ranks(model: PreTrainedModel, ranks: int) -> None:
         check_rope_over_ranks(model)
 
 
-def explain_attention(model: PreTrainedModel, layout: SharedPrefixLayout) -> str:
-    """Which kernel runs which part of the model's attention over this layout, and why; nothing is computed.
+def explain_attention(
+    model: PreTrainedModel, layout: SharedPrefixLayout, device: torch.device | str | None = None
+) -> str:
+    """Which kernel runs which part of the model's attention over this layout on a device, by default the model's, and why;
+    nothing is computed.
 
     One paragraph per kind of layer (sliding window, soft-cap), one line per kind of call, with the number of calls.
     """
@@ -161,7 +164,7 @@ def explain_attention(model: PreTrainedModel, layout: SharedPrefixLayout) -> str
     kinds = Counter((seen, getattr(m, "attn_logit_softcapping", None)) for m, seen in attentions.items())
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = torch.empty(1, 1, 1, size, dtype=model.dtype, device=model.device)
+    token = torch.empty(1, 1, 1, size, dtype=model.dtype, device=device or model.device)
     q = token.expand(1, config.num_attention_heads, layout.length, size)
     k = token.expand(1, getattr(config, "num_key_value_heads", None) or config.num_attention_heads, layout.length, size)
     lines = []

@@ -30,6 +30,10 @@ from longpo_ops.memory.tiling import ROWS, explain_tiling
 LOSSY = {"nothing": "", "states": "8-bit optimizer states", "all": "8-bit optimizer states and layer inputs"}
 
 
+class NothingFits(ValueError):
+    """A step that is planned, and fits under no settings."""
+
+
 def fit(work: Work, machine: Machine, allow_lossy: str = "nothing") -> Plan:
     """The fastest settings that fit; of those within 3 % of it the first of: float32 states, states on the device, nothing
     offloaded, nothing tiled. Disk is used where nothing fits without.
@@ -37,13 +41,13 @@ def fit(work: Work, machine: Machine, allow_lossy: str = "nothing") -> Plan:
     allow_lossy: "nothing" keeps every number as it is; "states" allows 8-bit optimizer states; "all" also allows layer
         inputs in 8 bits, which change gradients, where nothing fits without.
 
-    Raises ValueError where nothing fits, naming the shortfall of the closest settings, and what lossy storage would do.
+    Raises NothingFits, a ValueError, naming the shortfall of the closest settings, and what lossy storage would do.
     """
     check_planned(work, machine)
     plan = _search(work, machine, allow_lossy)
     if plan.shortfalls:
         offers = "".join(f". {offer}" for offer in lossy_offers(plan, allow_lossy))
-        raise ValueError(f"length {work.length}: nothing fits. {explain_shortfall(plan)}{offers}")
+        raise NothingFits(f"length {work.length}: nothing fits. {explain_shortfall(plan)}{offers}")
     return plan
 
 

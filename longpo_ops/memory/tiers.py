@@ -93,7 +93,7 @@ class CudaLane(Lane):
 
 def lane_of(device: torch.device) -> Lane:
     """Raises ValueError for a device that offloading has no copies for."""
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda", "meta"):  # on meta nothing is copied
         raise ValueError(f"model: its parameters are on {device}, offloading knows cpu and cuda devices")
     return CudaLane(device) if device.type == "cuda" else Lane()
 

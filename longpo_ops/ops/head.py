@@ -322,3 +322,10 @@ def _check_parts(causal: nn.Module) -> None:
         raise ValueError(
             f"model: {type(causal).__name__} fills in masked tokens, it has no log-probs of a text; expected a causal LM"
         )
+    # Known without weights, which the probe needs.
+    both_ways = any(getattr(module, "is_causal", None) is False for module in causal.modules())
+    if getattr(causal.config, "is_decoder", None) is False and both_ways:
+        raise ValueError(
+            f"model: {type(causal).__name__} is an encoder, whose tokens see those after them; expected a causal LM "
+            "(is_decoder=True in its config, where it was trained so)"
+        )

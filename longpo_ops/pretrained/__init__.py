@@ -6,7 +6,15 @@ from .quantised import NONE, check_scheme, check_trainable, is_plain, plain_part
 from .template import render as render_chat
 from .text_part import check_whole, text_config
 from .tokenizer import check_ids, load_tokenizer
-from .weights import build_empty, check_weights, explain_zeros, load_model, require_causal_lm, save_text_model
+from .weights import (
+    build_empty,
+    check_stored_head,
+    check_weights,
+    explain_zeros,
+    load_model,
+    require_causal_lm,
+    save_text_model,
+)
 
 __all__ = [
     "DTYPES",
@@ -15,6 +23,7 @@ __all__ = [
     "build_empty",
     "check_ids",
     "check_scheme",
+    "check_stored_head",
     "check_trainable",
     "check_weights",
     "check_whole",

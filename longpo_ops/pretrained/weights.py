@@ -95,6 +95,7 @@ def check_weights(name: str, config, dtype: str = "auto", trust_remote_code: boo
             model, found = _loaded(type(model), None, config=config, **options, **parts)
         _refuse(found, model, bool(parts))
         _tell_tied(model)
+    model.config.name_or_path = name  # from_pretrained was given none
     return model
 
 
@@ -152,6 +153,33 @@ def _tell_tied(model) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False
+
+
+def check_stored_head(name: str, model) -> None:
+    """Raises ValueError for a model, empty as check_weights gives it, whose head (a tied one: embedding) is stored quantised,
+    which no loss could read. Told by the headers of a model with a quantization_config; of a name of a hub whose files are
+    not here yet only once they are loaded."""
+    from transformers.modeling_utils import load_state_dict
+
+    if getattr(model.config, "quantization_config", None) is None:
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    names = [path for path, module in model.named_modules() if module is head or (tied and module is embedding)]
+    with loading(name):
+        headers = {}
+        for file in _files(name) or ():
+            headers |= load_state_dict(str(file), map_location="meta")
+        wrong = []
+        for key, stored in headers.items():
+            owned = [part for part in names if f".{part}." in f".{key}"]
+            plain = stored.is_floating_point() and stored.itemsize > 1 and key.rpartition(".")[2] in ("weight", "bias")
+            wrong += [key] if owned and not plain else []
+        if wrong:
+            raise ValueError(
+                f"its head is stored quantised ({_some(wrong)}), and a loss needs its numbers: save the model again with "
+                "lm_head (and a tied embedding) left out of quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+            )
 
 
 def _loaded(kind, name: str | None, **options):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -52,6 +52,17 @@ def _parsed(where: str, read: Callable[[], str]) -> Any:
         ValueError,
     ) as error:  # no UTF-8, or a date that no month has, is a ValueError
         raise ValueError(f"{where}: no valid YAML: {error}") from None
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    """Values by name of texts "name=value", as --set has them, the value YAML. Raises ValueError for another text."""
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set {assignment}: expected name=value")
+        settings[name] = parse_yaml(value, f"--set {assignment}")
+    return settings
 
 
 def settle(values: dict[str, Any], *owners: type) -> dict[str, Any]:

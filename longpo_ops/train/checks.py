@@ -48,7 +48,7 @@ from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
 from ..parallel.mesh import check_alike
-from ..pretrained import NONE, explain_zeros, trying
+from ..pretrained import NONE, check_stored_head, explain_zeros, trying
 from .arithmetic import AUTOCAST, base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
@@ -115,8 +115,11 @@ def check_model(run: TrainRun, config: LongPOConfig) -> tuple[nn.Module, str | N
     why = prepare_model(policy, config.separate)
     check_trained(policy, config, why is not None)
     read_head(policy.get_output_embeddings(), merge_lora=False)  # attach waits for weights with it
+    check_stored_head(run.model, base_model(policy))
     if needs_reference(config) and run.reference_model is not None:
-        prepare_model(run.empty_model(run.reference_model, policy=False), config.separate)
+        reference = run.empty_model(run.reference_model, policy=False)
+        prepare_model(reference, config.separate)
+        check_stored_head(run.reference_model, reference)
     return policy, why
 
 

@@ -249,10 +249,14 @@ class TrainRun:
             check_ids(self.reference_model, tokenizer, self.read_config(self.reference_model).vocab_size)
         return tokenizer
 
+    def chat_format(self, tokenizer) -> ChatFormat:
+        """How texts become tokens of this run. Raises ValueError for a template that cannot be used."""
+        given = {name: getattr(self, name) for name in ("system", "max_length", "cut_document", "template_kwargs")}
+        return ChatFormat(tokenizer, **given)
+
     def load_pairs(self, path: str, tokenizer, vocab_size: int) -> PairStore:
         """Tokenised pairs of `path`, from output_dir/data if they were made of the same files and settings before."""
-        given = {name: getattr(self, name) for name in ("system", "max_length", "cut_document", "template_kwargs")}
-        chat = ChatFormat(tokenizer, **given)
+        chat = self.chat_format(tokenizer)
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(path)]
         key = [files, tokenizer_digest(tokenizer), vocab_size, tokenizer.chat_template, self.system, self.max_length]
         nll_tokens = self.settings()["nll_tokens"]
