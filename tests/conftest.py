@@ -20,7 +20,7 @@ CACHE = os.path.join(tempfile.gettempdir(), f"longpo_ops-tests-inductor-{getpass
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHE)
 
 # Files of minutes, which are begun first: one that comes last keeps one process at work and the others idle.
-LONG = ("gpu/test_check", "evolve/test_run", "test_workspace", "test_packaging", "test_child", "train/test_checkpoints",
+LONG = ("gpu/test_check", "evolve/test_run", "test_workspace", "test_packaging", "train/test_checkpoints",
         "demo/test_commands", "test_evolve_ranks", "test_launch_ranks")  # fmt: skip
 
 # A suite that a shell started in the background ignores SIGINT, and so would the runs that tests stop with it.
