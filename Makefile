@@ -61,14 +61,15 @@ test-parallel: $(STAMP)
 test-interpreter: $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) --dist load tests/kernels/test_interpreter.py
 
+# Two files, each in one process.
 test-compile: $(STAMP)
-	$(PYTEST) tests/kernels/test_compile.py tests/kernels/test_cuda_source.py
+	$(PYTEST) -n 2 tests/kernels/test_compile.py tests/kernels/test_cuda_source.py
 
 # The registered operators and the rehearsal of gpu-check, which asks every public function, with the oldest torch that we take, which GPU machines often have: an environment
 # of its own (4.6 GB, as that release brings CUDA along). Only if that cannot be made is this no test.
 test-torch:
 	if $(MAKE) --no-print-directory $(OLDEST)/.ready; \
-	then OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(FUNCTIONS) && $(REHEARSE); \
+	then OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(FUNCTIONS) && $(REHEARSE); \
 	else echo "test-torch: not run, as its environment cannot be installed; the lines above say why"; fi
 
 $(OLDEST)/.ready: requirements/torch-oldest.txt

@@ -1,5 +1,6 @@
 """What every test process shares: no network, quiet tokenisers, Ctrl-C, the same property-test examples in every run."""
 
+import gc
 import getpass
 import os
 import signal
@@ -19,7 +20,7 @@ CACHE = os.path.join(tempfile.gettempdir(), f"longpo_ops-tests-inductor-{getpass
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHE)
 
 # Files of minutes, which are begun first: one that comes last keeps one process at work and the others idle.
-LONG = ("gpu/test_check", "evolve/test_run", "test_workspace", "test_packaging", "test_child", "train/test_checkpoints",
+LONG = ("gpu/test_check", "evolve/test_run", "test_workspace", "test_packaging", "train/test_checkpoints",
         "demo/test_commands", "test_evolve_ranks", "test_launch_ranks")  # fmt: skip
 
 # A suite that a shell started in the background ignores SIGINT, and so would the runs that tests stop with it.
@@ -36,3 +37,10 @@ def _told_anew():
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.path.with_suffix("").as_posix().endswith(LONG))
+
+
+def pytest_collection_finish():
+    """Half a million objects of modules and tests are there to stay: no search for garbage looks at them again, which was a
+    quarter of the time of a tiny training. What a test makes is searched as ever."""
+    gc.collect()
+    gc.freeze()

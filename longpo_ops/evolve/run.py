@@ -62,7 +62,8 @@ def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
     with _locked(Path(evolution.out)) as lock:
         clear_partials(*(stage.out.parent for stage in stages))
         _check_apart(evolution, stages, lock, progress)
-        for stage in stages:
+        before = [stage.receipt().done for stage in stages]
+        for number, stage in enumerate(stages):
             try:
                 _work(evolution, stage, lock, progress)
                 judged = judge(evolution, stage) if stage.kind == EVALUATE and stage.round else []
@@ -72,7 +73,8 @@ def evolve(evolution: Evolution, progress: Progress | None = None) -> Result:
                     write_report(evolution, stages, collect(evolution, stages, reason))
                 raise
             result = collect(evolution, stages, why_stopped(judged))
-            write_report(evolution, stages, result)
+            if result.stopped or before[number : number + 2] != [True, True]:  # else the next one's page is the same
+                write_report(evolution, stages, result)
             if result.stopped:
                 break
         return result

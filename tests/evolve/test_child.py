@@ -1,4 +1,7 @@
-"""Stages in processes of their own: what they are told, what they say, and that none is left behind."""
+"""Stages in processes of their own: what they are told, what they say, and that none is left behind.
+
+Whole stages in such processes are in test_run.py, beside the run whose table theirs is compared with.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +20,13 @@ import pytest
 import torch
 
 from longpo_ops.evolve import Evolution, evolve, plan, processes
-from longpo_ops.evolve.child import ENDED, LOG, TASK, machine
+from longpo_ops.evolve.child import ENDED, TASK, machine
 from longpo_ops.evolve.processes import Apart, check_launch, command, end, environment
 from longpo_ops.evolve.run import _is_apart
 from longpo_ops.evolve.work import from_plain, to_plain
 from longpo_ops.runs.locks import Lock
-from tests.evolve.test_run import begun
 
 ROOT = Path(__file__).parents[2]
-# A launcher that keeps what it was called with, and whose exit code says nothing of the process it started.
-LAUNCHER = """#!{python}
-import json, os, subprocess, sys
-json.dump([sys.argv[1:], dict(os.environ)], open({kept!r}, "w"))
-subprocess.call([{python!r}, *sys.argv[3:]])
-"""
-LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
-LAUNCHED |= {"ACCELERATE_MIXED_PRECISION": "bf16", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_CP_SIZE": "2"}
-LAUNCHED |= {"TORCHELASTIC_RUN_ID": "other", "GROUP_RANK": "0", "ROLE_NAME": "default", "LOCAL_WORLD_SIZE": "1"}
-
-
-@pytest.fixture
-def launcher(tmp_path) -> tuple[list[str], Path]:
-    """Words of a launcher, and the file where it puts what it was called with."""
-    script, kept = tmp_path / "launcher", tmp_path / "called.json"
-    script.write_text(LAUNCHER.format(python=sys.executable, kept=str(kept)))
-    script.chmod(0o755)
-    return [str(script), "--processes", "1"], kept
 
 
 @pytest.fixture
@@ -52,43 +36,7 @@ def lock(tmp_path):
         yield held
 
 
-# -- whole stages --------------------------------------------------------------------------------------------------------
-
-
-def test_a_training_behind_a_launcher_gives_the_same_table(finished, tmp_path, launcher, monkeypatch):
-    settings = begun(finished, tmp_path / "out", "base/evaluate", "one/pairs", "one/untrained")
-    words, kept = launcher
-    for name, value in LAUNCHED.items():
-        monkeypatch.setenv(name, value)
-    told = []
-    result = evolve(Evolution.from_settings(settings | {"launch": words}), lambda *progress: told.append(progress))
-    folder = tmp_path / "out/one/train.process"
-    arguments, there = json.loads(kept.read_text())
-    assert arguments == ["--processes", "1", "-m", "longpo_ops.evolve.child", str(folder)]
-    assert not set(LAUNCHED) & set(there) and there["PATH"] == os.environ["PATH"]
-    assert result.rows == finished[1].rows[:3]
-    cost = next(cost for cost in result.stages if cost["stage"] == "one/train")
-    assert cost["seconds"] > 0 and cost["host_bytes"] > 2**20
-    assert any("step" in note for stage, _, note in told if stage == "one/train")
-    assert (folder / LOG).stat().st_size
-
-
-def test_what_a_training_refuses_is_said_once_and_before_anything_runs(finished, tmp_path, launcher):
-    settings = begun(finished, tmp_path / "out", "base/evaluate")
-    settings["rounds"][0]["train"] |= {"reference": "nonsense"}
-    settings["launch"] = launcher[0]
-    with pytest.raises(ValueError) as refused:
-        evolve(Evolution.from_settings(settings))
-    assert str(refused.value).startswith("one/train: reference='nonsense': expected one of precompute")
-    assert not (tmp_path / "out/one/pairs").exists()
-
-
-def test_with_a_gpu_evaluation_has_its_own_process(finished, tmp_path, monkeypatch):
-    settings = begun(finished, tmp_path / "out", "base/evaluate", "one/pairs", "one/train", "one/evaluate")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    result = evolve(Evolution.from_settings(settings))
-    assert (tmp_path / "out/one/untrained.process" / LOG).exists()
-    assert result.rows == finished[1].rows[:3]
+# -- which stages, and what they are told -------------------------------------------------------------------------------
 
 
 def test_which_stages_have_processes_of_their_own(make_settings, tmp_path, monkeypatch):

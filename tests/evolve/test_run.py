@@ -1,13 +1,16 @@
-"""Whole evolutions of a tiny model: what they make, that they go on after SIGKILL, and when they stop."""
+"""Whole evolutions of a tiny model: what they make, also by processes of their own, that they go on after SIGKILL, and when
+they stop."""
 
 from __future__ import annotations
 
 import copy
 import fcntl
 import json
+import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +23,22 @@ from typer.testing import CliRunner
 from longpo_ops.cli import app
 from longpo_ops.evaluate import Scores
 from longpo_ops.evolve import Evolution, evolve
+from longpo_ops.evolve.child import LOG
 from longpo_ops.evolve.receipt import Receipt
 from tests.engines import tiny
 from tests.processes import run as run_process
 
 ROOT = Path(__file__).parents[2]
+# A launcher that keeps what it was called with, and whose exit code says nothing of the process it started.
+LAUNCHER = """#!{python}
+import json, os, subprocess, sys
+json.dump([sys.argv[1:], dict(os.environ)], open({kept!r}, "w"))
+subprocess.call([{python!r}, *sys.argv[3:]])
+"""
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+LAUNCHED |= {"ACCELERATE_MIXED_PRECISION": "bf16", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_CP_SIZE": "2"}
+LAUNCHED |= {"TORCHELASTIC_RUN_ID": "other", "GROUP_RANK": "0", "ROLE_NAME": "default", "LOCAL_WORLD_SIZE": "1"}
+
 STAGES = ["pairs", "untrained", "train", "evaluate"]
 KILLED = """
 import json, os, signal, sys
@@ -224,6 +238,54 @@ def test_a_bound_that_does_not_hold_stops_the_loop_and_says_why(finished, tmp_pa
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     again = longpo("--config", tmp_path / "run.yaml")
     assert again.exit_code == 1 and str(again.exception).startswith(result.stopped)
+
+
+# -- in processes of their own ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launcher(tmp_path) -> tuple[list[str], Path]:
+    """Words of a launcher, and the file where it puts what it was called with."""
+    script, kept = tmp_path / "launcher", tmp_path / "called.json"
+    script.write_text(LAUNCHER.format(python=sys.executable, kept=str(kept)))
+    script.chmod(0o755)
+    return [str(script), "--processes", "1"], kept
+
+
+def test_a_training_behind_a_launcher_gives_the_same_table(finished, tmp_path, launcher, monkeypatch):
+    settings = begun(finished, tmp_path / "out", "base/evaluate", "one/pairs", "one/untrained")
+    words, kept = launcher
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    told = []
+    result = evolve(Evolution.from_settings(settings | {"launch": words}), lambda *progress: told.append(progress))
+    folder = tmp_path / "out/one/train.process"
+    arguments, there = json.loads(kept.read_text())
+    assert arguments == ["--processes", "1", "-m", "longpo_ops.evolve.child", str(folder)]
+    assert not set(LAUNCHED) & set(there) and there["PATH"] == os.environ["PATH"]
+    assert result.rows == finished[1].rows[:3]
+    cost = next(cost for cost in result.stages if cost["stage"] == "one/train")
+    assert cost["seconds"] > 0 and cost["host_bytes"] > 2**20
+    assert any("step" in note for stage, _, note in told if stage == "one/train")
+    assert (folder / LOG).stat().st_size
+
+
+def test_what_a_training_refuses_is_said_once_and_before_anything_runs(finished, tmp_path, launcher):
+    settings = begun(finished, tmp_path / "out", "base/evaluate")
+    settings["rounds"][0]["train"] |= {"reference": "nonsense"}
+    settings["launch"] = launcher[0]
+    with pytest.raises(ValueError) as refused:
+        evolve(Evolution.from_settings(settings))
+    assert str(refused.value).startswith("one/train: reference='nonsense': expected one of precompute")
+    assert not (tmp_path / "out/one/pairs").exists()
+
+
+def test_with_a_gpu_evaluation_has_its_own_process(finished, tmp_path, monkeypatch):
+    settings = begun(finished, tmp_path / "out", "base/evaluate", "one/pairs", "one/train", "one/evaluate")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    result = evolve(Evolution.from_settings(settings))
+    assert (tmp_path / "out/one/untrained.process" / LOG).exists()
+    assert result.rows == finished[1].rows[:3]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -187,6 +187,7 @@ def grown() -> dict[str, dict[str, int]]:
     environment |= dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     code = (
         "import os\n"
+        "import torch._dynamo\n"  # seconds of a first call, for all of them at once
         "from tests.ops.test_workspace import CASES, measure\n"
         "for name in CASES:\n"
         "    if os.fork() == 0:\n"

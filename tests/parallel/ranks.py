@@ -14,6 +14,7 @@ for accelerate's FSDP2 and meshes, the folder GPUS on PYTHONPATH the same for ru
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import runpy
 import signal
@@ -110,6 +111,7 @@ def _read(file: Path) -> str:
 
 def _perform(rank: int, folder: Path, ranks: int, function, arguments, environment, prelude, hang: float) -> None:
     """In the child."""
+    gc.freeze()  # what was imported is no garbage
     with open(folder / f"{rank}.stack", "w") as stack:
         faulthandler.enable(stack)
         faulthandler.register(signal.SIGUSR1, stack)

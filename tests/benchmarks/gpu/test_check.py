@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -178,27 +179,42 @@ def test_nan_in_the_wrong_place_fails():
 # ---- trouble ---------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def troubled(out: Path):
+    """With questions of trouble.py in the place of the check's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OUT", str(out))
+        patch.setattr(check, "WORKER", trouble.MODULE)
+        patch.setattr(check, "BY_NAME", trouble.QUESTIONS)
+        yield
+
+
 @pytest.fixture
-def ask(tmp_path, monkeypatch):
+def ask(tmp_path):
     """Asks questions of trouble.py -> exit status, report."""
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(check, "WORKER", trouble.MODULE)
-    monkeypatch.setattr(check, "BY_NAME", trouble.QUESTIONS)
+    with troubled(tmp_path):
+        yield lambda *names, options=(): asked(tmp_path, *names, options=options)
 
-    def asked(*names: str, options: tuple[str, ...] = ()) -> tuple[int, dict]:
-        pieces = [word for name in names for word in ("--piece", name)]
-        status = check.main(["--rehearse", *pieces, *options])
-        return status, json.loads((tmp_path / check.FILE).read_text())
 
-    return asked
+@pytest.fixture(scope="module")
+def trouble_with_three(tmp_path_factory) -> tuple[int, dict]:
+    """Exit status and report of one run, whose workers are started once for several tests."""
+    with troubled(out := tmp_path_factory.mktemp("trouble")):
+        return asked(out, "crash", "seeds", "costs")
+
+
+def asked(out: Path, *names: str, options: tuple[str, ...] = ()) -> tuple[int, dict]:
+    pieces = [word for name in names for word in ("--piece", name)]
+    status = check.main(["--rehearse", *pieces, *options])
+    return status, json.loads((out / check.FILE).read_text())
 
 
 def told(report: dict) -> dict[str, dict]:
     return {row["case"]: row for row in report["rows"]}
 
 
-def test_a_row_that_kills_its_worker_hides_no_other(ask):
-    status, report = ask("crash", "seeds")
+def test_a_row_that_kills_its_worker_hides_no_other(trouble_with_three):
+    status, report = trouble_with_three
     rows = told({"rows": rows_of(report, "crash")})
     assert status == 1 and report["state"] == "finished"
     assert rows["dies"]["status"] == "failed: its process ended with signal 11"
@@ -208,8 +224,8 @@ def test_a_row_that_kills_its_worker_hides_no_other(ask):
     assert len(rows_of(report, "seeds")) == 3
 
 
-def test_a_failed_row_is_asked_once_more_with_another_seed(ask):
-    rows = told(ask("seeds")[1])
+def test_a_failed_row_is_asked_once_more_with_another_seed(trouble_with_three):
+    rows = told({"rows": rows_of(trouble_with_three[1], "seeds")})
     assert (rows["fails_once"]["status"], rows["fails_once"]["seed"]) == ("passed", 1)
     assert rows["fails_once"]["first"] == "failed: error 2, allowed 1"
     assert rows["fails"]["status"] == rows["fails"]["first"] == "failed: error 2, allowed 1"
@@ -227,8 +243,8 @@ def test_a_row_that_hangs_is_stopped_at_the_deadline(ask):
     assert (status, report["state"]) == (0, "finished")
 
 
-def test_what_does_not_fit_says_so(ask):
-    rows = told(ask("costs", options=("--deadline", "1000"))[1])
+def test_what_does_not_fit_says_so(trouble_with_three):
+    rows = told({"rows": rows_of(trouble_with_three[1], "costs")})
     assert rows["large"]["status"].startswith("skipped: memory: it takes 8589934592.0 GiB of the device")
     assert rows["host"]["status"].startswith("skipped: memory: it takes 8589934592.0 GiB of the host")
     assert rows["slow"]["status"].startswith("skipped: no time: it would take")
@@ -271,8 +287,10 @@ def test_wrong_numbers_are_wrong_usage(option, capsys):
 
 @pytest.mark.parametrize("number", range(10))
 def test_a_kill_at_any_time_leaves_a_report_and_no_worker(number, tmp_path):
-    """Every other kill comes at a random moment after the first row, the rest at one of the seconds from the start on."""
-    script, path = start_script(tmp_path, "--rehearse"), tmp_path / check.FILE
+    """Every other kill comes at a random moment after the first row, the rest at one of the seconds from the start on. The
+    first two meet all workers, the others the one that most questions share."""
+    pieces = () if number < 2 else ("--piece", "tiles", "--piece", "public")
+    script, path = start_script(tmp_path, "--rehearse", *pieces), tmp_path / check.FILE
     begun = number % 2 == 1
     wait_for(lambda: path.exists() and (not begun or read(path).content["rows"]))
     time.sleep(random.uniform(0, 3))
