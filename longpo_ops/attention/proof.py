@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,12 @@ def prove(model: nn.Module) -> Proof:
 
 
 def _prove(kind: type[nn.Module], config: Any) -> Proof:
+    """In a thread of its own, where no mode of torch is in force that the caller may have set: autocast, inference, devices."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_in_thread, kind, config).result()
+
+
+def _in_thread(kind: type[nn.Module], config: Any) -> Proof:
     try:
         with _undisturbed():
             return _shown(kind, config)
@@ -361,6 +368,8 @@ def _run(model: nn.Module, ids: Tensor, **given):
     ) as error:
         if isinstance(error, _Refused):
             raise
+        if "no shared_prefix_layout came" in str(error):
+            raise _Refused(f"{type(model).__name__} does not hand what it is given on to its attention") from error
         if "'Seen'" in str(error):
             raise _Refused(f"{type(model).__name__} adds to its mask, or has attention of its own") from error
         raise _Refused(
@@ -422,13 +431,7 @@ def _undisturbed() -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with (
-            torch.inference_mode(False),
-            torch.random.fork_rng(devices=[]),
-            torch.autocast("cpu", enabled=False),
-            torch.device("cpu"),
-            _attention(PROBE, _gone, _gone),
-        ):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _attention(PROBE, _gone, _gone):
             yield
     finally:
         torch.set_default_dtype(default)

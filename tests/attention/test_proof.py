@@ -149,6 +149,7 @@ def test_a_sink_without_gradient_is_seen(anew, monkeypatch):
         ),
         ("bloom", dict(n_layer=2), "adds to its mask"),
         ("gpt2", dict(n_layer=2), "drops out 0.1 of its attention"),
+        ("stablelm", dict(num_hidden_layers=2), "does not hand what it is given on to its attention"),
         ("falcon", dict(num_hidden_layers=2), "attention of its own"),
         ("gemma3_text", dict(num_hidden_layers=2, use_bidirectional_attention=True), "neither causal, nor a window"),
     ],
