@@ -121,7 +121,7 @@ def attach(
         raise ValueError(f"model: {type(causal).__name__} is attached already; detach(model) first")
     if check and (softcap is not None or scale != 1.0):
         raise ValueError(f"softcap={softcap}, scale={scale}: measured with check=True; give them with check=False")
-    _check_parts(causal)
+    _check_parts(causal, check)
     names = _positional(causal.forward)
     state = _Attached(causal, merge_lora, names, check, None if check else Probed(softcap, scale, ends_at_head=True))
     if _has_weights(causal):
@@ -311,7 +311,7 @@ def _causal_lm(model: nn.Module) -> nn.Module:
     return causal
 
 
-def _check_parts(causal: nn.Module) -> None:
+def _check_parts(causal: nn.Module, check: bool) -> None:
     if getattr(causal.config, "is_encoder_decoder", False):
         raise ValueError(
             f"model: {type(causal).__name__} is an encoder with a decoder; expected a causal LM, which reads one sequence"
@@ -324,7 +324,7 @@ def _check_parts(causal: nn.Module) -> None:
         )
     # Known without weights, which the probe needs.
     both_ways = any(getattr(module, "is_causal", None) is False for module in causal.modules())
-    if getattr(causal.config, "is_decoder", None) is False and both_ways:
+    if check and getattr(causal.config, "is_decoder", None) is False and both_ways:
         raise ValueError(
             f"model: {type(causal).__name__} is an encoder, whose tokens see those after them; expected a causal LM "
             "(is_decoder=True in its config, where it was trained so)"

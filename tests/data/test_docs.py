@@ -12,7 +12,7 @@ DOC = Path(__file__).parents[2] / "docs" / "data.md"
 def test_the_documented_example_runs(make_tokenizer, tmp_path, monkeypatch, capsys):
     make_tokenizer("qwen2_5").save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
     exec(compile(example, str(DOC), "exec"), {})
     out = capsys.readouterr().out
     rows, apart = map(int, re.search(r"\('harbour-1',\) rows: (\d+) tokens if packed apart: (\d+)", out).groups())

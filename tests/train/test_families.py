@@ -72,13 +72,15 @@ FAMILIES = {
     "exaone4": dict(**LOCAL),
     "ministral3": dict(),
 }  # fmt: skip
-# By states, convolutions, a mask of its own, layers that hand nothing on; of Phi-3 by a setting, as its frequencies depend on the length.
+# By states, convolutions, a mask of its own, layers that hand nothing on; of Phi-3 by a setting, as its
+# frequencies depend on the length.
 SEPARATE = (
     *("mamba", "falcon_mamba", "qwen3_next", "falcon_h1", "bamba", "lfm2", "jamba", "granitemoehybrid", "bloom"),
     *("nemotron", "stablelm", "phi3"),
 )
-# Llama 4's masks (vmap) know no mode, so norms and softmax stay in float32; Phi-3's frequencies are made anew within the mode.
-ROUNDED = {"llama4_text": 1e-5, "phi3": 1e-7}
+# DeepSeek's router stays in float32. Llama 4's masks (vmap) know no mode, so norms and softmax do, too; Phi-3's
+# frequencies are made anew within the mode.
+ROUNDED = {"llama4_text": 1e-5, "phi3": 1e-7, "deepseek_v3": 1e-6}
 PAIRS = [make_pair(1, turns=2, document=9, answer=3), make_pair(2, turns=1, rejected=2, document=16, answer=3)]
 REFERENCE = (-3.0, -4.0)
 

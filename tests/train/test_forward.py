@@ -116,8 +116,8 @@ def test_policy_and_reference_decide_for_themselves_and_it_is_told_once(tmp_path
     trainer = make_trainer(tmp_path, "longpo", PAIRS, make_other("gpt2"), make_model(1, torch.float32), pack_tokens=200)
     assert trainer.separate and not trainer.reference.digest().endswith("-separate")
     told = [record.message for record in caplog.records if "separate" in record.message]
-    assert len(told) == 1 and "GPT2LMHeadModel is given separate sequences" in told[0] and "'gpt2'" in told[0]
-    (dropout,) = (record.message for record in caplog.records if "drops out" in record.message)
+    assert len(told) == 1 and "GPT2LMHeadModel is given separate sequences" in told[0] and "drops out 0.1" in told[0]
+    (dropout,) = (record.message for record in caplog.records if "a reference does not" in record.message)
     assert "resid_dropout=0.1" in dropout or "dropout=0.1" in dropout
     both = make_trainer(tmp_path, "longpo", PAIRS, make_model(), make_model(1), separate=True)
     assert both.separate and both.reference.digest().endswith("-separate")
