@@ -10,7 +10,7 @@ from longpo_ops.attention.shared_prefix import plan_calls, plan_segments, shared
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
 from tests.budget import check_budget
 
-from .dense import dense_attention, make_layout, separate_attention, visible
+from .dense import dense_attention, make_layout, separate_attention, sequences, visible
 
 LAYOUTS = {
     "one token each": make_layout((1, 1, 1)),
@@ -195,3 +195,52 @@ def test_refuses_unsound_inputs():
     for spans in (dict(start=0.0), dict(prefix_end="1"), dict(tails=((1, 2, 3),)), dict(tails=(4, 5)), dict(tails=5)):
         with pytest.raises(ValueError, match=f"PairSpans: {next(iter(spans))}"):
             PairSpans(**dict(start=0, prefix_end=1, tails=((1, 2),)) | spans)
+
+
+def chunked(layout, chunk):
+    """(T, T) bool: who sees whom, by places in the separate sequence; prefix rows of a rejected tail have their own places."""
+    seen = torch.zeros(layout.length, layout.length, dtype=torch.bool)
+    for pair in sequences(layout):
+        for rows in pair:
+            for place, row in enumerate(rows):
+                seen[row] = False
+                seen[row, rows[place - place % chunk : place + 1]] = True
+    return seen
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 8, 64])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_chunks_end_where_they_do_in_separate_sequences(layout, chunk):
+    tensors = [x.detach().double().requires_grad_() for x in make_inputs(layout, torch.float64, batch=1)]
+    mask = chunked(layout, chunk)
+    truth = run(lambda q, k, v: dense_attention(q, k, v, mask, 0.5, None), *tensors)
+    ours = run(lambda q, k, v: shared_prefix_attention(q, k, v, layout=layout, scale=0.5, chunk=chunk), *tensors)
+    for a, c in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_sink_is_one_more_key_of_no_value(window):
+    layout = LAYOUTS["several pairs"]
+    q, k, v, dout = (x.detach().double().requires_grad_() for x in make_inputs(layout, torch.float64, batch=2))
+    sinks = torch.linspace(-2, 3, 4, dtype=torch.float64, requires_grad=True)
+    scores = 0.5 * q @ k.repeat_interleave(2, 1).transpose(2, 3)
+    scores = scores.masked_fill(~visible(layout, window), -torch.inf)
+    column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    truth = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    ours = shared_prefix_attention(q, k, v, layout=layout, scale=0.5, window=window, sinks=sinks)
+    for a, c in zip(
+        [ours, *torch.autograd.grad(ours, (q, k, v, sinks), dout.detach())],
+        [truth, *torch.autograd.grad(truth, (q, k, v, sinks), dout.detach())],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-12)
+
+
+def test_refuses_chunks_with_a_cache_and_sinks_of_other_heads():
+    q, k, v, _ = make_inputs(LAYOUTS["one pair"], torch.float32, batch=1)
+    with pytest.raises(ValueError, match="chunk=8 came with window=None, 5 queries and 62 keys"):
+        shared_prefix_attention(q[:, :, -5:], k, v, chunk=8)
+    with pytest.raises(ValueError, match=r"sinks has the shape \(3,\): expected \(4,\)"):
+        shared_prefix_attention(q, k, v, sinks=torch.zeros(3))
