@@ -158,6 +158,7 @@ def errors(trainer, case: Case, group) -> dict:
     """The largest relative difference from one process, in numbers and in gradients, and the rows of the packs."""
     turn = dist.get_rank() // case.sharing
     num_pairs = float(sum(len(PACKS[pack]) for pack in case.packs))
+    model_of(case.shape)  # proved, and remembered, while float32 is still itself
     with true_float64():
         trainer.__dict__["sequence_group"] = None
         whole = model_of(case.shape)
