@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ NOT_DATA = (
     "architectures",
     "vocab_size",
 )
+
+
+NUMBER = re.compile("(.*_)?(layer|block)_(idx|id|index)")  # of a layer among the others
+UNREAD = "a mask that was not read"
 
 
 class PrefixNotShared(ValueError):
@@ -139,11 +144,15 @@ def _build(kind: type[nn.Module], config: Any, device: str) -> nn.Module:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's layers: its longest list of modules, as long as its config says. Raises ValueError where there is none."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    """The model's layers: the list of modules that is as long as its config says, in its decoder if there are others. Raises
+    ValueError where there is none."""
     config = model.config.get_text_config()
     depth = next((n for name in DEPTH if isinstance(n := getattr(config, name, None), int)), None)
-    found = [list(m) for m in lists if len(m) == depth]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for modules in (decoder.children(), model.modules()):
+        found = [list(m) for m in modules if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if len(found) == 1:
+            break
     if len(found) != 1:
         raise ValueError(f"{type(model).__name__} has {len(found)} lists of {depth} layers, expected one")
     return found[0]
@@ -175,9 +184,7 @@ def _structure(block: nn.Module) -> tuple:
 def _settings(module: nn.Module) -> tuple:
     """Flags, names and whole numbers, but for the number of its layer."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | str | None) and not k.startswith("_")}
-    return tuple(
-        (k, v) for k, v in sorted(plain.items()) if k not in ("training", "layer_idx", "layer_id", "block_idx")
-    )
+    return tuple((k, v) for k, v in sorted(plain.items()) if k != "training" and not NUMBER.fullmatch(k))
 
 
 def _pick(kind: type[nn.Module], config: Any, kinds: list[tuple]) -> tuple[list[int], list[int]]:
@@ -234,6 +241,8 @@ def _look(model: nn.Module) -> list[_Layer]:
             raise _Refused(
                 f"{type(module).__name__} drops out {dropout:g} of its attention in training: set that to 0 in its config"
             )
+        if attention_mask is UNREAD:
+            raise _Refused("a mask of its layers is neither causal, nor a window or chunks of the past")
         if not isinstance(mask := attention_mask, Seen):
             raise _Refused(f"{type(module).__name__} has a mask of its own ({type(mask).__name__})")
         if not getattr(module, "is_causal", True):
@@ -256,11 +265,8 @@ def _look(model: nn.Module) -> list[_Layer]:
     return layers
 
 
-def _read(*args, mask_function: Callable, **_) -> Seen:
-    seen = read_mask(mask_function)
-    if seen is None:
-        raise _Refused("a mask of its layers is neither causal, nor a window or chunks of the past")
-    return seen
+def _read(*args, mask_function: Callable, **_) -> Seen | str:
+    return read_mask(mask_function) or UNREAD  # which is refused where a layer uses it
 
 
 def _check_rows(model: nn.Module, ids: Tensor) -> None:

@@ -124,9 +124,11 @@ def _anew(rotary: nn.Module) -> nn.Module:
 
 
 def _frequencies(rotary: nn.Module, last: int) -> Tensor:
-    """(kinds of layers, 2, D): cosine and sine at position 1, which tell frequencies apart, in a call up to `last`."""
+    """Cosines and sines at position 1, which tell frequencies apart, in a call up to `last`, of all kinds of layers in turn."""
     kinds = [(kind,) for kind in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [()]
     with torch.no_grad(), torch.device("cpu"):
         fresh, positions = _anew(rotary), torch.tensor([[1, last]])
-        angles = [fresh(torch.zeros(1), positions, *kind) for kind in kinds]
-        return torch.stack([torch.stack([part[0, 0] for part in pair]) for pair in angles])
+        if hasattr(rotary, "mrope_section"):  # a row of positions for each of time, height and width
+            positions = positions.expand(3, 1, 2)
+        angles = [part for kind in kinds for part in fresh(torch.zeros(1), positions, *kind)]
+        return torch.cat([part.reshape(-1, 2, part.shape[-1])[:, 0].flatten() for part in angles])

@@ -20,6 +20,7 @@ from typing import Any
 
 WIDTH, HEADS, INNER, VOCABULARY, POSITIONS = 64, 4, 96, 128, 4096
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+LAST = "num_kv_shared_layers"  # a number of the last layers
 READ = ("max_position_embeddings", "original_max_position_embeddings", "n_positions", "max_seq_len")
 WINDOW = re.compile(r"(.*_)?(window|chunk)(_size)?|local_attention")
 TOKEN = re.compile(r".*_(token_id|token_ids|idx|index)")
@@ -73,8 +74,16 @@ def _shrink(part: Any, whole: Any, window: int | None, layers: Sequence[int] | N
             _put(part, name, value)
         if name in DEPTH and layers is not None and value == depth:
             _put(part, name, len(layers))
+        elif name == LAST and layers is not None and depth:
+            _put(part, name, sum(i >= depth - value for i in layers))
         elif (new := _smaller(name, value, sizes, window)) != value:
             _put(part, name, new)
+    if (own := vars(whole).get("_heterogeneity_spec")) is not None and part is whole:
+        own.per_layer_overrides = {
+            i: {k: _smaller_of_layer(k, v, sizes, window) for k, v in own.per_layer_overrides[n].items()}
+            for i, n in enumerate(range(depth) if layers is None else layers)
+            if n in own.per_layer_overrides
+        }
     if isinstance(rope := values.get("rope_parameters"), dict):
         _put(part, "rope_parameters", _shrink_rope(rope, _rotary_size(_entries(part)), window))
 
@@ -124,6 +133,12 @@ def _smaller(name: str, value: Any, sizes: _Sizes | None, window: int | None) ->
     told += [n for names, n in FIXED.items() if names.fullmatch(name)]
     told += [min(value, n) for names, n in AT_MOST.items() if names.fullmatch(name)]
     return next((new for new in told if new is not None), value)
+
+
+def _smaller_of_layer(name: str, value: Any, sizes: _Sizes | None, window: int | None) -> Any:
+    """What a layer has of its own, which is never what the others have."""
+    wide = HEAD_SIZE.fullmatch(name) and sizes is not None and sizes.hidden > WIDTH
+    return 2 * WIDTH // HEADS if wide else _smaller(name, value, sizes, window)
 
 
 def _width(name: str, value: int, sizes: _Sizes) -> int | None:
