@@ -26,7 +26,7 @@ from longpo_ops.attention.masks import Seen
 from longpo_ops.attention.proof import PrefixNotShared, Proof, blocks_of, prove
 from longpo_ops.attention.rope import check_rope_over_ranks, renew, rotary_modules
 from longpo_ops.attention.shared_prefix import plan_calls, shared_prefix_attention, under_autocast
-from longpo_ops.attention.ulysses import check_heads, to_heads, to_rows
+from longpo_ops.attention.ulysses import check_heads, head_plan, to_heads, to_rows
 from longpo_ops.data.layout import SharedPrefixLayout
 from longpo_ops.kinds import check_object
 from longpo_ops.parallel import Shards
@@ -220,11 +220,10 @@ def _attention_forward(
         _check_positions(whole, shared_prefix_layout)
     heads, kv_heads = query.shape[1], key.shape[1]
     if shards is not None:
+        query, key, value = _to_own_heads(query, key, value, shards)
         if s_aux is not None:
-            raise ValueError(
-                "attention sinks (s_aux) are not known where ranks share the rows: set sequence_parallel=1"
-            )
-        query, key, value = to_heads(*under_autocast(query, key, value), shards)
+            own = head_plan(heads, kv_heads, shards.size)[shards.rank].heads
+            s_aux = s_aux[own.start : own.stop]
     out = shared_prefix_attention(
         query,
         key,
@@ -237,6 +236,14 @@ def _attention_forward(
         sinks=s_aux,
     )
     return (out if shards is None else to_rows(out, heads, kv_heads, shards)), None
+
+
+def _to_own_heads(query: Tensor, key: Tensor, value: Tensor, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows of this rank's heads. Values narrower than keys (multi-head latent attention) travel as wide as those."""
+    size = value.shape[-1]
+    wide = nn.functional.pad(value, (0, key.shape[-1] - size)) if size < key.shape[-1] else value
+    query, key, value = to_heads(*under_autocast(query, key, wide), shards)
+    return query, key, value[..., :size]
 
 
 def _layer_of(module: nn.Module, sliding_window: int | None) -> _Layer:

@@ -68,10 +68,8 @@ def _shrink(part: Any, whole: Any, window: int | None, layers: Sequence[int] | N
         if hasattr(value, "to_dict") or (isinstance(value, dict) and name.endswith("_config")):
             _shrink(value, whole, window, layers)
             continue
-        if isinstance(value, list | tuple) and layers is not None and depth and len(value) == depth:
-            numbers = range(depth) if list(value) == list(range(depth)) else value  # of all layers, by their numbers
-            value = type(value)(range(len(layers)) if numbers is not value else (value[i] for i in layers))
-            _put(part, name, value)
+        if isinstance(value, list | tuple) and layers is not None and depth:
+            _put(part, name, value := _of_layers(name, value, depth, layers))
         if name in DEPTH and layers is not None and value == depth:
             _put(part, name, len(layers))
         elif name == LAST and layers is not None and depth:
@@ -86,6 +84,14 @@ def _shrink(part: Any, whole: Any, window: int | None, layers: Sequence[int] | N
         }
     if isinstance(rope := values.get("rope_parameters"), dict):
         _put(part, "rope_parameters", _shrink_rope(rope, _rotary_size(_entries(part)), window))
+
+
+def _of_layers(name: str, value: list | tuple, depth: int, layers: Sequence[int]) -> list | tuple:
+    """What a list says of the kept layers: it has an entry for each layer, or the numbers of some."""
+    numbers = all(type(n) is int and 0 <= n < depth for n in value) and sorted(set(value)) == list(value)
+    if numbers and ("layer" in name or len(value) == depth):
+        return type(value)(i for i, n in enumerate(layers) if n in value)
+    return type(value)(value[i] for i in layers) if len(value) == depth else value
 
 
 def _entries(part: Any) -> dict[str, Any]:
