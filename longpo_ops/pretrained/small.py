@@ -117,7 +117,7 @@ class _Sizes:
             next((v for k, v in values.items() if names.fullmatch(k) and type(v) is int), None)
             for names in (HIDDEN, HEAD_COUNT)
         )
-        return cls(hidden, heads, values.get("qk_rope_head_dim")) if hidden and heads else None
+        return cls(hidden, heads or HEADS, values.get("qk_rope_head_dim")) if hidden else None
 
 
 def _smaller(name: str, value: Any, sizes: _Sizes | None, window: int | None) -> Any:

@@ -46,7 +46,7 @@ WAYS = {
     "not tried": "No small model of the default config came to be, so that there is nothing to compare with.",
 }
 ROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[22, 22, 20])
-TOLD = {  # what default configs do not say that their models need
+TOLD = {  # what default configs do not say that their models need; or fewer layers, where they cannot be cut
     "cohere_compass_text": dict(rope_parameters=dict(full_attention=ROPE, sliding_attention=ROPE)),
     "deepseek_v2": dict(num_experts_per_tok=2, topk_group=1, n_group=1),
     "dots1": dict(n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
@@ -58,6 +58,9 @@ TOLD = {  # what default configs do not say that their models need
     "nemotron": dict(num_key_value_heads=8),
     "xlstm": dict(num_hidden_layers=2, num_blocks=2),
     "zamba": dict(num_hidden_layers=12),
+    "zamba2": dict(num_hidden_layers=12, layers_block_type=["mamba", "mamba", "hybrid"] * 4),
+    **dict.fromkeys(("pegasus", "mvp", "mbart", "marian"), dict(decoder_layers=2)),
+    "prophetnet": dict(num_decoder_layers=2),
 }  # fmt: skip
 
 
