@@ -34,7 +34,7 @@ def empty(kind, **fields):
 
 @pytest.fixture
 def anew(monkeypatch):
-    monkeypatch.setattr(proof, "_PROVED", {})
+    monkeypatch.setattr(proof._prove, "known", {})
 
 
 @pytest.mark.parametrize(
@@ -208,5 +208,5 @@ def test_is_remembered(anew):
     first = prove(empty("llama"))
     began = time.process_time()
     assert prove(empty("llama")) is first
-    assert len(proof._PROVED) == 1 and time.process_time() > began
+    assert len(proof._prove.known) == 1 and time.process_time() > began
     assert prove(empty("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})) is not first
