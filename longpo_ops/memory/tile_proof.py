@@ -183,8 +183,8 @@ def _look(body: nn.Module, ids: Tensor, parents: list[nn.Module]) -> dict[nn.Mod
 
 def _prove_layer(layer: nn.Module, seen: dict[nn.Module, Seen]) -> Part:
     called = seen[layer]
-    expected = _results(layer, called.args, called.kwargs, layer)
     try:
+        expected = _results(layer, called.args, called.kwargs, layer)
         if shared := shared_containers(called.args, called.kwargs):
             raise Unproved(f"layers share {', '.join(shared)}")
         split = _find_split(layer, called)

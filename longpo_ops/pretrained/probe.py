@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .loading import quiet
 from .small import DEPTH, small_config
 
-MOST = 96  # layers of a small model, where the kinds of layers do not come in fewer
+MOST = 64  # layers of a small model, where the kinds of layers do not come in fewer
 LEAST = 1e-3  # of the largest number of all: what is smaller throughout is measured by it
 NOT_DATA = {  # of a config, to a proof
     *("transformers_version", "_name_or_path", "name_or_path", "dtype", "use_cache", "architectures", "vocab_size"),

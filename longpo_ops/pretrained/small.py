@@ -14,11 +14,12 @@ Tests: tests/pretrained/test_small.py.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
 
-WIDTH, HEADS, INNER, VOCABULARY, POSITIONS = 64, 4, 96, 128, 4096
+WIDTH, HEADS, INNER, VOCABULARY, POSITIONS = 64, 4, 96, 128, 512
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 READ = ("max_position_embeddings", "original_max_position_embeddings", "n_positions", "max_seq_len")
 WINDOW = re.compile(r"(.*_)?(window|chunk)(_size)?|local_attention")
@@ -31,7 +32,7 @@ HEAD_SIZE = re.compile("(swa_|global_|attention_|index_)?head_dim|kv_channels|at
 AT_MOST = {  # by what the name of a size says of it
     re.compile("(.*_)?vocab_size(_per_layer_input)?"): VOCABULARY,
     re.compile("(num_|num_local_|n_routed_|moe_num_)experts|zero_expert_num"): 4,
-    re.compile("(num_|n_)?experts_per_tok(en)?|moe_top_?k|moe_k|router_top_k|n_group|num_expert_group"): 2,
+    re.compile("(num_|n_)?experts_per_tok(en)?|moe_top_?k|moe_k|router_top_k|(mamba_)?n_groups?|num_expert_group"): 2,
     re.compile("topk_group"): 1,
     re.compile(".*_rank|d_rel"): 16,
 }
@@ -77,6 +78,13 @@ def _shrink(part: Any, whole: Any, window: int | None, layers: Sequence[int] | N
             _put(part, name, new)
     if isinstance(rope := values.get("rope_parameters"), dict):
         _put(part, "rope_parameters", _shrink_rope(rope, _rotary_size(_entries(part)), window))
+    if spec := getattr(part, "_heterogeneity_spec", None):
+        kept = range(depth) if layers is None else layers
+        own = {place: spec.per_layer_overrides.get(i, {}) for place, i in enumerate(kept)}
+        own = {
+            place: {name: _smaller(name, v, sizes, window) for name, v in told.items()} for place, told in own.items()
+        }
+        part.__dict__["_heterogeneity_spec"] = dataclasses.replace(spec, per_layer_overrides=own)
 
 
 def _entries(part: Any) -> dict[str, Any]:
@@ -102,7 +110,7 @@ class _Sizes:
             next((v for k, v in values.items() if names.fullmatch(k) and type(v) is int), None)
             for names in (HIDDEN, HEAD_COUNT)
         )
-        return cls(hidden, heads, values.get("qk_rope_head_dim")) if hidden and heads else None
+        return cls(hidden, heads or HEADS, values.get("qk_rope_head_dim")) if hidden else None
 
 
 def _smaller(name: str, value: Any, sizes: _Sizes | None, window: int | None) -> Any:

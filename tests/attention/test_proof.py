@@ -52,6 +52,11 @@ def test_tells_what_each_layer_sees(kind, seen):
     assert shown.off < proof.TOLERANCE / 10
 
 
+def test_the_16_bits_of_a_published_config_are_nothing_to_a_proof(anew):
+    shown = prove(empty("qwen3_moe", num_hidden_layers=1, dtype="bfloat16"))
+    assert shown.reason is None and shown.off < proof.TOLERANCE / 10
+
+
 @pytest.mark.parametrize("width", [4096, 64, 8192])
 def test_a_window_as_large_as_a_width_stays(width):
     shown = prove(empty("mistral", num_hidden_layers=1, hidden_size=4096, sliding_window=width))

@@ -27,7 +27,7 @@ WHOLE = {  # structure: which layers to take of the real depth
     "mixtral": [0],
     "qwen3_moe": [0],
     "gpt_oss": [0, 1],  # sinks
-    "deepseek_v3": [0, 3],  # latent attention, dense and experts
+    "deepseek_v3": [0, 1, 2, 3],  # latent attention, dense and experts
     "llama4_text": [0, 3],  # norm after rotary, chunks
 }
 PARTS = {
