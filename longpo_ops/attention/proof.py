@@ -17,10 +17,7 @@ Tests: tests/attention/test_proof.py.
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,27 +26,22 @@ from torch import Tensor, nn
 
 from longpo_ops.attention.masks import Seen, read_mask
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
-from longpo_ops.pretrained.small import DEPTH, small_config
+from longpo_ops.pretrained.probe import (
+    Refused,
+    build,
+    difference,
+    layers_of,
+    pick_layers,
+    randomise,
+    remembered,
+    with_gradients,
+)
+from longpo_ops.pretrained.small import small_config
 
 PROBE = "longpo_probe"
 WINDOW = 5  # rows of windows in the small model; chunks have one more
-MOST = 64  # layers of the small model, where its kinds of layers do not come in fewer
-TOLERANCE = (
-    2e-4  # of the largest log-prob or gradient: roundings of float32 stay some hundred times below, faults above
-)
+TOLERANCE = 2e-4  # of the largest number: roundings of float32 stay some hundred times below, faults above
 LENGTHS = ((9, 8, (7, 12)), (3, 11, (2,)))  # of pairs: prefix, chosen tail, rejected tails
-NOT_DATA = (
-    "transformers_version",
-    "_name_or_path",
-    "name_or_path",
-    "dtype",
-    "use_cache",
-    "architectures",
-    "vocab_size",
-)
-
-
-NUMBER = re.compile("(.*_)?(layer|block)_(idx|id|index)")  # of a layer among the others
 UNREAD = "a mask that was not read"
 
 
@@ -69,46 +61,28 @@ class Proof:
     off: float | None = None
 
 
-class _Refused(Exception):
-    pass
-
-
-_PROVED: dict[tuple, Proof] = {}
-
-
 def prove(model: nn.Module) -> Proof:
     """What holds for a transformers model (or a PEFT model of one) of this class and config; its weights are not looked at."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind, config = type(model), getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return Proof(f"{kind.__name__} has no transformers config")
-    described = {k: v for k, v in config.to_dict().items() if k not in NOT_DATA}
-    key = kind, json.dumps(described, sort_keys=True, default=str)
-    if key not in _PROVED:
-        _PROVED[key] = _prove(kind, config)
-    return _PROVED[key]
+    return _prove(kind, config)
 
 
+@remembered
 def _prove(kind: type[nn.Module], config: Any) -> Proof:
-    """In a thread of its own, where no mode of torch is in force that the caller may have set: autocast, inference, devices."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_in_thread, kind, config).result()
-
-
-def _in_thread(kind: type[nn.Module], config: Any) -> Proof:
     try:
-        with _undisturbed():
+        with _attention(PROBE, _gone, _gone):
             return _shown(kind, config)
-    except _Refused as refused:
+    except Refused as refused:
         return Proof(str(refused))
 
 
 def _shown(kind: type[nn.Module], config: Any) -> Proof:
-    whole = _build(kind, small_config(config), "meta")
-    kinds = _signatures(whole)
-    picked, of_layer = _pick(kind, config, kinds)
-    called = _look(_build(kind, small_config(config, layers=picked), "cpu"))
-    model = _build(kind, small_config(config, WINDOW, picked), "cpu")
+    picked, of_layer = pick_layers(kind, config, PROBE)
+    called = _look(build(kind, small_config(config, layers=picked), PROBE))
+    model = build(kind, small_config(config, WINDOW, picked), PROBE)
     short = _look(model)
     for cut, real in zip(short, called, strict=True):
         _check_cut(cut.seen, real.seen)
@@ -118,99 +92,12 @@ def _shown(kind: type[nn.Module], config: Any) -> Proof:
 
 
 def _check_cut(cut: Seen | None, real: Seen | None) -> None:
-    """Raises _Refused unless a small model's rows see what the real one's do, but for the size of windows and chunks."""
+    """Raises Refused unless a small model's rows see what the real one's do, but for the size of windows and chunks."""
     if cut == real is None:
         return
     kinds = {(seen.window is None, seen.chunk is None) if seen else None for seen in (cut, real)}
     if len(kinds) > 1 or max(cut.window or 0, cut.chunk or 0) > WINDOW + 1:
-        raise _Refused(f"rows of a layer see {real}, and {cut} where windows are set to {WINDOW} rows")
-
-
-# --- a small model ----------------------------------------------------------------------------------------------------
-
-
-def _build(kind: type[nn.Module], config: Any, device: str) -> nn.Module:
-    try:
-        with torch.device(device):
-            make = getattr(kind, "_from_config", kind)
-            model = make(config, attn_implementation=PROBE) if make is not kind else kind(config)
-    except Exception as error:
-        if PROBE in str(error):
-            raise _Refused(f"{kind.__name__} has attention of its own, not one of transformers' functions") from error
-        raise _Refused(
-            f"a small {kind.__name__} of its config cannot be built ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
-    return model.eval()
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's layers: the list of modules that is as long as its config says, in its decoder if there are others. Raises
-    ValueError where there is none."""
-    config = model.config.get_text_config()
-    depth = next((n for name in DEPTH if isinstance(n := getattr(config, name, None), int)), None)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for modules in (decoder.children(), model.modules()):
-        found = [list(m) for m in modules if isinstance(m, nn.ModuleList) and len(m) == depth]
-        if len(found) == 1:
-            break
-    if len(found) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(found)} lists of {depth} layers, expected one")
-    return found[0]
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    try:
-        return blocks_of(model)
-    except ValueError as error:
-        raise _Refused(str(error)) from None
-
-
-def _signatures(model: nn.Module) -> list[tuple]:
-    """By layer: its modules' classes, settings and shapes, and what the config lists for it."""
-    blocks, config = _blocks(model), model.config.get_text_config().to_dict()
-    listed = [
-        v for v in config.values() if isinstance(v, list | tuple) and len(v) == len(blocks) and [*v] != [*range(len(v))]
-    ]
-    return [(_structure(block), tuple(str(each[i]) for each in listed)) for i, block in enumerate(blocks)]
-
-
-def _structure(block: nn.Module) -> tuple:
-    return tuple(
-        (name, type(m).__name__, _settings(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters(recurse=False)))
-        for name, m in block.named_modules()
-    )
-
-
-def _settings(module: nn.Module) -> tuple:
-    """Flags, names and whole numbers, but for the number of its layer."""
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | str | None) and not k.startswith("_")}
-    return tuple((k, v) for k, v in sorted(plain.items()) if k != "training" and not NUMBER.fullmatch(k))
-
-
-def _pick(kind: type[nn.Module], config: Any, kinds: list[tuple]) -> tuple[list[int], list[int]]:
-    """-> one layer of each kind, or the first layers that have them all, or all, and for every layer the place of its like."""
-    picked, why = [kinds.index(each) for each in dict.fromkeys(kinds)], ""
-    for tried in (picked, list(range(max(picked) + 1)), list(range(len(kinds)))):
-        try:
-            came = _signatures(_build(kind, small_config(config, layers=tried), "meta")) if len(tried) <= MOST else []
-        except _Refused as refused:
-            why = f": {refused}"
-            continue
-        if [each[0] for each in came] == [kinds[i][0] for i in tried]:
-            return tried, [[kinds[i] for i in tried].index(each) for each in kinds]
-    raise _Refused(f"its {len(kinds)} layers, of {len(picked)} kinds, do not come in a small model{why}")
-
-
-def _randomise(model: nn.Module) -> None:
-    """Every parameter, and every number that is stored with them: fresh biases are zeros and would hide their loss."""
-    generator = torch.Generator().manual_seed(0)
-    stored = model.state_dict().keys()
-    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in stored)]
-    for name, x in named:
-        if x.is_floating_point():
-            drawn = torch.randn(x.shape, generator=generator)
-            wide = x.shape[-1] ** -0.5 if x.ndim > 1 else 0.3
-            x.copy_(drawn * wide + (x.ndim == 1 and name.endswith("weight")))
+        raise Refused(f"rows of a layer see {real}, and {cut} where windows are set to {WINDOW} rows")
 
 
 # --- masks, arguments, rows -------------------------------------------------------------------------------------------
@@ -225,43 +112,45 @@ class _Layer:
 
 
 def _look(model: nn.Module) -> list[_Layer]:
-    """Per layer what it sees. Raises _Refused for unknown arguments, and for rows that reach others without attention."""
+    """Per layer what it sees. Raises Refused for unknown arguments, and for rows that reach others without attention."""
     from longpo_ops.attention.registration import unknown_arguments
 
-    blocks, name = _blocks(model), type(model).__name__
+    blocks, name = layers_of(model), type(model).__name__
     where = {m: (i, path) for i, block in enumerate(blocks) for path, m in block.named_modules()}
     layers = [_Layer() for _ in blocks]
 
     def attend(module, q, k, v, attention_mask=None, dropout=0.0, scaling=None, sliding_window=None, **given):
         if module not in where:
-            raise _Refused(f"{type(module).__name__} is no part of the layers of {name}")
+            raise Refused(f"{type(module).__name__} is no part of the layers of {name}")
         if unknown := unknown_arguments(given):
-            raise _Refused(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which we do not know")
+            raise Refused(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which we do not know")
         if dropout:
-            raise _Refused(
+            raise Refused(
                 f"{type(module).__name__} drops out {dropout:g} of its attention in training: set that to 0 in its config"
             )
         if attention_mask is UNREAD:
-            raise _Refused("a mask of its layers is neither causal, nor a window or chunks of the past")
+            raise Refused("a mask of its layers is neither causal, nor a window or chunks of the past")
         if not isinstance(mask := attention_mask, Seen):
-            raise _Refused(f"{type(module).__name__} has a mask of its own ({type(mask).__name__})")
+            raise Refused(f"{type(module).__name__} has a mask of its own ({type(mask).__name__})")
         if not getattr(module, "is_causal", True):
-            raise _Refused(f"{type(module).__name__} is bidirectional")
+            raise Refused(f"{type(module).__name__} is bidirectional")
         if sliding_window is not None and sliding_window != mask.window:
-            raise _Refused(f"{type(module).__name__} is told of a window of {sliding_window}, its mask shows {mask}")
+            raise Refused(f"{type(module).__name__} is told of a window of {sliding_window}, its mask shows {mask}")
         i, path = where[module]
         if layers[i].seen not in (None, mask):
-            raise _Refused(f"layer {i} attends twice, to {layers[i].seen} and to {mask}")
+            raise Refused(f"layer {i} attends twice, to {layers[i].seen} and to {mask}")
+        if layers[i].name not in (None, path):
+            raise Refused(f"layer {i} has two modules that attend, {layers[i].name} and {path}")
         layers[i] = _Layer(mask, path)
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
 
     with _attention(PROBE, attend, _read), torch.no_grad():
-        _randomise(model)
+        randomise(model)
         _check_rows(model, _tokens(model, 12))
         _run(model.train(), _tokens(model, 12))  # with dropout
         model.eval()
     if not any(each.seen for each in layers):
-        raise _Refused(f"the layers of {name} do not use the attention functions of transformers")
+        raise Refused(f"the layers of {name} do not use the attention functions of transformers")
     return layers
 
 
@@ -270,7 +159,7 @@ def _read(*args, mask_function: Callable, **_) -> Seen | str:
 
 
 def _check_rows(model: nn.Module, ids: Tensor) -> None:
-    """Raises _Refused where other tokens in the first half change rows of the second, though attention gives nothing."""
+    """Raises Refused where other tokens in the first half change rows of the second, though attention gives nothing."""
     other, half = ids.clone(), ids.shape[1] // 2
     other[:, :half] = (other[:, :half] + 1) % 7 + 3
     leaks: list[str] = []
@@ -290,7 +179,7 @@ def _check_rows(model: nn.Module, ids: Tensor) -> None:
             hook.remove()
     late = out[:, half:].double()
     if (late[0] - late[1]).abs().max() > TOLERANCE * late.abs().max():
-        raise _Refused(
+        raise Refused(
             f"{leaks[0] if leaks else 'its body'} passes on what earlier rows hold by another way than transformers' attention "
             "(a state, a convolution, attention of its own)"
         )
@@ -300,58 +189,28 @@ def _check_rows(model: nn.Module, ids: Tensor) -> None:
 
 
 def _compare(model: nn.Module, layers: Sequence[_Layer]) -> float:
-    """-> how far log-probs and gradients of a pack are from those of separate sequences. Raises _Refused where too far."""
+    """-> how far log-probs and gradients of a pack are from those of separate sequences. Raises Refused where too far."""
     from longpo_ops.attention.registration import installed
 
     layout, ids, positions, sequences = _pack(model)
-    weights = torch.linspace(0.5, 1.5, layout.length)
-    _randomise_in_place(model)
+    randomise(model)
     model.set_attn_implementation("eager")
     if model.config._attn_implementation != "eager":
-        raise _Refused(f"{type(model).__name__} has no eager attention to be compared with")
-    alone = _with_gradients(
-        model, lambda: torch.cat([_logps(model, ids[:, rows])[-own:] for rows, own in sequences]), weights
-    )
+        raise Refused(f"{type(model).__name__} has no eager attention to be compared with")
+    parameters = dict(model.named_parameters())
+    alone = torch.cat([_logps(model, ids[:, rows])[-own:] for rows, own in sequences])
+    expected = with_gradients({"log-probs": alone}, parameters)
     proof = Proof(None, tuple(each.seen for each in layers), tuple(each.name for each in layers))
     with installed(model, proof):
-        packed = _with_gradients(
-            model, lambda: _logps(model, ids, position_ids=positions, shared_prefix_layout=layout), weights
-        )
-    off = {"log-probs": _off(packed[0], alone[0], alone[0])}
-    scale = max(g.abs().max() for g in alone[1].values())
-    for name, theirs in alone[1].items():
-        ours = packed[1].get(name, torch.full_like(theirs, torch.nan))
-        off[f"gradients of {name}"] = _off(ours, theirs, torch.maximum(theirs.abs().max(), 1e-3 * scale))
-    worst = max(off, key=off.get)
-    if not off[worst] <= TOLERANCE:
-        raise _Refused(
-            f"{worst} of a pack differ from those of its separate sequences by {off[worst]:.2g} of the largest, "
+        packed = _logps(model, ids, position_ids=positions, shared_prefix_layout=layout)
+        ours = with_gradients({"log-probs": packed}, parameters)
+    worst, off = difference(ours, expected)
+    if not off <= TOLERANCE:
+        raise Refused(
+            f"{worst} of a pack differ from those of its separate sequences by {off:.2g} of the largest, "
             f"expected {TOLERANCE:g} at most"
         )
-    return off[worst]
-
-
-def _randomise_in_place(model: nn.Module) -> None:
-    with torch.no_grad():
-        _randomise(model)
-
-
-def _off(ours: Tensor, theirs: Tensor, scale: Tensor) -> float:
-    return (
-        float((ours - theirs).abs().max() / scale.abs().max().clamp(min=1e-30))
-        if ours.isfinite().all()
-        else float("inf")
-    )
-
-
-def _with_gradients(model: nn.Module, logps: Callable[[], Tensor], weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    with torch.enable_grad():
-        rows = logps()
-        (rows * weights).sum().backward()
-    named = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return rows.detach(), named
+    return off
 
 
 def _logps(model: nn.Module, ids: Tensor, **given) -> Tensor:
@@ -363,7 +222,7 @@ def _run(model: nn.Module, ids: Tensor, **given):
     try:
         return model(input_ids=ids, use_cache=False, **given)
     except (
-        _Refused,
+        Refused,
         ValueError,
         TypeError,
         RuntimeError,
@@ -372,13 +231,13 @@ def _run(model: nn.Module, ids: Tensor, **given):
         KeyError,
         AssertionError,
     ) as error:
-        if isinstance(error, _Refused):
+        if isinstance(error, Refused):
             raise
         if "no shared_prefix_layout came" in str(error):
-            raise _Refused(f"{type(model).__name__} does not hand what it is given on to its attention") from error
+            raise Refused(f"{type(model).__name__} does not hand what it is given on to its attention") from error
         if "'Seen'" in str(error):
-            raise _Refused(f"{type(model).__name__} adds to its mask, or has attention of its own") from error
-        raise _Refused(
+            raise Refused(f"{type(model).__name__} adds to its mask, or has attention of its own") from error
+        raise Refused(
             f"a small {type(model).__name__} does not run ({type(error).__name__}: {str(error)[:200]})"
         ) from error
 
@@ -429,15 +288,3 @@ def _attention(name: str, attend: Callable, mask: Callable) -> Iterator[None]:
 
 def _gone(*args, **kwargs):
     raise RuntimeError(f"{PROBE} is in use while a model is proved only")
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """What surrounds a caller is nothing to a proof, and the other way round."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _attention(PROBE, _gone, _gone):
-            yield
-    finally:
-        torch.set_default_dtype(default)

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from longpo_ops.attention.masks import Seen
-from longpo_ops.attention.proof import PrefixNotShared, Proof, blocks_of, prove
+from longpo_ops.attention.proof import PrefixNotShared, Proof, prove
 from longpo_ops.attention.rope import check_rope_over_ranks, renew, rotary_modules
 from longpo_ops.attention.shared_prefix import plan_calls, shared_prefix_attention, under_autocast
 from longpo_ops.attention.ulysses import check_heads, head_plan, to_heads, to_rows
 from longpo_ops.data.layout import SharedPrefixLayout
 from longpo_ops.kinds import check_object
 from longpo_ops.parallel import Shards
+from longpo_ops.pretrained.probe import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,8 +121,11 @@ def installed(model: PreTrainedModel, proof: Proof) -> Iterator[None]:
 def _attentions(model: nn.Module, proof: Proof) -> dict[nn.Module, Seen]:
     """The modules that call attention, in order, and what their rows see."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = zip(blocks_of(model), proof.attention, proof.seen, strict=True)
-    return {block.get_submodule(name): seen for block, name, seen in layers if seen is not None}
+    layers = layers_of(model)
+    if len(layers) != len(proof.seen):
+        raise ValueError(f"model: it has {len(layers)} layers, its config says {len(proof.seen)}")
+    shown = zip(layers, proof.attention, proof.seen, strict=True)
+    return {layer.get_submodule(name): seen for layer, name, seen in shown if seen is not None}
 
 
 def _proof(model: nn.Module) -> Proof:

@@ -1,8 +1,8 @@
 """Which parts of a model may be computed by tiles of rows: tried on a small model of the same class and config.
 
-The small model (pretrained/small.py) has two layers of each kind that the real one has, in float64, every parameter random.
-Its own forward shows what each layer is called with. Of each kind one is then computed by tiles, and its results and every
-gradient are held against its own:
+The small model (pretrained/probe.py) has two layers of each kind that the real one has, as one may leave something for the
+next, in float64. Its own forward shows what each layer is called with. Of each kind one is then computed by tiles, and its
+results and every gradient are held against its own:
 
     whole      the layer, split around its call of attention
     parts      where that fails: those of its modules that are row-wise (norms, the MLP or experts)
@@ -40,12 +40,22 @@ from longpo_ops.memory.tiled_calls import (
     run_to_attention,
     shared_containers,
 )
+from longpo_ops.pretrained.probe import (
+    Refused,
+    build,
+    difference,
+    kinds_of,
+    layers_of,
+    pick_layers,
+    randomise,
+    remembered,
+    with_gradients,
+)
+from longpo_ops.pretrained.small import small_config
 
 LENGTH, ROWS, BATCH = 11, 4, 2  # three tiles, the last of them shorter
 WINDOW = 5
-TOLERANCE = (
-    1e-5  # of a tensor's largest number, and 1 % of all tensors': parts of models compute in float32 in any case
-)
+TOLERANCE = 1e-4  # of the largest number: parts of models compute in float32 in any case
 
 
 @dataclass(frozen=True)
@@ -81,66 +91,19 @@ class Proof:
         return "; ".join([*lines, *([f"after the layers: {', '.join(self.last)}"] if self.last else [])])
 
 
-_PROOFS: dict[tuple[type, str], Proof] = {}
-
-
+@remembered
 def prove(model_class: type[nn.Module], config) -> Proof:
-    """What of a causal LM of this class and transformers config can be tiled. Takes seconds the first time."""
-    key = model_class, config.to_json_string(use_diff=False)
-    if key not in _PROOFS:
-        _PROOFS[key] = _prove(model_class, config)
-    return _PROOFS[key]
-
-
-def _prove(model_class: type[nn.Module], config) -> Proof:
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.enable_grad():
-        try:
-            kinds = _kinds(model_class, config)
-            two = [
-                i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2
-            ]  # as one may leave something for the next
-            model = _random_model(model_class, config, two)
-            if list(map(kind_of, layers_of(model))) != [kinds[i] for i in two]:  # cut in depth they are others
-                model = _random_model(model_class, config)
-            return _of_all(prove_model(model), list(map(kind_of, layers_of(model))), kinds)
-        except Exception as error:  # whatever the code of some model raises, it is not tiled then
-            return Proof(why=f"a small model of this config does not run ({type(error).__name__}: {error})")
-
-
-def _kinds(model_class: type[nn.Module], config) -> list[tuple]:
-    """Of every layer."""
-    with torch.device("meta"):
-        return list(map(kind_of, layers_of(_build(model_class, config))))
-
-
-def _of_all(proof: Proof, shown: list[tuple], kinds: list[tuple]) -> Proof:
-    """The proof for all layers, from that of one of each kind."""
-    if not proof.layers:
-        return proof
-    parts = dict(zip(reversed(shown), reversed(proof.layers), strict=True))
-    return Proof(tuple(parts[kind] for kind in kinds), proof.last, proof.why)
-
-
-def _random_model(model_class: type[nn.Module], config, layers: list[int] | None = None) -> nn.Module:
-    torch.manual_seed(0)
-    with torch.device("cpu"):
-        model = _build(model_class, config, layers).to(torch.float64).eval()
-    randomise(model)
-    return model
-
-
-def _build(model_class: type[nn.Module], config, layers: list[int] | None = None) -> nn.Module:
-    from longpo_ops.pretrained.small import small_config
-
-    small = small_config(config, window=WINDOW, layers=layers)
-    small._experts_implementation = "eager"  # grouped products of experts know no float64
-    return model_class._from_config(small, attn_implementation="eager")
-
-
-def randomise(model: nn.Module) -> None:
-    """Every parameter: as they are made, biases and norms would hide what is left out."""
-    for p in model.parameters():
-        nn.init.normal_(p, 0.0 if p.ndim > 1 else 0.5, p.shape[-1] ** -0.5 if p.ndim > 1 else 0.2)
+    """What of a causal LM of this class and transformers config can be tiled. Takes a second or two the first time."""
+    try:
+        picked, like = pick_layers(model_class, config, "eager", each=2)
+        model = build(model_class, small_config(config, WINDOW, picked), "eager", dtype=torch.float64)
+        randomise(model)
+        proof = prove_model(model)
+    except Refused as refused:
+        return Proof(why=str(refused))
+    except Exception as error:  # whatever the code of some model raises, it is not tiled then
+        return Proof(why=f"a small model of this config does not run ({type(error).__name__}: {error})")
+    return Proof(tuple(proof.layers[i] for i in like), proof.last, proof.why) if proof.layers else proof
 
 
 # --- one model --------------------------------------------------------------------------------------------------------
@@ -157,20 +120,18 @@ class Seen:
 
 def prove_model(model: nn.Module) -> Proof:
     """model: a causal LM as it is, weights and all, small."""
-    layers = layers_of(model)
-    if not layers:
-        return Proof(why=f"{type(model).__name__} has no layers of transformers' GradientCheckpointingLayer")
-    body = _body(model)
+    layers, body = layers_of(model), _body(model)
+    kind = dict(zip(layers, kinds_of(model), strict=True))
     ids = torch.randint(model.get_input_embeddings().num_embeddings, (BATCH, LENGTH))
     seen = _look(body, ids, [body, *layers])
     if not any(layer in seen for layer in layers):
         return Proof(why="its text model does not call them")
-    kinds: dict[tuple, Part] = {}
+    shown: dict[tuple, Part] = {}
     for layer in layers:
-        if layer in seen and (kind := kind_of(layer)) not in kinds:
-            kinds[kind] = _prove_layer(layer, seen)
+        if layer in seen and kind[layer] not in shown:
+            shown[kind[layer]] = _prove_layer(layer, seen)
     uncalled = Part(why="the model does not call it")
-    parts = [kinds[kind_of(layer)] if layer in seen else uncalled for layer in layers]
+    parts = [shown[kind[layer]] if layer in seen else uncalled for layer in layers]
     ended = max(seen[layer].order for layer in layers if layer in seen)
     after = [n for n, m in body.named_children() if m in seen and seen[m].order > ended and m not in layers]
     proof = Proof(tuple(parts), _rowwise_children(body, after, seen))
@@ -187,29 +148,13 @@ def _confirm(model: nn.Module, body: nn.Module, ids: Tensor, proof: Proof) -> Pr
     if any(part.split for part in proof.layers):
         why = "layers leave something for each other"
         reduced.append(Proof(tuple(Part(why=why) if part.split else part for part in proof.layers), proof.last))
-    expected = _results(run, (ids,), {}, list(body.parameters()))
+    expected = _results(run, (ids,), {}, body)
     for candidate in reduced:
         with attached(model, candidate, ROWS):
-            why = _difference(expected, lambda: _results(run, (ids,), {}, list(body.parameters())))
+            why = _difference(expected, lambda: _results(run, (ids,), {}, body))
         if not why:
             return candidate
     return Proof(tuple(Part(why=why) for _ in proof.layers))
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-
-
-def kind_of(layer: nn.Module) -> tuple:
-    """Layers alike in all that code could go by, but for numbers."""
-    kinds = []
-    for name, module in layer.named_modules():
-        told = {k: v if isinstance(v, bool | str) else type(v).__name__ for k, v in vars(module).items() if k[0] != "_"}
-        told.pop("training")
-        kinds.append((name, type(module), tuple(sorted(told.items()))))
-    return tuple(kinds)
 
 
 def _look(body: nn.Module, ids: Tensor, parents: list[nn.Module]) -> dict[nn.Module, Seen]:
@@ -238,15 +183,14 @@ def _look(body: nn.Module, ids: Tensor, parents: list[nn.Module]) -> dict[nn.Mod
 
 def _prove_layer(layer: nn.Module, seen: dict[nn.Module, Seen]) -> Part:
     called = seen[layer]
-    expected = _results(layer, called.args, called.kwargs, list(layer.parameters()))
     try:
+        expected = _results(layer, called.args, called.kwargs, layer)
         if shared := shared_containers(called.args, called.kwargs):
             raise Unproved(f"layers share {', '.join(shared)}")
         split = _find_split(layer, called)
         forward = partial(run_split, layer, layer.forward, split, ROWS)
         with interface(), replaced(layer, forward):
-            ours = lambda: _results(layer, called.args, called.kwargs, list(layer.parameters()))  # noqa: E731
-            why = _difference(expected, ours)
+            why = _difference(expected, lambda: _results(layer, called.args, called.kwargs, layer))
         if not why:
             return Part(split)
     except Exception as error:  # of the model's own code, run as it is not meant to be
@@ -260,13 +204,13 @@ def _rowwise_children(parent: nn.Module, names: list[str], seen: dict[nn.Module,
         module = getattr(parent, name)
         if module not in seen or not any(True for _ in module.parameters()):
             continue
-        args, kwargs, parameters = seen[module].args, seen[module].kwargs, list(module.parameters())
+        args, kwargs = seen[module].args, seen[module].kwargs
         if not Call(args, kwargs).takes_rows:
             continue
         try:
-            expected = _results(module, args, kwargs, parameters)
+            expected = _results(module, args, kwargs, module)
             with replaced(module, partial(run_rowwise, module, module.forward, ROWS)):
-                why = _difference(expected, lambda m=module, a=args, k=kwargs, p=parameters: _results(m, a, k, p))
+                why = _difference(expected, lambda m=module, a=args, k=kwargs: _results(m, a, k, m))
         except Exception as error:  # as above
             why = str(error)
         if not why:
@@ -359,40 +303,26 @@ class _End:
 # --- comparison -------------------------------------------------------------------------------------------------------
 
 
-def _results(function: Callable, args: tuple, kwargs: dict, parameters: list[Tensor]) -> list[Tensor | None]:
-    """Results of a call, and the gradients of its rows and of the parameters for random upstream gradients."""
+def _results(function: Callable, args: tuple, kwargs: dict, module: nn.Module) -> dict[str, Tensor | None]:
+    """Results of a call, and the gradients of its rows and of the module's parameters."""
     call, leaves = Call(args, kwargs), []
     if call.takes_rows:
         leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in call.inputs()]
         args, kwargs = call.of(tuple(leaves))
     results = [x for x in tree_flatten(function(*args, **kwargs))[0] if isinstance(x, Tensor)]
-    given = torch.Generator().manual_seed(1)
-    trained = [x for x in results if x.requires_grad]
-    upstream = [torch.randn(x.shape, generator=given, dtype=x.dtype) for x in trained]
-    wanted = [x for x in [*leaves, *parameters] if x.requires_grad]
-    return [x.detach() for x in results] + list(torch.autograd.grad(trained, wanted, upstream, allow_unused=True))
+    wanted = {f"input {i}": x for i, x in enumerate(leaves)} | dict(module.named_parameters())
+    return with_gradients({f"result {i}": x for i, x in enumerate(results)}, wanted)
 
 
-def _difference(expected: list[Tensor | None], compute: Callable[[], list[Tensor | None]]) -> str:
+def _difference(expected: dict[str, Tensor | None], compute: Callable[[], dict[str, Tensor | None]]) -> str:
     """Why the results are not the expected ones, or nothing."""
-    if any(b is not None and not b.isfinite().all() for b in expected):
+    if any(x is not None and not x.isfinite().all() for x in expected.values()):
         return "its own numbers are not finite"
     try:
-        ours = compute()
+        worst, off = difference(compute(), expected)
     except Exception as error:  # of the model's own code, run as it is not meant to be
         return str(error) if isinstance(error, Unproved) else f"{type(error).__name__}: {error}"
-    if len(ours) != len(expected):
-        return f"by tiles it has {len(ours)} results and gradients, as it is {len(expected)}"
-    worst, least = 0.0, 0.01 * max((float(x.abs().max()) for x in expected if x is not None and x.numel()), default=0.0)
-    for a, b in zip(ours, expected, strict=True):
-        a, b = (torch.zeros_like(other) if x is None and other is not None else x for x, other in ((a, b), (b, a)))
-        if a is None or not b.numel():
-            continue
-        if a.shape != b.shape:
-            return f"by tiles a result has shape {tuple(a.shape)}, as it is {tuple(b.shape)}"
-        error = float((a - b).abs().max()) / max(float(b.abs().max()), least)
-        worst = max(worst, error) if error == error else float("inf")
-    return "" if worst <= TOLERANCE else f"its rows depend on each other outside of attention (error {worst:.1e})"
+    return "" if off <= TOLERANCE else f"its rows depend on each other outside of attention ({worst}: error {off:.1e})"
 
 
 # --- attached ---------------------------------------------------------------------------------------------------------
@@ -431,8 +361,9 @@ def attached(model: nn.Module, proof: Proof, rows: int) -> Iterator[None]:
 
 def _body(model: nn.Module) -> nn.Module:
     """What has the layers, and gives the last hidden state."""
-    body = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if body is not model or not (layers := layers_of(model)):
+    body = model.get_decoder() if hasattr(model, "get_decoder") else None
+    layers = layers_of(model)
+    if body not in (None, model) and not set(layers).isdisjoint(body.modules()):
         return body
     path = next(name for name, module in model.named_modules() if module is layers[0])
     return model.get_submodule(path.rpartition(".")[0].rpartition(".")[0])

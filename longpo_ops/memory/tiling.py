@@ -24,8 +24,9 @@ from torch import nn
 
 from longpo_ops.kinds import check_object, check_whole
 from longpo_ops.memory.rowwise import RowWise
-from longpo_ops.memory.tile_proof import Proof, forwards_of, layers_of, prove
+from longpo_ops.memory.tile_proof import Proof, forwards_of, prove
 from longpo_ops.memory.tiled_calls import INTERFACE, restore, run_rowwise, run_split
+from longpo_ops.pretrained.probe import layers_of
 
 __all__ = ["ROWS", "RowWise", "TilingHandle", "explain_tiling", "is_tiled", "tile_layers"]
 

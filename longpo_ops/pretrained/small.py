@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-WIDTH, HEADS, INNER, VOCABULARY, POSITIONS = 64, 4, 96, 128, 4096
+WIDTH, HEADS, INNER, VOCABULARY, POSITIONS = 64, 4, 96, 128, 512
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 LAST = "num_kv_shared_layers"  # a number of the last layers
 READ = ("max_position_embeddings", "original_max_position_embeddings", "n_positions", "max_seq_len")
@@ -32,7 +32,7 @@ HEAD_SIZE = re.compile("(swa_|global_|attention_|index_)?head_dim|kv_channels|at
 AT_MOST = {  # by what the name of a size says of it
     re.compile("(.*_)?vocab_size(_per_layer_input)?"): VOCABULARY,
     re.compile("(num_|num_local_|n_routed_|moe_num_)experts|zero_expert_num"): 4,
-    re.compile("(num_|n_)?experts_per_tok(en)?|moe_top_?k|moe_k|router_top_k|n_group|num_expert_group"): 2,
+    re.compile("(num_|n_)?experts_per_tok(en)?|moe_top_?k|moe_k|router_top_k|(mamba_)?n_groups?|num_expert_group"): 2,
     re.compile("topk_group"): 1,
     re.compile(".*_rank|d_rel"): 16,
 }
@@ -76,14 +76,13 @@ def _shrink(part: Any, whole: Any, window: int | None, layers: Sequence[int] | N
             _put(part, name, sum(i >= depth - value for i in layers))
         elif (new := _smaller(name, value, sizes, window)) != value:
             _put(part, name, new)
-    if (own := vars(whole).get("_heterogeneity_spec")) is not None and part is whole:
-        own.per_layer_overrides = {
-            i: {k: _smaller_of_layer(k, v, sizes, window) for k, v in own.per_layer_overrides[n].items()}
-            for i, n in enumerate(range(depth) if layers is None else layers)
-            if n in own.per_layer_overrides
-        }
     if isinstance(rope := values.get("rope_parameters"), dict):
         _put(part, "rope_parameters", _shrink_rope(rope, _rotary_size(_entries(part)), window))
+    if spec := getattr(part, "_heterogeneity_spec", None):
+        spec.per_layer_overrides = {
+            place: {k: _smaller_of_layer(k, v, sizes, window) for k, v in spec.per_layer_overrides.get(i, {}).items()}
+            for place, i in enumerate(range(depth) if layers is None else layers)
+        }
 
 
 def _of_layers(name: str, value: list | tuple, depth: int, layers: Sequence[int]) -> list | tuple:
@@ -142,7 +141,7 @@ def _smaller(name: str, value: Any, sizes: _Sizes | None, window: int | None) ->
 
 
 def _smaller_of_layer(name: str, value: Any, sizes: _Sizes | None, window: int | None) -> Any:
-    """What a layer has of its own, which is never what the others have."""
+    """What a layer has of its own; heads of a size of their own keep one."""
     wide = HEAD_SIZE.fullmatch(name) and sizes is not None and sizes.hidden > WIDTH
     return 2 * WIDTH // HEADS if wide else _smaller(name, value, sizes, window)
 

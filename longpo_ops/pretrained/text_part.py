@@ -19,15 +19,14 @@ their own (trust_remote_code): both are refused.
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import re
 from typing import Any
 
 import torch
 from torch import nn
 
-from .loading import BrokenModel, explain, quiet
+from .loading import BrokenModel, explain
+from .probe import Refused, build, difference, randomise, remembered
 from .small import WIDTH, small_config
 
 # How checkpoints of models with several parts name those of the text part, and how the text part does.
@@ -116,49 +115,37 @@ def check_text_part(whole) -> None:
             f"model {whole.name_or_path!r}: its text part is quantised (quantization_config), and cannot be taken out of a "
             "whole that is; give the model in 16 bits"
         )
-    if why := _refusal(_Key(whole)):
+    kind = _class_of(whole)
+    if kind is None:
+        why = f"transformers {_version()} has no model of type {whole.model_type!r} to compare it with"
+    else:
+        why = _refusal(kind, whole)
+    if why:
         raise BrokenModel(
             f"model {whole.name_or_path!r}: its text part cannot be taken alone: {why}; expected a model whose text part "
             "computes the same without the others (Gemma 3, Mistral 3, Llama 4, Qwen3-VL): give one, or a text model"
         )
 
 
-class _Key:
-    """A config by its content."""
-
-    def __init__(self, whole):
-        self.whole = whole
-        self.content = json.dumps(whole.to_dict() | {"_name_or_path": None}, sort_keys=True, default=str)
-
-    def __eq__(self, other) -> bool:
-        return self.content == other.content
-
-    def __hash__(self) -> int:
-        return hash(self.content)
-
-
-@functools.lru_cache(maxsize=16)
-def _refusal(key: _Key) -> str | None:
+@remembered
+def _refusal(kind: type, whole) -> str | None:
     """Why the text part of a config is not taken; None where it was shown."""
-    whole = key.whole
-    kind = _class_of(whole)
-    if kind is None:
-        return f"transformers {_version()} has no model of type {whole.model_type!r} to compare it with"
     try:
-        with quiet(), torch.random.fork_rng([]), torch.no_grad():
-            torch.manual_seed(0)
+        with torch.no_grad():
             small = _small(whole)
             model = _build(kind, small)
             ids = _ids(small)
-            expected = model(input_ids=ids, use_cache=False).logits.float()
+            expected = model(input_ids=ids, use_cache=False).logits
             text = _text_of(model, small)
-            came = text(input_ids=ids, use_cache=False).logits.float()
+            came = text(input_ids=ids, use_cache=False).logits
     except ImportError:
         raise
+    except Refused as refused:
+        return str(refused)
     except Exception as error:  # of any kind: of a model that was never tried
         return f"{kind.__name__} without its other parts fails: {explain(error)}"
-    off = (came - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
-    if came.shape != expected.shape or not off < ERROR:
+    _, off = difference({"logits": came}, {"logits": expected})
+    if not off < ERROR:
         return f"{type(text).__name__} and {kind.__name__} differ by {off:.1e} of the largest logit on the same text"
     return None
 
@@ -196,8 +183,7 @@ def _small(whole):
 
 def _build(kind: type, small) -> nn.Module:
     """A wrapper whose text part has random weights; its other parts have none."""
-    with torch.device("meta"):
-        model = kind._from_config(small).eval()
+    model = build(kind, small, device="meta")
     for get in (model.get_decoder, model.get_output_embeddings):  # the former may hold the latter
         if (part := get()) is None or part is model:
             raise ValueError("no part of it is told to be the text part")
@@ -209,11 +195,8 @@ def _build(kind: type, small) -> nn.Module:
                 else None
             )
             new = type(part)(part.config) if new is None else new
+            randomise(new)
             model.set_submodule(name, new.eval())
-            for parameter in new.parameters():
-                parameter.normal_(0.5, 0.3) if parameter.ndim == 1 else parameter.normal_(
-                    0, parameter.shape[-1] ** -0.5
-                )
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:

@@ -34,7 +34,7 @@ def empty(kind, **fields):
 
 @pytest.fixture
 def anew(monkeypatch):
-    monkeypatch.setattr(proof, "_PROVED", {})
+    monkeypatch.setattr(proof._prove, "known", {})
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,11 @@ def test_tells_what_each_layer_sees(kind, seen):
     shown = prove(empty(kind))
     assert shown.reason is None and list(shown.seen) == seen and shown.attention == ("self_attn",) * len(seen)
     assert shown.off < proof.TOLERANCE / 10
+
+
+def test_the_16_bits_of_a_published_config_are_nothing_to_a_proof(anew):
+    shown = prove(empty("qwen3_moe", num_hidden_layers=1, dtype="bfloat16"))
+    assert shown.reason is None and shown.off < proof.TOLERANCE / 10
 
 
 @pytest.mark.parametrize("width", [4096, 64, 8192])
@@ -208,5 +213,5 @@ def test_is_remembered(anew):
     first = prove(empty("llama"))
     began = time.process_time()
     assert prove(empty("llama")) is first
-    assert len(proof._PROVED) == 1 and time.process_time() > began
+    assert len(proof._prove.known) == 1 and time.process_time() > began
     assert prove(empty("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})) is not first

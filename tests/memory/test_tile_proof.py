@@ -9,8 +9,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from longpo_ops.memory import tile_layers, tile_proof
-from longpo_ops.memory.tile_proof import prove, randomise
+from longpo_ops.memory.tile_proof import prove
 from longpo_ops.memory.tiling import explain_tiling
+from longpo_ops.pretrained.probe import randomise
 from longpo_ops.pretrained.small import small_config
 
 LENGTH, ROWS = 23, 7
@@ -26,7 +27,7 @@ WHOLE = {  # structure: which layers to take of the real depth
     "mixtral": [0],
     "qwen3_moe": [0],
     "gpt_oss": [0, 1],  # sinks
-    "deepseek_v3": [0, 3],  # latent attention, dense and experts
+    "deepseek_v3": [0, 1, 2, 3],  # latent attention, dense and experts
     "llama4_text": [0, 3],  # norm after rotary, chunks
 }
 PARTS = {
@@ -179,9 +180,9 @@ def test_a_wrong_split_is_not_proved(what, monkeypatch):
 
 
 def test_refusals_name_the_model_and_what_stands_against_it():
-    config = AutoConfig.for_model("ctrl", n_layer=1, n_embd=16, n_head=2, dff=16, vocab_size=61)
+    config = AutoConfig.for_model("xlm", n_layers=1, emb_dim=16, n_heads=2, n_words=61)
     with pytest.raises(
-        ValueError, match=r"CTRLLMHeadModel \(model type 'ctrl'\).* GradientCheckpointingLayer.*leave tile_rows out"
+        ValueError, match=r"XLMWithLMHeadModel \(model type 'xlm'\).* no layers that.* leave tile_rows out"
     ):
         tile_layers(AutoModelForCausalLM.from_config(config))
     assert not explain_tiling(config)

@@ -38,6 +38,24 @@ def test_layers_are_those_asked_for():
     assert small.num_hidden_layers == 2 and small.layer_types == ["sliding_attention", "full_attention"]
 
 
+def test_what_single_layers_override_goes_with_them():
+    config = AutoConfig.for_model("gemma4_text", num_hidden_layers=12)
+    assert [config.per_layer_config[i].head_dim for i in (4, 5)] == [256, 512]
+    small = small_config(config, layers=[4, 11])
+    assert small.layer_types == ["sliding_attention", "full_attention"]
+    assert small._heterogeneity_spec.per_layer_overrides == {0: {}, 1: {"head_dim": 24}}
+    model = AutoModelForCausalLM.from_config(small)
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "rwkv"])
+def test_models_of_states_are_cut_as_well(kind):
+    """Groups go with heads, and a width needs no heads to be one."""
+    model = AutoModelForCausalLM.from_config(small_config(AutoConfig.for_model(kind), layers=[0, 1]))
+    assert sum(p.numel() for p in model.parameters()) < 1e5
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+
+
 def test_factors_of_rope_fit_the_smaller_heads():
     rope = dict(
         rope_type="longrope",

@@ -26,8 +26,8 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longpo_ops.attention import proof as P
 from longpo_ops.attention.proof import prove
+from longpo_ops.pretrained.probe import Refused, build, pick_layers, randomise
 from longpo_ops.pretrained.small import small_config
 from longpo_ops.pretrained.text_part import check_text_part, has_parts
 from longpo_ops.train.forward import shares_prefix
@@ -36,7 +36,7 @@ from .step import errors, make, plain_step, step_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
-WINDOW, DEEP = 5, 12
+WINDOW = 5
 TOLERANCE = 2e-3  # of float32: roundings stay below 1e-4, faults above 1e-2
 WAYS = {
     "packed": "The prefix of a pair is computed once, as was proved.",
@@ -119,20 +119,11 @@ def _of_text_part(kind: str, config) -> Row:
 def _small_model(model_class, config):
     """float32, in eval mode; a layer of each kind where the config can be cut to those."""
     try:
-        with P._undisturbed():
-            layers, _ = P._pick(model_class, config, P._signatures(P._build(model_class, small_config(config), "meta")))
-    except P._Refused:
+        layers, _ = pick_layers(model_class, config)
+    except Refused:
         layers = None
-    small = small_config(config, WINDOW, layers)
-    model = model_class._from_config(small).float().eval()
-    generator, stored = torch.Generator().manual_seed(0), model.state_dict().keys()
-    with torch.no_grad():
-        for name, x in [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in stored)]:
-            if x.is_floating_point() and (
-                x.requires_grad or x.min() == x.max()
-            ):  # other buffers are part of the equations
-                gain = x.ndim == 1 and name.endswith("weight")
-                x.copy_(gain + torch.randn(x.shape, generator=generator) * (0.3 if x.ndim < 2 else x.shape[-1] ** -0.5))
+    model = build(model_class, small_config(config, WINDOW, layers))
+    randomise(model)
     return model
 
 
