@@ -59,7 +59,7 @@ TOLD = {  # what default configs do not say that their models need; or fewer lay
     "xlstm": dict(num_hidden_layers=2, num_blocks=2),
     "zamba": dict(num_hidden_layers=12),
     "zamba2": dict(num_hidden_layers=12, layers_block_type=["mamba", "mamba", "hybrid"] * 4),
-    **dict.fromkeys(("pegasus", "mvp", "mbart", "marian"), dict(decoder_layers=2)),
+    **{kind: dict(decoder_layers=2) for kind in ("pegasus", "mvp", "mbart", "marian")},
     "prophetnet": dict(num_decoder_layers=2),
 }  # fmt: skip
 
