@@ -1,15 +1,17 @@
 """Whether sequences of a model may share a prefix: shown on a small model of its class and config, not looked up in a list.
 
-    kinds    layers of the config cut in width, told apart by their modules' classes, shapes and settings (meta device)
-    masks    one layer of each kind with the config's own windows: what transformers' mask function shows (masks.py), and that
-             every argument of attention is one that the implementation knows
+    masks    all layers of the config cut in width, with its own windows: what transformers' mask function shows (masks.py), and
+             that every argument of attention is one that the implementation knows
     rows     the same layers with attention silenced: no row may reach a later one by another way (state, convolution, code of
-             its own)
-    numbers  the same layers with windows and chunks of a few rows, every parameter random: log-probs and all gradients of a
-             pack with our attention are those of its separate sequences with the model's eager attention, in float32
+             its own), and none may go by its number in the call, or by the call's length
+    kinds    layers told apart by their modules' classes, shapes and settings, and by what their rows see: one of each is left
+    numbers  these with windows and chunks of a few rows, every parameter random: log-probs and all gradients of a pack with our
+             attention are those of its separate sequences with the model's eager attention, in float32
+    far      these behind FAR rows, as code may go by such numbers beyond a bound only (Llama 4 scales queries by the row's)
 
-0.3 to 1.4 s of processor time for a config of any size; remembered by class and config for the life of the process. Not
-covered: what depends on weights, and RoPE that depends on length, of which rope.py asks every pack.
+0.5 to 4 s of processor time, 1.6 for 32 layers of a Llama; remembered by class and config for the life of the process. Not
+covered: what depends on weights, what a model does in training alone or beyond FAR rows, and RoPE that depends on length, of
+which rope.py asks every pack.
 
 Tests: tests/attention/test_proof.py.
 """
@@ -27,10 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from longpo_ops.attention.masks import Seen, read_mask
+from longpo_ops.attention.rope import rope_depends_on_length
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
-from longpo_ops.pretrained.small import DEPTH, small_config
+from longpo_ops.pretrained.small import DEPTH, READ, small_config
 
 PROBE = "longpo_probe"
+NEAR, FAR = 30, 40_000  # rows before those looked at: beyond the bounds at which code of models changes
 WINDOW = 5  # rows of windows in the small model; chunks have one more
 MOST = 64  # layers of the small model, where its kinds of layers do not come in fewer
 TOLERANCE = (
@@ -99,17 +103,23 @@ def _in_thread(kind: type[nn.Module], config: Any) -> Proof:
 
 
 def _shown(kind: type[nn.Module], config: Any) -> Proof:
-    whole = _build(kind, small_config(config), "meta")
-    kinds = _signatures(whole)
-    picked, of_layer = _pick(kind, config, kinds)
-    called = _look(_build(kind, small_config(config, layers=picked), "cpu"))
+    told = _signatures(_build(kind, small_config(config), "meta"))
+    _look(_build(kind, small_config(config, layers=_pick(kind, config, told)), "cpu"))  # what refuses does so soon
+    whole = _build(kind, small_config(config), "cpu")
+    layers = _look(whole)
+    _check_apart(whole, NEAR)
+    picked = _pick(kind, config, [(*each, layer.seen) for each, layer in zip(told, layers, strict=True)])
     model = _build(kind, small_config(config, WINDOW, picked), "cpu")
     short = _look(model)
-    for cut, real in zip(short, called, strict=True):
-        _check_cut(cut.seen, real.seen)
+    for cut, i in zip(short, picked, strict=True):
+        _check_cut(cut.seen, layers[i].seen)
     off = _compare(model, short)
-    layers = [called[i] for i in of_layer]
-    return Proof(None, tuple(each.seen for each in layers), tuple(each.name for each in layers), off)
+    _check_apart(_build(kind, small_config(config, layers=picked), "cpu"), FAR)
+    return Proof(None, *_told(layers), off)
+
+
+def _told(layers: Sequence[_Layer]) -> tuple[tuple[Seen | None, ...], tuple[str | None, ...]]:
+    return tuple(each.seen for each in layers), tuple(each.name for each in layers)
 
 
 def _check_cut(cut: Seen | None, real: Seen | None) -> None:
@@ -180,8 +190,8 @@ def _settings(module: nn.Module) -> tuple:
     )
 
 
-def _pick(kind: type[nn.Module], config: Any, kinds: list[tuple]) -> tuple[list[int], list[int]]:
-    """-> one layer of each kind, or the first layers that have them all, or all, and for every layer the place of its like."""
+def _pick(kind: type[nn.Module], config: Any, kinds: list[tuple]) -> list[int]:
+    """-> one layer of each kind, or the first layers that have them all, or all."""
     picked, why = [kinds.index(each) for each in dict.fromkeys(kinds)], ""
     for tried in (picked, list(range(max(picked) + 1)), list(range(len(kinds)))):
         try:
@@ -190,7 +200,7 @@ def _pick(kind: type[nn.Module], config: Any, kinds: list[tuple]) -> tuple[list[
             why = f": {refused}"
             continue
         if [each[0] for each in came] == [kinds[i][0] for i in tried]:
-            return tried, [[kinds[i] for i in tried].index(each) for each in kinds]
+            return tried
     raise _Refused(f"its {len(kinds)} layers, of {len(picked)} kinds, do not come in a small model{why}")
 
 
@@ -290,6 +300,41 @@ def _check_rows(model: nn.Module, ids: Tensor) -> None:
         )
 
 
+def _check_apart(model: nn.Module, before: int) -> None:
+    """Raises _Refused where rows give their attention, or their logits, other numbers behind so many rows than alone, although
+    their tokens and positions are the same."""
+    ids = _tokens(model, 12)
+    longest = ids.shape[1] if rope_depends_on_length(model) else _context(model)
+    alone = _given(model, ids, torch.arange(ids.shape[1])[None])
+    positions = torch.cat([torch.arange(before) % longest, torch.arange(ids.shape[1])])[None]
+    behind = _given(model, torch.cat([_tokens(model, before), ids], 1), positions)
+    for (name, ours), (_, theirs) in zip(behind, alone, strict=True):
+        if not _off(ours, theirs, theirs) <= TOLERANCE:
+            raise _Refused(
+                f"{name} computes other numbers of rows behind {before:,} others than of the same rows alone: it goes by the "
+                "number of a row in its call, or by the call's length"
+            )
+
+
+def _given(model: nn.Module, ids: Tensor, positions: Tensor) -> list[tuple[str, Tensor]]:
+    """What the last 12 rows give attention, which is silenced, by its module's class, and their logits."""
+    given = []
+
+    def attend(module, q, k, v, attention_mask=None, **_):
+        given.extend((type(module).__name__, x[:, :, -12:].clone()) for x in (q, k, v))
+        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
+
+    with _attention(PROBE, attend, lambda *_, **__: None), torch.no_grad():
+        _randomise(model)
+        logits = _run(model, ids, position_ids=positions).logits
+    return [*given, (type(model).__name__, logits[:, -12:])]
+
+
+def _context(model: nn.Module) -> int:
+    config = model.config.get_text_config()
+    return next((n for name in READ if type(n := getattr(config, name, None)) is int), FAR)
+
+
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
@@ -306,8 +351,7 @@ def _compare(model: nn.Module, layers: Sequence[_Layer]) -> float:
     alone = _with_gradients(
         model, lambda: torch.cat([_logps(model, ids[:, rows])[-own:] for rows, own in sequences]), weights
     )
-    proof = Proof(None, tuple(each.seen for each in layers), tuple(each.name for each in layers))
-    with installed(model, proof):
+    with installed(model, Proof(None, *_told(layers))):
         packed = _with_gradients(
             model, lambda: _logps(model, ids, position_ids=positions, shared_prefix_layout=layout), weights
         )

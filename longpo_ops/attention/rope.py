@@ -124,9 +124,11 @@ def _anew(rotary: nn.Module) -> nn.Module:
 
 
 def _frequencies(rotary: nn.Module, last: int) -> Tensor:
-    """(kinds of layers, 2, D): cosine and sine at position 1, which tell frequencies apart, in a call up to `last`."""
+    """(N,): cosines and sines of all kinds of layers, whose widths may differ, at position 1, which tell frequencies apart, in
+    a call up to `last`. Some modules give one complex tensor."""
     kinds = [(kind,) for kind in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [()]
     with torch.no_grad(), torch.device("cpu"):
         fresh, positions = _anew(rotary), torch.tensor([[1, last]])
         angles = [fresh(torch.zeros(1), positions, *kind) for kind in kinds]
-        return torch.stack([torch.stack([part[0, 0] for part in pair]) for pair in angles])
+        parts = [part for each in angles for part in (each if isinstance(each, tuple) else (each,))]
+        return torch.cat([torch.view_as_real(x[0, 0]).flatten() if x.is_complex() else x[0, 0] for x in parts])
