@@ -124,11 +124,14 @@ def _anew(rotary: nn.Module) -> nn.Module:
 
 
 def _frequencies(rotary: nn.Module, last: int) -> Tensor:
-    """Cosines and sines at position 1, which tell frequencies apart, in a call up to `last`, of all kinds of layers in turn."""
+    """(N,): cosines and sines of all kinds of layers, whose widths may differ, at position 1, which tell frequencies apart, in
+    a call up to `last`. Some modules give one complex tensor."""
     kinds = [(kind,) for kind in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [()]
     with torch.no_grad(), torch.device("cpu"):
         fresh, positions = _anew(rotary), torch.tensor([[1, last]])
         if hasattr(rotary, "mrope_section"):  # a row of positions for each of time, height and width
             positions = positions.expand(3, 1, 2)
-        angles = [part for kind in kinds for part in fresh(torch.zeros(1), positions, *kind)]
-        return torch.cat([part.reshape(-1, 2, part.shape[-1])[:, 0].flatten() for part in angles])
+        angles = [fresh(torch.zeros(1), positions, *kind) for kind in kinds]
+        parts = [part for each in angles for part in (each if isinstance(each, tuple) else (each,))]
+        parts = [torch.view_as_real(part).flatten(-2) if part.is_complex() else part for part in parts]
+        return torch.cat([part.reshape(-1, 2, part.shape[-1])[:, 0].flatten() for part in parts])

@@ -16,7 +16,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -160,10 +160,14 @@ def _settings(module: nn.Module) -> tuple:
 
 
 def pick_layers(
-    model_class: type[nn.Module], config: Any, attention: str | None = None, each: int = 1
+    model_class: type[nn.Module],
+    config: Any,
+    attention: str | None = None,
+    each: int = 1,
+    told: Sequence[Any] | None = None,
 ) -> tuple[list[int] | None, list[int]]:
     """-> the layers of a small model that has `each` of each kind (fewer where there are fewer), and for every real layer the
-    place among them of the first of its kind.
+    place among them of the first of its kind. told: what else tells every layer from others.
 
     Where a config cannot be cut to those alone they are the first layers that have them all, or None, all of them. Raises
     Refused where those are too many, and for a model that has no layers.
@@ -171,6 +175,7 @@ def pick_layers(
     kinds = kinds_of(build(model_class, small_config(config), attention, "meta"))
     if not kinds:
         raise Refused(f"{model_class.__name__} has no layers that transformers checkpoints, nor one list of its depth")
+    kinds = [(*kind, extra) for kind, extra in zip(kinds, told or [None] * len(kinds), strict=True)]
     picked, had, why = [], Counter(), ""
     for i, kind in enumerate(kinds):
         had[kind] += 1
@@ -184,7 +189,7 @@ def pick_layers(
         except (Refused, IndexError) as refused:
             why = f": {refused}"
             continue
-        if [structure for structure, _ in came] == [kinds[i][0] for i in real]:
+        if [structure for structure, _ in came] == [structure for structure, *_ in (kinds[i] for i in real)]:
             place = {kinds[i]: place for place, i in reversed([*enumerate(real)])}
             return tried, [place[kind] for kind in kinds]
     raise Refused(f"its {len(kinds)} layers, of {len(had)} kinds, do not come in a small model{why}")

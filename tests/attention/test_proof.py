@@ -1,7 +1,6 @@
 """A model is taken where it is shown to give the numbers of separate sequences; each fault of attention shows, too."""
 
 import contextlib
-import time
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ KINDS = {
     "qwen2": dict(num_hidden_layers=3, use_sliding_window=True, **LOCAL),
     "gemma2": dict(num_hidden_layers=3, **LOCAL),
     "gpt_oss": dict(num_hidden_layers=2, num_local_experts=4),
-    "llama4_text": dict(num_hidden_layers=4, num_local_experts=4),
+    "llama4_text": dict(num_hidden_layers=4, num_local_experts=4, attn_temperature_tuning=False),
 }
 
 
@@ -154,6 +153,7 @@ def test_a_sink_without_gradient_is_seen(anew, monkeypatch):
         ),
         ("bloom", dict(n_layer=2), "adds to its mask"),
         ("gpt2", dict(n_layer=2), "drops out 0.1 of its attention"),
+        ("llama4_text", dict(attn_temperature_tuning=True), "rows behind 40,000 others than of the same rows alone"),
         ("stablelm", dict(num_hidden_layers=2), "does not hand what it is given on to its attention"),
         ("falcon", dict(num_hidden_layers=2), "attention of its own"),
         ("gemma3_text", dict(num_hidden_layers=2, use_bidirectional_attention=True), "neither causal, nor a window"),
@@ -177,6 +177,49 @@ def test_an_argument_that_nobody_knows_is_refused_by_name(anew, monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     with pytest.raises(PrefixNotShared, match="LlamaAttention gives its attention position_bias"):
         use_shared_prefix(empty("llama"))
+
+
+BY_ROW = {  # what a row's hidden state is multiplied by
+    "its number, beyond a bound": (lambda layer, rows: 1 + rows // 8192, "40,000"),
+    "the length of the call, beyond a bound": (
+        lambda layer, rows: torch.full_like(rows, 1 + len(rows) // 8192),
+        "40,000",
+    ),
+    "its number, in the last layer": (lambda layer, rows: 1 + rows * (layer == 2), "30"),
+}
+
+
+@pytest.mark.parametrize("what", BY_ROW)
+def test_what_goes_by_the_number_of_a_row_is_refused(what, anew, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    own, (factor, behind) = modeling_llama.LlamaAttention.forward, BY_ROW[what]
+
+    def forward(self, hidden_states, **kwargs):
+        return own(
+            self, hidden_states * factor(self.layer_idx, torch.arange(hidden_states.shape[1]))[:, None], **kwargs
+        )
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+    with pytest.raises(PrefixNotShared, match=f"LlamaAttention computes other numbers of rows behind {behind} others"):
+        use_shared_prefix(empty("llama"))
+
+
+def test_windows_that_follow_from_the_number_of_a_layer_are_seen(anew, monkeypatch):
+    from transformers.masking_utils import create_sliding_window_causal_mask
+    from transformers.models.llama import modeling_llama
+
+    own = modeling_llama.LlamaDecoderLayer.forward
+
+    def forward(self, hidden_states, **kwargs):
+        if self.self_attn.layer_idx % 2:
+            given = dict(config=self.self_attn.config, inputs_embeds=hidden_states, past_key_values=None)
+            kwargs["attention_mask"] = create_sliding_window_causal_mask(**given, attention_mask=None)
+        return own(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", forward)
+    shown = prove(empty("llama", num_hidden_layers=4, sliding_window=4096))
+    assert shown.reason is None and shown.seen == (Seen(), Seen(window=4096)) * 2
 
 
 def test_a_call_with_such_an_argument_is_refused(anew):
@@ -211,7 +254,5 @@ def test_leaves_no_trace(anew):
 
 def test_is_remembered(anew):
     first = prove(empty("llama"))
-    began = time.process_time()
-    assert prove(empty("llama")) is first
-    assert len(proof._prove.known) == 1 and time.process_time() > began
+    assert prove(empty("llama")) is first and len(proof._prove.known) == 1
     assert prove(empty("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})) is not first
