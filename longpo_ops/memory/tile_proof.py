@@ -10,7 +10,8 @@ results and every gradient are held against its own:
 
 and at last the whole model so tiled against itself, which sees what layers leave for each other. Nothing is read off a name:
 what a layer computes, its own code says. Proofs are remembered in the process, by class and config. Not seen: what layers
-further apart than two of a kind leave for each other in some other place than the containers they are called with.
+further apart than two of a kind leave for each other in some other place than the containers they are called with, and code
+that goes by the number of a row beyond LENGTH x REPEATS.
 
 Tests: tests/memory/test_tile_proof.py.
 """
@@ -31,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from longpo_ops.memory.tiled_calls import (
     INTERFACE,
     Call,
+    Results,
     Split,
     Unproved,
     holder_of,
@@ -54,6 +56,7 @@ from longpo_ops.pretrained.probe import (
 from longpo_ops.pretrained.small import small_config
 
 LENGTH, ROWS, BATCH = 11, 4, 2  # three tiles, the last of them shorter
+REPEATS = 2000  # of the rows, where they are looked at far from the first
 WINDOW = 5
 TOLERANCE = 1e-4  # of the largest number: parts of models compute in float32 in any case
 
@@ -191,11 +194,29 @@ def _prove_layer(layer: nn.Module, seen: dict[nn.Module, Seen]) -> Part:
         forward = partial(run_split, layer, layer.forward, split, ROWS)
         with interface(), replaced(layer, forward):
             why = _difference(expected, lambda: _results(layer, called.args, called.kwargs, layer))
+        why = why or _difference(_silenced(layer, called, 1), lambda: _silenced(layer, called, REPEATS))
         if not why:
             return Part(split)
     except Exception as error:  # of the model's own code, run as it is not meant to be
         why = str(error) if isinstance(error, Unproved) else f"{type(error).__name__}: {error}"
     return Part(None, _rowwise_children(layer, [name for name, _ in layer.named_children()], seen), why)
+
+
+def _silenced(layer: nn.Module, called: Seen, repeats: int) -> dict[str, Tensor]:
+    """What the last rows give attention, which answers with zeros, and what the layer makes of it, its rows so often repeated:
+    code may go by the number of a row, or by how many there are, beyond a bound only (Llama 4 scales queries so)."""
+    call, kept = Call(called.args, called.kwargs), []
+    rows = tuple(x.repeat(1, repeats, *[1] * (x.ndim - 2)) for x in call.inputs())
+
+    def give(function, module, q, k, v, *_, **__):
+        kept.extend(x.transpose(1, 2) for x in (q, k, v))
+        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
+
+    args, kwargs = call.of(rows)
+    with torch.no_grad(), interface(), INTERFACE.answered(give):
+        out = layer.forward(*args, **kwargs)
+    given = [*kept, *Results().rows(out, BATCH, rows[0].shape[1])]
+    return {f"result {i}": x[:, -LENGTH:] for i, x in enumerate(given)}
 
 
 def _rowwise_children(parent: nn.Module, names: list[str], seen: dict[nn.Module, Seen]) -> tuple[str, ...]:

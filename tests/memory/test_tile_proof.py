@@ -30,6 +30,7 @@ WHOLE = {  # structure: which layers to take of the real depth
     "deepseek_v3": [0, 1, 2, 3],  # latent attention, dense and experts
     "llama4_text": [0, 3],  # norm after rotary, chunks
 }
+OPTIONS = {"llama4_text": dict(attn_temperature_tuning=False)}  # which goes by the numbers of rows
 PARTS = {
     "falcon": ([0], {"mlp", "input_layernorm"}),  # attention of its own code
     "qwen3_next": ([2, 3], {"mlp", "input_layernorm", "post_attention_layernorm"}),  # linear attention
@@ -77,7 +78,7 @@ def check(ours, expected):
 @pytest.mark.parametrize("kind", [*WHOLE, *PARTS])
 def test_tiled_structures_equal_their_own(kind):
     layers, parts = PARTS.get(kind, (WHOLE.get(kind), None))
-    model = make_model(kind, layers)
+    model = make_model(kind, layers, **OPTIONS.get(kind, {}))
     expected = run(model, False)
     with tile_layers(model, ROWS) as handle:
         tiled = handle.proof.layers
@@ -201,3 +202,10 @@ def test_proofs_are_remembered_and_leave_random_numbers_alone():
     first, number = prove(modeling_llama.LlamaForCausalLM, config), torch.rand(1)
     torch.manual_seed(3)
     assert prove(modeling_llama.LlamaForCausalLM, config) is first and torch.equal(torch.rand(1), number)
+
+
+def test_a_layer_that_goes_by_the_number_of_a_row_beyond_a_bound_is_not_tiled_whole():
+    """Llama 4 scales the queries of layers without RoPE by their row's, from row 8,192 on."""
+    config = AutoConfig.for_model("llama4_text", num_hidden_layers=4, num_local_experts=4)
+    chunked, full = explain_tiling(config).layers[2:]
+    assert chunked.split and full.split is None and "feed_forward" in full.modules

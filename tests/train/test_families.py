@@ -54,7 +54,7 @@ FAMILIES = {
     "phi3": dict(rope_parameters=LONGROPE),
     "gpt_oss": dict(**LOCAL, **EXPERTS),
     "llama4_text": dict(attention_chunk_size=8, intermediate_size_mlp=24, layer_types=["chunked_attention", "full_attention"],
-                        no_rope_layers=[1, 0], moe_layers=[1], **EXPERTS),
+                        no_rope_layers=[1, 0], moe_layers=[1], attn_temperature_tuning=False, **EXPERTS),
     "deepseek_v3": dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
                         n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, n_shared_experts=1,
                         num_key_value_heads=4, **EXPERTS),
