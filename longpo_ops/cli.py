@@ -99,7 +99,7 @@ def train(
         del given[name]
     given["template_kwargs"] = options.from_json("--template-kwargs", template_kwargs)
     settings = _settings(config, set_ or []) | {name: value for name, value in given.items() if value is not None}
-    from .train.run import TrainRun, check_output, describe, prepare
+    from .train.run import TrainRun, check_output, prepare
     from .train.run import train as run_training
 
     with terminal.wrong_usage((ValueError, TypeError)):
@@ -113,14 +113,14 @@ def train(
     prepared = prepare(run)
     check_output(run, prepared)
     rows = {"sequences": f"separate: {prepared.separate}" if prepared.separate else "packed: a prefix is shared"}
-    for name, value in (describe(prepared.pairs, prepared.config) | rows | run.all_settings()).items():
+    for name, value in (prepared.describe() | rows | run.all_settings()).items():
         typer.echo(f"{name:32s}{getattr(value, 'value', value)}")
     if (plan_of_run := prepared.plan) is not None:
         from .memory.plan_report import print_plan
 
-        print_plan(
-            plan_of_run, f"{run.model}, one pack of {plan_of_run.work.length:,} tokens", prepared.config.allow_lossy
-        )
+        apart = " in separate sequences" * (prepared.separate is not None)
+        title = f"{run.model}, one pack of {plan_of_run.work.length:,} tokens{apart}"
+        print_plan(plan_of_run, title, prepared.config.allow_lossy)
 
 
 app.command(name="demo")(demo)

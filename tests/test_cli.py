@@ -109,8 +109,11 @@ def test_a_dry_run_prints_counts_lengths_and_settings_and_trains_nothing(home, t
     told = dict(re.findall(r"^(\w[\w ]*?)  +(.+)$", done.stdout, re.MULTILINE))
     assert told["sequences"] == "packed: a prefix is shared"
     separate = in_process("train", *arguments, "--separate", "--dry-run")
-    assert re.search(r"^sequences +separate: separate=True$", separate.stdout, re.MULTILINE), separate.output
     assert told["pairs"] == "8" and int(told["tokens of packs"]) < int(told["tokens of separate sequences"])
+    alone = dict(re.findall(r"^(\w[\w ]*?)  +(.+)$", separate.stdout, re.MULTILINE))
+    assert alone["sequences"] == "separate: separate=True" and "tokens of packs" not in alone
+    assert alone["tokens of separate sequences"] == told["tokens of separate sequences"]
+    assert alone["optimizer steps"] == told["optimizer steps"] == "2"
     assert int(told["shortest sequence"]) <= int(told["median sequence"]) <= int(told["longest sequence"])
     assert told["recipe"] == "official with changes (learning_rate, max_steps, objective_options, pack_tokens)"
     expected = {

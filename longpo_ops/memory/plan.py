@@ -16,6 +16,8 @@ of several cards FSDP2 as accelerate sets it up, with Ulysses. Or adapters on a 
 
     device(phase) = frozen weights + adapters, their states and gradients so far + layer inputs + what the phase itself needs
 
+Sequences that are separate have a forward each, and wait for one backward (sequences.py).
+
 Layers of one kind are traced once (structure.py). Of a mixture memory holds all experts, their gradients and states; operations
 are those of the experts that a row goes to.
 """
@@ -36,6 +38,7 @@ from longpo_ops.memory.host_step import room_bytes
 from longpo_ops.memory.mesh import ONE_CARD, Mesh, heads_of
 from longpo_ops.memory.offload import Placement
 from longpo_ops.memory.quantise import CODECS
+from longpo_ops.memory.sequences import Sequences, check_sequences, parts_bytes
 from longpo_ops.memory.structure import Weights, weights_of
 from longpo_ops.memory.tiers import PAGE
 from longpo_ops.memory.times import sent_bytes, step_seconds
@@ -117,7 +120,8 @@ class Work:
     """A step: packs of `length` tokens, of which `tails` are rejected answers, through the model of a transformers config.
     reference_bytes: weights of a reference that stays on the device beside the policy. optim: a name of optimizer.OPTIMS.
     dtype: what is computed in, and on one card what weights are kept in. mesh: the cards; accumulation is of one data-parallel
-    group. adapters: what is trained, in float32 on a base that is frozen; None for all weights."""
+    group. adapters: what is trained, in float32 on a base that is frozen; None for all weights. separate: the sequences of a
+    pack, where they share no prefix; length is then that of all."""
 
     config: object
     length: int
@@ -130,6 +134,7 @@ class Work:
     optim: str = "adamw_torch"
     mesh: Mesh = ONE_CARD
     adapters: Adapters | None = None
+    separate: Sequences | None = None
 
     def __post_init__(self):
         if not hasattr(self.config, "to_json_string") or isinstance(self.config, type):
@@ -164,11 +169,29 @@ class Work:
                 "length", self.length, f"a token for each of the {self.mesh.sequence_parallel} ranks at least"
             )
         heads_of(self.config, self.mesh.sequence_parallel)
+        if self.separate is not None:
+            check_object("separate", self.separate, Sequences, "a Sequences")
+            check_sequences(self)
 
     @property
     def rows(self) -> int:
         """Of a pack, on one card."""
         return -(-self.length // self.mesh.sequence_parallel)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Of a forward: those of the longest sequence, where they are separate."""
+        return self.rows if self.separate is None else min(self.rows, self.separate.longest)
+
+    @property
+    def rows_before(self) -> int:
+        """Of forwards that wait for their backward while the last one of a pack computes."""
+        return 0 if self.separate is None else min(self.rows - 1, self.separate.before)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of a layer's input."""
+        return self.config.hidden_size * self.dtype.itemsize
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -259,25 +282,26 @@ class Plan(NamedTuple):
 # -- prediction --------------------------------------------------------------------------------------------------------
 
 
-def traced(work: Work, settings: Settings) -> dict[int, Trace]:
+def traced(work: Work, settings: Settings, earlier: bool = False) -> dict[int, Trace]:
     """A layer of each kind, by the first one, on a card. Where weights are sharded, the whole gradients of a layer are new in
-    every backward, in the dtype that is computed in; shards of them are summed over packs."""
-    held = work.accumulation > 1 and not work.mesh.sharded
-    mode = "freed" if settings.step_in_backward else "held" if held else "new"
+    every backward, in the dtype that is computed in; shards of them are summed over packs. Of separate sequences those of the
+    last forward are new, and earlier ones add to them."""
+    held = earlier if work.rows_before else work.accumulation > 1 and not work.mesh.sharded
+    mode = "held" if held else "freed" if settings.step_in_backward and not work.rows_before else "new"
     ranks = work.mesh.sequence_parallel
     wide = _float32_gradients(work) and not work.mesh.sharded
-    given = (work.config, work.rows, settings.tile_rows, work.dtype, mode, wide, ranks)
+    given = (work.config, work.rows_at_once, settings.tile_rows, work.dtype, mode, wide, ranks)
     return {layer: trace(*given, layer, work.adapters) for layer in work.weights.counts}
 
 
-def input_bytes(traces: dict[int, Trace]) -> int:
-    """Of a layer."""
-    return traces[0].input
+def input_bytes(work: Work) -> int:
+    """Of a layer, all rows of a pack."""
+    return work.rows * work.row_bytes
 
 
-def attention_bytes(traces: dict[int, Trace]) -> int:
+def attention_bytes(work: Work, traces: dict[int, Trace]) -> int:
     """Of a layer's attention output and logsumexp, at most."""
-    return max(t.attention for t in traces.values())
+    return -(-max(t.attention for t in traces.values()) * work.rows // work.rows_at_once)
 
 
 def _float32_gradients(work: Work) -> bool:
@@ -301,13 +325,13 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
     )
     if sum(inputs) != layers:
         raise ValueError(f"kept, on_host and on_disk are {tuple(inputs)}: expected {layers} layers in all")
-    encoded = encoded_bytes(traces, work, settings)
+    encoded = encoded_bytes(work, settings)
     stored = paged(encoded)
-    attention = settings.attention_layers * paged(attention_bytes(traces))
+    attention = settings.attention_layers * paged(attention_bytes(work, traces))
     optimizer_bytes = _optimizer_bytes(work, settings, w)
     host = {
         "reserve": machine.host_reserve,
-        "layer inputs": inputs.host * stored,
+        "layer inputs": inputs.host * stored + parts_bytes(work, layers) * (inputs.host > 0),
         "attention outputs": attention,
     } | (optimizer_bytes | {"optimizer scratch": _host_scratch(work, settings, w)} if settings.host else {})
     return Plan(
@@ -316,7 +340,7 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
         settings,
         tuple(_phases(work, settings, machine, traces, w, inputs)),
         {name: n for name, n in host.items() if n},
-        {"layer inputs": inputs.disk * stored} if inputs.disk else {},
+        {"layer inputs": inputs.disk * stored + parts_bytes(work, layers)} if inputs.disk else {},
         step_seconds(work, settings, machine, traces, w, inputs, encoded, kept_bytes(work, settings)),
         sent_bytes(work, w),
         _active(work, traces, w),
@@ -324,7 +348,7 @@ def predict(work: Work, settings: Settings, machine: Machine) -> Plan:
 
 
 def _active(work: Work, traces: dict[int, Trace], w: Weights) -> int:
-    layers = sum(n * traces[kind].forward_flops for kind, n in w.counts.items()) // (2 * work.rows)
+    layers = sum(n * traces[kind].forward_flops for kind, n in w.counts.items()) // (2 * work.rows_at_once)
     return layers + (1 if w.tied else 2) * w.embedding
 
 
@@ -337,8 +361,8 @@ def paged(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
-def encoded_bytes(traces: dict[int, Trace], work: Work, settings: Settings) -> int:
-    count = input_bytes(traces) // work.dtype.itemsize
+def encoded_bytes(work: Work, settings: Settings) -> int:
+    count = input_bytes(work) // work.dtype.itemsize
     return CODECS[settings.store].nbytes(torch.empty(count, dtype=work.dtype, device="meta"))
 
 
@@ -372,28 +396,40 @@ def _phases(
 ) -> Iterator[Phase]:
     size, layers, tiers, mesh = work.dtype.itemsize, w.layers, inputs.tiers(), work.mesh
     of_layer = [traces[kind] for kind in w.kinds]
-    t = traces[0]
+    t, before, row = traces[0], work.rows_before, work.row_bytes
     kept_of_each = kept_bytes(work, settings)
     g = kept_of_each.gradient
     base = {"reserve": machine.device_reserve, "weights": _weights_bytes(work, w, kept_of_each)}
-    base |= {"ids and positions": t.positions} | ({"reference": work.reference_bytes} if work.reference_bytes else {})
+    base["ids and positions"] = t.positions * work.rows // work.rows_at_once
+    base |= {"reference": work.reference_bytes} if work.reference_bytes else {}
     if not settings.host:
         base |= _optimizer_bytes(work, settings, w)
     held, freed = work.accumulation > 1, settings.step_in_backward
+    early = freed and not before  # else a weight steps when the first forward's backward completes its gradient
     step_scratch = 0 if settings.host else STEP_BYTES * min(optimizer.PIECE, mesh.share(w.largest))
     scratch = step_scratch if freed else 0
-    encoded = encoded_bytes(traces, work, settings) if settings.store != "exact" else 0
+    encoded = encoded_bytes(work, settings) * work.rows_at_once // work.rows if settings.store != "exact" else 0
+    own, earlier = (
+        (work.rows - before) * row,
+        tiers.count("device") * before * row,
+    )  # inputs: the last forward's, others'
+    saved = -(-(t.held - t.input) // work.rows_at_once)  # of a row, by the last norm
 
     def away(layer: int) -> bool:
         return layer >= 0 and tiers[layer] != "device"
 
-    def phase(name: str, gradients: int, kept: int, passing: int, **needs: int) -> Phase:
-        """gradients: numbers of those that are complete."""
-        numbers = w.trained if held else gradients
-        parts = base | {"gradients": mesh.share(numbers) * g, "layer inputs": kept * t.input + passing}
+    def phase(name: str, gradients: int, kept: int, passing: int, earlier: int = earlier, **needs: int) -> Phase:
+        """gradients: numbers of those that are complete, or begun; the head's, of one forward alone, is complete at once."""
+        begun = max(0, gradients - complete * (not w.tied)) if before else 0
+        numbers = w.trained + begun if held else gradients
+        parts = base | {"gradients": mesh.share(numbers) * g, "layer inputs": kept * own + earlier + passing}
         parts |= {n.replace("_", " "): v for n, v in needs.items()}
         predicted = sum(parts.values()) - machine.device_reserve
         return Phase(name, parts | {"error": int(predicted * (1 / (1 - machine.error) - 1))})
+
+    def waiting(norms: int, hidden: int) -> dict[str, int]:
+        """What there is of so many rows of separate sequences: saved by the last norm, and hidden states or gradients."""
+        return {"hidden_states": norms * saved + hidden * row} if before else {}
 
     def sharding(gathered: int, reduced: int = 0, whole: int = 0) -> dict[str, int]:
         """What there is beside a card's share, of so many gathered weights and gradients: of those summed up just now, and of
@@ -414,31 +450,40 @@ def _phases(
     for layer in range(layers):
         kept = layer + 1 - sum(map(away, range(layer + 1)))
         passing = (t.input + encoded) * away(layer)
-        needs = sharding(throughout + each[layer] + each[min(layer + 1, last)])
+        needs = sharding(throughout + each[layer] + each[min(layer + 1, last)]) | waiting(before, before)
         yield phase(f"forward {layer}", 0, kept, passing, layer=max(of_layer[layer].forward, 0), **needs)
     passing = (t.input + encoded) * away(last)
     kept, at_loss = tiers.count("device"), sharding(head + each[last] if w.tied else 2 * head)
-    yield phase("last norm", 0, kept, passing, layer=t.norm, **at_loss)
+    yield phase("last norm", 0, kept, passing, layer=t.norm, **at_loss, **waiting(before, before))
     dw = of_head * (4 + (size if size < 4 else 0))
+    at_loss |= waiting(before, 2 * before + work.rows)
     yield phase("loss", 0, kept, passing, layer=t.held, loss=_workspace(work) + dw, **at_loss)
-    own = 0 if freed or mesh.sharded else of_head
-    held_back = t.norm_backward + (of_head * g if freed else 0)
-    before, after = sharding(head + each[last], 0, head), sharding(throughout + each[last], summed, head)
-    needs = max(before, after, key=lambda parts: sum(parts.values()))
-    yield phase("backward last norm", own, kept, passing, layer=held_back, **needs)
+    at_head = 0 if early or mesh.sharded else of_head
+    held_back = t.norm_backward + (of_head * g if early else 0)
+    sides = sharding(head + each[last], 0, head), sharding(throughout + each[last], summed, head)
+    needs = max(sides, key=lambda parts: sum(parts.values()))
+    yield phase("backward last norm", at_head, kept, passing, layer=held_back, **needs, **waiting(before, before))
+    wait = waiting(before, work.rows) | {"optimizer_scratch": scratch}
     for layer in reversed(range(layers)):
-        gradients = 0 if freed else complete + sum(trained[layer + 1 :])
+        gradients = 0 if early else complete + sum(trained[layer + 1 :])
         kept = layer + 1 - sum(map(away, range(layer + 1)))
         passing = (t.input + encoded) * away(layer) + (encoded or t.input) * away(layer - 1)
         following = each[layer - 1] if layer else summed  # an embedding of its own comes where the next layer did
         needs = sharding(throughout + each[layer] + following, summed if layer == last else each[layer + 1], whole)
-        needs |= {"layer": of_layer[layer].backward, "optimizer_scratch": scratch}
-        yield phase(f"backward {layer}", gradients, kept, passing, **needs)
-    gradients = 0 if freed else complete + sum(trained)
-    needs = sharding(head, each[0], whole)
-    yield phase("embedding", gradients, 1, 0, layer=t.embedding_backward, optimizer_scratch=scratch, **needs)
+        yield phase(f"backward {layer}", gradients, kept, passing, layer=of_layer[layer].backward, **needs, **wait)
+    gradients = 0 if early else complete + sum(trained)
+    needs = sharding(head, each[0], whole) | wait
+    yield phase("embedding", gradients, 1, 0, layer=t.embedding_backward, **needs)
+    if before:
+        again, passing = traced(work, settings, earlier=True), 2 * (t.input + encoded) * (tiers[0] != "device")
+        left = earlier * (work.separate.most > 2)
+        for kind in w.counts:
+            needs = wait | {"layer": again[kind].backward}
+            yield phase(f"backward {kind}, earlier sequences", w.trained, 0, passing, **needs)
+        needs = wait | {"layer": again[0].embedding_backward}
+        yield phase("embedding, earlier sequences", w.trained, 0, 0, left, **needs)
     if not freed:
-        yield phase("optimizer", w.trained, 0, 0, optimizer_scratch=step_scratch)
+        yield phase("optimizer", 0 if held else w.trained, 0, 0, 0, optimizer_scratch=step_scratch)
 
 
 def _weights_bytes(work: Work, w: Weights, kept: WeightBytes) -> int:

@@ -44,6 +44,7 @@ def as_json(plan: Plan, allow_lossy: str, tried: Sequence[Split] = ()) -> dict:
         "optim": work.optim,
         "mesh": dataclasses.asdict(work.mesh),
         "adapters": None if work.adapters is None else dataclasses.asdict(work.adapters),
+        "separate": None if work.separate is None else dataclasses.asdict(work.separate),
         "weights": work.weights.total,
         "active_weights": plan.active,
         "trained": work.weights.trained,

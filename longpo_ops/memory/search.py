@@ -142,7 +142,7 @@ def placed(work: Work, settings: Settings, machine: Machine) -> Plan:
     if not settings.offload:
         return predict(work, settings, machine)
     traces = traced(work, settings)
-    stored, attention = paged(encoded_bytes(traces, work, settings)), paged(attention_bytes(traces))
+    stored, attention = paged(encoded_bytes(work, settings)), paged(attention_bytes(work, traces))
     used = sum(predict(work, replace(settings, on_disk=layers), machine).host.values())
     room = max(0, machine.host_bytes - used)
 
@@ -152,7 +152,7 @@ def placed(work: Work, settings: Settings, machine: Machine) -> Plan:
         return predict(work, chosen, machine)
 
     spare = max(0, machine.device_bytes - spread(0).peak.total)
-    kept = min(layers, int(spare * (1 - machine.error)) // input_bytes(traces))
+    kept = min(layers, int(spare * (1 - machine.error)) // input_bytes(work))
     while kept < layers and "device" not in spread(kept + 1).shortfalls:
         kept += 1
     plan = spread(kept)

@@ -77,7 +77,7 @@ class Memory:
         return cls(
             tile_rows=s.tile_rows,
             offload=s.offload,
-            device_bytes=s.kept * plan.input_bytes(plan.traced(planned.work, s)),
+            device_bytes=s.kept * plan.input_bytes(planned.work),
             host_bytes=host * processes_here() if s.offload else None,
             spill_dir=spill_dir if s.on_disk else None,
             store=s.store,

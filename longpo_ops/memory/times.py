@@ -59,7 +59,9 @@ def step_seconds(
     seconds = {name: sum(n * layers[kind][name] for kind, n in w.counts.items()) for name in ("forward", "backward")}
     seconds["loss"] = (4 if work.adapters else 6) * work.rows * w.embedding / machine.matmul
     rest = inputs.host + inputs.disk
-    saved = settings.attention_layers * max(t.attention for t in traces.values()) / w.layers
+    saved = (
+        settings.attention_layers * max(t.attention for t in traces.values()) * work.rows / work.rows_at_once / w.layers
+    )
     copied = (rest * stored / w.layers + saved) / machine.copy
     spilled = inputs.disk * stored / max(rest, 1) / machine.disk
     seconds["waiting for copies"] = sum(
@@ -73,10 +75,13 @@ def step_seconds(
 def _layer_seconds(
     work: Work, settings: Settings, machine: Machine, t: Trace, w: Weights, layer: int
 ) -> dict[str, float]:
-    attention = t.pair_flops * attention_pairs(work.length, work.tails, window_of(work.config, layer))
+    length, calls = work.length, 1.0
+    if work.separate is not None:  # as many forwards of the longest sequence as make up all rows
+        length, calls = work.rows_at_once, work.length / work.rows_at_once
+    attention = calls * t.pair_flops * attention_pairs(length, work.tails, window_of(work.config, layer))
     return {
-        "forward": t.forward_flops / machine.matmul + attention / machine.attention,
-        "backward": t.backward_flops / machine.matmul
+        "forward": calls * t.forward_flops / machine.matmul + attention / machine.attention,
+        "backward": calls * t.backward_flops / machine.matmul
         + 2.5 * attention / machine.attention_backward
         + (1 - settings.attention_layers / w.layers) * attention / machine.attention,
     }

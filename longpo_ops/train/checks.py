@@ -42,8 +42,9 @@ from ..memory import plan, search
 from ..memory.adapters import Adapters, scheme_of
 from ..memory.mesh import ONE_CARD, Mesh
 from ..memory.optimizer import check_optim
+from ..memory.sequences import Sequences
 from ..memory.settings import Memory, machine_here
-from ..memory.tiers import PAGE, processes_here
+from ..memory.tiers import processes_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
@@ -83,6 +84,11 @@ def prepare_model(model: nn.Module, separate: bool = False) -> str | None:
 @functools.cache
 def _tell_once(level: int, text: str) -> None:
     log.log(level, "%s", text)
+
+
+def tell_anew() -> None:
+    """A run begins, or a trainer is made: what was told before is told again."""
+    _tell_once.cache_clear()
 
 
 def check_separate(model: nn.Module, config: LongPOConfig, target: int | None) -> None:
@@ -382,9 +388,9 @@ def plan_memory(
     quantization: str = NONE,
 ) -> plan.Plan:
     """What the planner chooses for the longest pack, trained on or evaluated, beside an online reference. A collective of all
-    ranks, which choose alike. Separate sequences are planned for as a pack as long as all of them: layer inputs are theirs,
-    and temporaries no larger. quantization: of an empty policy, which does not say it itself. Raises ValueError where nothing
-    fits, and for a policy that trains other weights than all of them, or than adapters of one rank."""
+    ranks, which choose alike. quantization: of an empty policy, which does not say it itself. Raises ValueError where nothing
+    fits, for separate sequences by attention that is not planned, and for a policy that trains other weights than all of them,
+    or than adapters of one rank."""
     refuse_unplanned(model, config)
     longest = max(packed_length(select(pair, config.method), separate) for pairs in datasets for pair in pairs)
     online = reference is not None and config.reference == "online"
@@ -400,6 +406,7 @@ def plan_memory(
         optim=check_optim(config.optim),
         mesh=_mesh(config),
         adapters=adapters,
+        separate=_sequences(model, config, datasets) if separate else None,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if adapters is not None and trained != (planned := work.weights.trained):
@@ -410,17 +417,15 @@ def plan_memory(
     return search.fit(work, _least_machine(config), config.allow_lossy)
 
 
-def with_room(
-    memory: Memory, planned: plan.Plan, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]]
-) -> Memory:
-    """A plan's memory for separate sequences: each one's layer inputs end in the midst of a page of the host, and together they
-    leave as much of the device unused as one input of all of them has."""
-    selected = [select(pair, config.method) for pairs in datasets for pair in pairs]
-    pairs = max(1, (config.pack_tokens or 0) // min(packed_length(pair, True) for pair in selected))
-    sequences = pairs * max(1 + len(pair.rejected) for pair in selected)
-    layers = plan.weights_of(planned.work.config).layers
-    one = plan.input_bytes(plan.traced(planned.work, planned.settings))
-    return replace(memory, host_bytes=memory.host_bytes + (sequences * layers * PAGE + one) * processes_here())
+def _sequences(model: nn.Module, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]]) -> Sequences:
+    """Of separate packs, as they come."""
+    lengths = []
+    for pairs in datasets:
+        for group in packs_of(pairs, config, None, separate=True).groups:
+            selected = [select(pairs[i], config.method) for i in group]
+            chosen = [len(pair.chosen) for pair in selected]
+            lengths.append(chosen + [len(sequence) for pair in selected for sequence in pair.rejected])
+    return Sequences.of(lengths, base_model(model).config._attn_implementation)
 
 
 def _adapters(model: nn.Module, quantization: str) -> Adapters | None:

@@ -54,6 +54,7 @@ from .checks import (
     packs_of,
     plan_memory,
     target_length,
+    tell_anew,
 )
 from .config import LongPOConfig
 from .identity import Identity, holds_run, tokenizer_digest
@@ -327,21 +328,6 @@ class TrainRun:
         )
 
 
-def describe(pairs: PairStore, config: LongPOConfig) -> dict[str, int]:
-    """Counts and lengths of what a run would read."""
-    selected = (select(pair, config.method) for pair in pairs)
-    sizes = [(p.length, packed_length(p), sum(map(len, (p.chosen, *p.rejected)))) for p in selected]
-    lengths, packed, separate = zip(*sizes, strict=True)
-    return {
-        "pairs": len(lengths),
-        "shortest sequence": min(lengths),
-        "median sequence": sorted(lengths)[len(lengths) // 2],
-        "longest sequence": max(lengths),
-        "tokens of packs": sum(packed),
-        "tokens of separate sequences": sum(separate),
-    }
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A run that may begin. steps: of its whole length. plan: what `fit: auto` chooses for it; None for a run with memory
@@ -355,10 +341,27 @@ class Prepared:
     plan: Plan | None
     separate: str | None
 
+    def describe(self) -> dict[str, int]:
+        """Counts and lengths of what the run would read; tokens are those of an epoch."""
+        selected = [select(pair, self.config.method) for pair in self.pairs]
+        lengths = sorted(pair.length for pair in selected)
+        packed = {} if self.separate else {"tokens of packs": sum(map(packed_length, selected))}
+        return {
+            "pairs": len(lengths),
+            "shortest sequence": lengths[0],
+            "median sequence": lengths[len(lengths) // 2],
+            "longest sequence": lengths[-1],
+            **packed,
+            "tokens of separate sequences": sum(packed_length(pair, separate=True) for pair in selected),
+            "optimizer steps": self.steps,
+        }
+
 
 def prepare(run: TrainRun) -> Prepared:
     """Raises ValueError for whatever the run would refuse: of the model and its tokenizer before anything is tokenised, of
-    every record before weights are read; of what several processes must have alike, first of all."""
+    every record before weights are read; of what several processes must have alike, first of all. What a run tells once is
+    told anew."""
+    tell_anew()
     config = run.config()
     check_ranks(config, {})
     check_one_folder(config)

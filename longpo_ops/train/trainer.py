@@ -63,7 +63,7 @@ from .checks import (
     prepare_model,
     refuse_sharing,
     target_length,
-    with_room,
+    tell_anew,
 )
 from .config import LongPOConfig
 from .forward import run
@@ -149,6 +149,7 @@ class LongPOTrainer(RanksTrainer):
         )
         self._untrained = weights_digest(model)
         self.model_accepts_loss_kwargs = True  # num_items_in_batch counts pairs, see _get_num_items_in_batch
+        tell_anew()
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -164,8 +165,6 @@ class LongPOTrainer(RanksTrainer):
         if advice := allocator_advice():
             log.warning("%s", advice)
         memory = Memory.from_plan(planned)
-        if self.separate and memory.offload:
-            memory = with_room(memory, planned, args, datasets)
         if args.should_save:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, (json.dumps(dataclasses.asdict(memory), indent=1) + "\n").encode())
