@@ -31,6 +31,7 @@ from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
 from longpo_ops.pretrained.small import DEPTH, small_config
 
 PROBE = "longpo_probe"
+UNKNOWN = object()  # in the place of a mask that is neither causal, nor a window or chunks of the past
 WINDOW = 5  # rows of windows in the small model; chunks have one more
 MOST = 64  # layers of the small model, where its kinds of layers do not come in fewer
 TOLERANCE = (
@@ -234,6 +235,8 @@ def _look(model: nn.Module) -> list[_Layer]:
             raise _Refused(
                 f"{type(module).__name__} drops out {dropout:g} of its attention in training: set that to 0 in its config"
             )
+        if attention_mask is UNKNOWN:
+            raise _Refused("a mask of its layers is neither causal, nor a window or chunks of the past")
         if not isinstance(mask := attention_mask, Seen):
             raise _Refused(f"{type(module).__name__} has a mask of its own ({type(mask).__name__})")
         if not getattr(module, "is_causal", True):
@@ -256,11 +259,9 @@ def _look(model: nn.Module) -> list[_Layer]:
     return layers
 
 
-def _read(*args, mask_function: Callable, **_) -> Seen:
-    seen = read_mask(mask_function)
-    if seen is None:
-        raise _Refused("a mask of its layers is neither causal, nor a window or chunks of the past")
-    return seen
+def _read(*args, mask_function: Callable, **_) -> Seen | object:
+    """What a mask shows, or UNKNOWN: a model may make one that none of its layers reads (Qwen2-MoE, of a window of 0)."""
+    return read_mask(mask_function) or UNKNOWN
 
 
 def _check_rows(model: nn.Module, ids: Tensor) -> None:
