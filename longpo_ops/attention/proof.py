@@ -78,6 +78,10 @@ def prove(model: nn.Module) -> Proof:
     kind, config = type(model), getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return Proof(f"{kind.__name__} has no transformers config")
+    if model.get_output_embeddings() is None:
+        return Proof(
+            f"{kind.__name__} has no head, whose log-probs would be compared: give the causal LM that it is a part of"
+        )
     described = {k: v for k, v in config.to_dict().items() if k not in NOT_DATA}
     key = kind, json.dumps(described, sort_keys=True, default=str)
     if key not in _PROVED:
