@@ -78,7 +78,7 @@ def prove(model: nn.Module) -> Proof:
     kind, config = type(model), getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return Proof(f"{kind.__name__} has no transformers config")
-    if model.get_output_embeddings() is None:
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
         return Proof(
             f"{kind.__name__} has no head, whose log-probs would be compared: give the causal LM that it is a part of"
         )
