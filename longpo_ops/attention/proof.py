@@ -72,6 +72,10 @@ def prove(model: nn.Module) -> Proof:
     kind, config = type(model), getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return Proof(f"{kind.__name__} has no transformers config")
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
+        return Proof(
+            f"{kind.__name__} has no head, whose log-probs would be compared: give the causal LM that it is a part of"
+        )
     return _prove(kind, config)
 
 
@@ -168,7 +172,8 @@ def _look(model: nn.Module) -> list[_Layer]:
 
 
 def _read(*args, mask_function: Callable, **_) -> Seen | str:
-    return read_mask(mask_function) or UNREAD  # which is refused where a layer uses it
+    """What a mask shows, or UNREAD: a model may make one that none of its layers uses (Qwen2-MoE, of a window of 0)."""
+    return read_mask(mask_function) or UNREAD
 
 
 def _check_rows(model: nn.Module, ids: Tensor) -> None:

@@ -50,6 +50,7 @@ def read_whole_config(name: str, trust_remote_code: bool = False):
 
     adapters = Path(name) / "adapter_config.json"
     with loading(name, "config.json"):
+        _check_folder(Path(name))
         if adapters.is_file():
             base = json.loads(adapters.read_text("utf-8")).get("base_model_name_or_path")
             raise ValueError(
@@ -64,9 +65,35 @@ def read_whole_config(name: str, trust_remote_code: bool = False):
     with loading(name, "config.json"):
         text = whole.get_text_config()
         _check_config(text)
-    if (getattr(text, "sliding_window", None) or 0) < 1 and hasattr(text, "sliding_window"):
+    if hasattr(text, "sliding_window") and (text.sliding_window or 0) < 1 and _reads_window(text):
         text.sliding_window = None  # the libraries would mask all of a window of 0
     return whole
+
+
+def _reads_window(config) -> bool:
+    """Whether any layer has the config's window. Qwen2-MoE makes a mask of a window of 0 for none of its layers, and fails
+    without one."""
+    return "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+
+
+def _check_folder(path: Path) -> None:
+    """Raises ValueError for a file in the place of a folder, and for a folder that holds other than transformers' files."""
+    if path.is_file():
+        raise ValueError(f"it is a file, expected the folder of a model; {_advice([path])}")
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        found = sorted(path.iterdir())
+        held = ", ".join(file.name for file in found[:4]) + (", ..." if found[4:] else "")
+        raise ValueError(f"the folder holds {held or 'nothing'}, and no config.json; {_advice(found)}")
+
+
+def _advice(files: list[Path]) -> str:
+    """How to come to a folder that is read."""
+    if gguf := [file.name for file in files if file.suffix == ".gguf"]:
+        return (
+            f"AutoModelForCausalLM and AutoTokenizer read a GGUF file (from_pretrained(folder, gguf_file={gguf[0]!r})), and "
+            "save_pretrained(another_folder) of both writes what is read here"
+        )
+    return "fetch the model again, or save it with its config (model.save_pretrained(folder))"
 
 
 def _check_numbers(told: dict[str, Any]) -> None:
@@ -127,7 +154,8 @@ def _check_config(config) -> None:
     """Raises ValueError for a config that transformers made and no model can be built of."""
     if type(getattr(config, "vocab_size", None)) is not int:
         raise ValueError("vocab_size is missing; expected the rows of the model's embedding")
-    if not isinstance(config.dtype, torch.dtype | None) or (config.dtype and not config.dtype.is_floating_point):
+    dtype = config.dtype
+    if not isinstance(dtype, torch.dtype | None) or (dtype and (not dtype.is_floating_point or dtype.itemsize < 2)):
         raise ValueError(f"dtype={shown(config.dtype)}: expected one of {', '.join(DTYPES[1:])}")
     check_rope(config)
 

@@ -93,7 +93,7 @@ def explain(error: BaseException) -> str:
 
     words, kind = " ".join(str(error).split()), type(error)
     if isinstance(error, SafetensorError):
-        return f"its safetensors cannot be read ({words}); fetch the model again"
+        return f"its safetensors cannot be read ({words})"
     return (
         words
         if words

@@ -44,7 +44,7 @@ def quantization_options(config, scheme: str, dtype: torch.dtype | None) -> dict
     stored = getattr(config, "quantization_config", None)
     if scheme == NONE:
         if stored is not None:
-            _quantiser(stored, True)
+            _quantiser(stored, True, config.name_or_path)
         return {}
     if stored is not None:
         raise ValueError(
@@ -78,11 +78,13 @@ def _method(stored) -> str:
     return str(getattr(told, "value", told))
 
 
-def _quantiser(quantization, stored: bool):
-    """transformers' own. Raises ValueError where there is none for it, and where it cannot work on this machine."""
+def _quantiser(quantization, stored: bool, name: str = ""):
+    """transformers' own. name: of the model that is stored so. Raises ValueError where there is none for it, and where it
+    cannot work on this machine."""
     from transformers.quantizers import AutoHfQuantizer
 
-    told = f"its weights are quantised ({_method(quantization)})" if stored else f"quantization={_method(quantization)}"
+    told = f"model {name!r}: its weights are quantised ({_method(quantization)})"
+    told = told if stored else f"quantization={_method(quantization)}"
     try:
         quantiser = AutoHfQuantizer.from_config(quantization, pre_quantized=stored)
         quantiser.validate_environment(device_map=None, weights_only=True)
@@ -98,7 +100,7 @@ def check_trainable(name: str, config) -> None:
     """Raises ValueError for a stored model through whose weights transformers trains no adapters."""
     if (stored := getattr(config, "quantization_config", None)) is None:
         return
-    if not _quantiser(stored, True).is_trainable:
+    if not _quantiser(stored, True, name).is_trainable:
         raise ValueError(
             f"model {name!r}: its weights are quantised ({_method(stored)}), through which transformers trains no "
             "adapters; give it in full precision (load it with dequantize=True in its quantization config where transformers "

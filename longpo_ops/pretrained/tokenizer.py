@@ -12,12 +12,21 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 
 from .loading import BrokenModel, check_files, loading
 from .template import CONVERSATIONS, check_template, render
 
 log = logging.getLogger("longpo_ops.pretrained")
 
+FILES = (
+    "tokenizer.json",
+    "*.model",
+    "vocab*",
+    "*.tiktoken",
+    "*tokenization*.py",
+    "tekken.json",
+)  # one of them at least
 NEEDED = "The quick brown fox jumps over 13 lazy dogs and PACKS MY BOX WITH five dozen liquor jugs 24567890 times"
 REPORTED = {
     "runs of spaces": "two  three   four",
@@ -45,16 +54,19 @@ REPORTED = {
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, vocab_size: int | None = None):
-    """The tokenizer of a model. vocab_size: rows of its embedding, where there is one here.
+    """The tokenizer of a model, with its own chat template or its processor's. vocab_size: rows of its embedding, where
+    there is one here.
 
     Raises BrokenModel, a ValueError, if it cannot be loaded, loses letters, digits or spaces, or writes ids beyond the
     embedding, and for a chat template that runs away (template.py).
     """
     from transformers import AutoTokenizer
 
-    with loading(name, "its tokenizer"):
+    with loading(name, lambda: _where(Path(name))):
         check_files(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _template_of_processor(name)
         lost = check_round_trip(name, tokenizer)
         check_template(name, tokenizer)
         if vocab_size is not None:
@@ -62,6 +74,30 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, vocab_size: int |
     if lost:
         _warn_once(f"{name}: its tokenizer does not give back as they were: {'; '.join(lost)}")
     return tokenizer
+
+
+def _where(folder: Path) -> str:
+    """What could not be read; of a folder that was saved without it, what to do."""
+    if not folder.is_dir() or any(file.is_file() for pattern in FILES for file in folder.glob(pattern)):
+        return "its tokenizer"
+    return (
+        "the folder holds no tokenizer: save the one that the model was trained with beside it "
+        "(AutoTokenizer.from_pretrained(base).save_pretrained(folder))"
+    )
+
+
+def _template_of_processor(name: str) -> str | dict | None:
+    """The chat template of a model that also sees, where its processor has it (chat_template.json). None where there is none,
+    and where that cannot be asked."""
+    from transformers.processing_utils import ProcessorMixin
+
+    try:
+        told, _ = ProcessorMixin.get_processor_dict(name)
+    except OSError:  # of a hub that does not answer
+        return None
+    if (template := told.get("chat_template")) is not None:
+        log.info("%s: its tokenizer has no chat template, its processor's is taken", name)
+    return template
 
 
 @functools.cache

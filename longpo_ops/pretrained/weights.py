@@ -49,20 +49,30 @@ def build_empty(config, trust_remote_code: bool = False, **options):
 def _cannot_build(config) -> str:
     """What of a config a model is not built of, as far as it can be told."""
     from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     names = ("hidden_act", "hidden_activation", "activation_function")
     unknown = [f"{name}={value!r}" for name in names if (value := getattr(config, name, None)) and value not in ACT2FN]
-    return (
-        f"config.json: {unknown[0]} is no activation that transformers has"
-        if unknown
-        else "config.json: no model is built of it"
-    )
+    if unknown:
+        return f"config.json: {unknown[0]} is no activation that transformers has"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type"), *(each.get("rope_type") for each in rope.values() if isinstance(each, dict))]
+    if unknown := set(kinds) - {None, "default", *ROPE_INIT_FUNCTIONS}:
+        return f"config.json: rope_type={unknown.pop()!r} is no RoPE that transformers has"
+    pad = getattr(config, "pad_token_id", None)
+    return "config.json: no model is built of it" + (f", pad_token_id={pad}" if pad is not None else "")
 
 
 def require_causal_lm(config) -> None:
-    """Raises ValueError for a config that transformers has no causal LM for, such as the text part of Mllama."""
+    """Raises ValueError for a config that transformers has no causal LM for, such as the text part of Mllama, and for an
+    encoder with a decoder, whose decoder transformers would build alone."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model {config.name_or_path!r} ({config.model_type}) is an encoder with a decoder, which has no log-probs of a "
+            "text alone; expected a causal LM"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
         raise ValueError(
             f"model {config.name_or_path!r}: transformers has no causal LM of type {config.model_type!r}; give a text "
@@ -227,7 +237,8 @@ def _files(name: str) -> list[Path] | None:
         return [single]
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
         if Path(name).is_dir():
-            others = ", ".join(sorted(path.name for path in Path(name).glob("*.bin")))
+            kinds = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+            others = ", ".join(sorted(path.name for path in Path(name).iterdir() if path.suffix in kinds))
             raise ValueError(
                 f"it holds {others or 'no weights'}, expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}; load it with "
                 "transformers where it is from, and model.save_pretrained(folder) writes safetensors"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -36,15 +37,16 @@ def add_adapters(
     """-> a causal LM as a PEFT model, whose adapters alone train.
 
     target_modules: names of linear layers as PEFT takes them, with commas, or "all-linear": every one but the head.
-    target_parameters: names of fused experts' weights, (experts, out, in), which are no layers; PEFT itself adds those of
-    Mixtral and Qwen, and their routers, to "all-linear". alpha: default 2 rank.
+    target_parameters: names of fused experts' weights, (experts, out, in), which are no layers; of some mixtures (Mixtral,
+    Qwen3) PEFT adds them and the router to "all-linear", of others not: which, is told. alpha: default 2 rank.
 
-    Raises ValueError for names that the model has not, for its head and embeddings, and for dropout with target_parameters.
+    Raises ValueError for names that the model has not, for its head and embeddings, for dropout with fused experts, and for
+    what PEFT makes no adapters on.
     """
     from peft import LoraConfig, get_peft_model
 
     modules, parameters = _names(target_modules), _names(target_parameters)
-    fused = [name for name, weight in model.named_parameters() if weight.ndim == 3]
+    fused, linear = _fused(model), _linear(model)
     if target_modules == ALL_LINEAR:
         _check_reached(model)
     else:
@@ -60,18 +62,45 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     model.enable_input_require_grads()
-    adapted = get_peft_model(model, config)
-    left = set(fused) - set(
-        adapted.base_model.targeted_parameter_names
-    )  # of Mixtral's and Qwen's experts PEFT leaves none
-    if target_modules == ALL_LINEAR and left:
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # PEFT calls the ranks that it gives fused experts itself ignored, and uses them
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(
+            f"lora_target_modules={target_modules}, lora_dropout={dropout}: PEFT makes no such adapters ({error}); expected "
+            f"names of layers, some of {', '.join(linear)}, and no dropout of fused experts"
+        ) from error
+    if target_modules == ALL_LINEAR:
+        made = adapted.base_model.targeted_parameter_names
+        _tell_experts(set(fused) - set(made), [name for name in made if not any(_means(p, name) for p in parameters)])
+    return adapted
+
+
+def _tell_experts(left: set[str], added: list[str]) -> None:
+    """left: fused weights that got no adapters. added: weights that got some although nobody named them."""
+    if added:
+        log.info("all-linear: PEFT also makes adapters on %s, which are no linear layers", ", ".join(_kinds(added)))
+    if left:
         log.warning(
             "%d fused weights of experts get no adapters, as they are no linear layers: name them to train them, too "
             "(lora_target_parameters=%s)",
             len(left),
             ",".join(_kinds(left)),
         )
-    return adapted
+
+
+def _fused(model: nn.Module) -> list[str]:
+    """Names of weights that hold a matrix for each expert. Convolutions have three dimensions, too, as have rows of factors."""
+    weights = [
+        (f"{path}.{name}".lstrip("."), weight)
+        for path, module in model.named_modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if not isinstance(module, nn.Conv1d)
+    ]
+    return [name for name, weight in weights if weight.ndim == 3 and min(weight.shape) > 1]
 
 
 def _names(given: str | None) -> list[str]:

@@ -166,6 +166,11 @@ def test_says_why_not(kind, fields, why):
     assert "separate sequences" in str(refused.value)
 
 
+def test_a_body_without_a_head_is_refused_by_name():
+    with pytest.raises(PrefixNotShared, match=r"LlamaModel has no head, .*give the causal LM that it is a part of"):
+        use_shared_prefix(empty("llama").model)
+
+
 def test_an_argument_that_nobody_knows_is_refused_by_name(anew, monkeypatch):
     from transformers.models.llama import modeling_llama
 

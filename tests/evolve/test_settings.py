@@ -15,6 +15,8 @@ from longpo_ops.evolve import Evolution, plan
 from longpo_ops.evolve.results import recipe_of
 from longpo_ops.evolve.run import check
 
+from ..pretrained.tiny import WITH_PICTURES, change
+
 ROOT = Path(__file__).parents[2]
 RAISED = {"rope_theta": 3e4, "rope_type": "default"}
 SHORT = {"question_tokens": 80, "answer_tokens": 24}
@@ -225,6 +227,38 @@ def test_a_round_starts_from_any_model(model, tmp_path):
     assert [each["train"].run.reference_model for each in found] == [None, None, None, *generators[3:]]
     assert found[4]["train"].model == found[0]["train"].model  # the base, by the same identity
     assert [each["evaluate"].model.origin for each in found] == [str(model)] * 3 + [str(other), str(model)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "train", "message"),
+    [
+        (False, {"lora_rank": 4, "quantization": "int8"}, "adapters on quantised weights are not merged into a model"),
+        (True, {"lora_rank": 4}, "adapters on quantised weights are not merged .*; give the model in full precision"),
+        (False, {"quantization": "int8"}, "quantization='int8': of adapters, and lora_rank is 0"),
+    ],
+)
+def test_weights_of_fewer_bits_are_refused_by_the_round_that_would_train_them(model, tmp_path, stored, train, message):
+    folder = shutil.copytree(model, tmp_path / "model")
+    if stored:
+        change(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match=f"round 'one': .*{message}"):
+        rounds(changed(model=str(folder), first={"train": train}))
+
+
+def test_of_a_model_that_also_sees_the_rounds_train_its_text_model_where_that_is_wanted(tmp_path):
+    WITH_PICTURES["gemma3"]().save_pretrained(tmp_path)
+    for more, message in (
+        ({}, "has other parts .* --text-only"),
+        ({"text_only": True, "lora_rank": 4}, "save the text model"),
+    ):
+        with pytest.raises(ValueError, match=f"round 'one': .*{message}"):
+            rounds(changed(model=str(tmp_path), first={"train": more}))
+    settings = changed(model=str(tmp_path))
+    for each in settings["rounds"]:
+        each["train"] = {"text_only": True}
+    one, two = (each["train"].run for each in rounds(settings))
+    assert one.text_only and (one.model, one.reference_model) == (str(tmp_path), None)
+    assert (two.model, two.reference_model) == ("out/one/train", None)  # a text model by itself
 
 
 def test_a_start_that_cannot_be_trained_is_refused_before_anything_runs(model, documents, tmp_path):

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    T5Config,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.models.auto import modeling_auto as auto
 
 from longpo_ops.pretrained import load_model, read_config, save_text_model, text_config, text_part
@@ -195,6 +203,9 @@ def test_what_is_no_text_model_of_its_own_is_refused_by_name(tmp_path):
     )
     whole.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no causal LM of type 'mllama_text_model'; give a text model, or one"):
+        load_model(str(tmp_path), read_config(str(tmp_path)))
+    T5Config(vocab_size=704, d_model=16).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(t5\) is an encoder with a decoder, .*; expected a causal LM"):
         load_model(str(tmp_path), read_config(str(tmp_path)))
     whole = WITH_PICTURES["gemma3"]()
     whole.quantization_config = {"quant_method": "fp8"}

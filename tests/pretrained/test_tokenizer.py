@@ -101,3 +101,21 @@ def test_a_plain_token_and_the_end_of_sequence_need_a_row():
     tokenizer.add_special_tokens({"eos_token": "<|new end|>"})
     with pytest.raises(ValueError, match=r"'<\|new end\|>' would have none"):
         check_ids("model", tokenizer, ROWS)
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])
+def test_a_chat_template_that_lies_with_the_processor_is_taken_where_the_tokenizer_has_none(tmp_path, caplog, file):
+    folder = Path(altered(tmp_path / "model"))
+    (folder / file).write_text(json.dumps({"chat_template": CHATML}))
+    with caplog.at_level(logging.INFO):
+        assert load_tokenizer(str(folder)).chat_template == CHATML
+    assert "its tokenizer has no chat template, its processor's is taken" in caplog.text
+    shutil.copy(TINY / "chat_template.jinja", folder)
+    assert load_tokenizer(str(folder)).chat_template == (TINY / "chat_template.jinja").read_text()
+
+
+def test_a_folder_without_a_tokenizer_is_told_what_to_do(tmp_path):
+    shutil.copy(TINY / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"holds no tokenizer: save the one .*AutoTokenizer.from_pretrained\(base\)"):
+        load_tokenizer(str(tmp_path))
+    assert load_tokenizer(str(TINY)).chat_template

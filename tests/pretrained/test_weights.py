@@ -50,7 +50,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_from_its_headers(tmp_path, ki
             load(name, read_config(name))
 
 
-@pytest.mark.parametrize("left", ["pytorch_model.bin", None])
+@pytest.mark.parametrize("left", ["pytorch_model.bin", "model-q4.gguf", "consolidated.safetensors", None])
 def test_a_folder_without_safetensors_is_told_what_to_do(tmp_path, left):
     save(tmp_path, llama())
     (tmp_path / "model.safetensors").unlink()

@@ -96,6 +96,10 @@ REFUSED = {
         lambda home, at: {"model": qwen(home, at)},
         r"\(qwen3_vl\) has other parts .* is not there; --text-only",
     ),
+    "RoPE of GPT-2": (
+        lambda home, at: {"model": other_family(home, at, "gpt2", n_embd=32, n_layer=1, n_head=4), "rope_theta": 5e4},
+        "rope_theta: GPT2LMHeadModel has no RoPE that it would change; leave it out",
+    ),
     "adapters as model": (lambda home, at: {"model": adapters(home, at)}, "PEFT adapters of .* expected a whole model"),
     "no such layers": (
         lambda home, _: {"lora_rank": 4, "lora_target_modules": "query"},

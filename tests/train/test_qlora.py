@@ -257,9 +257,45 @@ def test_fused_experts_are_trained(tmp_path, options):
         close(ours[name], theirs[name], 1e-9)
 
 
-def test_fused_experts_that_are_left_out_are_told(caplog):
-    more = SIZES | dict(vocab_size=VOCAB, num_local_experts=4, num_experts_per_tok=2)
-    with caplog.at_level(logging.WARNING):
-        add_adapters(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **more)), 2)
+EXPERTS_OF = {
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    ),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS_OF)
+def test_what_is_told_of_fused_experts_is_true_of_the_adapters_that_were_made(kind, caplog):
+    base = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **SIZES | EXPERTS_OF[kind] | {"vocab_size": VOCAB})
+    )
+    with caplog.at_level(logging.INFO):
+        adapted = add_adapters(base, 2)
+    made = sum("experts" in name and "lora_A" in name for name, _ in adapted.named_parameters())
     told = "4 fused weights of experts get no adapters, as they are no linear layers: name them to train them, too "
-    assert told + f"(lora_target_parameters={','.join(sorted(EXPERTS.split(',')))})" in caplog.text
+    told += f"(lora_target_parameters={','.join(sorted(EXPERTS.split(',')))})"
+    assert (told in caplog.text) == (kind in ("gpt_oss", "qwen2_moe"))
+    assert ("PEFT also makes adapters on mlp.experts.down_proj" in caplog.text) == (made > 0) == (kind == "qwen3_moe")
+    assert "fused" not in caplog.text or kind != "lfm2"
+    if kind == "qwen3_moe":
+        with pytest.raises(
+            ValueError, match=r"lora_dropout=0.1: PEFT makes no such adapters .*expected names of layers"
+        ):
+            add_adapters(make_mixture(kind), 2, dropout=0.1)
+
+
+def test_a_run_trains_the_fused_experts_that_it_was_told(home, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    folder = made("gpt_oss", tmp_path / "model", vocab_size=len(tokenizer), **EXPERTS_OF["gpt_oss"])
+    tokenizer.save_pretrained(folder)
+    named = dict(lora_target_modules="q_proj", lora_target_parameters=EXPERTS, lora_rank=2, learning_rate=1e-2)
+    ended = run_tiny(home, tmp_path / "out", model=folder, max_steps=1, warmup_steps=0, **named)
+    assert ended.state.log_history[0]["grad_norm"] > 0
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    moved = {name for name, weight in ours.items() if "lora_B" in name and weight.any()}
+    assert sum("experts" in name for name in moved) == 2 * 2 and sum("q_proj" in name for name in moved) == 2
+    others = PeftModel.from_pretrained(load_model(folder, read_config(folder)), tmp_path / "out").state_dict()
+    assert all(torch.equal(others[name.replace(".weight", ".default.weight")], ours[name]) for name in ours)
