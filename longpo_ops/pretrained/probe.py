@@ -7,7 +7,11 @@
     with_gradients   results, and gradients for random upstream gradients
     difference       how far they are from the expected ones, as a share of the largest
 
-The proofs: attention/proof.py (shared prefixes), memory/tile_proof.py (tiles), text_part.py (text models of wrappers).
+Three proofs are made of it, and differ where what they show does:
+
+    attention/proof.py     one layer of each kind, in the float32 that our attention computes in
+    memory/tile_proof.py   two of each kind, as one may leave something for the next; float64, where only sums change order
+    text_part.py           the whole depth, as a wrapper tells its layers by number what else they read; float32, as it loads
 """
 
 from __future__ import annotations
