@@ -121,7 +121,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
     if layers := [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         return layers
-    config = model.config.get_text_config()
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     depth = next((n for name in DEPTH if isinstance(n := getattr(config, name, None), int)), None)
     found = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len(m) == depth]
     return found[0] if len(found) == 1 else []
