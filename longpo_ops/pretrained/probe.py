@@ -7,7 +7,11 @@
     with_gradients   results, and gradients for random upstream gradients
     difference       how far they are from the expected ones, as a share of the largest
 
-The proofs: attention/proof.py (shared prefixes), memory/tile_proof.py (tiles), text_part.py (text models of wrappers).
+Three proofs are made of it, and differ where what they show does:
+
+    attention/proof.py     one layer of each kind, in the float32 that our attention computes in
+    memory/tile_proof.py   two of each kind, as one may leave something for the next; float64, where only sums change order
+    text_part.py           the whole depth, as a wrapper tells its layers by number what else they read; float32, as it loads
 """
 
 from __future__ import annotations
@@ -122,7 +126,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     for modules in (_direct(decoder), model.modules()):
         if layers := [m for m in modules if isinstance(m, GradientCheckpointingLayer)]:
             return layers
-    config = model.config.get_text_config()
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     depth = next((n for name in DEPTH if isinstance(n := getattr(config, name, None), int)), None)
     found = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len(m) == depth]
     return found[0] if len(found) == 1 else []

@@ -30,7 +30,7 @@ HEAD_COUNT = re.compile("(decoder_|encoder_|num_|n_|num_decoder_|num_encoder_|sw
 KEY_HEADS = re.compile("(swa_)?num_(global_)?(key_value|kv)_heads|num_query_groups")
 HEAD_SIZE = re.compile("(swa_|global_|attention_|index_)?head_dim|kv_channels|attention_head_size|d_head|dim_head")
 AT_MOST = {  # by what the name of a size says of it
-    re.compile("(.*_)?vocab_size(_per_layer_input)?"): VOCABULARY,
+    re.compile("(.*_)?vocab(_size)?(_per_layer_input)?"): VOCABULARY,
     re.compile("(num_|num_local_|n_routed_|moe_num_)experts|zero_expert_num"): 4,
     re.compile("(num_|n_)?experts_per_tok(en)?|moe_top_?k|moe_k|router_top_k|(mamba_)?n_groups?|num_expert_group"): 2,
     re.compile("topk_group"): 1,
