@@ -1,4 +1,4 @@
-"""`fit: auto` of adapters, from `longpo train` to the end: the plan is announced, is that of `longpo plan`, and what it took."""
+"""`fit: auto` of adapters, from `longpo train` to its end: the plan is announced, is `longpo plan`s, and is what it took."""
 
 import json
 
