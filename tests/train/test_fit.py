@@ -1,4 +1,4 @@
-"""`fit: auto` from `longpo train` to the end: what is planned is announced, is `longpo plan`'s, and is what training took."""
+"""`fit: auto` of adapters, from `longpo train` to its end: the plan is announced, is `longpo plan`s, and is what it took."""
 
 import json
 
@@ -17,7 +17,6 @@ from .tiny import run_settings, run_tiny, write_home
 CASES = {
     "adapters": {"lora_rank": 8},
     "adapters on 8 bits": {"lora_rank": 8, "quantization": "int8"},
-    "separate sequences": {"separate": True},
 }
 LEFT_FREE = ("reserve", "error")
 
@@ -54,9 +53,8 @@ def test_a_run_takes_what_its_plan_says(home, tmp_path, caplog, monkeypatch, cas
     assert trainer.memory.states == plan.settings.states and trainer.state.global_step == 2
     predicted = sum(needed(plan.peak.parts).values())
     assert abs(predicted / real[0] - 1) < ERROR, (predicted, real, plan.peak)
-    if plan.work.adapters is not None:
-        words = ["--model", home / "model", "--length", plan.work.length, "--dtype", "float32", "--accumulation", 1]
-        words += ["--workspace-gib", 2**-7, "--lora-rank", 8]
-        words += ["--quantization", CASES[case].get("quantization", "none"), "--json"]
-        told = json.loads(plan_command(*map(str, words)).output)
-        assert needed(told["peak"]) == needed(plan.peak.parts) and told["peak_phase"] == plan.peak.name
+    words = ["--model", home / "model", "--length", plan.work.length, "--dtype", "float32", "--accumulation", 1]
+    words += ["--workspace-gib", 2**-7, "--lora-rank", 8]
+    words += ["--quantization", CASES[case].get("quantization", "none"), "--json"]
+    told = json.loads(plan_command(*map(str, words)).output)
+    assert needed(told["peak"]) == needed(plan.peak.parts) and told["peak_phase"] == plan.peak.name
