@@ -37,6 +37,7 @@ from longpo_ops.pretrained.probe import (
     pick_layers,
     randomise,
     remembered,
+    shake,
     with_gradients,
 )
 from longpo_ops.pretrained.small import READ, small_config
@@ -182,14 +183,17 @@ def _check_rows(model: nn.Module, ids: Tensor) -> None:
     other[:, :half] = (other[:, :half] + 1) % 7 + 3
     leaks: list[str] = []
 
-    def watch(module, args, output):
-        x = output[0] if isinstance(output, tuple) and output else output
-        if leaks or not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != (2, ids.shape[1]):
-            return
-        if not torch.equal(x[0, half:], x[1, half:]) and not type(module).__module__.startswith("torch."):
+    def differs(x: Any) -> bool:
+        rows = isinstance(x, Tensor) and x.ndim > 2 and x.shape[:2] == (2, ids.shape[1])
+        return rows and not torch.equal(x[0, half:], x[1, half:])
+
+    def watch(module, args, kwargs, output):
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if differs(first) and not any(map(differs, [*args, *kwargs.values()])):
             leaks.append(type(module).__name__)
 
-    hooks = [m.register_forward_hook(watch) for m in model.modules()]
+    own = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
+    hooks = [m.register_forward_hook(watch, with_kwargs=True) for m in own]
     try:
         out = _run(model, torch.cat([ids, other])).logits
     finally:
@@ -262,7 +266,7 @@ def _compare(model: nn.Module, layers: Sequence[_Layer]) -> float:
         ours = with_gradients({"log-probs": packed}, parameters)
     (worst, off), allowed = difference(ours, expected), TOLERANCE
     if TOLERANCE < off < UNSTEADY:  # a model that multiplies its own roundings, perhaps
-        _shake(model)
+        shake(model)
         allowed = min(max(TOLERANCE, 10 * difference(compute_alone(), expected)[1]), UNSTEADY)
     if not off <= allowed:
         raise Refused(
@@ -270,14 +274,6 @@ def _compare(model: nn.Module, layers: Sequence[_Layer]) -> float:
             f"expected {allowed:.2g} at most"
         )
     return off
-
-
-@torch.no_grad()
-def _shake(model: nn.Module) -> None:
-    """Moves every parameter by a rounding, up or down."""
-    generator = torch.Generator().manual_seed(2)
-    for p in model.parameters():
-        p.mul_(1 + torch.finfo(p.dtype).eps * (torch.randint(2, p.shape, generator=generator) * 2 - 1))
 
 
 def _logps(model: nn.Module, ids: Tensor, **given) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..pretrained import load_model, load_tokenizer, read_config, replace_rope, trying
+from ..pretrained import load_model, load_tokenizer, read_config, replace_rope, trying, use_right_attention
 from . import Completion, Engine, EngineStopped, Request, RequestFailed, Sampling, render
 from .reasoning import with_marks
 
@@ -65,6 +65,7 @@ class TransformersEngine(Engine):
             )
         self.tokenizer = load_tokenizer(self.name, self.trust_remote_code, config.vocab_size)
         self.model = load_model(self.name, config, self.dtype, self.trust_remote_code).eval()
+        use_right_attention(self.model)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         with trying(self.name, "config.json or generation_config.json: it cannot generate"):
             self._try()

@@ -2,6 +2,7 @@
 
 from .config import DTYPES, read_config, read_whole_config, replace_rope
 from .loading import BrokenModel, is_out_of_memory, loading, trying
+from .own_attention import use_right_attention
 from .quantised import NONE, check_scheme, check_trainable, is_plain, plain_parts
 from .template import render as render_chat
 from .text_part import check_whole, text_config
@@ -42,4 +43,5 @@ __all__ = [
     "save_text_model",
     "text_config",
     "trying",
+    "use_right_attention",
 ]

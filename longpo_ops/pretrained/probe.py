@@ -4,6 +4,7 @@
     pick_layers      which layers show all kinds that the real model has, and which of them each real layer is like
     build            the model of a small config (small.py); nothing of it takes memory on the meta device
     randomise        every number that is trained or stored: as they are made, norms and biases would hide what is left out
+    shake            a rounding of every parameter: models that multiply roundings are judged by what they make of it
     with_gradients   results, and gradients for random upstream gradients
     difference       how far they are from the expected ones, as a share of the largest
 
@@ -112,6 +113,14 @@ def randomise(model: nn.Module) -> None:
             wide = x.shape[-1] ** -0.5 if x.ndim > 1 else 0.3
             drawn = torch.randn(x.shape, generator=generator, dtype=torch.float32)
             x.copy_(drawn * wide + (x.ndim == 1 and name.endswith("weight")))
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    """Moves every parameter by a rounding, up or down: what comes of it a model makes of any rounding."""
+    generator = torch.Generator().manual_seed(2)
+    for p in model.parameters():
+        p.mul_(1 + torch.finfo(p.dtype).eps * (torch.randint(2, p.shape, generator=generator) * 2 - 1))
 
 
 # --- its layers -------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace
 from ..parallel.mesh import check_alike
-from ..pretrained import NONE, check_stored_head, explain_zeros, trying
+from ..pretrained import NONE, check_stored_head, explain_zeros, trying, use_right_attention
 from .arithmetic import AUTOCAST, base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
@@ -73,6 +73,8 @@ def prepare_model(model: nn.Module, separate: bool = False) -> str | None:
                 use_shared_prefix(causal)
         except PrefixNotShared as error:
             why = str(error)
+        if why is not None:
+            use_right_attention(causal)
         attach(model)
     if why is not None:
         forget_lengths(causal)

@@ -43,7 +43,7 @@ def test_what_single_layers_override_goes_with_them():
     assert [config.per_layer_config[i].head_dim for i in (4, 5)] == [256, 512]
     small = small_config(config, layers=[4, 11])
     assert small.layer_types == ["sliding_attention", "full_attention"]
-    assert small._heterogeneity_spec.per_layer_overrides == {0: {}, 1: {"head_dim": 24}}
+    assert small._heterogeneity_spec.per_layer_overrides == {0: {}, 1: {"head_dim": 32}}
     model = AutoModelForCausalLM.from_config(small)
     assert model(torch.arange(9)[None]).logits.isfinite().all()
 

@@ -97,6 +97,8 @@ def outcome(kind: str) -> Row:
             trainer = make(folder, policy)
         except ValueError as refused:
             return Row(kind, "refused", _first(refused))
+        own = "eager" if shares_prefix(policy) else policy.config._attn_implementation
+        plain.set_attn_implementation(own)  # eager attention is the equation
         try:
             truth = plain_step(plain)
         except Exception as error:  # of transformers' own code
