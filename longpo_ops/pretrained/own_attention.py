@@ -37,8 +37,8 @@ def use_right_attention(model: nn.Module) -> None:
     model.set_attn_implementation("eager")
     log.warning(
         "%s is given its eager attention: PyTorch's computes other numbers (%.1e of the largest logit), as it leaves out "
-        "what it does not know, a soft-cap of scores for one. Eager attention takes rows x rows of memory: "
-        "flash_attention_2 does not, where it is installed",
+        "what it does not know, a soft-cap of scores for one. Eager attention takes rows x rows of memory; a model that is "
+        "loaded with attn_implementation='flash_attention_2' does not",
         type(model).__name__,
         off,
     )
