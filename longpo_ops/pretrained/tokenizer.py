@@ -19,14 +19,8 @@ from .template import CONVERSATIONS, check_template, render
 
 log = logging.getLogger("longpo_ops.pretrained")
 
-FILES = (
-    "tokenizer.json",
-    "*.model",
-    "vocab*",
-    "*.tiktoken",
-    "*tokenization*.py",
-    "tekken.json",
-)  # one of them at least
+# One of these at least is in a folder with a tokenizer.
+FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "*tokenization*.py", "tekken.json")
 NEEDED = "The quick brown fox jumps over 13 lazy dogs and PACKS MY BOX WITH five dozen liquor jugs 24567890 times"
 REPORTED = {
     "runs of spaces": "two  three   four",

@@ -63,9 +63,8 @@ def add_adapters(
     )
     model.enable_input_require_grads()
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # PEFT calls the ranks that it gives fused experts itself ignored, and uses them
+        with warnings.catch_warnings():
+            # PEFT calls the ranks ignored that it gives fused experts itself, and uses them.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             adapted = get_peft_model(model, config)
     except ValueError as error:
