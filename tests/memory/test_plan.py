@@ -42,7 +42,7 @@ ROWS = 2048
 
 def allocated(run) -> int:
     """Peak bytes that the CPU allocator gave out within run(), beyond those at its start."""
-    gc.collect()  # what an earlier test left is freed now, and not within, where it would count against the peak
+    gc.collect()  # what is left of an earlier measurement is freed now: within it would count against the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     level = peak = 0
@@ -53,10 +53,12 @@ def allocated(run) -> int:
     return peak
 
 
-def test_what_was_left_before_counts_for_nothing():
-    left = [torch.ones(1 << 20)]
-    left.append(left)
-    del left
+def test_what_was_measured_before_counts_for_nothing():
+    def leave() -> None:  # in a circle, which only the next search for garbage frees
+        left = [torch.ones(1 << 20)]
+        left.append(left)
+
+    assert allocated(leave) == 4 << 20
     assert allocated(lambda: (gc.collect(), torch.ones(1 << 20))) == 4 << 20
 
 
