@@ -409,10 +409,8 @@ def _phases(
     step_scratch = 0 if settings.host else STEP_BYTES * min(optimizer.PIECE, mesh.share(w.largest))
     scratch = step_scratch if freed else 0
     encoded = encoded_bytes(work, settings) * work.rows_at_once // work.rows if settings.store != "exact" else 0
-    own, earlier = (
-        (work.rows - before) * row,
-        tiers.count("device") * before * row,
-    )  # inputs: the last forward's, others'
+    own = (work.rows - before) * row  # inputs of the last forward
+    earlier = tiers.count("device") * before * row  # and of the others
     saved = -(-(t.held - t.input) // work.rows_at_once)  # of a row, by the last norm
 
     def away(layer: int) -> bool:
