@@ -117,8 +117,8 @@ def linear_cross_entropy(
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     none = torch.empty(0, dtype=torch.int64)
     batch = Batch(
-        answers=[none], segments=[none], nll=[labels[None]], nll_weights=[weights], nll_total=total, ref_chosen=None,
-        ref_rejected=None, pair=none, count=0, objective="", parameters=[], preference_weight=0.0, num_pairs=1.0,
-        shift=False, ignore_index=ignore_index, group=group,
+        answers=[none], segments=[none], nll=[labels[None]], nll_weights=[weights], nll_total=total, refs=None,
+        group=none, role=none, count=0, objective="", parameters=[], preference_weight=0.0, num_groups=1.0,
+        shift=False, ignore_index=ignore_index, ranks=group,
     )  # fmt: skip
     return sweep_op([hidden[None]], weight, bias, *batch, *map, scratch, dtype, need, backend)[0]
