@@ -7,10 +7,31 @@ __version__ = "0.1.0"
 _names, __getattr__, __dir__ = public_names(
     __name__,
     {
-        "ops.preference": ("fused_preference_loss", "packed_preference_loss", "PreferenceOutput"),
+        "ops.preference": (
+            "fused_preference_loss",
+            "packed_preference_loss",
+            "packed_objective_loss",
+            "PreferenceOutput",
+        ),
         "ops.logprobs": ("linear_logprobs", "linear_cross_entropy"),
         "ops.divergence": ("linear_kl",),
-        "ops.objectives": ("LongPO", "DPO", "IPO", "Hinge", "KTOPair", "SimPO", "LOGO", "ORPO"),
+        "ops.objective": ("Objective", "Answers"),
+        "ops.objectives": (
+            *(
+                "LongPO",
+                "DPO",
+                "Robust",
+                "Hinge",
+                "IPO",
+                "EXOPair",
+                "NCAPair",
+                "BCOPair",
+                "SPPOHard",
+                "APOZero",
+                "APODown",
+            ),
+            *("DiscoPOP", "KTO", "KTOPair", "AOT", "CPO", "SimPO", "LOGO", "ORPO"),
+        ),
         "ops.head": ("PreferenceHead", "attach", "detach"),
         "ops.dispatch": ("explain_backend",),
     },

@@ -202,6 +202,8 @@ def decide(objective: Objective, answers: Answers) -> Decision:
             losses, slopes = derivative(lambda logps: objective.losses(_with(answers, logps)), answers.logps)
         else:
             losses, slopes = objective.losses(answers).detach(), written(objective, answers).detach()
+        if losses.shape == (answers.count,):  # a maximum may have a slope where there is no number
+            slopes = torch.where(losses.isnan()[answers.group], torch.nan, slopes)
         return Decision(losses, slopes, objective.rewards(answers).detach())
 
 
@@ -271,7 +273,8 @@ def _asked(objective: Objective, answers: Answers) -> Decision:
     try:
         decision = decide(objective, answers)
     except Exception as error:
-        error.add_note(f"raised by {cls.__module__}:{cls.__qualname__} for {answers.count} made-up groups")
+        several = "" if cls.one_rejected else ", some with two rejected answers where one_rejected is False"
+        error.add_note(f"raised by objective {cls.name} for {answers.count} made-up groups{several}")
         raise
     sizes = {"losses": answers.count, "slopes": len(answers.logps), "rewards": len(answers.logps)}
     for (name, size), value in zip(sizes.items(), decision, strict=True):

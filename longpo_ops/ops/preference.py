@@ -225,7 +225,7 @@ def packed_objective_loss(
     backend: str | None = None,
     shards: Shards | None = None,
 ) -> ObjectiveOutput:
-    """Any objective of the summed log-probs of K answers in groups, from flat rows: pairs, answers alone (KTO), threes (SoLoPO).
+    """Any objective of the summed log-probs of K answers in groups, from flat rows: pairs, answers alone, threes.
 
     sequences: the number k of the answer whose token a row predicts, -1 for rows that predict none.
     groups: the group of each answer, 0 to G - 1, in any order.  roles: what it is there: longpo_ops.ops.objective's CHOSEN 0,

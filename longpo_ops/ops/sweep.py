@@ -10,8 +10,8 @@ so row t enters the gradient with one number, g_t = dL / d logp_t = c_k(t) - w_t
   2. decide  losses and c_k, plain PyTorch on K numbers
   3. sweep   Z = H_c W^T;  Z <- g_t f'(z) (onehot - softmax);  dH_c = Z W;  dW += Z^T H_c  6 N H V
 
-Groups (pairs, say) whose answers fit one chunk are scored, decided and swept in a single visit, the tile waiting in memory meanwhile.
-Rows that carry no weight are never read. With no groups this is the weighted cross-entropy.
+Groups (pairs, say) whose answers fit one chunk are scored, decided and swept in a single visit, the tile waiting in memory
+meanwhile. Rows that carry no weight are never read. With no groups this is the weighted cross-entropy.
 
 Scratch: `workspace_bytes`, for any N and batch, beside the inputs, the delivered gradients and the float32 dW (4 H V bytes).
 float16: g is scaled by a power of two to at most 1 and the gradients carry `grad_scale`; 1/524288 would drown most of
