@@ -247,10 +247,6 @@ def _examine(cls: type[Objective], parameters: tuple[float, ...]) -> None:
         object.__setattr__(objective, field.name, PYTHON.get(_kind(field), float)(value))
     whole = _made_up(cls)
     decision = _asked(objective, whole)
-    if not bool(decision.slopes.any()):
-        raise _wrong(
-            cls, "its losses do not depend on the log-probs", "losses of answers.logps, without detach or item()"
-        )
     if _written_slopes(cls) is not None:
         with recorded(whole.logps.device):
             _, truth = derivative(lambda logps: objective.losses(_with(whole, logps)), whole.logps)
@@ -265,6 +261,10 @@ def _examine(cls: type[Objective], parameters: tuple[float, ...]) -> None:
                 f"its loss of a group alone is {alone.losses.tolist()}, among {whole.count} it is {together[0].tolist()}",
                 "the same, or `separable: ClassVar[bool] = False`; a mean over groups is taken for you",
             )
+    if not bool(decision.slopes.any()):
+        raise _wrong(
+            cls, "its losses do not depend on the log-probs", "losses of answers.logps, without detach or item()"
+        )
 
 
 def _asked(objective: Objective, answers: Answers) -> Decision:

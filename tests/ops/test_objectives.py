@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.budget import DRAWS
 from longpo_ops.ops.objective import Answers, Objective, decide, rebuild_objective
 from longpo_ops.ops.objectives import (
     AOT,
@@ -32,6 +33,8 @@ from longpo_ops.ops.objectives import (
     find_objective,
     resolve_objective,
 )
+
+from .preference_cases import Case, check_case
 
 EXAMPLES = [
     LongPO(),
@@ -119,6 +122,12 @@ def test_orpo_at_certain_answers():
     answers = Answers.of(torch.tensor([0.0, -1.0]).double(), ones, None, torch.zeros(2).long(), torch.tensor([0, 1]), 1)
     decision = decide(ORPO(), answers)
     assert decision.losses.isfinite().all() and decision.slopes[0] == -1
+
+
+@pytest.mark.parametrize("objective", [o for o in EXAMPLES if not isinstance(o, KTO)], ids=repr)
+def test_within_the_error_budget_on_every_backend(objective, backend, device):
+    """Answers alone, KTO's, are test_objective.py's."""
+    check_case(Case(objective, torch.float32, device), DRAWS, backend=backend)
 
 
 # -- the official LongPO losses, from full logits, written without the library ---------------------------------------
