@@ -122,6 +122,8 @@ class Objective:
     separable         each group's loss depends on that group alone; other objectives are scored before they are swept
     one_rejected      a pair has one rejected answer, not several
     forms             the roles that a group may have; "rejected" stands for one or several, if not one_rejected
+    reads, with_nll   in `longpo train`: whether the reference reads the "long" input or the "short" ones, and whether the
+                      NLL of the chosen sequence is added
     """
 
     name: ClassVar[str] = ""  # by which it is registered: module:Class, unless a class has its own
@@ -129,6 +131,8 @@ class Objective:
     separable: ClassVar[bool] = True
     one_rejected: ClassVar[bool] = False
     forms: ClassVar[tuple[tuple[str, ...], ...]] = (PAIR,)
+    reads: ClassVar[str] = "long"
+    with_nll: ClassVar[bool] = False
 
     preference_weight: float = 1.0
 

@@ -67,6 +67,8 @@ class LongPO(DPO):
     """
 
     name: ClassVar[str] = "longpo"
+    reads: ClassVar[str] = "short"
+    with_nll: ClassVar[bool] = True
     preference_weight: float = 0.01
 
 

@@ -24,7 +24,9 @@ d = (s_w - r_w) - (s_l - r_l); E the mean over the rejected sequences; NLL the m
 
 KL: of an answer token of the chosen sequence, KL(policy on the long input || frozen reference on the short one) over the
 whole vocabulary, at the rows that predict it. Numbers are defaults: objective_options and constraint_weight set others.
-logo spreads position ids over the policy's context.
+logo spreads position ids over the policy's context. Every other objective of pairs (docs/objectives.md: robust, exo_pair, cpo,
+...) is a method of its name, as dpo is: the reference reads the long input, and there is no NLL. So is a class of one's own,
+module:Class, which says by `reads` and `with_nll` what is otherwise (ops/objective.py).
 Source: arXiv 2502.13922, Eq. 12-14 and its baselines; the official code for the forms beside the sigmoid, and for what
 sft_constraint_official averages and weighs. docs/evolve.md has the table for readers.
 
@@ -33,15 +35,20 @@ Tests: tests/train/test_trainer.py.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import os
+import sys
 from dataclasses import dataclass, fields
 
-from ..ops.objectives import OBJECTIVES, Objective
+from ..ops.objective import PAIR, Objective
+from ..ops.objectives import OBJECTIVES, find_objective
 
 
 @dataclass(frozen=True)
 class Method:
     name: str
-    objective: str | None = None  # a key of OBJECTIVES
+    objective: str | None = None  # of OBJECTIVES, or module:Class
     preference_weight: float | None = None  # where it differs from the objective's own
     reference: str | None = None  # which input the reference reads: "short" | "long"
     nll: str | None = None  # what the NLL term counts: "labels" (the sequence's NLL labels) | "answers"
@@ -49,6 +56,20 @@ class Method:
     constraint: str | None = None  # what the KL term is a mean over: "answers" (their tokens) | "turns" (their means)
     constraint_weight: float = 0.1  # of the KL term, unless constraint_weight says otherwise
     spread: bool = False  # positions over the policy's whole context, unless target_length says otherwise
+
+    @property
+    def one_rejected(self) -> bool:
+        """Whether a pair has one rejected answer alone."""
+        return self.objective is not None and find_objective(self.objective).one_rejected
+
+    @property
+    def code(self) -> str | None:
+        """A digest of the source of a class that is not ours: a run that goes on with other code is another run."""
+        if self.objective is None or self.objective in OBJECTIVES:
+            return None
+        classes = find_objective(self.objective).__mro__[:-1]
+        sources = (inspect.getsource(cls) for cls in classes if not cls.__module__.startswith("longpo_ops."))
+        return hashlib.sha256("".join(sources).encode()).hexdigest()
 
     def make_objective(self, options: dict[str, float]) -> Objective | None:
         """The objective with some of its fields set. Raises ValueError naming an option it does not have."""
@@ -58,7 +79,7 @@ class Method:
                     f"objective_options={options}: method {self.name!r} has no preference term; expected none"
                 )
             return None
-        cls = OBJECTIVES[self.objective]
+        cls = find_objective(self.objective)
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -98,7 +119,18 @@ METHODS: dict[str, Method] = {
 
 
 def resolve_method(name: str) -> Method:
-    """The method of that name. Raises ValueError."""
-    if name not in METHODS:
-        raise ValueError(f"objective={name!r}: expected one of {', '.join(METHODS)}")
-    return METHODS[name]
+    """The method of that name, of an objective of pairs, or of module:Class. Raises ValueError."""
+    if name in METHODS:
+        return METHODS[name]
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script's path has the folder of the script instead
+    elif ":" not in name and name not in OBJECTIVES:
+        others = (other for other, cls in OBJECTIVES.items() if other not in METHODS and PAIR in cls.forms)
+        raise ValueError(f"objective={name!r}: expected one of {', '.join((*METHODS, *others))}, or module:Class")
+    cls = find_objective(name)
+    if PAIR not in cls.forms:
+        forms = " or ".join(" + ".join(form) for form in cls.forms)
+        raise ValueError(f"objective={name!r}: takes groups of {forms}; data hold pairs, use packed_objective_loss")
+    return Method(
+        name, name, reference=cls.reads if cls.needs_reference else None, nll="labels" if cls.with_nll else None
+    )

@@ -88,8 +88,8 @@ def select(pair: TokenizedPair, method: Method) -> TokenizedPair:
     if method.sequence == "pair":
         if not pair.rejected:
             raise ValueError(f"record {pair.id!r}: no rejected answer; objective {method.name!r} compares two")
-        if method.name == "kto_pair" and len(pair.rejected) != 1:
-            raise ValueError(f"record {pair.id!r}: {len(pair.rejected)} rejected answers; kto_pair takes one")
+        if method.one_rejected and len(pair.rejected) != 1:
+            raise ValueError(f"record {pair.id!r}: {len(pair.rejected)} rejected answers; {method.name} takes one")
         selected = pair
     else:
         sequence = pair.chosen if method.sequence == "chosen" else pair.rejected[0]
