@@ -14,6 +14,8 @@ _names, __getattr__, __dir__ = public_names(
             "PreferenceOutput",
         ),
         "ops.logprobs": ("linear_logprobs", "linear_cross_entropy"),
+        "ops.tokens": ("fused_policy_loss", "fused_token_loss", "TokenOutput"),
+        "ops.token_objective": ("TokenObjective", "ClippedPolicy"),
         "ops.divergence": ("linear_kl",),
         "ops.objective": ("Objective", "Answers"),
         "ops.objectives": (

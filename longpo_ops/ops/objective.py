@@ -13,7 +13,7 @@ the sweep needs: they become the token weights of the answer rows. An objective 
             chosen, rejected = answers.pairs(answers.log_ratios)  # (R,) each
             return answers.mean_over_rejected((self.beta * (chosen - rejected) - 1).square())
 
-Its class is registered by name when it is made, and travels through the registered operator as that name and its numbers.
+Its class is registered by name when it is made (registered.py).
 The slopes come from autograd on K numbers inside the operator (recording.py), or from a method `slopes` that writes them out.
 When an object is made, it is asked about a few made-up groups: a loss that is not finite, of another shape, that ignores the
 log-probs, that sees other groups although it is declared separable, or written-out slopes that are wrong are refused.
@@ -23,22 +23,20 @@ All numbers are float64. Not covered: losses on single tokens (token_objective.p
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kinds import check_flag, check_number, check_whole
 from .recording import derivative, recorded
+from .registered import Registered
 from .rows import to_device
 
 ROLES = ("chosen", "rejected", "answer", "anchor")
 CHOSEN, REJECTED, ANSWER, ANCHOR = range(4)
 PAIR = ("chosen", "rejected")
-KINDS, PYTHON = {"bool": check_flag, "int": check_whole}, {"bool": bool, "int": int}  # of a field; others are floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +111,9 @@ class Decision(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Common to all: the weight of the preference term in the total loss (lambda of Eq. 14).
+class Objective(Registered):
+    """Common to all: the weight of the preference term in the total loss (lambda of Eq. 14). Subclasses define
+    losses(self, answers) -> (G,) float64.
 
     Fields are numbers (float, int or bool). Class variables say what an objective takes:
 
@@ -126,7 +125,6 @@ class Objective:
                       NLL of the chosen sequence is added
     """
 
-    name: ClassVar[str] = ""  # by which it is registered: module:Class, unless a class has its own
     needs_reference: ClassVar[bool] = True
     separable: ClassVar[bool] = True
     one_rejected: ClassVar[bool] = False
@@ -135,26 +133,6 @@ class Objective:
     with_nll: ClassVar[bool] = False
 
     preference_weight: float = 1.0
-
-    def __init_subclass__(cls, **options):
-        super().__init_subclass__(**options)
-        if "name" not in cls.__dict__:
-            cls.name = f"{cls.__module__}:{cls.__qualname__}"
-        if cls.losses is Objective.losses:  # what others are made of
-            return
-        before = REGISTERED.setdefault(cls.name, cls)
-        if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"objective {cls.name!r}: {before.__qualname__} of {before.__module__} has that name")
-        REGISTERED[cls.name] = cls
-
-    def __post_init__(self):
-        for field in fields(self):
-            check = KINDS.get(_kind(field), check_number)
-            value = check(f"{type(self).__name__}: {field.name}", getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
-        self.check()
-        if not torch.compiler.is_compiling():  # else when it is rebuilt within the operator
-            examine(self)
 
     def check(self) -> None:
         """Raises ValueError for numbers that make no loss; common names are checked for every objective."""
@@ -166,35 +144,12 @@ class Objective:
         if not 0 <= getattr(self, "label_smoothing", 0.0) < 0.5:
             raise self.refusal("label_smoothing", "0 <= label_smoothing < 0.5")
 
-    def refusal(self, name: str, expected: str) -> ValueError:
-        """The error for one of the object's numbers."""
-        return ValueError(f"{type(self).__name__}({name}={getattr(self, name)}): expected {expected}")
-
-    def losses(self, answers: Answers) -> Tensor:
-        """-> (G,) float64, from the K answers. Subclasses define it."""
-        raise TypeError(f"{type(self).__name__} defines no losses(answers)")
+    def examine(self) -> None:
+        _examine(self)
 
     def rewards(self, answers: Answers) -> Tensor:
         """-> (K,) what is logged: beta * log(policy / reference), or beta * log-probs without one."""
         return getattr(self, "beta", 1.0) * (answers.log_ratios if self.needs_reference else answers.logps)
-
-    def parameters(self) -> list[float]:
-        return [float(getattr(self, field.name)) for field in fields(self)]
-
-
-REGISTERED: dict[str, type[Objective]] = {}
-
-
-def _kind(field: Field) -> str:
-    """Its annotation, which is text under `from __future__ import annotations`."""
-    return field.type if isinstance(field.type, str) else field.type.__name__
-
-
-def rebuild_objective(name: str, parameters: list[float]) -> Objective:
-    """The inverse of (name, parameters()): how an objective passes through a registered operator."""
-    cls = REGISTERED[name]
-    given = zip(fields(cls), parameters, strict=True)
-    return cls(**{field.name: PYTHON.get(_kind(field), float)(value) for field, value in given})
 
 
 def decide(objective: Objective, answers: Answers) -> Decision:
@@ -237,37 +192,29 @@ def _written_slopes(cls: type[Objective]) -> Callable | None:
 NEAR, FAR = 0.5, 12.0  # how far the policy is from its reference in the groups that are made up
 
 
-def examine(objective: Objective) -> None:
-    """Raises ValueError for an objective that does not do what it declares. A few milliseconds, once for its numbers."""
-    _examine(type(objective), tuple(objective.parameters()))
-
-
-@functools.lru_cache(maxsize=256)
-def _examine(cls: type[Objective], parameters: tuple[float, ...]) -> None:
-    if cls is Objective:
-        raise ValueError("Objective() has no losses: expected an object of a subclass")
-    objective = object.__new__(cls)  # as the object that is being made, which __init__ would ask about again
-    for field, value in zip(fields(cls), parameters, strict=True):
-        object.__setattr__(objective, field.name, PYTHON.get(_kind(field), float)(value))
+def _examine(objective: Objective) -> None:
+    """Raises ValueError for an objective that does not do what it declares. A few milliseconds."""
+    cls = type(objective)
     whole = _made_up(cls)
     decision = _asked(objective, whole)
     if _written_slopes(cls) is not None:
         with recorded(whole.logps.device):
             _, truth = derivative(lambda logps: objective.losses(_with(whole, logps)), whole.logps)
         if not torch.allclose(decision.slopes, truth, rtol=1e-9, atol=1e-12):
-            raise _wrong(cls, f"its slopes are {decision.slopes.tolist()}", f"{truth.tolist()}, as autograd has them")
+            raise objective.wrong(
+                f"its slopes are {decision.slopes.tolist()}", f"{truth.tolist()}, as autograd has them"
+            )
     for g in range(whole.count if cls.separable else 0):
         alone = _asked(objective, _part(whole, g))
         together = decision.losses[g : g + 1], decision.slopes[whole.group == g], decision.rewards[whole.group == g]
         if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(alone, together, strict=True)):
-            raise _wrong(
-                cls,
+            raise objective.wrong(
                 f"its loss of a group alone is {alone.losses.tolist()}, among {whole.count} it is {together[0].tolist()}",
                 "the same, or `separable: ClassVar[bool] = False`; a mean over groups is taken for you",
             )
     if not bool(decision.slopes.any()):
-        raise _wrong(
-            cls, "its losses do not depend on the log-probs", "losses of answers.logps, without detach or item()"
+        raise objective.wrong(
+            "its losses do not depend on the log-probs", "losses of answers.logps, without detach or item()"
         )
 
 
@@ -284,16 +231,12 @@ def _asked(objective: Objective, answers: Answers) -> Decision:
     for (name, size), value in zip(sizes.items(), decision, strict=True):
         if value.shape != (size,):
             shape = "(G,), one per group" if name == "losses" else "(K,), one per answer"
-            raise _wrong(cls, f"its {name} of {size} have the shape {tuple(value.shape)}", shape)
+            raise objective.wrong(f"its {name} of {size} have the shape {tuple(value.shape)}", shape)
         if not bool(value.isfinite().all()):
-            raise _wrong(
-                cls, f"its {name} are {value.tolist()}", f"finite numbers for log-probs {answers.logps.tolist()}"
+            raise objective.wrong(
+                f"its {name} are {value.tolist()}", f"finite numbers for log-probs {answers.logps.tolist()}"
             )
     return decision
-
-
-def _wrong(cls: type[Objective], came: str, expected: str) -> ValueError:
-    return ValueError(f"objective {cls.name}: {came}; expected {expected}")
 
 
 def _made_up(cls: type[Objective]) -> Answers:

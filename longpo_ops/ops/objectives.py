@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kinds import refusal
-from .objective import CHOSEN, REGISTERED, REJECTED, Answers, Objective
+from .objective import CHOSEN, REJECTED, Answers, Objective
+from .registered import REGISTERED
 
 
 def _smoothed(x: Tensor, eps: float) -> Tensor:
@@ -399,9 +400,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 def resolve_objective(objective: Objective | str) -> Objective:
     """An objective, or the name of one for its defaults. Raises ValueError for an unknown name or type."""
-    if isinstance(objective, str) and objective in REGISTERED:
-        return REGISTERED[objective]()
-    if isinstance(objective, Objective) and REGISTERED.get(objective.name) is type(objective):
+    cls = REGISTERED.get(objective if isinstance(objective, str) else getattr(objective, "name", None))
+    if isinstance(objective, str) and cls is not None and issubclass(cls, Objective):
+        return cls()
+    if isinstance(objective, Objective) and cls is type(objective):
         return objective
     raise refusal("objective", objective, f"one of {', '.join(OBJECTIVES)}, or an object of an Objective class")
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..parallel import Shards, alike, digest, group_named
 from .checks import check_held_rows
 from .dispatch import choose_backend
-from .objective import ROLES, Objective, rebuild_objective
+from .objective import ROLES, Objective
 from .products import multiplies_natively, result_dtype
+from .registered import rebuild
 from .rows import WINDOW, Stretch, to_device, windows
 from .sweep import Groups, HeadSweep, Options, Result, float16_scale, rows_per_chunk, sweep
 
@@ -94,7 +95,7 @@ def _stretches(
     return out
 
 
-def _check_labels(stretches: list[Stretch], vocab: int) -> None:
+def check_rows_labels(stretches: list[Stretch], vocab: int) -> None:
     """Raises ValueError for a label out of range, or two different labels for one row."""
 
     def place(number: int, row: int) -> str:
@@ -124,7 +125,7 @@ def _check_labels(stretches: list[Stretch], vocab: int) -> None:
                     )
 
 
-def _head(weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int) -> HeadSweep:
+def make_head(weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int) -> HeadSweep:
     """A sweep with room for the rows that fit."""
     dtype = options.compute_dtype
     tiles = choose_backend(weight.device, dtype, backend or None)
@@ -149,7 +150,7 @@ def run_sweep(
         shards = Shards(batch.length, group_named(batch.ranks)) if batch.ranks else None
         with nullcontext() if shards is None else alike(shards.group, weight.device, _digest(batch), WHOLE):
             stretches, groups = _checked(hiddens, grads, weight, batch, shards)
-        head = _head(weight, bias, options, backend, sum(map(len, stretches)))
+        head = make_head(weight, bias, options, backend, sum(map(len, stretches)))
         result = sweep(stretches, head, groups, batch.nll_total, shards)
         if clear:
             _clear_unvisited(stretches, grads, batch.shift)
@@ -165,11 +166,11 @@ def _checked(
     refs = _references(batch, role, weight.device)
     labels = (batch.answers, batch.segments, batch.nll, nll_weights)
     stretches = _stretches(hiddens, grads, *labels, batch.shift, batch.ignore_index)
-    _check_labels(stretches, weight.shape[0])
+    check_rows_labels(stretches, weight.shape[0])
     _check_segments(stretches, batch.sequences)
     groups = None
     if batch.count:
-        objective = rebuild_objective(batch.objective, batch.parameters)
+        objective = rebuild(batch.objective, batch.parameters)
         _check_forms(objective, group, role, batch.count)
         lengths = _answer_rows(stretches, role)
         weight_of_group = batch.preference_weight / batch.num_groups
@@ -242,11 +243,11 @@ def _check_forms(objective: Objective, group: Tensor, role: Tensor, count: int) 
         )
 
 
-def _reference_name(batch: Batch, k: int) -> str:
+def _named_reference(batch: Batch, k: int) -> tuple[str, int]:
     """What the caller knows the reference of sequence k as."""
     if batch.role.numel():
-        return f"ref_logps at {k}"
-    return f"ref_chosen_logps at {k}" if k < batch.count else f"ref_rejected_logps at {k - batch.count}"
+        return "ref_logps", k
+    return ("ref_chosen_logps", k) if k < batch.count else ("ref_rejected_logps", k - batch.count)
 
 
 def _references(batch: Batch, role: Tensor, device: torch.device) -> Tensor | None:
@@ -257,9 +258,8 @@ def _references(batch: Batch, role: Tensor, device: torch.device) -> Tensor | No
         return None
     if refs.device.type == "cpu" and not bool(refs.isfinite().all()):
         k = int((~refs.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"{_reference_name(batch, k)}: {float(refs[k])}: expected finite log-probs, sums over answer tokens"
-        )
+        name, at = _named_reference(batch, k)
+        raise ValueError(f"{name}: {float(refs[k])} at {at}: expected finite log-probs, sums over answer tokens")
     refs = to_device(refs, device, torch.float64)
     return torch.where(refs.isfinite(), refs, torch.nan)
 
@@ -383,18 +383,19 @@ def _(hiddens, weight, bias, *rest):
     )
 
 
-def _setup(ctx, inputs, output):
+def setup(ctx, inputs, output):
+    """Of an operator from (hiddens, weight, bias, ..., need, backend) to (..., their gradients, three scales)."""
     ctx.need = inputs[-2]
     # autograd wants a list of None for a list of tensors, and for an empty list, among the inputs without a gradient
     ctx.blank = [
         [None] * len(x) if isinstance(x, list) and all(isinstance(t, Tensor) for t in x) else None for x in inputs[3:]
     ]
     ctx.nothing = [None] * len(inputs[0]), None, None, *ctx.blank
-    ctx.save_for_backward(*output[5], *output[6:])
+    ctx.save_for_backward(*output[-4], *output[-3:])
     ctx.set_materialize_grads(False)  # or the engine makes a zero tensor as large as each gradient
 
 
-def _backward(ctx, grad, *_):
+def backward(ctx, grad, *_):
     if grad is None:  # only a detached output was asked for
         return ctx.nothing
     refuse_create_graph()
@@ -405,7 +406,7 @@ def _backward(ctx, grad, *_):
     return dh, *head, *ctx.blank
 
 
-sweep_op.register_autograd(_backward, setup_context=_setup)
+sweep_op.register_autograd(backward, setup_context=setup)
 
 
 def scaled(saved: Tensor, factor: Tensor) -> Tensor:
@@ -462,9 +463,9 @@ def logps_op(
     options = Options(scale, softcap, workspace_bytes, compute_dtype, False, False, False)
     out = torch.zeros(hidden.shape[0], dtype=result_dtype(weight.dtype), device=hidden.device)
     with torch.autocast(weight.device.type, enabled=False):
-        stretches = _token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
-        _check_labels(stretches, weight.shape[0])
-        head = _head(weight, bias, options, backend, hidden.shape[0])
+        stretches = token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
+        check_rows_labels(stretches, weight.shape[0])
+        head = make_head(weight, bias, options, backend, hidden.shape[0])
         for chunk in head.chunks(windows(stretches), Stretch.nll_mask):
             chunk.write(head.logps(chunk), out)
     return out
@@ -493,9 +494,9 @@ def logps_backward_op(
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
     with torch.autocast(weight.device.type, enabled=False):
-        stretches = _token_stretches(hidden, dh, labels, grad[None], ignore_index)
+        stretches = token_stretches(hidden, dh, labels, grad[None], ignore_index)
         nll_total = torch.full((), -1.0)  # the weight of a negative log-prob is the negative gradient
-        result = sweep(stretches, _head(weight, bias, options, backend, hidden.shape[0]), None, nll_total)
+        result = sweep(stretches, make_head(weight, bias, options, backend, hidden.shape[0]), None, nll_total)
         dh, dw, db = (None if g is None else scale_(g, 1 / result.grad_scale) for g in (dh, result.dw, result.db))
     return (
         hidden.new_empty(0) if dh is None else dh,
@@ -514,7 +515,7 @@ def _(grad, hidden, weight, bias, *rest):
     )
 
 
-def _token_stretches(hidden: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor, ignore_index: int):
+def token_stretches(hidden: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor, ignore_index: int):
     """(N, H) rows with one label each and per-row weights (1, N), or one weight (1, 1), as a single stretch."""
     none = torch.empty(0, dtype=torch.int64)
     grads = [None if grad is None else grad[None]]

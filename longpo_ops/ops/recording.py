@@ -6,6 +6,8 @@ off, and what is differentiated is a copy. The guard is a private interface of t
 newest torch that the package takes.
 
 Not covered: second derivatives.
+
+Tests: tests/ops/test_objective.py.
 """
 
 from __future__ import annotations

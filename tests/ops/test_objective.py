@@ -262,7 +262,7 @@ def test_what_sees_other_groups_is_taken_when_it_says_so(workspace):
         (dict(groups=torch.zeros(0).long()), ["groups.shape=(0,)", "(K,)"]),
         (dict(roles=torch.zeros(5).long()), ["roles.shape=(5,)", "(6,)"]),
         (dict(ref_logps=None), ["ref_logps is missing"]),
-        (dict(ref_logps=REFS.index_fill(0, torch.tensor([4]), torch.inf)), ["ref_logps at 4: inf"]),
+        (dict(ref_logps=REFS.index_fill(0, torch.tensor([4]), torch.inf)), ["ref_logps: inf at 4"]),
         (dict(objective="longpo"), ["group 0 of 2", "as objective longpo takes"]),
         (dict(denominator=0), ["denominator=0"]),
     ],

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.budget import DRAWS
-from longpo_ops.ops.objective import Answers, Objective, decide, rebuild_objective
+from longpo_ops.ops.objective import Answers, Objective, decide
 from longpo_ops.ops.objectives import (
     AOT,
     CPO,
@@ -33,6 +33,7 @@ from longpo_ops.ops.objectives import (
     find_objective,
     resolve_objective,
 )
+from longpo_ops.ops.registered import rebuild
 
 from .preference_cases import Case, check_case
 
@@ -246,12 +247,12 @@ def test_sums_and_means_go_by_group_in_any_order():
 )
 def test_numbers_of_an_objective_are_plain(objective):
     assert {type(getattr(objective, field.name)) for field in fields(objective)} <= {float, bool}
-    assert rebuild_objective(objective.name, objective.parameters()) == objective
+    assert rebuild(objective.name, objective.parameters()) == objective
 
 
 @pytest.mark.parametrize("objective", EXAMPLES, ids=repr)
 def test_an_objective_survives_the_way_through_an_operator(objective):
-    assert rebuild_objective(objective.name, objective.parameters()) == objective
+    assert rebuild(objective.name, objective.parameters()) == objective
     assert resolve_objective(objective) is objective
 
 
