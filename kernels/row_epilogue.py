@@ -242,8 +242,8 @@ def _check(z, labels, map, g=None, stats=None, classes=None):
 
 
 def logps(z, labels, map, beside=None):
-    """z (n, V) float32, labels (n,) int64, LogitMap -> logps (n,), stats (n, 2), float32; z is left as it is. With a Beside that
-    asks for something stats are (n, 5).
+    """z (n, V) float32, labels (n,) int64, LogitMap -> logps (n,), stats (n, 2), float32; z is left as it is. With a Beside
+    that asks for something stats are (n, 5).
 
     Raises ValueError for another dtype, shape, device or layout.
     """
