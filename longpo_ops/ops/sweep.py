@@ -32,7 +32,7 @@ from ..parallel import Shards
 from .objective import Answers, Objective, decide
 from .products import UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, to_device, windows
-from .tiles import BLOCK_BYTES, BLOCK_SHARE, LogitMap, Tiles, empty_tile
+from .tiles import BLOCK_BYTES, BLOCK_SHARE, NOTHING, Beside, LogitMap, Tiles, empty_tile
 
 # On CUDA 2.75 GiB: 4,096 rows of the widest common heads, V = 151,936 at H = 4,096 (2.51 GiB) and V = 152,064 at H = 8,192
 # (2.70). Fewer rows a chunk would read and write the head's gradient more often: docs/mathematics.md.
@@ -145,22 +145,26 @@ class HeadSweep:
 
     def logps(self, chunk: Chunk) -> Tensor:
         """(n,) log-probs alone."""
-        weight = self.products.weight
-        if self.tiles.linear_logps is None or self.products.blockwise or not is_row_major(weight):
-            h, labels, z = self._logits(chunk)
-            return self.tiles.logps(z, labels, self.map)[0]
-        h, labels = chunk.hidden(self.products.dtype), to_device(chunk.labels(), self.device)
-        return self.tiles.linear_logps(h, weight, labels, self.map)[0]
+        return self.stats(chunk)[0]
 
-    def score(self, chunk: Chunk) -> tuple[Tensor, Held]:
+    def stats(self, chunk: Chunk, beside: Beside = NOTHING) -> tuple[Tensor, Tensor]:
+        """(n,) log-probs and stats alone. What is asked for beside needs the tile, whatever the back-end."""
+        weight, straight = self.products.weight, self.tiles.linear_logps is not None and beside.columns == 2
+        if not straight or self.products.blockwise or not is_row_major(weight):
+            h, labels, z = self._logits(chunk)
+            return self.tiles.logps(z, labels, self.map, beside)
+        h, labels = chunk.hidden(self.products.dtype), to_device(chunk.labels(), self.device)
+        return self.tiles.linear_logps(h, weight, labels, self.map)
+
+    def score(self, chunk: Chunk, beside: Beside = NOTHING) -> tuple[Tensor, Held]:
         """(n,) log-probs, and the tile they came from."""
         h, labels, z = self._logits(chunk)
-        logps, stats = self.tiles.logps(z, labels, self.map)
+        logps, stats = self.tiles.logps(z, labels, self.map, beside)
         return logps, Held(chunk, h, labels, z, stats)
 
-    def push(self, held: Held, g: Tensor) -> None:
-        """Gradients of a scored chunk."""
-        dz = self.tiles.gradient_(held.z, held.labels, held.stats, g, self.map, self.products.dtype)
+    def push(self, held: Held, g: Tensor, classes: Tensor | None = None) -> None:
+        """Gradients of a scored chunk; g (n,), or (n, 4) of the affine family."""
+        dz = self.tiles.gradient_(held.z, held.labels, held.stats, g, self.map, self.products.dtype, classes)
         self._gather(held.chunk, held.h, dz)
 
     def visit(self, chunk: Chunk, g: Tensor) -> Tensor:

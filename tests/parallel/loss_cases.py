@@ -78,7 +78,12 @@ class Row:
             loss = loss - (logps * self.weights).sum() / 5.0
         return {"loss": loss.detach(), "chosen_logps": sums[:3], "rejected_logps": sums[3:]} | gradients(loss, leaves)
 
-    def cross_entropy(self, reduction: str, weighted: bool, shards=None) -> dict[str, Tensor]:
+    def _affine(self, affine: bool) -> dict:
+        """Smoothing, a z-loss and class weights."""
+        classes = torch.linspace(0, 2, V, dtype=torch.float64)
+        return dict(label_smoothing=0.2, z_loss_weight=1e-2, class_weights=classes) if affine else {}
+
+    def cross_entropy(self, reduction: str, weighted: bool, affine: bool, shards=None, **more) -> dict[str, Tensor]:
         leaves = self.leaves(slice(None) if shards is None else shards.rows)
         loss = linear_cross_entropy(
             **leaves,
@@ -86,13 +91,15 @@ class Row:
             row_weights=self.weights if weighted else None,
             reduction=reduction,
             shards=shards,
+            **self._affine(affine) | more,
         )
         return {"loss": loss} | gradients(loss, leaves)
 
-    def plain_cross_entropy(self, reduction: str, weighted: bool, dtype=None) -> dict[str, Tensor]:
+    def plain_cross_entropy(self, reduction: str, weighted: bool, affine: bool, dtype=None) -> dict[str, Tensor]:
         leaves = self.leaves(dtype=dtype)
         weights = self.weights if weighted else None
-        loss = truth.cross_entropy(**leaves, labels=self.labels, row_weights=weights, reduction=reduction)
+        more = dict(row_weights=weights, reduction=reduction, **self._affine(affine))
+        loss = truth.cross_entropy(**leaves, labels=self.labels, **more)
         return {"loss": loss} | gradients(loss, leaves)
 
 
