@@ -56,6 +56,7 @@ ROOMS = {
         "runs",
         "train",
     ),
+    "integrations": ("data", "kinds", "ops", "train"),
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
     "cli": (
