@@ -7,11 +7,12 @@
 
 A prompt of P tokens with answers of C and R is P + C + R + 1 rows where TRL has 2 (P + max(C, R)), and its body runs them once.
 Models that share no prefix run sequence by sequence, unpadded (train/forward.py). References: TRL's columns
-(precompute_ref_log_probs), computed on packs; else ref_model, or the policy without its adapters, on the same pack as the policy.
-Everything else is TRL's: its options (trl_options.py says which are refused), its data, metrics by its names, checkpoints.
+(precompute_ref_log_probs), computed on packs; else ref_model, or the policy without its adapters, on the same pack as the
+policy. Everything else is TRL's: its options (trl_options.py says which are refused), its data, metrics by its names,
+checkpoints.
 
-Metrics: rewards/chosen, /rejected, /margins, /accuracies, logps/chosen, /rejected, num_tokens. Not logged, as they read whole rows of
-logits: entropy, mean_token_accuracy, logits/chosen, logits/rejected. Not covered: FSDP, DeepSpeed, vision.
+Metrics: rewards/chosen, /rejected, /margins, /accuracies, logps/chosen, /rejected, num_tokens. Not logged, as they read whole
+rows of logits: entropy, mean_token_accuracy, logits/chosen, logits/rejected. Not covered: FSDP, DeepSpeed, vision.
 
 Tests: tests/integrations/test_trl.py.
 """
@@ -72,8 +73,8 @@ class PackCollator:
     def _pair(self, row: dict[str, Any]) -> TokenizedPair:
         if not row["prompt_ids"]:
             raise ValueError(
-                f"prompt_ids is empty (chosen_ids {row['chosen_ids'][:8]}): nothing precedes the first token of the answers, which "
-                "TRL leaves out of its sums; expected a prompt of at least one token, such as a begin-of-sequence token"
+                f"prompt_ids is empty (chosen_ids {row['chosen_ids'][:8]}): nothing precedes the first token of the answers, "
+                "which TRL leaves out of its sums; expected a prompt of at least one token, such as a begin-of-sequence token"
             )
         chosen, rejected = (self._sequence(row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected"))
         return TokenizedPair("row", chosen, (rejected,))
@@ -95,9 +96,9 @@ class FusedDPOTrainer(DPOTrainer):
 
     objective: an object of longpo_ops' objectives (SimPO(), ORPO(), one's own) in the place of args.loss_type.
 
-    Raises ValueError, before anything is loaded, for another version of TRL, an option that cannot be honoured (trl_options.py), a
-    data_collator, compute_metrics, a vision model, and adapters that read tokens of their own (prompt learning); for a model that
-    prepare_model (train/checks.py) refuses; in a batch, for a prompt or an answer without tokens.
+    Raises ValueError, before anything is loaded, for another version of TRL, an option that cannot be honoured
+    (trl_options.py), a data_collator, compute_metrics, a vision model, and adapters that read tokens of their own (prompt
+    learning); for a model that prepare_model (train/checks.py) refuses; in a batch, for a prompt or an answer without tokens.
     Source: arXiv 2305.18290 and what each objective names.
     """
 
@@ -148,8 +149,8 @@ class FusedDPOTrainer(DPOTrainer):
             )
         if isinstance(processing_class, ProcessorMixin):
             raise ValueError(
-                f"processing_class: {type(processing_class).__name__} also reads pictures or sound, which packs do not hold; give "
-                "its tokenizer, and a text model"
+                f"processing_class: {type(processing_class).__name__} also reads pictures or sound, which packs do not hold; "
+                "give its tokenizer, and a text model"
             )
         adapters = [] if peft_config is None else [peft_config]
         adapters += (getattr(model, "peft_config", None) or {}).values()
@@ -237,7 +238,7 @@ class FusedDPOTrainer(DPOTrainer):
         return out.loss
 
     def _note(self, pack: PreferencePack, out, references) -> None:
-        """TRL's metrics. Its rewards are beta (log pi - log pi_ref) whatever the loss; an objective of one's own has its own."""
+        """TRL's metrics. Its rewards are beta (log pi - log pi_ref) whatever the loss; `objective` has its own."""
         mode = "train" if self.model.training else "eval"
         chosen, rejected = out.chosen_rewards, out.rejected_rewards
         if not self._own_rewards:

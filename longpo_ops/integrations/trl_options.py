@@ -121,8 +121,8 @@ def make_objective(args: DPOConfig) -> Objective:
     if args.label_smoothing and not set(args.loss_type) & set(SMOOTHED):
         read = f"; of those here, {', '.join(SMOOTHED)} do" if SMOOTHED else ""
         raise ValueError(
-            f"label_smoothing={args.label_smoothing:g}: loss_type={args.loss_type} does not read it in TRL{read}; set it to 0, or "
-            f"give objective=DPO(beta={args.beta:g}, label_smoothing={args.label_smoothing:g})"
+            f"label_smoothing={args.label_smoothing:g}: loss_type={args.loss_type} does not read it in TRL{read}; set it to 0, "
+            f"or give objective=DPO(beta={args.beta:g}, label_smoothing={args.label_smoothing:g})"
         )
     if others or weights != [1.0]:
         raise ValueError(f"loss_type={args.loss_type}, loss_weights={weights}: expected one loss type of weight 1")
@@ -141,6 +141,6 @@ def check_model(config, args: DPOConfig) -> None:
     coefficient = getattr(text, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
     if coefficient and hasattr(text, "output_router_logits"):
         raise ValueError(
-            f"router_aux_loss_coef={coefficient:g}: the load of a mixture's experts is counted over a pack, which holds a prompt "
-            "once, and would not be TRL's; set it to 0.0, or use longpo_ops.train.LongPOTrainer, which counts so"
+            f"router_aux_loss_coef={coefficient:g}: the load of a mixture's experts is counted over a pack, which holds a "
+            "prompt once, and would not be TRL's; set it to 0.0, or use longpo_ops.train.LongPOTrainer, which counts so"
         )

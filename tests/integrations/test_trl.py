@@ -1,4 +1,4 @@
-"""FusedDPOTrainer beside TRL's DPOTrainer: loss, gradients, metrics, weights after training; what is refused, and by which name."""
+"""FusedDPOTrainer beside TRL's DPOTrainer: loss, gradients, metrics and weights; what is refused, and by which name."""
 
 from __future__ import annotations
 
@@ -341,7 +341,7 @@ def test_every_option_of_dpo_config_is_decided():
 
     made = dict(output_dir="x", report_to="none", use_cpu=True, bf16=False)
     trl_options.check_options(Newer(**made))
-    with pytest.raises(ValueError, match="^swing=0.5: FusedDPOTrainer does not know this option of Newer"):
+    with pytest.raises(ValueError, match=r"^swing=0.5: FusedDPOTrainer does not know this option of Newer"):
         trl_options.check_options(Newer(**made, swing=0.5))
 
 
@@ -373,7 +373,7 @@ def test_models_that_trl_trains_with_more_are_refused(tmp_path):
         def __init__(self, config):
             self.config = config
 
-    with pytest.raises(ValueError, match="^model: Gemma3Config also reads pictures"):
+    with pytest.raises(ValueError, match=r"^model: Gemma3Config also reads pictures"):
         FusedDPOTrainer(Given(Gemma3Config()), args=options(tmp_path))
     with pytest.raises(ValueError, match=r"^router_aux_loss_coef=0.001: "):
         FusedDPOTrainer(Given(MixtralConfig()), args=options(tmp_path))
@@ -399,13 +399,13 @@ def test_rows_without_tokens_are_refused(row, message, tmp_path):
 
 def test_logits_are_not_there_to_be_given(tmp_path):
     ours = trainer(FusedDPOTrainer, tmp_path)
-    with pytest.raises(ValueError, match="^return_outputs: logits are not made"):
+    with pytest.raises(ValueError, match=r"^return_outputs: logits are not made"):
         ours.compute_loss(ours.model, next(iter(ours.get_train_dataloader())), return_outputs=True)
 
 
 def test_the_models_are_left_alone_by_a_refusal(tmp_path):
     model = llama(0)
     before = copy.deepcopy(model.config.to_dict())
-    with pytest.raises(ValueError, match="^ld_alpha"):
+    with pytest.raises(ValueError, match=r"^ld_alpha"):
         FusedDPOTrainer(model, args=options(tmp_path, ld_alpha=0.5), train_dataset=Dataset.from_list(PLAIN))
     assert model.config.to_dict() == before and "forward" not in vars(model)
