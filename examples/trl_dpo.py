@@ -2,7 +2,8 @@
 
     python examples/trl_dpo.py [--model NAME] [--data rows.jsonl] [--steps 6]
 
-Rows have prompt, chosen and rejected, as TRL takes them (texts or messages). What differs from a script of TRL's own is one name.
+Rows have prompt, chosen and rejected, as TRL takes them (texts or messages). What differs from a script of TRL's own is one
+name.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python -m benchmarks.training.trl_dpo --cases tiny --rounds 1
 
 Both are given the same rows, model and DPOConfig (float32 on a CPU, one pair a step, gradient checkpointing as TRL has it by
-default, references precomputed, AdamW), and differ in the name of the trainer alone. A measurement is a process of its own; rounds
-alternate; seconds are the median over the steps after the first and then over rounds, peak memory is resident bytes at the peak of
-train() beyond those before it: gradients, optimizer states, activations and logits. The losses of all steps are compared each time,
-or nothing is reported. Not covered: GPUs, and what is computed before train().
+default, references precomputed, AdamW), and differ in the name of the trainer alone. A measurement is a process of its own;
+rounds alternate; seconds are the median over the steps after the first and then over rounds, peak memory is resident bytes at
+the peak of train() beyond those before it: gradients, optimizer states, activations and logits. The losses of all steps are
+compared each time, or nothing is reported. Not covered: GPUs, and what is computed before train().
 """
 
 from __future__ import annotations

@@ -36,11 +36,12 @@ from ..data import PairBatch, TokenizedPair, TokenSequence, pack
 from ..data.tokenized import IGNORE
 from ..kinds import check_object
 from ..ops.logprobs import linear_logprobs
-from ..ops.objectives import Objective
+from ..ops.objective import Objective
 from ..ops.preference import packed_preference_loss
 from ..train.checks import prepare_model
 from ..train.forward import run
-from .trl_options import check_model, check_options, check_version, make_objective
+from .trl_losses import make_objective
+from .trl_options import check_model, check_options, check_version
 
 
 @dataclass(frozen=True, slots=True)

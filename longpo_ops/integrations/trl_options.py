@@ -10,24 +10,13 @@ Everything here looks at names and values alone, so that nothing is loaded befor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import trl
 from transformers import TrainingArguments
 from trl import DPOConfig
 
-from ..ops.objectives import DPO, IPO, Hinge, Objective
-
 VERSIONS = ("1.16",)  # whose code was read, and whose numbers the tests compare with
-
-# The objective of each loss type that is honoured, from DPOConfig.
-OBJECTIVES: dict[str, Callable[[DPOConfig], Objective]] = {
-    "sigmoid": lambda args: DPO(beta=args.beta),
-    "hinge": lambda args: Hinge(beta=args.beta),
-    "ipo": lambda args: IPO(beta=args.beta, average=True),
-}
-SMOOTHED: tuple[str, ...] = ()  # loss types that read label_smoothing
 
 Refused = tuple[tuple[Any, ...], str]  # values that change nothing, and why others are refused, with what to do
 
@@ -37,9 +26,9 @@ OWN: dict[str, Refused | None] = {
     **dict.fromkeys(("torch_empty_cache_steps", "model_init_kwargs", "trust_remote_code", "dataset_num_proc")),
     **dict.fromkeys(("max_length", "precompute_ref_log_probs", "precompute_ref_batch_size", "pad_token", "beta")),
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")),
-    **dict.fromkeys(("loss_type", "loss_weights", "label_smoothing", "discopop_tau")),  # make_objective looks at them
+    **dict.fromkeys(("loss_type", "loss_weights", "label_smoothing", "discopop_tau")),  # trl_losses.py looks
+    **dict.fromkeys(("f_divergence_type", "f_alpha_divergence_coef")),
     "padding_free": None,  # nothing is padded, with it or without
-    "f_alpha_divergence_coef": None,  # of f_divergence_type="alpha_divergence" alone
     "router_aux_loss_coef": None,  # check_model looks at it
     "disable_dropout": ((True,), "a pack drops a shared prefix out once for both answers; leave it True"),
     "truncation_mode": (
@@ -49,10 +38,6 @@ OWN: dict[str, Refused | None] = {
     ),
     "pad_to_multiple_of": ((None,), "nothing is padded; leave it out"),
     "ld_alpha": ((None,), "log-probs are summed with one weight for all tokens; leave it out, or use TRL's DPOTrainer"),
-    "f_divergence_type": (
-        ("reverse_kl",),
-        "no objective has it yet; use 'reverse_kl', write an objective (objective=), or use TRL's DPOTrainer",
-    ),
     "use_weighting": ((False,), "its weights need sums over the vocabulary that are not made; use TRL's DPOTrainer"),
     "activation_offloading": (
         (False,),
@@ -108,25 +93,6 @@ def known_options() -> set[str]:
 def _default(field: dataclasses.Field) -> Any:
     made = field.default_factory is not dataclasses.MISSING
     return field.default_factory() if made else field.default
-
-
-def make_objective(args: DPOConfig) -> Objective:
-    """What loss_type, beta and the numbers beside them say. Raises ValueError for loss types that are not here."""
-    (name, *others), weights = args.loss_type, args.loss_weights or [1.0] * len(args.loss_type)
-    if unknown := [each for each in args.loss_type if each not in OBJECTIVES]:
-        raise ValueError(
-            f"loss_type={unknown[0]!r}: expected {', '.join(OBJECTIVES)}; give an objective of your own (objective=), or use "
-            "TRL's DPOTrainer"
-        )
-    if args.label_smoothing and not set(args.loss_type) & set(SMOOTHED):
-        read = f"; of those here, {', '.join(SMOOTHED)} do" if SMOOTHED else ""
-        raise ValueError(
-            f"label_smoothing={args.label_smoothing:g}: loss_type={args.loss_type} does not read it in TRL{read}; set it to 0, "
-            f"or give objective=DPO(beta={args.beta:g}, label_smoothing={args.label_smoothing:g})"
-        )
-    if others or weights != [1.0]:
-        raise ValueError(f"loss_type={args.loss_type}, loss_weights={weights}: expected one loss type of weight 1")
-    return OBJECTIVES[name](args)
 
 
 def check_model(config, args: DPOConfig) -> None:

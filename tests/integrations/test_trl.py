@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from longpo_ops import SimPO
 
 trl = pytest.importorskip("trl")
 
-from longpo_ops.integrations import trl_options  # noqa: E402
+from longpo_ops.integrations import trl_losses, trl_options  # noqa: E402
 from longpo_ops.integrations.trl import FusedDPOTrainer  # noqa: E402
 
 WORDS = 40
@@ -105,11 +106,14 @@ def options(folder, **given) -> trl.DPOConfig:
     return trl.DPOConfig(**defaults | given)
 
 
-def trainer(cls, folder, rows=PLAIN, model=llama, reference=llama, more=None, **given):
-    """Of either class, from the same seeds."""
+def trainer(cls, folder, rows=PLAIN, model=llama, reference=llama, more=None, near=False, **given):
+    """Of either class, from the same seeds. near: the reference is the policy but for a little."""
     more = dict(more or {})
     if reference is not None:
-        more["ref_model"] = reference(1)
+        more["ref_model"] = reference(0 if near else 1)
+        with torch.no_grad():
+            for weight in more["ref_model"].parameters() if near else ():
+                weight.mul_(0.9)
     return cls(
         model(0),
         args=options(folder, **given),
@@ -149,12 +153,33 @@ def check_equal(theirs, ours) -> None:
         assert metrics[name] == pytest.approx(true_metrics[name], rel=1e-5, abs=1e-5), name
 
 
-@pytest.mark.parametrize("kind", trl_options.OBJECTIVES)
+@pytest.mark.parametrize("kind", trl_losses.LOSSES)
 def test_every_loss_type_is_trls(kind, tmp_path):
-    smoothing = 0.1 if kind in trl_options.SMOOTHED else 0.0
+    smoothing = 0.1 if kind in trl_losses.SMOOTHED else 0.0
     theirs, ours = both(tmp_path, loss_type=[kind], label_smoothing=smoothing, beta=0.2)
     assert not ours.data_collator.separate
     check_equal(theirs, ours)
+
+
+def test_every_loss_type_that_trl_names_is_here():
+    """By its own error for a type that it does not know."""
+    named = re.search(r"loss_type.*?Possible values are: (.*?)\. If", str(trl.DPOConfig.__doc__), re.DOTALL)
+    assert set(re.findall(r"'(\w+)'", named[1])) == set(trl_losses.LOSSES)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
+        dict(loss_type=["aot", "robust"], label_smoothing=0.1),
+        dict(loss_type=["hinge", "sigmoid_norm"], loss_weights=[0.5, 2.0], f_divergence_type="js_divergence"),
+        *(dict(loss_type=[kind], f_divergence_type="forward_kl") for kind in ("sigmoid", "ipo")),
+        dict(loss_type=["sigmoid"], f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7),
+        dict(loss_type=["sigmoid"], f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0),
+    ],
+)
+def test_combinations_and_divergences_are_trls(given, tmp_path):
+    check_equal(*both(tmp_path, near=True, **given))
 
 
 @pytest.mark.parametrize("rows", [CONVERSATIONS, WHOLE], ids=["several messages", "implicit prompts"])
@@ -312,7 +337,7 @@ def test_an_objective_that_trl_lacks(tmp_path):
 
 REFUSED_VALUES = {
     "disable_dropout": False, "truncation_mode": "keep_end", "pad_to_multiple_of": 8, "ld_alpha": 0.5,
-    "f_divergence_type": "forward_kl", "use_weighting": True, "activation_offloading": True, "use_liger_kernel": True,
+    "use_weighting": True, "activation_offloading": True, "use_liger_kernel": True,
     "neftune_noise_alpha": 5.0, "torch_compile": True, "parallelism_config": object(), "fsdp": ["full_shard"],
     "deepspeed": "file.json",
 }  # fmt: skip
@@ -355,7 +380,13 @@ def test_another_version_is_refused(monkeypatch, tmp_path):
     "given, message",
     [
         (dict(loss_type=["no_such"]), "^loss_type='no_such': expected sigmoid, "),
-        (dict(loss_type=["sigmoid"], label_smoothing=0.1), "^label_smoothing=0.1: loss_type=.* does not read it"),
+        (dict(loss_type=["sigmoid"], label_smoothing=0.1), "^label_smoothing=0.1: TRL reads it for exo_pair, "),
+        (dict(loss_type=["exo_pair"]), r"^EXOPair\(label_smoothing=0.0\): expected 0 < label_smoothing"),
+        (dict(f_divergence_type="other"), "^f_divergence_type='other': expected one of reverse_kl, "),
+        (
+            dict(f_divergence_type="forward_kl", loss_type="nca_pair"),
+            "^f_divergence_type='forward_kl': nca_pair does not",
+        ),
         (dict(more={"data_collator": list}), "^data_collator: "),
         (dict(more={"compute_metrics": len}), "^compute_metrics: "),
         (dict(more={"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")}), "^peft_config: "),
