@@ -74,7 +74,7 @@ ROOMS = {
     ),
 }
 TRAINER = re.compile(r"transformers\.(Trainer|Training|trainer|integrations|Seq2SeqTrain)\w*")
-MAY_TRAIN = ("train", "evolve", "demo", "cli")
+MAY_TRAIN = ("train", "evolve", "integrations", "demo", "cli")
 
 
 def imports(path: Path, root: Path = ROOT) -> Iterator[str]:

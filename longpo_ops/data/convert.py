@@ -41,6 +41,7 @@ def read_converted(
 ) -> Iterator[ContextPair]:
     """Stream the pairs of a file or folder in one of KINDS. Raises BadRecord, and ValueError as read_rows and keep_good."""
     check_choice("kind", kind, KINDS)
+    check_choice("on_bad_record", on_bad_record, ("raise", "skip"))
 
     def make(row, where: str) -> ContextPair:
         record = check_cells(row, where) if isinstance(row, Cells) else row

@@ -310,22 +310,20 @@ def convert(
 ) -> None:
     """Make pairs of prompts with chosen and rejected answers: JSON Lines, JSON arrays, Parquet, CSV, save_to_disk."""
     from ..data import DataReport, write_pairs
-    from ..data.convert import KINDS, read_converted
-    from ..kinds import check_choice
+    from ..data.convert import read_converted
     from ..runs.disk import writing
 
+    report = DataReport(tell=number)
     with terminal.wrong_usage():
-        check_choice("--from", kind, KINDS)
-        check_choice("--on-bad-record", on_bad_record, ("raise", "skip"))
+        converted = read_converted(path, kind, on_bad_record, report)
     if out.exists():
         raise ValueError(f"{out} exists; expected a new file")
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(
             f"cannot write {out}; expected a name ending in .jsonl or .jsonl.gz, as contexts have no one type"
         )
-    report = DataReport(tell=number)
     with writing(out):
-        made = write_pairs(read_converted(path, kind, on_bad_record, report), out)
+        made = write_pairs(converted, out)
     typer.echo(f"{printable(report)}\n{made:,} pairs in {out}")
 
 

@@ -5,6 +5,8 @@
     options that are in neither are refused where they are set: TRL was not read with them
 
 Everything here looks at names and values alone, so that nothing is loaded before it is refused.
+
+Tests: tests/integrations/test_trl.py.
 """
 
 from __future__ import annotations
