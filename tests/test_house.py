@@ -56,7 +56,7 @@ ROOMS = {
         "runs",
         "train",
     ),
-    "integrations": ("data", "kinds", "ops", "train"),
+    "integrations": ("data", "kinds", "launch", "ops", "train"),
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
     "cli": (

@@ -38,9 +38,9 @@ from ..kinds import check_object
 from ..ops.logprobs import linear_logprobs
 from ..ops.objective import Objective
 from ..ops.preference import packed_preference_loss
-from ..train.checks import prepare_model
+from ..train.checks import check_separate, prepare_model
 from ..train.forward import run
-from .trl_losses import make_objective
+from .trl_losses import make_objective, own_objective
 from .trl_options import check_model, check_options, check_version
 
 
@@ -126,7 +126,7 @@ class FusedDPOTrainer(DPOTrainer):
         check_object("args", args, DPOConfig, "a DPOConfig")
         check_object("objective", objective, Objective | None, "an object of longpo_ops.ops.objectives, or None")
         check_options(args)
-        self.objective = make_objective(args) if objective is None else objective
+        self.objective = make_objective(args) if objective is None else own_objective(objective, args)
         self._own_rewards = objective is not None
         check_model(self._config(model, args), args)
         super().__init__(
@@ -173,6 +173,10 @@ class FusedDPOTrainer(DPOTrainer):
         for model in filter(None, (self.model, self.ref_model)):
             if not hasattr(_causal(model), "_longpo_ops_attached"):
                 collator.separate |= prepare_model(self.accelerator.unwrap_model(model)) is not None
+        if collator.separate:
+            check_separate(self.model, self.args, None)
+            if self.args.ddp_broadcast_buffers is None:
+                self.args.ddp_broadcast_buffers = False  # else a pack's second forward changes what the first one saved
 
     # -- references --------------------------------------------------------------------------------------------------
 

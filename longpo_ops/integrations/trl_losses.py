@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -152,6 +152,18 @@ class CombinedOverBatch(Combined):
 
     name: ClassVar[str] = "trl_combined_over_batch"
     separable: ClassVar[bool] = False
+
+
+def own_objective(objective: Objective, args: DPOConfig) -> Objective:
+    """-> objective. Raises ValueError for an option beside it that it would not read."""
+    for name in ("loss_type", "loss_weights", "beta", "label_smoothing", "discopop_tau", "f_divergence_type"):
+        field = next(field for field in fields(DPOConfig) if field.name == name)
+        default = field.default if field.default is not MISSING else field.default_factory()
+        if (value := getattr(args, name)) != default:
+            raise ValueError(
+                f"{name}={value!r} beside objective={objective}, which has its own numbers; leave one of them out"
+            )
+    return objective
 
 
 def make_objective(args: DPOConfig) -> Objective:

@@ -18,6 +18,8 @@ import trl
 from transformers import TrainingArguments
 from trl import DPOConfig
 
+from .. import launch
+
 VERSIONS = ("1.16",)  # whose code was read, and whose numbers the tests compare with
 
 Refused = tuple[tuple[Any, ...], str]  # values that change nothing, and why others are refused, with what to do
@@ -75,6 +77,9 @@ def check_version() -> None:
 
 def check_options(args: DPOConfig) -> None:
     """Raises ValueError naming an option that cannot be honoured, or that nothing is known of."""
+    for name, launched in (("fsdp", launch.is_sharded()), ("deepspeed", launch.is_deepspeed())):
+        if launched:
+            raise ValueError(f"{name} in the launcher's file: {REFUSED[name][1]}")
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         rule = OWN.get(field.name) or REFUSED.get(field.name)

@@ -254,6 +254,9 @@ def test_a_model_that_shares_no_prefix_is_trls(tmp_path, monkeypatch):
     theirs, ours = both(tmp_path)
     assert ours.data_collator.separate
     check_equal(theirs, ours)
+    reentrant = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"^gradient_checkpointing_kwargs: use_reentrant=True"):
+        trainer(FusedDPOTrainer, tmp_path, **reentrant)
 
 
 def test_gpt2_is_trls(tmp_path):
@@ -288,6 +291,20 @@ def test_runs_with_accumulation_workers_and_evaluation_are_trls(tmp_path):
     weights = dict(theirs.model.named_parameters())
     for name, parameter in ours.model.named_parameters():
         torch.testing.assert_close(parameter, weights[name], rtol=0, atol=2e-4)
+
+
+def test_streamed_rows_and_another_evaluation_are_trls(tmp_path):
+    theirs, ours = (
+        cls(
+            llama(0), llama(1), options(tmp_path / cls.__name__, learning_rate=1e-3), processing_class=tokenizer(),
+            train_dataset=Dataset.from_list(PLAIN).to_iterable_dataset(),
+        )
+        for cls in (trl.DPOTrainer, FusedDPOTrainer)
+    )  # fmt: skip
+    for one in (theirs, ours):
+        one.train()
+        one.evaluate(Dataset.from_list(CONVERSATIONS))
+    check_histories(theirs, ours)
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
@@ -326,8 +343,10 @@ def test_generation_is_the_models_own(tmp_path):
 
 
 def test_an_objective_that_trl_lacks(tmp_path):
-    ours = trainer(FusedDPOTrainer, tmp_path, more={"objective": SimPO(beta=2.0, gamma=0.5)})
+    ours = trainer(FusedDPOTrainer, tmp_path, beta=0.1, more={"objective": SimPO(beta=2.0, gamma=0.5)})
     ours.train()
+    with pytest.raises(ValueError, match=r"^beta=0.3 beside objective=SimPO.*leave one of them out"):
+        trainer(FusedDPOTrainer, tmp_path, more={"objective": SimPO()})
     assert all(row["rewards/margins"] != 0 for row in history(ours))
     with pytest.raises(ValueError, match="objective: expected an object of"):
         trainer(FusedDPOTrainer, tmp_path, more={"objective": "simpo"})
@@ -348,6 +367,14 @@ def test_what_cannot_be_honoured_is_refused_by_name(name, tmp_path):
     args = options(tmp_path)
     setattr(args, name, REFUSED_VALUES[name])
     with pytest.raises(ValueError, match=f"^{name}="):
+        FusedDPOTrainer("no/such/model", args=args, train_dataset=Dataset.from_list(PLAIN))
+
+
+@pytest.mark.parametrize("name, variable", [("fsdp", "ACCELERATE_USE_FSDP"), ("deepspeed", "ACCELERATE_USE_DEEPSPEED")])
+def test_what_a_launcher_shards_is_refused(name, variable, tmp_path, monkeypatch):
+    args = options(tmp_path)
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"^{name} in the launcher's file: it was not tried"):
         FusedDPOTrainer("no/such/model", args=args, train_dataset=Dataset.from_list(PLAIN))
 
 
