@@ -49,7 +49,8 @@ def readings(pair: TokenizedPair, reading: str) -> tuple[TokenizedPair, ...]:
     short = pair.short_pairs()
     if not short:
         raise ValueError(
-            f"record {pair.id!r}: no short inputs (ref_chosen, ref_rejected); the reference has nothing to read"
+            f"record {pair.id!r}: no short inputs (ref_chosen, ref_rejected); the reference has nothing to read: give pairs "
+            "with chunks, or an objective that needs none (dpo, simpo, orpo)"
         )
     return short
 
