@@ -113,7 +113,7 @@ def perform(name: str, side: str, gradients: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| questions x answers | tokens | separate rows | tree | fewer | separate | tree | faster | memory of separate | tree |",
+        "| questions x answers | tokens | separate rows | tree | fewer | separate | tree | faster | separate peak | tree |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -121,7 +121,8 @@ def table(rows: list[dict]) -> str:
         many, few = (row[f"{side}_rounds"][0]["rows"] for side in ("separate", "tree"))
         tokens = " + ".join(str(shape[part]) for part in ("prefix", "question", "tail"))
         lines.append(
-            f"| {shape['questions']} x {shape['answers']} | {tokens} | {many:,} | {few:,} | {many / few:.1f}x | {alone['seconds']:.2f} s | {tree['seconds']:.2f} s | {row['faster']:.1f}x | "
+            f"| {shape['questions']} x {shape['answers']} | {tokens} | {many:,} | {few:,} | {many / few:.1f}x | "
+            f"{alone['seconds']:.2f} s | {tree['seconds']:.2f} s | {row['faster']:.1f}x | "
             f"{alone['peak_bytes'] / 2**20:.0f} MiB | {tree['peak_bytes'] / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)

@@ -21,8 +21,7 @@ LAYOUTS = {
     "one pair": make_layout((40, 9, 13)),
     "several rejected": make_layout((21, 6, 1, 9, 4)),
     "several pairs": make_layout((17, 3, 5), (1, 4, 2, 1), (12, 6), (1, 1, 3)),
-    "tree": TREE,
-    "tree, then a pair": SharedPrefixLayout((*TREE.pairs, PairSpans(66, 75, ((75, 78), (78, 82)))), 82),
+    "a tree, then a pair": SharedPrefixLayout((*TREE.pairs, PairSpans(66, 75, ((75, 78), (78, 82)))), 82),
 }
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
