@@ -289,6 +289,7 @@ def _check_positions(position_ids: Tensor, layout: SharedPrefixLayout | None) ->
         return
     if position_ids.shape[-1] != layout.length:  # the attention itself refuses a layout of another length
         return
+    layout.check()
     repeats = [(start, f) for pair in layout.pairs for (start, _), f in zip(pair.tails[1:], pair.forks, strict=True)]
     tails, lasts = torch.tensor(repeats, dtype=torch.int64, device=position_ids.device).view(-1, 2).unbind(1)
     goes_back = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) < 0

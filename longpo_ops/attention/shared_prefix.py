@@ -81,27 +81,17 @@ def plan_segments(
     """-> own segments, whose key ranges are disjoint and cover all rows, and those of ancestors. With a window or chunks, keys
     that no row can reach are left out.
 
-    Raises ValueError where the pairs do not follow each other without gaps from row 0 to layout.length.
+    Raises ValueError for a layout that is not sound (SharedPrefixLayout.check).
     """
-    own, shared, row = [], [], 0
-    for number, pair in enumerate(layout.pairs):
-        if not pair.is_sound(row):
-            raise ValueError(
-                f"shared_prefix_layout: pair {number} is {pair}, expected to start at row {row} with a prefix of at "
-                f"least one row, then its tails, each of at least one row and starting where the one before it ends, and "
-                f"leaving a row before it, from the prefix's last one on"
-            )
-        row, places = pair.end, [0]  # of the first row of each branch in its separate sequence
+    layout.check()
+    own, shared = [], []
+    for pair in layout.pairs:
         for j in range(len(pair.tails)):
-            (start, end), path = pair.branch(j), pair.path(j)
-            if j:
-                parent = pair.tail_of(pair.forks[j - 1])
-                places.append(places[parent] + pair.forks[j - 1] - pair.branch(parent)[0])
-            pieces = _pieces(start, end, places[j], window, chunk)
+            *ancestors, (start, end) = pair.path(j)
+            place = sum(behind - first for first, behind in ancestors)  # of the first row in its separate sequence
+            pieces = _pieces(start, end, place, window, chunk)
             own += pieces
-            _add(shared, pieces[0], path[:-1], _first_place(places[j], window, chunk), window)
-    if row != layout.length:
-        raise ValueError(f"shared_prefix_layout: its pairs end at row {row}, its length says {layout.length}")
+            _add(shared, pieces[0], place, ancestors, _first_place(place, window, chunk), window)
     return tuple(own), _joined(shared)
 
 
@@ -117,18 +107,17 @@ def _first_place(place: int, window: int | None, chunk: int | None) -> int:
     return first if chunk is None else place - place % chunk
 
 
-def _add(shared: list[Segment], piece: Segment, ancestors, first: int, window: int | None) -> None:
-    """The row ranges of a piece's ancestors, in the order of their separate sequence, from place `first` on."""
-    whole = sum(end - start for start, end in ancestors)  # the piece's first row has this place
-    place = 0
+def _add(shared: list[Segment], piece: Segment, place: int, ancestors, first: int, window: int | None) -> None:
+    """What a piece, whose first row has this place, sees of its ancestors, in their order, from place `first` on."""
+    before = 0
     for start, end in ancestors:
-        seen = start + max(0, first - place)
-        place += end - start
+        seen = start + max(0, first - before)
         if seen < end:
-            offset = whole - place + end - seen
+            offset = place - before - (seen - start)
             hides = window is not None and piece.end - piece.start + offset > window
             keys = KeyRange(seen, end, offset if hides else end - seen)
             shared.append(Segment(piece.start, piece.end, keys, window if hides else None))
+        before += end - start
 
 
 def _joined(shared: list[Segment]) -> tuple[Segment, ...]:

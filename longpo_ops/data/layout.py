@@ -111,3 +111,17 @@ class SharedPrefixLayout:
     def __post_init__(self):
         tuple(check_each("SharedPrefixLayout: pairs", self.pairs, PairSpans, "a PairSpans", (tuple, list)))
         check_whole("SharedPrefixLayout: length", self.length)
+
+    def check(self) -> None:
+        """Raises ValueError unless pairs follow each other without gaps from row 0 to length, and tails repeat earlier rows."""
+        row = 0
+        for number, pair in enumerate(self.pairs):
+            if not pair.is_sound(row):
+                raise ValueError(
+                    f"shared_prefix_layout: pair {number} is {pair}, expected to start at row {row} with a prefix of at "
+                    f"least one row, then its tails, each of at least one row and starting where the one before it ends, and "
+                    f"repeating a row before it, from the prefix's last one on"
+                )
+            row = pair.end
+        if row != self.length:
+            raise ValueError(f"shared_prefix_layout: its pairs end at row {row}, its length says {self.length}")
