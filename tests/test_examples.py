@@ -24,7 +24,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 def on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
-    for name in ("bare_loop", "transformers_trainer", "trl_dpo", "answers"):
+    for name in ("bare_loop", "answer_groups", "transformers_trainer", "trl_dpo", "answers"):
         sys.modules.pop(name, None)
 
 
@@ -33,6 +33,12 @@ def test_the_bare_loop_learns(capsys):
     assert len(losses) == 20 and losses[-1] < losses[0] - 1
     margins = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()]
     assert margins[0] == 0 and margins[-1] > 0
+
+
+def test_groups_of_answers_learn(capsys):
+    rewards = importlib.import_module("answer_groups").main(steps=16)
+    assert len(rewards) == 16 and sum(rewards[-3:]) > sum(rewards[:3]) + 0.5
+    assert "rows 287 of 2640" in capsys.readouterr().out  # the document and each question once
 
 
 def test_the_trainer_learns():

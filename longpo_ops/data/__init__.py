@@ -5,7 +5,7 @@
 `tokenized_pairs` does the first two steps for text and for tokenised files alike.
 """
 
-from .batch import PairBatch, pack, pack_within, packed_length, spread_positions
+from .batch import PairBatch, TreeBatch, pack, pack_tree, pack_within, packed_length, spread_positions
 from .chat import ChatFormat, join_context, tokenized_pairs
 from .context import ContextPair
 from .layout import PairSpans, SharedPrefixLayout
@@ -24,9 +24,11 @@ __all__ = [
     "SharedPrefixLayout",
     "TokenSequence",
     "TokenizedPair",
+    "TreeBatch",
     "Turn",
     "join_context",
     "pack",
+    "pack_tree",
     "pack_within",
     "packed_length",
     "read_pairs",

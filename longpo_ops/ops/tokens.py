@@ -168,7 +168,9 @@ class _TokenSweep:
             for chunk in self.head.chunks(places, Stretch.nll_mask):
                 chunk.write(self._decide(chunk, self.head.logps(chunk)), slopes)
             self.grad_scale = float16_scale(slopes.abs().amax() if slopes.shape[0] else slopes.sum())
-            visit = lambda chunk: self.head.visit(chunk, (chunk.read(slopes) * self.grad_scale).to(self.head.dtype))  # noqa: E731
+            visit = lambda chunk: self.head.visit(
+                chunk, (chunk.read(slopes, self.head.device) * self.grad_scale).to(self.head.dtype)
+            )  # noqa: E731
         for chunk in self.head.chunks(places, Stretch.nll_mask):
             visit(chunk)
 
@@ -182,7 +184,7 @@ class _TokenSweep:
     def _decide(self, chunk: Chunk, logps: Tensor) -> Tensor:
         """-> g (n,) float64; the chunk's share of the loss is added, its log-probs are kept."""
         chunk.write(logps, self.logps)
-        numbers = {name: chunk.read(to_device(x, self.head.device)) for name, x in self.numbers.items()}
+        numbers = {name: chunk.read(x, self.head.device) for name, x in self.numbers.items()}
         losses, slopes = decide(self.objective, logps, numbers)
         weights = chunk.nll_weights(self.head.device, torch.float64) * self.factor
         self.loss += (weights * losses).sum()
