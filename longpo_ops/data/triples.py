@@ -1,11 +1,11 @@
 """Packs that read the long document with its chosen answers alone, and beside it the short inputs with both answers.
 
-    rows   [C_L I_1 w_1 I_2 w_2 ..] [C_1 I_1 w_1] [l_1] [C_2 I_2 w_2] [l_2] ..        of a record with one rejected answer a turn
+    rows   [C_L I_1 w_1 I_2 w_2 ..] [C_1 I_1 w_1] [l_1] [C_2 I_2 w_2] [l_2] ..    of a record with one rejected answer a turn
 
-Turn i is a triple of a group's own: its chosen and rejected answers w_i, l_i on the short input (C_i, I_i), and its chosen answer
-on the long one, after the turns before it, which is the anchor. The rejected answer is never read at length. A record of n turns
-with R rejected answers has K = n (2 + R) sequences, numbered turn by turn: chosen, rejected ones, anchor. The n anchors are rows
-of one long sequence:
+Turn i is a triple: its chosen and rejected answers w_i, l_i on the short input (C_i, I_i), and its chosen answer on the long
+one, after the turns before it, which is the anchor. The rejected answer is never read at length. A record of n turns with R
+rejected answers has K = n (2 + R) sequences, numbered turn by turn: chosen, rejected ones, anchor. The n anchors are rows of one
+long sequence:
 
     rows = T + sum_i rows of short pair i,      T tokens of the long sequence
 
@@ -78,7 +78,7 @@ def pack_triples(pairs: Sequence[TokenizedPair], *, separate: bool = False) -> T
     numbers: dict[int, np.ndarray] = {}  # of pack's sequence k: the number that each of its answer tokens has here
     groups: list[int] = []
     roles: list[str] = []
-    for long, *short in parts:
+    for _, *short in parts:
         document, anchors = next(chosen), []
         for part in short:
             members = [next(chosen), *(next(rejected) for _ in part.rejected)]

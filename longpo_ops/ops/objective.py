@@ -160,7 +160,7 @@ class Objective:
         """Raises ValueError for numbers that make no loss; common names are checked for every objective."""
         if getattr(self, "beta", 1.0) <= 0:
             raise self.refusal("beta", "beta > 0")
-        for name in ("preference_weight", "nll_weight", "lam"):
+        for name in ("preference_weight", "nll_weight", "lam", "alpha"):
             if getattr(self, name, 0.0) < 0:
                 raise self.refusal(name, ">= 0")
         if not 0 <= getattr(self, "label_smoothing", 0.0) < 0.5:

@@ -258,9 +258,7 @@ def _savings(objective: str, rows: int, whole: int, separate: bool) -> str:
     )
 
 
-def _check_pair(
-    pair: TokenizedPair, config: LongPOConfig, target: int | None, separate: bool
-) -> tuple[int, int]:
+def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None, separate: bool) -> tuple[int, int]:
     """-> tokens of its longest sequence, and rows in its pack."""
     selected, method = select(pair, config.method), config.method
     if target and selected.length > target:

@@ -1,7 +1,7 @@
 """What the frozen reference says about the answers: computed once and kept on disk, or on the fly.
 
-For pair i the reference reads the SHORT inputs, one per turn (Eq. 12-13), or for plain DPO the long one, or for SoLoPO both, all
-that the policy reads, where it keeps a number for each sequence (data/triples.py) in place of the sums:
+For pair i the reference reads the SHORT inputs, one per turn (Eq. 12-13), or for plain DPO the long one, or for SoLoPO both,
+all that the policy reads, where it keeps a number for each sequence (data/triples.py) in place of the sums:
 
     r_k = sum over turns and answer tokens of log pi_S(y | x_S)
 

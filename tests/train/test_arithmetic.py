@@ -46,7 +46,12 @@ def compared(folder, name, dtype, lora=False, **settings):
     evaluated = trainer.evaluate()
     trainer.train()
     rows = evaluated, trainer.state.log_history[0]
-    return [v for row in rows for n, v in row.items() if n.endswith(("rewards/chosen", "rewards/rejected", "rewards/anchor", "kl"))]
+    return [
+        v
+        for row in rows
+        for n, v in row.items()
+        if n.endswith(("rewards/chosen", "rewards/rejected", "rewards/anchor", "kl"))
+    ]
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES)

@@ -15,7 +15,17 @@ from longpo_ops.train.packed import PackedPairs
 
 from ..attention.dense import TrueFloat64
 from ..parallel.ranks import run_ranks
-from .tiny import answer_logp, gradients, make_model, make_pair, make_trainer, naive_loss, plain, reference_logps, turn_logps
+from .tiny import (
+    answer_logp,
+    gradients,
+    make_model,
+    make_pair,
+    make_trainer,
+    naive_loss,
+    plain,
+    reference_logps,
+    turn_logps,
+)
 
 PAIRS = [make_pair(1), make_pair(2, turns=1, document=9), make_pair(3, rejected=2, answer=6)]
 ONE_STEP = {
@@ -242,7 +252,9 @@ def test_solopo_tells_what_it_reads_and_logs_the_distance_of_rewards(tmp_path, c
     else:
         rows = [pack.batch.layout.length for pack in trainer.train_dataset]
         both = [pack_of([pair]).layout.length for pair in PAIRS]
-        assert f"solopo reads {sum(rows)} tokens" in caplog.text and f"would be {sum(both)} with prefixes" in caplog.text
+        assert (
+            f"solopo reads {sum(rows)} tokens" in caplog.text and f"would be {sum(both)} with prefixes" in caplog.text
+        )
     trainer.train()
     log = trainer.state.log_history[0]
     with torch.no_grad():
