@@ -4,8 +4,8 @@
 
 Turn i is a triple: its chosen and rejected answers w_i, l_i on the short input (C_i, I_i), and its chosen answer on the long
 one, after the turns before it, which is the anchor. The rejected answer is never read at length. A record of n turns with R
-rejected answers has K = n (2 + R) sequences, numbered turn by turn: chosen, rejected ones, anchor. The n anchors are rows of one
-long sequence:
+rejected answers has K = n (2 + R) sequences, numbered turn by turn: chosen, rejected ones, anchor. The n anchors are rows of
+one long sequence:
 
     rows = T + sum_i rows of short pair i,      T tokens of the long sequence
 
