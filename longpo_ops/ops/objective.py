@@ -38,6 +38,7 @@ from .rows import to_device
 ROLES = ("chosen", "rejected", "answer", "anchor")
 CHOSEN, REJECTED, ANSWER, ANCHOR = range(4)
 PAIR = ("chosen", "rejected")
+TRIPLE = ("chosen", "rejected", "anchor")  # as SoLoPO has it: the anchor is the chosen answer on another input
 KINDS, PYTHON = {"bool": check_flag, "int": check_whole}, {"bool": bool, "int": int}  # of a field; others are floats
 
 

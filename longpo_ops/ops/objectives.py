@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kinds import refusal
-from .objective import CHOSEN, REGISTERED, REJECTED, Answers, Objective
+from .objective import CHOSEN, REGISTERED, REJECTED, TRIPLE, Answers, Objective
 
 
 def _smoothed(x: Tensor, eps: float) -> Tensor:
@@ -376,13 +376,7 @@ class ORPO(Objective):
         return self.lam * answers.logps / answers.lengths
 
 
-# -- on a short and on a long input ----------------------------------------------------------------------------------
-
-TRIPLE = (
-    "chosen",
-    "rejected",
-    "anchor",
-)  # the anchor is the chosen answer on the long input, the others are on the short one
+# -- on a short input, the chosen answer on a long one, too: the anchor -----------------------------------------------
 
 
 def _distances(answers: Answers, rewards: Tensor) -> Tensor:

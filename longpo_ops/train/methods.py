@@ -29,7 +29,7 @@ KL: of an answer token of the chosen sequence, KL(policy on the long input || fr
 whole vocabulary, at the rows that predict it. Numbers are defaults: objective_options and constraint_weight set others.
 logo spreads position ids over the policy's context. Every other objective of pairs (docs/objectives.md: robust, exo_pair, cpo,
 ...) is a method of its name, as dpo is: the reference reads the long input, and there is no NLL. So is a class of one's own,
-module:Class, which says by `reads` and `with_nll` what is otherwise (ops/objective.py).
+module:Class, which says by `reads` and `with_nll` what is otherwise (ops/objective.py); one of triples is trained like solopo.
 
 SoLoPO (arXiv 2505.11166): a pair is a turn, and the loss is that of DPO, SimPO or ORPO on the turn's SHORT input plus
 alpha |r(short, chosen) - r(long, chosen)|, chosen-only as published: w and l are the answers on the short input, L is the
@@ -52,7 +52,7 @@ import os
 import sys
 from dataclasses import dataclass, fields
 
-from ..ops.objective import PAIR, Objective
+from ..ops.objective import PAIR, TRIPLE, Objective
 from ..ops.objectives import OBJECTIVES, find_objective
 
 
@@ -142,6 +142,12 @@ def resolve_method(name: str) -> Method:
         others = (other for other, cls in OBJECTIVES.items() if other not in METHODS and PAIR in cls.forms)
         raise ValueError(f"objective={name!r}: expected one of {', '.join((*METHODS, *others))}, or module:Class")
     cls = find_objective(name)
+    if TRIPLE in cls.forms:
+        if cls.with_nll:
+            raise ValueError(
+                f"objective={name!r}: with_nll of groups with an anchor, which have no NLL term; expected False"
+            )
+        return Method(name, name, reference="both" if cls.needs_reference else None, sequence="triples")
     if PAIR not in cls.forms:
         forms = " or ".join(" + ".join(form) for form in cls.forms)
         raise ValueError(f"objective={name!r}: takes groups of {forms}; data hold pairs, use packed_objective_loss")

@@ -89,16 +89,16 @@ def select(pair: TokenizedPair, method: Method) -> TokenizedPair:
     """What a pack of this method holds of a pair. Raises ValueError naming the record where a part is missing."""
     if method.sequence == "triples":
         with_short(pair)
-        selected = replace(pair, rejected=())
+        selected, rejected = replace(pair, rejected=()), pair.ref_rejected
     elif method.sequence == "pair":
-        if not pair.rejected:
+        selected, rejected = pair, pair.rejected
+        if not rejected:
             raise ValueError(f"record {pair.id!r}: no rejected answer; objective {method.name!r} compares two")
-        if method.one_rejected and len(pair.rejected) != 1:
-            raise ValueError(f"record {pair.id!r}: {len(pair.rejected)} rejected answers; {method.name} takes one")
-        selected = pair
     else:
         sequence = pair.chosen if method.sequence == "chosen" else pair.rejected[0]
-        selected = replace(pair, chosen=sequence, rejected=())
+        selected, rejected = replace(pair, chosen=sequence, rejected=()), ()
+    if method.one_rejected and len(rejected) != 1:
+        raise ValueError(f"record {pair.id!r}: {len(rejected)} rejected answers; {method.name} takes one")
     if method.constraint and pair.ref_chosen:
         short = np.concatenate([sequence.answer_ids for sequence in pair.ref_chosen])
         if not np.array_equal(short, pair.chosen.answer_ids):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.budget import DRAWS
-from longpo_ops.ops.objective import ANCHOR, Answers, Objective, decide, rebuild_objective
+from longpo_ops.ops.objective import ANCHOR, PAIR, Answers, Objective, decide, rebuild_objective
 from longpo_ops.ops.objectives import (
     AOT,
     CPO,
@@ -133,7 +133,7 @@ def test_orpo_at_certain_answers():
     assert decision.losses.isfinite().all() and decision.slopes[0] == -1
 
 
-@pytest.mark.parametrize("objective", [o for o in EXAMPLES if not isinstance(o, KTO)], ids=repr)
+@pytest.mark.parametrize("objective", [o for o in EXAMPLES if PAIR in o.forms], ids=repr)
 def test_within_the_error_budget_on_every_backend(objective, backend, device):
     """Answers alone, KTO's, are test_objective.py's."""
     check_case(Case(objective, torch.float32, device), DRAWS, backend=backend)
