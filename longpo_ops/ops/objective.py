@@ -37,6 +37,7 @@ from .rows import to_device
 ROLES = ("chosen", "rejected", "answer", "anchor")
 CHOSEN, REJECTED, ANSWER, ANCHOR = range(4)
 PAIR = ("chosen", "rejected")
+TRIPLE = ("chosen", "rejected", "anchor")  # as SoLoPO has it: the anchor is the chosen answer on another input
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,7 @@ class Objective(Registered):
         """Raises ValueError for numbers that make no loss; common names are checked for every objective."""
         if getattr(self, "beta", 1.0) <= 0:
             raise self.refusal("beta", "beta > 0")
-        for name in ("preference_weight", "nll_weight", "lam"):
+        for name in ("preference_weight", "nll_weight", "lam", "alpha"):
             if getattr(self, name, 0.0) < 0:
                 raise self.refusal(name, ">= 0")
         if not 0 <= getattr(self, "label_smoothing", 0.0) < 0.5:

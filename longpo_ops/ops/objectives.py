@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kinds import refusal
-from .objective import CHOSEN, REJECTED, Answers, Objective
+from .objective import CHOSEN, REJECTED, TRIPLE, Answers, Objective
 from .registered import REGISTERED
 
 
@@ -364,14 +364,65 @@ class ORPO(Objective):
     nll_weight: float = 1.0
 
     def losses(self, answers: Answers) -> Tensor:
-        means = answers.logps / answers.lengths
-        capped = means.clamp(max=-1e-7)
-        chosen, rejected = answers.pairs(capped - torch.log(-torch.expm1(capped)))
+        chosen, rejected = answers.pairs(self.log_odds(answers))
         preference = -self.lam * answers.mean_over_rejected(F.logsigmoid(chosen - rejected))
-        return preference - self.nll_weight * answers.chosen(means)
+        return preference - self.nll_weight * answers.chosen(answers.logps / answers.lengths)
+
+    def log_odds(self, answers: Answers) -> Tensor:
+        """(K,)."""
+        capped = (answers.logps / answers.lengths).clamp(max=-1e-7)
+        return capped - torch.log(-torch.expm1(capped))
 
     def rewards(self, answers: Answers) -> Tensor:
         return self.lam * answers.logps / answers.lengths
+
+
+# -- on a short input, the chosen answer on a long one, too: the anchor -----------------------------------------------
+
+
+def _distances(answers: Answers, rewards: Tensor) -> Tensor:
+    """(K,) -> (G,): |r(x_short, y_w) - r(x_long, y_w)|; its slope is 0 where they are equal."""
+    return (answers.chosen(rewards) - answers.anchors(rewards)).abs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoLoDPO(DPO):
+    """DPO on the short input + alpha |r(x_short, y_w) - r(x_long, y_w)|, r = beta rho: SoLoPO, chosen-only as published
+    (arXiv 2505.11166). The reference reads both inputs.
+
+    alpha: 3, the paper's for SoLo-DPO of a model of 7B.
+    """
+
+    name: ClassVar[str] = "solopo"
+    forms: ClassVar[tuple[tuple[str, ...], ...]] = (TRIPLE,)
+    alpha: float = 3.0
+
+    def losses(self, answers: Answers) -> Tensor:
+        return super().losses(answers) + self.alpha * _distances(answers, self.rewards(answers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoLoSimPO(SimPO):
+    """SimPO on the short input + alpha |r(x_short, y_w) - r(x_long, y_w)|, r = beta S/n (arXiv 2505.11166)."""
+
+    name: ClassVar[str] = "solopo_simpo"
+    forms: ClassVar[tuple[tuple[str, ...], ...]] = (TRIPLE,)
+    alpha: float = 1.0
+
+    def losses(self, answers: Answers) -> Tensor:
+        return super().losses(answers) + self.alpha * _distances(answers, self.rewards(answers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoLoORPO(ORPO):
+    """ORPO on the short input + alpha |r(x_short, y_w) - r(x_long, y_w)|, r = log odds (arXiv 2505.11166)."""
+
+    name: ClassVar[str] = "solopo_orpo"
+    forms: ClassVar[tuple[tuple[str, ...], ...]] = (TRIPLE,)
+    alpha: float = 1.0
+
+    def losses(self, answers: Answers) -> Tensor:
+        return super().losses(answers) + self.alpha * _distances(answers, self.log_odds(answers))
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -393,7 +444,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
             KTO,
             KTOPair,
         ),
-        *(AOT, CPO, SimPO, LOGO, ORPO),
+        *(AOT, CPO, SimPO, LOGO, ORPO, SoLoDPO, SoLoSimPO, SoLoORPO),
     )
 }
 

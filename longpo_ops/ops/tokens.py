@@ -11,6 +11,7 @@ Tests: tests/ops/test_tokens.py.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -168,9 +169,7 @@ class _TokenSweep:
             for chunk in self.head.chunks(places, Stretch.nll_mask):
                 chunk.write(self._decide(chunk, self.head.logps(chunk)), slopes)
             self.grad_scale = float16_scale(slopes.abs().amax() if slopes.shape[0] else slopes.sum())
-            visit = lambda chunk: self.head.visit(
-                chunk, (chunk.read(slopes, self.head.device) * self.grad_scale).to(self.head.dtype)
-            )  # noqa: E731
+            visit = functools.partial(self._push, slopes)
         for chunk in self.head.chunks(places, Stretch.nll_mask):
             visit(chunk)
 
@@ -180,6 +179,10 @@ class _TokenSweep:
     def _visit(self, chunk: Chunk) -> None:
         logps, held = self.head.score(chunk)
         self.head.push(held, self._decide(chunk, logps).to(self.head.dtype))
+
+    def _push(self, slopes: Tensor, chunk: Chunk) -> None:
+        g = chunk.read(slopes, self.head.device) * self.grad_scale
+        self.head.visit(chunk, g.to(self.head.dtype))
 
     def _decide(self, chunk: Chunk, logps: Tensor) -> Tensor:
         """-> g (n,) float64; the chunk's share of the loss is added, its log-probs are kept."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.budget import DRAWS
-from longpo_ops.ops.objective import Answers, Objective, decide
+from longpo_ops.ops.objective import ANCHOR, PAIR, Answers, Objective, decide
 from longpo_ops.ops.objectives import (
     AOT,
     CPO,
@@ -29,6 +29,9 @@ from longpo_ops.ops.objectives import (
     NCAPair,
     Robust,
     SimPO,
+    SoLoDPO,
+    SoLoORPO,
+    SoLoSimPO,
     SPPOHard,
     find_objective,
     resolve_objective,
@@ -60,6 +63,9 @@ EXAMPLES = [
     SimPO(label_smoothing=0.1),
     LOGO(),
     ORPO(lam=0.3),
+    SoLoDPO(alpha=0.7, label_smoothing=0.1),
+    SoLoSimPO(beta=1.5),
+    SoLoORPO(lam=0.3, alpha=4.0),
 ]
 
 
@@ -68,6 +74,9 @@ def draw(objective, pair=(0, 1, 2, 3), spread=3.0) -> Answers:
     double = lambda n: -8 + spread * torch.randn(n, dtype=torch.float64).clamp(-2.5, 2.5)  # noqa: E731
     k, role = 4 + len(pair), torch.tensor([0] * 4 + [1] * len(pair))
     group, count = torch.tensor([0, 1, 2, 3, *pair]), 4
+    if "anchor" in objective.forms[0]:
+        role, group = torch.cat([role, torch.full((4,), ANCHOR)]), torch.cat([group, torch.arange(4)])
+        k += 4
     if isinstance(objective, KTO):
         group, count = torch.arange(k), k
     refs = double(k) if objective.needs_reference else None
@@ -125,7 +134,7 @@ def test_orpo_at_certain_answers():
     assert decision.losses.isfinite().all() and decision.slopes[0] == -1
 
 
-@pytest.mark.parametrize("objective", [o for o in EXAMPLES if not isinstance(o, KTO)], ids=repr)
+@pytest.mark.parametrize("objective", [o for o in EXAMPLES if PAIR in o.forms], ids=repr)
 def test_within_the_error_budget_on_every_backend(objective, backend, device):
     """Answers alone, KTO's, are test_objective.py's."""
     check_case(Case(objective, torch.float32, device), DRAWS, backend=backend)
@@ -214,6 +223,36 @@ def test_reference_free_objectives_against_their_papers(objective, formula):
     torch.testing.assert_close(objective.losses(answers), formula(means[:4], means[4:]))
 
 
+@pytest.mark.parametrize("pair", [(0, 1, 2, 3), (0, 0, 1, 2, 2, 3)])
+@pytest.mark.parametrize(
+    "objective, base, reward",
+    [
+        (SoLoDPO(beta=0.3, alpha=2.0), DPO(beta=0.3), lambda s, r, n: 0.3 * (s - r)),
+        (SoLoSimPO(beta=1.5, alpha=2.0), SimPO(beta=1.5), lambda s, r, n: 1.5 * s / n),
+        (SoLoORPO(lam=0.4, alpha=2.0), ORPO(lam=0.4), lambda s, r, n: _log_odds(s / n)),
+    ],
+    ids=["dpo", "simpo", "orpo"],
+)
+def test_solopo_is_its_base_on_the_short_input_and_the_distance_of_the_chosen_answers_rewards(
+    objective, base, reward, pair
+):
+    """Its slope by the anchor is +- alpha r', and 0 by it and by that part of the chosen one where the rewards are equal."""
+    answers, k = draw(objective, pair), 4 + len(pair)
+    cut = lambda values: values if values is None else values[:k]  # noqa: E731
+    numbers = answers.logps, answers.lengths, answers.ref_logps
+    alone = Answers.of(
+        *map(cut, numbers), torch.tensor([0, 1, 2, 3, *pair]), torch.tensor([0] * 4 + [1] * len(pair)), 4
+    )
+    refs = torch.zeros(k + 4).double() if answers.ref_logps is None else answers.ref_logps
+    rewards = reward(answers.logps, refs, answers.lengths)
+    expected = base.losses(alone) + 2 * (rewards[:4] - rewards[k:]).abs()
+    torch.testing.assert_close(objective.losses(answers), expected, rtol=1e-12, atol=1e-12)
+    equal = [torch.cat([x[:k], x[:4]]) if x is not None else None for x in numbers]
+    slopes = decide(objective, Answers.of(*equal, answers.group, answers.role, 4)).slopes
+    torch.testing.assert_close(slopes[:k], decide(base, alone).slopes, rtol=1e-12, atol=1e-12)
+    assert not slopes[k:].any()
+
+
 def _log_odds(mean):
     return torch.log(mean.exp() / (1 - mean.exp()))
 
@@ -283,6 +322,7 @@ def test_objectives_are_frozen_and_named():
         (lambda: ORPO(preference_weight=-1), ["ORPO", "preference_weight=-1", ">= 0"]),
         (lambda: ORPO(lam=-0.1), ["ORPO", "lam=-0.1", ">= 0"]),
         (lambda: LOGO(nll_weight=-1.0), ["LOGO", "nll_weight=-1.0", ">= 0"]),
+        (lambda: SoLoDPO(alpha=-1.0), ["SoLoDPO", "alpha=-1.0", ">= 0"]),
         (lambda: resolve_objective("ppo"), ["objective='ppo'", "longpo", "orpo"]),
         (lambda: resolve_objective(DPO), ["objective=", "expected one of"]),
         (lambda: Objective(), ["Objective()", "subclass"]),

@@ -127,7 +127,7 @@ def test_values_without_gradients(off):
 
 
 def test_frozen_parts_cost_no_gradient():
-    hidden, weight, bias = leaves()
+    hidden, weight, _ = leaves()
     out = ours(POLICY, (hidden, weight.detach(), None))
     (found,) = torch.autograd.grad(out.loss, hidden)
     (wanted,) = torch.autograd.grad(plain(POLICY, (hidden, weight, None)), hidden)
@@ -136,7 +136,7 @@ def test_frozen_parts_cost_no_gradient():
 
 def test_opcheck():
     hidden, weight, bias = leaves(torch.float32)
-    given = [value for value in numbers(POLICY).values()]
+    given = list(numbers(POLICY).values())
     torch.library.opcheck(
         tokens.token_sweep_op,
         (
