@@ -28,17 +28,9 @@ import torch
 from torch import Tensor
 
 from ..parallel import Shards, alike, digest, group_named
+from .batch import check_rows_labels, stretches_of, token_stretches
 from .checks import check_held_rows
-from .operators import (
-    _stretches,
-    check_rows_labels,
-    deliver,
-    make_head,
-    refuse_create_graph,
-    scale_,
-    scaled,
-    token_stretches,
-)
+from .operators import deliver, make_head, refuse_create_graph, scale_, scaled
 from .products import result_dtype
 from .rows import Chunk, Stretch, to_device, windows
 from .sweep import HeadSweep, Options, float16_scale
@@ -251,7 +243,7 @@ def cross_entropy_op(
         row_weights = [w.cpu() for w in row_weights]
         with nullcontext() if shards is None else _alike(shards, weight, labels, row_weights, classes):
             none, any_weight = torch.empty(0, dtype=torch.int64), sum(w.abs() for w in row_weights)
-            stretches = _stretches(
+            stretches = stretches_of(
                 [hidden[None]], [None if dh is None else dh[None]], [none], [none], [labels[None]], [any_weight[None]],
                 False, ignore_index,
             )  # fmt: skip

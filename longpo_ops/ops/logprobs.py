@@ -22,6 +22,7 @@ from torch import Tensor
 from ..kinds import check_number, refusal
 from ..parallel import Shards
 from .affine import cross_entropy_op, rows_op
+from .batch import Batch
 from .checks import (
     check_backend,
     check_class_weights,
@@ -35,7 +36,7 @@ from .checks import (
     compute_dtype,
     logit_map,
 )
-from .operators import Batch, logps_op, sweep_op
+from .operators import logps_op, sweep_op
 
 OUTPUTS = ("entropy", "logsumexp", "predicted")
 MOST_TOKENS = 1 << 24  # whose ids a float32 tells apart: what is predicted is a column of stats

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..kinds import check_flag, check_number, check_tensor, check_whole
 from ..parallel import Shards
+from .batch import Batch
 from .checks import (
     check_backend,
     check_head,
@@ -35,7 +36,7 @@ from .checks import (
 )
 from .objective import PAIR, Objective
 from .objectives import resolve_objective
-from .operators import Batch, keeps_graph, numbers_of, refuse_create_graph, run_sweep, scaled, sweep_op
+from .operators import keeps_graph, numbers_of, refuse_create_graph, run_sweep, scaled, sweep_op
 from .products import result_dtype
 from .rows import to_device
 from .sweep import Options

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import check_choice, check_object, check_tensor
+from .batch import check_rows_labels, token_stretches
 from .checks import (
     check_backend,
     check_head,
@@ -29,7 +30,7 @@ from .checks import (
     compute_dtype,
     logit_map,
 )
-from .operators import backward, check_rows_labels, deliver, make_head, setup, token_stretches
+from .operators import backward, deliver, make_head, setup
 from .products import result_dtype
 from .registered import REGISTERED, rebuild
 from .rows import Chunk, Stretch, to_device, windows

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longpo_ops import fused_preference_loss, linear_cross_entropy, linear_kl, linear_logprobs, packed_preference_loss
 from longpo_ops.ops import divergence
-from longpo_ops.ops.operators import Batch, run_sweep
+from longpo_ops.ops.batch import Batch
+from longpo_ops.ops.operators import run_sweep
 from longpo_ops.ops.products import UPCAST_BYTES, Products
 from longpo_ops.ops.rows import sizes, to_device
 from longpo_ops.ops.sweep import (

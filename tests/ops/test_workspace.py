@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from longpo_ops import fused_preference_loss, linear_cross_entropy, linear_kl, linear_logprobs, packed_preference_loss
 from longpo_ops.memory.trace import Ledger
 from longpo_ops.ops import divergence
-from longpo_ops.ops.operators import Batch, run_sweep
+from longpo_ops.ops.batch import Batch
+from longpo_ops.ops.operators import run_sweep
 from longpo_ops.ops.sweep import Options, default_workspace, scratch_bytes
 from tests.meta import add_products_on_meta
 
