@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from ..attention import explain_attention, use_shared_prefix
-from ..data import ChatFormat, Pair, TokenizedPair, pack
+from ..data import ChatFormat, Pair, TokenizedPair
 from ..memory.offload import offload_activations
 from ..memory.plan import Plan
 from ..memory.plan_report import describe_settings
@@ -45,7 +45,7 @@ from ..pretrained.tokenizer import check_round_trip
 from ..runs.journal import write_text
 from ..train.arithmetic import base_model
 from ..train.checks import check_separate, plan_memory, target_length
-from ..train.packed import select
+from ..train.packed import batch_of, select
 from ..train.run import TrainRun, prepare
 from .pair import make_record, sized_record
 
@@ -198,7 +198,7 @@ class _Examiner:
         self._write(record)
         pair = chat.tokenize(Pair.from_record(record))
         long, short = len(pair.chosen), len(pair.ref_chosen[0])
-        batch = pack([select(pair, self.config.method)])
+        batch = batch_of(self.config.method, [select(pair, self.config.method)])
         return (
             pair,
             f"made here: {batch.layout.length:,} tokens packed; chosen {long:,}, read by the reference {short:,}",
@@ -213,7 +213,7 @@ class _Examiner:
         return True, explain_backend(self.config.device, base_model(model).dtype)
 
     def _kernels(self, model: nn.Module, shared: bool, pair: TokenizedPair) -> tuple[bool, str]:
-        layout = pack([select(pair, self.config.method)]).layout
+        layout = batch_of(self.config.method, [select(pair, self.config.method)]).layout
         return True, explain_attention(base_model(model), layout, self.config.device)
 
     def _machine(self) -> tuple[bool, str]:

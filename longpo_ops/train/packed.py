@@ -123,6 +123,19 @@ def rows_of(method: Method, selected: TokenizedPair, separate: bool = False) -> 
     return sum(packed_length(part, separate) for part in parts_of(method, selected))
 
 
+def batch_of(
+    method: Method,
+    selected: Sequence[TokenizedPair],
+    target_length: int | None = None,
+    seed: int = 0,
+    separate: bool = False,
+) -> PairBatch:
+    """The pack of what was selected of pairs."""
+    if method.sequence == "triples":
+        return pack_triples(selected, separate=separate)
+    return pack(selected, target_length, seed, separate=separate)
+
+
 class PackedPairs(Dataset):
     """A map-style data set of Packs."""
 
@@ -157,9 +170,7 @@ class PackedPairs(Dataset):
     def __getitem__(self, index: int) -> Pack:
         pairs = tuple(self.pairs[i] for i in self.groups[index])
         selected = [select(pair, self.method) for pair in pairs]
-        if self.method.sequence == "triples":
-            return Pack(pack_triples(selected, separate=self.separate), pairs, index)
-        return Pack(pack(selected, self.target_length, self.seed, separate=self.separate), pairs, index)
+        return Pack(batch_of(self.method, selected, self.target_length, self.seed, self.separate), pairs, index)
 
 
 def collate(packs: list[Pack]) -> dict[str, Pack]:

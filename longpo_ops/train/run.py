@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from .. import launch, recipes
-from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
+from ..data import ChatFormat, DataReport, tokenized_pairs
 from ..data.chat import format_of
 from ..data.context import TextFormat
 from ..data.records import data_files
@@ -60,7 +60,7 @@ from .checks import (
 )
 from .config import LongPOConfig
 from .identity import Identity, holds_run, tokenizer_digest
-from .packed import DIGESTS, PairStore, select
+from .packed import DIGESTS, PairStore, rows_of, select
 from .ranks import check_ranks, weights_digest
 from .report import write_report
 from .trainer import LongPOTrainer
@@ -345,16 +345,17 @@ class Prepared:
 
     def describe(self) -> dict[str, int]:
         """Counts and lengths of what the run would read; tokens are those of an epoch."""
-        selected = [select(pair, self.config.method) for pair in self.pairs]
+        method = self.config.method
+        selected = [select(pair, method) for pair in self.pairs]
         lengths = sorted(pair.length for pair in selected)
-        packed = {} if self.separate else {"tokens of packs": sum(map(packed_length, selected))}
+        packed = {} if self.separate else {"tokens of packs": sum(rows_of(method, pair) for pair in selected)}
         return {
             "pairs": len(lengths),
             "shortest sequence": lengths[0],
             "median sequence": lengths[len(lengths) // 2],
             "longest sequence": lengths[-1],
             **packed,
-            "tokens of separate sequences": sum(packed_length(pair, separate=True) for pair in selected),
+            "tokens of separate sequences": sum(rows_of(method, pair, separate=True) for pair in selected),
             "optimizer steps": self.steps,
         }
 

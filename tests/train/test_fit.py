@@ -46,7 +46,9 @@ def test_a_run_takes_what_its_plan_says(home, tmp_path, caplog, monkeypatch, cas
     monkeypatch.setattr(LongPOTrainer, "train", measured)
     more = dict(data=str(home / "one.jsonl"), fit="auto", objective="simpo", workspace_bytes=8 << 20, max_steps=2)
     more |= dict(learning_rate=1e-2, save_strategy="no", gradient_accumulation_steps=1) | CASES[case]
-    plan = prepare(TrainRun.from_settings(run_settings(home, tmp_path, **more))).plan
+    prepared = prepare(TrainRun.from_settings(run_settings(home, tmp_path, **more)))
+    plan = prepared.plan
+    assert prepared.describe()["tokens of packs"] == plan.work.length  # of one record
     caplog.set_level("INFO", "longpo_ops.train")
     trainer = run_tiny(home, tmp_path, **more)
     assert f"{plan.work.length} tokens, {plan.peak.total / 2**30:.3g} GiB predicted" in caplog.text
