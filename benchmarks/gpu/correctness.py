@@ -20,7 +20,7 @@ from torch import Tensor
 
 import longpo_ops
 from longpo_ops.ops import truth
-from longpo_ops.ops.objective import PAIR, Answers
+from longpo_ops.ops.objective import PAIR, ROLES, Answers
 from longpo_ops.ops.objectives import OBJECTIVES
 from longpo_ops.ops.sweep import workspace_of
 from longpo_ops.ops.tiles import LOG_SUM, MEAN, PREDICTED, TOTAL, Beside, Divergence, LogitMap, Tiles, TorchTiles
@@ -363,28 +363,59 @@ class _Public(NamedTuple):
             tensors,
         )
 
-    def answers_alone(self, name: str, seed: int) -> dict:
-        """Groups of one, half of them rejected."""
-        count, tokens, vocab, device = 4, 30, self.setting.odd_vocab, self.setting.device
+    def groups(self, name: str, seed: int) -> dict:
+        """Answers in groups that are no pairs: alone, or in threes."""
+        count, tokens, vocab, device = 6, 20, self.setting.odd_vocab, self.setting.device
         shapes = {"hidden": ((count * tokens, WIDTH), 1.0), "weight": ((vocab, WIDTH), 0.3)}
         tensors = _inputs(self.setting, self.dtype, seed, **shapes)
         options, objective = self._options(tensors), OBJECTIVES[name]()
-        rows = torch.arange(count * tokens)
-        labels, sequences = rows * 7919 % vocab, torch.where(rows % tokens < 20, -1, rows // tokens)
-        group, role = torch.arange(count), torch.arange(count) % 2
+        rows, forms = torch.arange(count * tokens), objective.forms
+        labels, sequences = rows * 7919 % vocab, torch.where(rows % tokens < 10, -1, rows // tokens)
+        size = len(forms[0])
+        group = torch.arange(count) // size
+        role = torch.tensor([ROLES.index(r) for g in range(count // size) for r in forms[g % len(forms)]])
         refs = torch.linspace(-80, -60, count, dtype=torch.float64, device=device)
+        refs = refs if objective.needs_reference else None
 
         def ours(hidden, weight):
-            given = {"groups": group, "roles": role, "num_groups": count, "objective": objective, "ref_logps": refs}
+            given = {
+                "groups": group,
+                "roles": role,
+                "num_groups": count // size,
+                "objective": objective,
+                "ref_logps": refs,
+            }
             return longpo_ops.packed_objective_loss(hidden, weight, labels, sequences, **given, **options).loss
 
         def plain(hidden, weight):
             logps = truth.logprobs(hidden, weight, labels.to(device)).double()
-            member = (sequences == group[:, None]).to(device)
-            answers = Answers.of(
-                torch.where(member, logps, 0.0).sum(1), member.sum(1).double(), refs, group, role, count
-            )
+            member = (sequences == torch.arange(count)[:, None]).to(device)
+            sums, lengths = torch.where(member, logps, 0.0).sum(1), member.sum(1).double()
+            answers = Answers.of(sums, lengths, refs, group, role, count // size)
             return objective.losses(answers).mean()
+
+        return _compare(ours, plain, tensors)
+
+    def policy(self, case: str, seed: int) -> dict:
+        """The clipped policy gradient, with a KL or in the first step after sampling."""
+        vocab, device = self.setting.odd_vocab, self.setting.device
+        tensors = _inputs(self.setting, self.dtype, seed, hidden=((TOKENS, WIDTH), 1.0), weight=((vocab, WIDTH), 0.3))
+        options, rows = self._options(tensors), torch.arange(TOKENS)
+        labels = torch.where(rows % 5 == 2, -100, rows * 7919 % vocab)
+        numbers = {"advantages": torch.cos(rows.double())}
+        if case == "kl":
+            numbers |= {name: -6 + torch.sin(k + rows.double()) for k, name in enumerate(("old_logps", "ref_logps"))}
+        objective = longpo_ops.ClippedPolicy(beta=0.04)
+
+        def ours(hidden, weight):
+            return longpo_ops.fused_token_loss(
+                hidden, weight, labels, objective=objective, numbers=numbers, **options
+            ).loss
+
+        def plain(hidden, weight):
+            logps = truth.logprobs(hidden, weight, labels.to(device)).double()
+            losses = objective.losses(logps, **{name: x.to(device) for name, x in numbers.items()})
+            return torch.where(labels.to(device) == -100, 0.0, losses).sum() / int((labels != -100).sum())
 
         return _compare(ours, plain, tensors)
 
@@ -397,7 +428,9 @@ class _Public(NamedTuple):
             if PAIR in objective.forms:
                 yield row("fused_preference_loss", name, self.preference, name)
             else:
-                yield row("packed_objective_loss", name, self.answers_alone, name)
+                yield row("packed_objective_loss", name, self.groups, name)
+        for case in ("first step", "kl"):
+            yield row("fused_policy_loss", case, self.policy, case)
         for reduction in ("mean", "none"):
             yield row("linear_cross_entropy", reduction, self.cross_entropy, reduction)
             yield row("linear_cross_entropy", f"smoothed, z-loss, {reduction}", self.affine, reduction)

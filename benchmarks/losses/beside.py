@@ -52,18 +52,26 @@ def calls(rows: int, width: int, vocab: int) -> dict[str, Callable[[], None]]:
     return {name: lambda line=line: run(*line) for name, line in LINES.items()}
 
 
-def measure(rows: int, width: int, vocab: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """name -> (median milliseconds, multiple of the plain call)."""
-    seconds: dict[str, list[float]] = {name: [] for name in LINES}
-    todo = calls(rows, width, vocab)
+def medians(
+    todo: dict[str, Callable[[], None]], repeats: int, settle: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """name -> median seconds; repetitions of all alternate. settle: waits for a device."""
+    seconds: dict[str, list[float]] = {name: [] for name in todo}
     for repeat in range(repeats + 1):
         for name, run in todo.items():
+            settle()
             start = time.perf_counter()
             run()
+            settle()
             if repeat:  # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {name: (medians[name] * 1e3, medians[name] / medians[plain]) for name, (plain, _) in LINES.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def measure(rows: int, width: int, vocab: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """name -> (median milliseconds, multiple of the plain call)."""
+    found = medians(calls(rows, width, vocab), repeats)
+    return {name: (found[name] * 1e3, found[name] / found[plain]) for name, (plain, _) in LINES.items()}
 
 
 def main() -> None:

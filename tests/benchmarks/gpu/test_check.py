@@ -22,6 +22,7 @@ from benchmarks.gpu.rows import perform, results
 from benchmarks.gpu.setting import CARDS, REHEARSAL
 from benchmarks.stamp import ROOT
 from longpo_ops.attention import kernels
+from longpo_ops.ops.objective import PAIR
 from longpo_ops.ops.objectives import OBJECTIVES
 from longpo_ops.ops.tiles import TorchTiles
 from tests.benchmarks.gpu import trouble
@@ -108,8 +109,9 @@ def test_wrong_attention_is_a_failed_row(monkeypatch):
 
 def test_public_functions_are_all_judged(rehearsal):
     for dtype in ("float32", "float16", "bfloat16"):
-        wanted = {("fused_preference_loss", f"{name}, {dtype}") for name in OBJECTIVES if name != "kto"}
-        wanted |= {("packed_objective_loss", f"kto, {dtype}")}
+        of = {name: "fused_preference" if PAIR in cls.forms else "packed_objective" for name, cls in OBJECTIVES.items()}
+        wanted = {(f"{function}_loss", f"{name}, {dtype}") for name, function in of.items()}
+        wanted |= {("fused_policy_loss", f"kl, {dtype}")}
         wanted |= {("linear_kl", f"{kind}, {dtype}") for kind in ("forward", "reverse", "jsd")}
         wanted |= {("linear_cross_entropy", f"mean, {dtype}"), ("linear_logprobs", f"plain, {dtype}")}
         wanted |= {
