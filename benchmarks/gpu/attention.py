@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -47,13 +48,27 @@ def make_layout(*pairs: tuple[int, ...]) -> SharedPrefixLayout:
     return SharedPrefixLayout(tuple(spans), row)
 
 
+def make_tree(*branches: tuple[int, int | None]) -> PairSpans:
+    """Each branch is (rows, the row that its first one repeats): one document's, from row 0. The prefix is one row."""
+    ends = list(accumulate(rows for rows, _ in branches))
+    tails = ((1, ends[0]), *pairwise(ends))
+    return PairSpans(0, 1, tails, tuple(fork for _, fork in branches[1:]))
+
+
 def sequences(layout: SharedPrefixLayout) -> list[list[list[int]]]:
-    """Per pair, per tail: the rows that make up its separate sequence, in order."""
+    """Per pair, per tail: the rows that make up its separate sequence, in order, walked from each row to the one before it."""
     result = []
     for pair in layout.pairs:
-        prefix = list(range(pair.start, pair.prefix_end))
-        heads = [prefix] + [prefix[:-1]] * (len(pair.tails) - 1)
-        result.append([head + list(range(*tail)) for head, tail in zip(heads, pair.tails, strict=True)])
+        before = {row: row - 1 for row in range(pair.start + 1, pair.end)} | {pair.start: None}
+        for (start, _), fork in zip(pair.tails[1:], pair.forks, strict=True):
+            before[start] = before[fork]
+        result.append([])
+        for _, end in pair.tails:
+            row, rows = end - 1, []
+            while row is not None:
+                rows.append(row)
+                row = before[row]
+            result[-1].append(rows[::-1])
     return result
 
 
@@ -117,11 +132,12 @@ def _case(
     *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     inputs = [x.transpose(1, 2) for x in inputs]
     plan = plan_calls(*inputs, layout, SCALE, window, None)
-    for call in (call for calls in plan for call in calls):
+    for call in (call for stretch in plan for call in (*stretch.own, *stretch.shared)):
         q, k, v = inputs[0][:, :, call.rows], inputs[1][:, :, call.keys], inputs[2][:, :, call.keys]
         if (refusal := kernel.refusal(q, k, v, call.case)) is not None:
             return {"status": f"skipped: {kernel.name} {refusal}"}
-    plan = tuple(tuple(call._replace(kernel=kernel) for call in calls) for calls in plan)
+    put = lambda calls: tuple(call._replace(kernel=kernel) for call in calls)  # noqa: E731
+    plan = tuple(stretch._replace(own=put(stretch.own), shared=put(stretch.shared)) for stretch in plan)
     mask = visible(layout, window).to(device)
 
     ours = _run(lambda *tensors: run_plan(*tensors, plan), inputs, upstream)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import longpo_ops
 from longpo_ops.ops import truth
+from longpo_ops.ops.objective import PAIR, Answers
 from longpo_ops.ops.objectives import OBJECTIVES
 from longpo_ops.ops.sweep import workspace_of
 from longpo_ops.ops.tiles import LOG_SUM, MEAN, PREDICTED, TOTAL, Beside, Divergence, LogitMap, Tiles, TorchTiles
@@ -362,13 +363,41 @@ class _Public(NamedTuple):
             tensors,
         )
 
+    def answers_alone(self, name: str, seed: int) -> dict:
+        """Groups of one, half of them rejected."""
+        count, tokens, vocab, device = 4, 30, self.setting.odd_vocab, self.setting.device
+        shapes = {"hidden": ((count * tokens, WIDTH), 1.0), "weight": ((vocab, WIDTH), 0.3)}
+        tensors = _inputs(self.setting, self.dtype, seed, **shapes)
+        options, objective = self._options(tensors), OBJECTIVES[name]()
+        rows = torch.arange(count * tokens)
+        labels, sequences = rows * 7919 % vocab, torch.where(rows % tokens < 20, -1, rows // tokens)
+        group, role = torch.arange(count), torch.arange(count) % 2
+        refs = torch.linspace(-80, -60, count, dtype=torch.float64, device=device)
+
+        def ours(hidden, weight):
+            given = {"groups": group, "roles": role, "num_groups": count, "objective": objective, "ref_logps": refs}
+            return longpo_ops.packed_objective_loss(hidden, weight, labels, sequences, **given, **options).loss
+
+        def plain(hidden, weight):
+            logps = truth.logprobs(hidden, weight, labels.to(device)).double()
+            member = (sequences == group[:, None]).to(device)
+            answers = Answers.of(
+                torch.where(member, logps, 0.0).sum(1), member.sum(1).double(), refs, group, role, count
+            )
+            return objective.losses(answers).mean()
+
+        return _compare(ours, plain, tensors)
+
     def rows(self) -> Iterator[Row]:
         def row(function: str, case: str, compute, argument) -> Row:
             about = f"{case}, {_short(self.dtype)}"
             return Row(function, about, partial(compute, argument), self.backend, PUBLIC_SECONDS)
 
-        for name in OBJECTIVES:
-            yield row("fused_preference_loss", name, self.preference, name)
+        for name, objective in OBJECTIVES.items():
+            if PAIR in objective.forms:
+                yield row("fused_preference_loss", name, self.preference, name)
+            else:
+                yield row("packed_objective_loss", name, self.answers_alone, name)
         for reduction in ("mean", "none"):
             yield row("linear_cross_entropy", reduction, self.cross_entropy, reduction)
             yield row("linear_cross_entropy", f"smoothed, z-loss, {reduction}", self.affine, reduction)

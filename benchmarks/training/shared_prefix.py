@@ -9,7 +9,7 @@ answers' log-probs and the NLL from the same fused loss, so that what differs is
 measurement is a process of its own; rounds alternate, and numbers are medians over them. Peak memory is resident bytes
 at the step's peak (on a GPU allocated bytes) beyond those before its forward: all but weights and inputs. Loss and
 gradients of the two are compared each time, or nothing is reported. Not covered: offload and tiles (offload.py), whole
-steps with an optimizer (step.py). Not covered: offload and tiles (offload.py), whole steps with an optimizer (step.py).
+steps with an optimizer (step.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -135,19 +137,27 @@ def perform(name: str, side: str, gradients: str) -> dict:
     """One measurement, in this process. Writes loss and gradients to a file."""
     case = CASES[name]
     model = make_model(case)
-    step = {"shared": shared_step, "two": two_step}[side](model, case)
+    compute = {"shared": shared_step, "two": two_step}[side](model, case)
+
+    def step() -> float:
+        loss = compute()
+        loss.backward()
+        return float(loss.detach())
+
+    return timed(model, step, case.steps, gradients)
+
+
+def timed(model, step: Callable[[], float], steps: int, gradients: str) -> dict:
+    """Medians of so many steps after one that warms up. step: leaves gradients and gives the loss, which waits for a GPU."""
     seconds, memory = [], []
-    for i in range(1 + case.steps):
+    for i in range(1 + steps):
         model.zero_grad(set_to_none=True)
         with Peak() as peak:
             _start_gpu_peak()
             start = time.perf_counter()
-            loss = step()
-            loss.backward()
-            value = float(loss.detach())  # waits for a GPU
+            value = step()
             seconds.append(time.perf_counter() - start)
         memory.append(_gpu_peak() if torch.cuda.is_available() else peak.bytes)
-        del loss
         if i == 0:
             saved = {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
             torch.save((value, saved), gradients)
@@ -167,23 +177,41 @@ def _gpu_peak() -> int:
     return torch.cuda.max_memory_allocated() - _start_gpu_peak.before
 
 
-def measure(name: str, rounds: int, folder: Path) -> dict:
+class Study(NamedTuple):
+    """Two sides of some cases, the slower first. module: whose --perform measures one; file: what results are called."""
+
+    module: str
+    file: str
+    cases: dict[str, Case]
+    sides: tuple[str, str]
+    perform: Callable[[str, str, str], dict]
+    table: Callable[[list[dict]], str]
+    targets: dict[str, float]
+
+
+def measure(study: Study, name: str, rounds: int, folder: Path) -> dict:
     """Both sides of a case, in alternation, each in a fresh process."""
-    files = {side: folder / f"{name}-{side}.pt" for side in ("two", "shared")}
+    files = {side: folder / f"{name}-{side}.pt" for side in study.sides}
     runs: dict[str, list[dict]] = {side: [] for side in files}
     for _ in range(rounds):
         for side, file in files.items():
             try:
-                runs[side].append(fresh("benchmarks.training.shared_prefix", "--perform", name, side, str(file)))
+                runs[side].append(fresh(study.module, "--perform", name, side, str(file)))
             except RuntimeError as error:
                 raise RuntimeError(f"{name}, {side}: {error}") from None
-    error = compare(files["two"], files["shared"])
-    row = {"case": name, "shape": vars(CASES[name]), "weight_bytes": runs["two"][0]["weight_bytes"], "error": error}
+    slow, fast = study.sides
+    error = compare(files[slow], files[fast])
+    row = {
+        "case": name,
+        "shape": vars(study.cases[name]),
+        "weight_bytes": runs[slow][0]["weight_bytes"],
+        "error": error,
+    }
     for side, results in runs.items():
         row[side] = {key: statistics.median(r[key] for r in results) for key in ("seconds", "peak_bytes")}
         row[f"{side}_rounds"] = results
-    row["faster"] = row["two"]["seconds"] / row["shared"]["seconds"]
-    row["memory"] = row["shared"]["peak_bytes"] / row["two"]["peak_bytes"]
+    row["faster"] = row[slow]["seconds"] / row[fast]["seconds"]
+    row["memory"] = row[fast]["peak_bytes"] / row[slow]["peak_bytes"]
     return row
 
 
@@ -211,26 +239,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+STUDY = Study("benchmarks.training.shared_prefix", "shared-prefix", CASES, ("two", "shared"), perform, table, TARGETS)
+
+
+def main(study: Study, about: str | None, arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=list(study.cases), choices=study.cases)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--perform", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.perform:
-        print(json.dumps(perform(*options.perform)))
+        print(json.dumps(study.perform(*options.perform)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(name, options.rounds, Path(folder)) for name in options.cases]
-    result = stamp(rows=rows, rounds=options.rounds, targets=TARGETS)
+        rows = [measure(study, name, options.rounds, Path(folder)) for name in options.cases]
+    result = stamp(rows=rows, rounds=options.rounds, targets=study.targets)
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"shared-prefix-{result['date'][:10]}-{host_class()}"
+    name = f"{study.file}-{result['date'][:10]}-{host_class()}"
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text(table(rows) + "\n")
-    print(table(rows))
+    (options.out / f"{name}.md").write_text(study.table(rows) + "\n")
+    print(study.table(rows))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(STUDY, __doc__))

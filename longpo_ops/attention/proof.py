@@ -47,7 +47,9 @@ NEAR, FAR = 30, 40_000  # rows before those looked at: beyond the bounds at whic
 WINDOW = 5  # rows of windows in the small model; chunks have one more
 TOLERANCE = 2e-4  # of the largest number: roundings of float32 stay some hundred times below, faults above
 UNSTEADY = 1e-2  # but ten times the roundings of a model that multiplies them (Gemma 4), up to this
-LENGTHS = ((9, 8, (7, 12)), (3, 11, (2,)))  # of pairs: prefix, chosen tail, rejected tails
+# Of pairs: prefix, chosen tail, rejected tails. The last of the first pair leaves the tail before it at that one's row FORK.
+LENGTHS = ((9, 8, (7, 12)), (3, 11, (2,)))
+FORK = 3
 UNREAD = "a mask that was not read"
 
 
@@ -314,21 +316,22 @@ def _pack(model: nn.Module) -> tuple[SharedPrefixLayout, Tensor, Tensor, list[tu
     """A pack of LENGTHS: layout, ids and positions (1, N), and each sequence's rows in it and how many are its own."""
     pairs, positions, sequences, row = [], [], [], 0
     for prefix, chosen, rejected in LENGTHS:
-        start, tails = row, [(row + prefix, row + prefix + chosen)]
+        start, tails, forks = row, [(row + prefix, row + prefix + chosen)], []
         positions += range(prefix + chosen)
         sequences.append((list(range(start, tails[0][1])), prefix + chosen))
         for length in rejected:
             first = tails[-1][1]
+            forks.append(tails[-1][0] + FORK if forks else start + prefix - 1)
+            before = sequences[-1][0][: sequences[-1][0].index(forks[-1])]
             tails.append((first, first + 1 + length))
-            positions += range(prefix - 1, prefix + length)
-            sequences.append(
-                (list(range(start, start + prefix - 1)) + list(range(first, first + 1 + length)), 1 + length)
-            )
+            positions += range(len(before), len(before) + 1 + length)
+            sequences.append((before + list(range(first, first + 1 + length)), 1 + length))
         row = tails[-1][1]
-        pairs.append(PairSpans(start, start + prefix, tuple(tails)))
+        pairs.append(PairSpans(start, start + prefix, tuple(tails), tuple(forks)))
     layout, ids = SharedPrefixLayout(tuple(pairs), row), _tokens(model, row)
     for pair in pairs:
-        ids[:, [start for start, _ in pair.tails[1:]]] = ids[:, pair.prefix_end - 1, None].clone()
+        for (first, _), fork in zip(pair.tails[1:], pair.forks, strict=True):
+            ids[:, first] = ids[:, fork]
     return layout, ids, torch.tensor(positions)[None], sequences
 
 

@@ -175,8 +175,8 @@ def explain_attention(
     for (seen, softcap), count in kinds.items():
         lines.append(f"{count} layers with {seen}, soft-cap {softcap}, {token.dtype} on {token.device}:")
         plan = plan_calls(q, k, k, layout, 1.0, seen.window, softcap, seen.chunk)
-        calls = [(i, c) for segment in plan for i, c in enumerate(segment)]
-        uses = Counter((("own rows", "shared prefix")[i], c.kernel.name, c.why) for i, c in calls)
+        parts = (("own rows", [c for s in plan for c in s.own]), ("shared prefix", [c for s in plan for c in s.shared]))
+        uses = Counter((part, c.kernel.name, c.why) for part, calls in parts for c in calls)
         lines += [f"  {part} x{n}: {kernel} ({why})" for (part, kernel, why), n in uses.items()]
     return "\n".join(lines)
 
@@ -289,7 +289,8 @@ def _check_positions(position_ids: Tensor, layout: SharedPrefixLayout | None) ->
         return
     if position_ids.shape[-1] != layout.length:  # the attention itself refuses a layout of another length
         return
-    repeats = [(start, pair.prefix_end - 1) for pair in layout.pairs for start, _ in pair.tails[1:]]
+    layout.check()
+    repeats = [(start, f) for pair in layout.pairs for (start, _), f in zip(pair.tails[1:], pair.forks, strict=True)]
     tails, lasts = torch.tensor(repeats, dtype=torch.int64, device=position_ids.device).view(-1, 2).unbind(1)
     goes_back = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) < 0
     goes_back[:, tails] = position_ids[:, tails] != position_ids[:, lasts]
@@ -297,7 +298,7 @@ def _check_positions(position_ids: Tensor, layout: SharedPrefixLayout | None) ->
     if goes_back.any():
         raise ValueError(
             "position_ids do not fit the shared_prefix_layout: positions of a sequence go back, or the first row of a rejected "
-            "tail, which repeats the last prefix token, has not that token's position; pass the batch's own position_ids to "
+            "tail, which repeats the token it forks at, has not that token's position; pass the batch's own position_ids to "
             "the model, with shards those of shards.rows"
         )
 

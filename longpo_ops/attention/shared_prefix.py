@@ -1,20 +1,22 @@
-"""Attention over packs of pairs: the prefix of a pair is read by all its tails, and computed once.
+"""Attention over packs of pairs and trees: what several sequences share is read by all of them, and computed once.
 
-A pack (see data/layout.py) is split into segments of query rows, each with at most two key ranges:
+A pack (see data/layout.py) is a plan of kernel calls. The own call of a branch is its rows, plain causal; each row range of its
+ancestors is one more call, in which every row sees every key, and all neighbours that see that range are one call:
 
-    prefix + chosen tail   its own rows, plain causal
-    rejected tail          its own rows, plain causal: (o1, l1);   prefix without its last row: (o2, l2)
-                           l = log(exp l1 + exp l2)     o = o1 + sigmoid(l2 - l1) (o2 - o1)
+    o1, l1  of a row from its own range;   o2, l2  from a range of an ancestor, e.g. the prefix without its last row
+    l = log(exp l1 + exp l2)     o = o1 + sigmoid(l2 - l1) (o2 - o1)        and so on, range by range
 
     attention sink        a key of score s and value 0 per head: l = log(exp l + exp s), o = o sigmoid(l1 - s)
-    chunks of C rows      segments end where a chunk ends in their separate sequence; of a rejected tail only the first piece
-                          has a prefix range, from its chunk's start
+    chunks of C rows      own calls end where a chunk ends in their separate sequence; only the first piece of a branch sees
+                          ancestors, from its chunk's start
+    a window that binds   goes by a row's position: each branch then has calls of its own
 
-The backward calls each kernel's backward once per key range with the MERGED o and l, which is exact (see kernels.py). A sink's
-gradient is -sum exp(s - l) (do . o).
+K sequences whose ancestors have A distinct ranges are K + A calls: of questions about a document with answers each, a range
+for each question and one for the document. The backward calls each kernel's backward once per call with the MERGED o and l,
+which is exact (see kernels.py): own calls write, those of ancestors add. A sink's gradient is -sum exp(s - l) (do . o).
 Shapes: q (B, H, T, D); k, v (B, Hk, T, D), H a multiple of Hk, grouped heads not repeated; out (B, T, H, D).
-Memory: saved for backward q, k, v, out and l (B, H, T) float32. No mask, no concatenation. Work runs over groups of
-key heads such that a call's queries stay within GROUP numbers.
+Memory: saved for backward q, k, v, out and l (B, H, T) float32; while rows are merged, theirs in float32. No mask, no
+concatenation. Work runs over groups of key heads such that a call's queries stay within GROUP numbers.
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ class KeyRange(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Query rows [start, end) and what they see. The own ranges of all segments are disjoint and cover the keys."""
+    """Query rows [start, end) and keys that they see. window: None where it hides none of them from any row."""
 
     start: int
     end: int
-    own: KeyRange
-    prefix: KeyRange | None = None
+    keys: KeyRange
+    window: int | None = None
 
 
 class Call(NamedTuple):
@@ -62,45 +64,70 @@ class Call(NamedTuple):
     why: str
 
 
+class Stretch(NamedTuple):
+    """Neighbouring rows whose results are merged: their own calls, which cover all of them once, and those of ancestors."""
+
+    rows: slice
+    own: tuple[Call, ...]
+    shared: tuple[Call, ...]
+
+
+Plan = tuple[Stretch, ...]
+
+
 def plan_segments(
     layout: SharedPrefixLayout, window: int | None = None, chunk: int | None = None
-) -> tuple[Segment, ...]:
-    """The segments of a layout; with a window, prefix keys that no row of the tail can reach are left out.
+) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """-> own segments, whose key ranges are disjoint and cover all rows, and those of ancestors. With a window or chunks, keys
+    that no row can reach are left out.
 
-    Raises ValueError where the pairs do not follow each other without gaps from row 0 to layout.length.
+    Raises ValueError for a layout that is not sound (SharedPrefixLayout.check).
     """
-    segments, row = [], 0
-    for number, pair in enumerate(layout.pairs):
-        tails = pair.tails
-        bounds = [pair.prefix_end, *(end for _, end in tails)]
-        sound = pair.start == row and pair.start < pair.prefix_end and len(tails) > 0
-        if not sound or any(a != b or a >= end for (a, end), b in zip(tails, bounds, strict=False)):
-            raise ValueError(
-                f"shared_prefix_layout: pair {number} is {pair}, expected to start at row {row} with a prefix of at "
-                f"least one row, then its tails, each of at least one row and starting where the one before it ends"
-            )
-        row = tails[-1][1]
-        segments += _pieces(pair.start, tails[0][1], 0, chunk)
-        last = pair.prefix_end - 1  # the prefix row that a rejected tail repeats
-        for start, end in tails[1:]:
-            first = pair.start
-            if window is not None:
-                first = max(first, last - window + 1)
-            if chunk is not None:
-                first += (last - first) // chunk * chunk
-            pieces = _pieces(start, end, last - pair.start, chunk)
-            if first < last:
-                pieces[0] = pieces[0]._replace(prefix=KeyRange(first, last, last - first))
-            segments += pieces
-    if row != layout.length:
-        raise ValueError(f"shared_prefix_layout: its pairs end at row {row}, its length says {layout.length}")
-    return tuple(segments)
+    layout.check()
+    own, shared = [], []
+    for pair in layout.pairs:
+        for j in range(len(pair.tails)):
+            *ancestors, (start, end) = pair.path(j)
+            place = sum(behind - first for first, behind in ancestors)  # of the first row in its separate sequence
+            pieces = _pieces(start, end, place, window, chunk)
+            own += pieces
+            _add(shared, pieces[0], place, ancestors, _first_place(place, window, chunk), window)
+    return tuple(own), _joined(shared)
 
 
-def _pieces(start: int, end: int, position: int, chunk: int | None) -> list[Segment]:
-    """Rows [start, end), of which the first has this position, as one causal segment, or one for each chunk."""
-    bounds = [start, end] if chunk is None else [start, *range(start + chunk - position % chunk, end, chunk), end]
-    return [Segment(a, b, KeyRange(a, b, 0)) for a, b in pairwise(bounds)]
+def _pieces(start: int, end: int, place: int, window: int | None, chunk: int | None) -> list[Segment]:
+    """Rows [start, end), of which the first has this place, as one causal segment, or one for each chunk."""
+    bounds = [start, end] if chunk is None else [start, *range(start + chunk - place % chunk, end, chunk), end]
+    return [Segment(a, b, KeyRange(a, b, 0), window) for a, b in pairwise(bounds)]
+
+
+def _first_place(place: int, window: int | None, chunk: int | None) -> int:
+    """The first place in its separate sequence that a row of this place sees."""
+    first = 0 if window is None else max(0, place - window + 1)
+    return first if chunk is None else place - place % chunk
+
+
+def _add(shared: list[Segment], piece: Segment, place: int, ancestors, first: int, window: int | None) -> None:
+    """What a piece, whose first row has this place, sees of its ancestors, in their order, from place `first` on."""
+    before = 0
+    for start, end in ancestors:
+        seen = start + max(0, first - before)
+        if seen < end:
+            offset = place - before - (seen - start)
+            hides = window is not None and piece.end - piece.start + offset > window
+            keys = KeyRange(seen, end, offset if hides else end - seen)
+            shared.append(Segment(piece.start, piece.end, keys, window if hides else None))
+        before += end - start
+
+
+def _joined(shared: list[Segment]) -> tuple[Segment, ...]:
+    """Neighbours that see the same keys, all of them, as one."""
+    joined: dict[tuple, Segment] = {}  # by keys, window and the row behind the last one
+    for segment in shared:
+        before = joined.pop((segment.keys, segment.window, segment.start), None) if segment.window is None else None
+        segment = segment if before is None else segment._replace(start=before.start)
+        joined[segment.keys, segment.window, segment.end] = segment
+    return tuple(joined.values())
 
 
 def plan_calls(
@@ -112,26 +139,31 @@ def plan_calls(
     window: int | None,
     softcap: float | None,
     chunk: int | None = None,
-) -> tuple[tuple[Call, ...], ...]:
-    """Per segment its kernel calls, the own range first. Without a layout queries are the last rows, plainly causal."""
+) -> Plan:
+    """The kernel calls, stretch by stretch. Without a layout queries are the last rows, plainly causal."""
     rows, keys = q.shape[2], k.shape[2]
     if layout is not None:
-        segments = plan_segments(layout, window, chunk)
+        own, shared = plan_segments(layout, window, chunk)
     elif chunk is None:
-        segments = (Segment(0, rows, KeyRange(0, keys, keys - rows)),)
+        own, shared = (Segment(0, rows, KeyRange(0, keys, keys - rows), window),), ()
     else:
-        segments = tuple(_pieces(0, rows, 0, chunk))
-    calls = []
-    for segment in segments:
-        here = slice(segment.start, segment.end)
-        ranges = [r for r in (segment.own, segment.prefix) if r is not None]
-        calls.append(tuple(_plan_call(q, k, v, here, r, scale, window, softcap) for r in ranges))
-    return tuple(calls)
+        own, shared = _pieces(0, rows, 0, window, chunk), ()
+    stretches: list[tuple[list[Call], list[Call]]] = []
+    end = 0
+    for segment, kind in sorted([*((s, 0) for s in own), *((s, 1) for s in shared)], key=lambda x: (x[0].start, x[1])):
+        if segment.start >= end:
+            stretches.append(([], []))
+        stretches[-1][kind].append(_plan_call(q, k, v, segment, scale, softcap))
+        end = max(end, segment.end)
+    return tuple(
+        Stretch(slice(own[0].rows.start, own[-1].rows.stop), tuple(own), tuple(shared)) for own, shared in stretches
+    )
 
 
-def _plan_call(q, k, v, rows: slice, keys: KeyRange, scale, window, softcap) -> Call:
+def _plan_call(q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float, softcap: float | None) -> Call:
+    keys, rows = segment.keys, slice(segment.start, segment.end)
     seen = slice(keys.start, keys.end)
-    case = make_case(rows.stop - rows.start, keys.end - keys.start, keys.offset, scale, window, softcap)
+    case = make_case(rows.stop - rows.start, keys.end - keys.start, keys.offset, scale, segment.window, softcap)
     return Call(rows, seen, case, *choose(q[:, :, rows], k[:, :, seen], v[:, :, seen], case))
 
 
@@ -145,10 +177,28 @@ def _head_groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(head * per_key, end * per_key), slice(head, end)
 
 
-def _merge(o1: Tensor, l1: Tensor, o2: Tensor, l2: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint key sets, from that over each: o (B, H, n, D), l (B, H, n)."""
-    w2 = torch.sigmoid(l2 - l1).unsqueeze(-1)  # the weights sum to 1 exactly, unlike exp(l1 - l) and exp(l2 - l)
-    return torch.lerp(o1.to(w2.dtype), o2.to(w2.dtype), w2).to(o1.dtype), torch.logaddexp(l1, l2)
+def _attend(q: Tensor, k: Tensor, v: Tensor, stretch: Stretch) -> tuple[Tensor, Tensor]:
+    """Attention of a stretch's rows over all that they see: o (B, H, n, Dv) and l (B, H, n)."""
+    first, calls = stretch.rows.start, (*stretch.own, *stretch.shared)
+    parts = ((c.rows, *c.kernel.forward(q[:, :, c.rows], k[:, :, c.keys], v[:, :, c.keys], c.case)) for c in calls)
+    if len(calls) == 1:
+        return next(parts)[1:]
+    shape, dtype = (*q.shape[:2], stretch.rows.stop - first), accumulator(q)
+    out, lse = q.new_empty(*shape, v.shape[-1], dtype=dtype), q.new_empty(shape, dtype=dtype)
+    for number, (rows, o, logs) in enumerate(parts):
+        here = slice(rows.start - first, rows.stop - first)
+        if number < len(stretch.own):
+            out[:, :, here], lse[:, :, here] = o, logs
+        else:
+            _merge(out[:, :, here], lse[:, :, here], o, logs)
+    return out, lse
+
+
+def _merge(o: Tensor, lse: Tensor, o2: Tensor, l2: Tensor) -> None:
+    """Makes attention over a key set, o (B, H, n, D) and l (B, H, n), that over it and a disjoint one, in place."""
+    w2 = torch.sigmoid(l2 - lse).unsqueeze(-1)  # the weights sum to 1 exactly, unlike exp(l1 - l) and exp(l2 - l)
+    o.lerp_(o2.to(o.dtype), w2)
+    torch.logaddexp(lse, l2, out=lse)
 
 
 def _sink(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,19 +209,16 @@ def _sink(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 
 class _SharedPrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, plan: tuple[tuple[Call, ...], ...], sinks: Tensor | None
-    ) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: Plan, sinks: Tensor | None) -> Tensor:
         batch, heads, rows, _ = q.shape
         out = q.new_empty(batch, rows, heads, v.shape[-1])
         lse = q.new_empty(batch, heads, rows, dtype=accumulator(q))
         for h, hk in _head_groups(q, k):
-            for calls in plan:
-                parts = [c.kernel.forward(q[:, h, c.rows], k[:, hk, c.keys], v[:, hk, c.keys], c.case) for c in calls]
-                o, logs = parts[0] if len(parts) == 1 else _merge(*parts[0], *parts[1])
+            for stretch in plan:
+                o, logs = _attend(q[:, h], k[:, hk], v[:, hk], stretch)
                 o, logs = (o, logs) if sinks is None else _sink(o, logs, sinks[h])
-                out[:, calls[0].rows, h] = o.transpose(1, 2)
-                lse[:, h, calls[0].rows] = logs
+                out[:, stretch.rows, h] = o.transpose(1, 2)
+                lse[:, h, stretch.rows] = logs
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.plan = plan
         return out
@@ -188,8 +235,9 @@ class _SharedPrefixAttention(torch.autograd.Function):
             if sinks is not None:
                 seen = (dout[:, h].to(lse.dtype) * out[:, h].to(lse.dtype)).sum(-1)
                 dsinks[h] = -(torch.exp(sinks[h].to(lse.dtype)[:, None] - lse[:, h]) * seen).sum((0, 2)).to(sinks.dtype)
-            # Own ranges cover all rows and keys once: they write, what comes from the prefix ranges is added.
-            for write, call in [(True, c[0]) for c in ctx.plan] + [(False, c[1]) for c in ctx.plan if len(c) > 1]:
+            # Own ranges cover all rows and keys once: they write, what comes from ancestors' ranges is added.
+            own, shared = ([c for s in ctx.plan for c in s.own], [c for s in ctx.plan for c in s.shared])
+            for write, call in [*((True, c) for c in own), *((False, c) for c in shared)]:
                 r, s = call.rows, call.keys
                 grads = call.kernel.backward(
                     dout[:, h, r], q[:, h, r], k[:, hk, s], v[:, hk, s], out[:, h, r], lse[:, h, r], call.case
@@ -211,9 +259,9 @@ def shared_prefix_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of a pack of pairs, (B, Tq, H, Dv) in q's dtype, equal to that of the pairs' separate sequences.
+    """Attention of a pack of pairs and trees, (B, Tq, H, Dv) in q's dtype, equal to that of their separate sequences.
 
-    layout: which rows are prefix, chosen and rejected; the same for every batch entry; Tq = Tk = layout.length.
+    layout: which rows belong to which sequences; the same for every batch entry; Tq = Tk = layout.length.
     None is plain causal attention, the queries being the last Tq of Tk positions (Tq < Tk: decoding with a cache).
     scale: of the scores, D^-1/2 by default. window: a row sees the `window` last positions, its own included, counted
     in its separate sequence, so a rejected tail sees on into the end of the prefix. chunk: a row sees no row before the
@@ -244,9 +292,7 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if enabled else tensors
 
 
-def run_plan(
-    q: Tensor, k: Tensor, v: Tensor, plan: tuple[tuple[Call, ...], ...], sinks: Tensor | None = None
-) -> Tensor:
+def run_plan(q: Tensor, k: Tensor, v: Tensor, plan: Plan, sinks: Tensor | None = None) -> Tensor:
     """Attention (B, Tq, H, Dv) by the calls of plan_calls."""
     return _SharedPrefixAttention.apply(q, k, v, plan, sinks)
 

@@ -5,8 +5,9 @@
 `tokenized_pairs` does the first two steps for text and for tokenised files alike.
 """
 
-from .batch import PairBatch, pack, pack_within, packed_length, spread_positions
+from .batch import PairBatch, TreeBatch, pack, pack_tree, pack_within, packed_length, spread_positions
 from .chat import ChatFormat, join_context, tokenized_pairs
+from .context import ContextPair
 from .layout import PairSpans, SharedPrefixLayout
 from .pairs import Pair, Turn, read_pairs, write_pairs
 from .records import BadRecord, DataReport
@@ -15,6 +16,7 @@ from .tokenized import TokenizedPair, TokenSequence, read_tokenized, tokenizer_f
 __all__ = [
     "BadRecord",
     "ChatFormat",
+    "ContextPair",
     "DataReport",
     "Pair",
     "PairBatch",
@@ -22,9 +24,11 @@ __all__ = [
     "SharedPrefixLayout",
     "TokenSequence",
     "TokenizedPair",
+    "TreeBatch",
     "Turn",
     "join_context",
     "pack",
+    "pack_tree",
     "pack_within",
     "packed_length",
     "read_pairs",

@@ -29,7 +29,16 @@ from torch import Tensor
 
 from ..parallel import Shards, alike, digest, group_named
 from .checks import check_held_rows
-from .operators import _check_labels, _head, _stretches, _token_stretches, deliver, refuse_create_graph, scale_, scaled
+from .operators import (
+    _stretches,
+    check_rows_labels,
+    deliver,
+    make_head,
+    refuse_create_graph,
+    scale_,
+    scaled,
+    token_stretches,
+)
 from .products import result_dtype
 from .rows import Chunk, Stretch, to_device, windows
 from .sweep import HeadSweep, Options, float16_scale
@@ -97,9 +106,9 @@ def rows_op(
         output.fill_(nothing)
     total = classes_sum(classes, weight.shape[0])
     with torch.autocast(weight.device.type, enabled=False):
-        stretches = _token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
-        _check_labels(stretches, weight.shape[0])
-        head = _head(weight, bias, options, backend, hidden.shape[0])
+        stretches = token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
+        check_rows_labels(stretches, weight.shape[0])
+        head = make_head(weight, bias, options, backend, hidden.shape[0])
         beside = Beside(*asked, None if classes is None else classes.to(head.dtype).contiguous())
         for chunk in head.chunks(windows(stretches), Stretch.nll_mask):
             logps, stats = head.stats(chunk, beside)
@@ -150,14 +159,14 @@ def rows_backward_op(
     weights = Weights(*(w.double() if w.numel() else None for w in upstream))
     vocab = weight.shape[0]
     with torch.autocast(weight.device.type, enabled=False):
-        head = _head(weight, bias, options, backend, hidden.shape[0])
+        head = make_head(weight, bias, options, backend, hidden.shape[0])
         classes = None if classes is None else classes.to(head.dtype).contiguous()
         bound = (
             weights.bound(vocab, classes)
             if hidden.shape[0] and any(w is not None for w in weights)
             else hidden.new_zeros(0)
         )
-        stretches = _token_stretches(hidden, dh, labels, bound[None], ignore_index)
+        stretches = token_stretches(hidden, dh, labels, bound[None], ignore_index)
         grad_scale = torch.ones((), device=weight.device)
         if compute_dtype == torch.float16 and bound.shape[0]:
             labelled = to_device(labels != ignore_index, bound.device)
@@ -246,12 +255,12 @@ def cross_entropy_op(
                 [hidden[None]], [None if dh is None else dh[None]], [none], [none], [labels[None]], [any_weight[None]],
                 False, ignore_index,
             )  # fmt: skip
-            _check_labels(stretches, weight.shape[0])
+            check_rows_labels(stretches, weight.shape[0])
             if shards is not None:
                 check_held_rows(hidden, shards)
                 stretches = [stretch.held(shards.rows) for stretch in stretches]
                 row_weights = [w[shards.rows] for w in row_weights]
-        head = _head(weight, bias, options, backend, hidden.shape[0])
+        head = make_head(weight, bias, options, backend, hidden.shape[0])
         loss, grad_scale = _Visit(head, stretches, row_weights, classes).run()
         if shards is not None:
             shards.sum_(loss)

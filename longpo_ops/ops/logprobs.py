@@ -184,9 +184,9 @@ def linear_cross_entropy(
         return cross_entropy_op(*head, each, ignore_index, group, *options, need, backend)[0]
     none = torch.empty(0, dtype=torch.int64)
     batch = Batch(
-        answers=[none], segments=[none], nll=[labels[None]], nll_weights=[weights[None]], nll_total=total, ref_chosen=None,
-        ref_rejected=None, pair=none, count=0, objective="", parameters=[], preference_weight=0.0, num_pairs=1.0,
-        shift=False, ignore_index=ignore_index, group=group,
+        answers=[none], segments=[none], nll=[labels[None]], nll_weights=[weights[None]], nll_total=total,
+        refs=None, group=none, role=none, count=0, objective="", parameters=[], preference_weight=0.0, num_groups=1.0,
+        shift=False, ignore_index=ignore_index, ranks=group,
     )  # fmt: skip
     return sweep_op([hidden[None]], weight, bias, *batch, *options, need, backend)[0]
 

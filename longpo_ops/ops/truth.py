@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objectives import Objective, PairLogps
+from .objective import Answers, Objective
 
 
 def logits(hidden, weight, bias=None, softcap=None, scale=1.0, temperature=1.0) -> Tensor:
@@ -112,13 +112,13 @@ def preference_loss(
 
     chosen = per_token(chosen_hidden, chosen_labels).sum(1)
     rejected = per_token(rejected_hidden, rejected_labels).sum(1)
-    pair = torch.arange(len(chosen)) if rejected_pair is None else rejected_pair
-    references = (None if r is None else r.double() for r in (ref_chosen_logps, ref_rejected_logps))
-    terms = objective.terms(
-        PairLogps(chosen, rejected, *references, lengths(chosen_labels), lengths(rejected_labels), pair)
-    )
+    pair = torch.arange(len(chosen)) if rejected_pair is None else rejected_pair.cpu()
+    refs = None if ref_chosen_logps is None else torch.cat([ref_chosen_logps, ref_rejected_logps]).double()
+    tokens = torch.cat([lengths(chosen_labels), lengths(rejected_labels)])
+    group, role = torch.cat([torch.arange(len(chosen)), pair]), torch.tensor([0] * len(chosen) + [1] * len(pair))
+    losses = objective.losses(Answers.of(torch.cat([chosen, rejected]), tokens, refs, group, role, len(chosen)))
     count = num_pairs or len(chosen)
-    loss = objective.preference_weight * terms.losses.sum() / count
+    loss = objective.preference_weight * losses.sum() / count
     if nll_labels is not None:
         loss = loss - (per_token(chosen_hidden, nll_labels).sum(1) / lengths(nll_labels)).sum() / count
     return loss, chosen, rejected

@@ -27,7 +27,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from ..attention import NAME
-from ..data import PairBatch
+from ..data import TreeBatch
 from ..parallel import Shards
 from .arithmetic import base_model
 
@@ -41,7 +41,7 @@ def shares_prefix(model: nn.Module) -> bool:
 
 def run(
     model: nn.Module,
-    batch: PairBatch,
+    batch: TreeBatch,
     compute: Callable,
     device: torch.device,
     shards: Shards | None = None,
@@ -62,7 +62,7 @@ def run(
     return _run_separate(model, batch, compute, device, calls)
 
 
-def _run_shared(model, batch: PairBatch, compute, device, shards: Shards | None):
+def _run_shared(model, batch: TreeBatch, compute, device, shards: Shards | None):
     rows = slice(None) if shards is None else shards.rows
     result, outputs = model(
         input_ids=batch.input_ids[:, rows].to(device, non_blocking=True),
@@ -76,7 +76,7 @@ def _run_shared(model, batch: PairBatch, compute, device, shards: Shards | None)
     return result, _auxiliary(outputs)
 
 
-def _run_separate(model, batch: PairBatch, compute, device, calls: int):
+def _run_separate(model, batch: TreeBatch, compute, device, calls: int):
     takes = inspect.signature(type(_causal(model)).forward).parameters.values()
     quiet = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
     kwargs = {"use_cache": False} if quiet else {}

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.gpu.attention import dense_attention, make_layout, separate_attention, sequences, visible
+from benchmarks.gpu.attention import dense_attention, make_layout, make_tree, separate_attention, sequences, visible
 from longpo_ops.data.layout import SharedPrefixLayout
 
 __all__ = [
     "TrueFloat64",
     "dense_attention",
     "make_layout",
+    "make_tree",
     "positions",
     "separate_attention",
     "sequences",

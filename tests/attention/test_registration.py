@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models import gemma2, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 
 from longpo_ops.attention import PrefixNotShared, explain_attention, use_shared_prefix
+from longpo_ops.data import PairSpans, SharedPrefixLayout
 from tests.budget import check_budget
 
 from .dense import TrueFloat64, make_layout, positions, sequences
@@ -48,8 +49,11 @@ FAMILIES = {
 MIXTURES = "mixtral", "qwen3_moe"  # an expert's products round by how many rows come to it, wherever they are from
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 DENSE = pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MIXTURES])
-# Two pairs, one of them with two rejected tails; a prefix of one token; tails longer and shorter than the window.
-LAYOUT = make_layout((23, 11, 9, 2), (1, 3, 4))
+# Two pairs, one of them with two rejected tails, of which the second leaves the first in its midst; a prefix of one token;
+# tails longer and shorter than the window.
+LAYOUT = SharedPrefixLayout(
+    (PairSpans(0, 23, ((23, 34), (34, 43), (43, 45)), (22, 38)), PairSpans(45, 46, ((46, 49), (49, 53)))), 53
+)
 
 
 def make_model(family, attention="sdpa", dtype=torch.float32, seed=0):
@@ -61,11 +65,11 @@ def make_model(family, attention="sdpa", dtype=torch.float32, seed=0):
 
 
 def make_ids(layout=LAYOUT):
-    """(1, T) random tokens; every rejected tail opens with the last prefix token."""
+    """(1, T) random tokens; every rejected tail opens with the token it forks at."""
     ids = torch.randint(SIZES["vocab_size"], (1, layout.length), generator=torch.Generator().manual_seed(1))
     for pair in layout.pairs:
-        for start, _ in pair.tails[1:]:
-            ids[0, start] = ids[0, pair.prefix_end - 1]
+        for (start, _), fork in zip(pair.tails[1:], pair.forks, strict=True):
+            ids[0, start] = ids[0, fork]
     return ids
 
 

@@ -10,13 +10,18 @@ from longpo_ops.attention.shared_prefix import plan_calls, plan_segments, shared
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
 from tests.budget import check_budget
 
-from .dense import dense_attention, make_layout, separate_attention, sequences, visible
+from .dense import dense_attention, make_layout, make_tree, separate_attention, sequences, visible
 
+# A document of 20 rows, questions that end at rows 25, 41 and 52, answers; forks out of order, and one inside an answer.
+TREE = SharedPrefixLayout(
+    (make_tree((29, None), (4, 25), (4, 25), (8, 19), (3, 41), (9, 19), (2, 54), (3, 41), (4, 3)),), 66
+)
 LAYOUTS = {
     "one token each": make_layout((1, 1, 1)),
     "one pair": make_layout((40, 9, 13)),
     "several rejected": make_layout((21, 6, 1, 9, 4)),
     "several pairs": make_layout((17, 3, 5), (1, 4, 2, 1), (12, 6), (1, 1, 3)),
+    "a tree, then a pair": SharedPrefixLayout((*TREE.pairs, PairSpans(66, 75, ((75, 78), (78, 82)))), 82),
 }
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -142,7 +147,7 @@ def test_a_window_that_hides_nothing_keeps_the_stock_kernel():
     q, k, v, _ = make_inputs(make_layout((40, 9, 13)), torch.float32)
     for window, stock in ((53, True), (52, False)):  # the longest sequence has 52 rows beside the repeated one
         calls = plan_calls(q, k, v, make_layout((40, 9, 13)), 1.0, window - 1, None)
-        assert all(c.kernel is kernels.CPU_FLASH for segment in calls for c in segment) == stock
+        assert all(c.kernel is kernels.CPU_FLASH for s in calls for c in (*s.own, *s.shared)) == stock
 
 
 def test_choice_says_why():
@@ -160,6 +165,10 @@ BAD_LAYOUTS = {
     "empty prefix": SharedPrefixLayout((PairSpans(0, 0, ((0, 2),)),), 2),
     "no tail": SharedPrefixLayout((PairSpans(0, 3, ()),), 3),
     "gap between pairs": SharedPrefixLayout((PairSpans(0, 2, ((2, 3),)), PairSpans(4, 5, ((5, 6),))), 6),
+    "a tail that repeats a row of its own": SharedPrefixLayout((PairSpans(0, 3, ((3, 5), (5, 7)), (5,)),), 7),
+    "a tail that repeats a row before the prefix's last": SharedPrefixLayout(
+        (PairSpans(0, 3, ((3, 5), (5, 7)), (1,)),), 7
+    ),
     "rows left over": SharedPrefixLayout((PairSpans(0, 2, ((2, 3),)),), 4),
 }
 
@@ -192,7 +201,15 @@ def test_refuses_unsound_inputs():
     ]:
         with pytest.raises(ValueError, match=message):
             shared_prefix_attention(*arguments, **options)
-    for spans in (dict(start=0.0), dict(prefix_end="1"), dict(tails=((1, 2, 3),)), dict(tails=(4, 5)), dict(tails=5)):
+    for spans in (
+        dict(start=0.0),
+        dict(prefix_end="1"),
+        dict(tails=((1, 2, 3),)),
+        dict(tails=(4, 5)),
+        dict(tails=5),
+        dict(forks=(0,)),
+        dict(forks=("0",)),
+    ):
         with pytest.raises(ValueError, match=f"PairSpans: {next(iter(spans))}"):
             PairSpans(**dict(start=0, prefix_end=1, tails=((1, 2),)) | spans)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longpo_ops import linear_cross_entropy, packed_preference_loss
 from longpo_ops.ops import truth
-from longpo_ops.ops.objectives import PairLogps
+from longpo_ops.ops.objective import Answers
 
 N, H, V = 61, 16, 37
 FIRST = 42  # where answers begin that no rank but the last has, of two or of three
@@ -70,9 +70,10 @@ class Row:
         logps = truth.logprobs(leaves["hidden"], leaves["weight"], self.labels, bias=leaves.get("bias"), **map).double()
         member = self.sequences == torch.arange(3 + len(self.pair))[:, None]
         sums, lengths = torch.where(member, logps, 0.0).sum(1), member.sum(1).double()
-        refs = self.refs.get("ref_chosen_logps"), self.refs.get("ref_rejected_logps")
-        terms = self.objective.terms(PairLogps(sums[:3], sums[3:], *refs, lengths[:3], lengths[3:], self.pair))
-        loss = self.objective.preference_weight * terms.losses.sum() / 5.0
+        refs = torch.cat(list(self.refs.values())) if self.refs else None
+        group, role = torch.cat([torch.arange(3), self.pair]), (torch.arange(3 + len(self.pair)) >= 3).long()
+        losses = self.objective.losses(Answers.of(sums, lengths, refs, group, role, 3))
+        loss = self.objective.preference_weight * losses.sum() / 5.0
         if self.weights is not None:
             loss = loss - (logps * self.weights).sum() / 5.0
         return {"loss": loss.detach(), "chosen_logps": sums[:3], "rejected_logps": sums[3:]} | gradients(loss, leaves)

@@ -338,7 +338,7 @@ def test_without_gradients_every_rank_has_the_whole_rows_numbers(found):
         "whole rows": f"hidden has {N} rows on rank 0 of {{ranks}}",
         "fewer rows than ranks": "a row of {last} tokens over {ranks} ranks: expected at least a token for each",
         "too few labels": f"labels.shape=({N - 1},): expected ({N},)",
-        "other labels": "labels, sequences, weights, pairs and the objective: ranks [{last}] of {ranks} hold others",
+        "other labels": "labels, sequences, weights, groups and the objective: ranks [{last}] of {ranks} hold others",
         "another objective": "ranks [{last}] of {ranks} hold others than rank 0",
         "a label of cross entropy": f"labels: {V} in row {N - 1}",
         "rows of cross entropy": "hidden has {shorter} rows on rank {last} of {ranks}",

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from longpo_ops.attention import exchanged_numbers, head_plan, shared_prefix_attention, use_shared_prefix
 from longpo_ops.attention.ulysses import to_heads, to_rows
+from longpo_ops.data import PairSpans, SharedPrefixLayout
 from longpo_ops.parallel import Shards
 from tests.attention.dense import make_layout, positions
 from tests.attention.test_registration import SIZES, make_model
@@ -15,7 +16,10 @@ from tests.attention.test_registration import SIZES, make_model
 from .ranks import run_ranks
 
 RANKS = 4
-LAYOUT = make_layout((13, 5, 6), (7, 2, 3, 2))  # 38 rows: shards of 9 and 10
+# 38 rows: shards of 9 and 10. The last tail of the second pair leaves the one before it.
+LAYOUT = SharedPrefixLayout(
+    (*make_layout((13, 5, 6)).pairs, PairSpans(24, 31, ((31, 33), (33, 36), (36, 38)), (30, 34))), 38
+)
 HEADS = {"8 on 8": (8, 8), "8 on 2": (8, 2), "6 on 2": (6, 2), "7 on 1": (7, 1), "12 on 6": (12, 6), "9 on 3": (9, 3)}
 SIZE = 8
 

@@ -1,9 +1,9 @@
-"""benchmarks/training/shared_prefix.py at a tiny size: both steps run, agree, and a difference between them is seen."""
+"""benchmarks/training/shared_prefix.py and tree.py at a tiny size: both sides run, agree, and a difference is seen."""
 
 import pytest
 import torch
 
-from benchmarks.training import shared_prefix
+from benchmarks.training import shared_prefix, tree
 from benchmarks.training.shared_prefix import Case, compare, perform
 
 
@@ -21,3 +21,13 @@ def test_both_steps_are_measured_and_have_the_same_gradients(tmp_path, monkeypat
     torch.save((loss, gradients), tmp_path / "wrong.pt")
     with pytest.raises(RuntimeError, match="the two steps differ"):
         compare(files["two"], tmp_path / "wrong.pt")
+
+
+def test_a_tree_and_separate_sequences_are_measured_and_have_the_same_gradients(tmp_path, monkeypatch):
+    case = tree.Tree(
+        prefix=24, tail=6, width=16, layers=1, heads=2, vocab=50, steps=1, question=3, questions=2, answers=3
+    )
+    monkeypatch.setitem(tree.CASES, "tiny", case)
+    results = {side: tree.perform("tiny", side, str(tmp_path / f"{side}.pt")) for side in ("separate", "tree")}
+    assert (results["separate"]["rows"], results["tree"]["rows"]) == case.rows == (6 * 33, 24 + 2 * 3 + 6 * 6 + 5)
+    assert compare(tmp_path / "separate.pt", tmp_path / "tree.pt") < 1e-4
