@@ -173,7 +173,7 @@ def rows_backward_op(
             grad_scale = float16_scale(torch.where(labelled, bound, 0.0).amax())
         total, beside = classes_sum(classes, vocab), Beside(mean=weights.entropy is not None)
         for chunk in head.chunks(windows(stretches), Stretch.nll_mask):
-            of_chunk = Weights(*(None if w is None else chunk.read(w) * grad_scale for w in weights))
+            of_chunk = Weights(*(None if w is None else chunk.read(w, head.device) * grad_scale for w in weights))
             if all(w is None for w in weights[1:]):
                 head.visit(chunk, of_chunk.logp.to(head.dtype))
                 continue
@@ -306,7 +306,7 @@ class _Visit:
         return self.head.chunks(self.places, Stretch.nll_mask)
 
     def _read(self, chunk: Chunk) -> list[Tensor]:
-        return [to_device(chunk.read(w), self.head.device) for w in self.row_weights]
+        return [chunk.read(w, self.head.device) for w in self.row_weights]
 
     def _add(self, chunk: Chunk, logps: Tensor, stats: Tensor) -> None:
         w, u, q = self._read(chunk)
@@ -329,7 +329,7 @@ class _Visit:
         largest = torch.zeros(1, dtype=torch.float64, device=self.head.device)
         for chunk in self._chunks() if self.squared else ():
             _, stats = self.head.stats(chunk)
-            carried = (2 * to_device(chunk.read(q), self.head.device) * logsumexps(stats)).abs()
+            carried = (2 * chunk.read(q, self.head.device) * logsumexps(stats)).abs()
             largest = torch.maximum(largest, carried.amax())
         host = None if self.classes is None else self.classes.cpu()
         linear = Weights(w, None, None, u if self.smooth else None).bound(self.head.vocab, host)

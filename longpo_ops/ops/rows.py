@@ -106,10 +106,6 @@ class Chunk:
         """(n, H) in `dtype`, as products take it; a view where the rows are contiguous and already of that dtype."""
         return row_major(self._cat([p.read(p.stretch.hidden).to(dtype) for p in self.pieces]))
 
-    def read(self, tensor: Tensor) -> Tensor:
-        """(n, ...): the chunk's rows of a (T, ...) tensor that all its stretches have rows of."""
-        return self._cat([p.read(tensor) for p in self.pieces])
-
     def segments(self) -> Tensor:
         """(n,) int64, host: sequence of an answer row, -1 for a row that is none."""
         return self._cat([p.stretch.segments_at(p.index) for p in self.pieces])
@@ -121,6 +117,10 @@ class Chunk:
     def nll_weights(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n,) on the device: NLL weight, 0 for rows that carry none."""
         return self._cat([_nll_weights(p, device, dtype) for p in self.pieces])
+
+    def read(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """(n,) on the device: the chunk's rows of (T,) numbers of its one stretch, on any device."""
+        return self._cat([to_device(p.read(numbers), device) for p in self.pieces])
 
     def write(self, rows: Tensor, target: Tensor | None = None) -> None:
         """rows (n, ...) to their places in a (T, ...) target, or in each stretch's gradient."""
