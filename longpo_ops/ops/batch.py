@@ -42,6 +42,7 @@ class Batch(NamedTuple):
     shift: bool
     ignore_index: int
     ranks: str = ""  # the name of the process group that shares the rows
+    correct: bool = False  # whether answer tokens that are predicted are counted
 
     @property
     def length(self) -> int:
@@ -144,7 +145,7 @@ def checked(
         _check_forms(objective, group, role, batch.count)
         lengths = _answer_rows(stretches, role)
         weight_of_group = batch.preference_weight / batch.num_groups
-        groups = Groups(objective, refs, group, role, batch.count, lengths, weight_of_group)
+        groups = Groups(objective, refs, group, role, batch.count, lengths, weight_of_group, batch.correct)
     if shards is not None:
         check_held_rows(hiddens[0][0], shards)
         stretches = [stretch.held(shards.rows) for stretch in stretches]
@@ -169,6 +170,7 @@ def digest_of(batch: Batch) -> int:
         batch.preference_weight,
         batch.num_groups,
         batch.ignore_index,
+        batch.correct,
     )
     return digest((tensor.cpu() for tensor in tensors), *plain)
 

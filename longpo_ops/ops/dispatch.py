@@ -5,6 +5,9 @@
     triton   Triton (kernels/), CUDA
     cuda     CUDA C++ (csrc/cuda), CUDA
 
+All of them tell what is asked for beside a log-prob (tiles.Beside) and write gradients of the affine family, from a tile of
+logits: Triton's log-probs straight from hidden states, which make no tile, know neither entropies nor what is predicted.
+
 The first usable one of the device's order is taken. `backend="..."` on a call or LONGPO_OPS_BACKEND forces one; a forced
 back-end that cannot run raises with the reason.
 """

@@ -66,10 +66,12 @@ def _clear_unvisited(stretches: list[Stretch], grads: list[Tensor], shift: bool)
 
 
 def numbers_of(result: Result, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """-> loss, preference_loss, nll_loss (Eq. 14), summed log-probs and rewards (K,): copies in that dtype."""
+    """-> loss, preference_loss, nll_loss (Eq. 14), summed log-probs and rewards (K,), correct tokens (K,)
+    or, where they are not counted, (0,): copies in that dtype."""
     preference = result.losses.sum() / batch.num_groups
     loss = batch.preference_weight * preference + result.nll
-    numbers = (loss, preference, result.nll, result.sums, result.rewards)
+    correct = result.correct if batch.correct else result.correct[:0]
+    numbers = (loss, preference, result.nll, result.sums, result.rewards, correct)
     return tuple(x.to(dtype, copy=True) for x in numbers)
 
 
@@ -94,18 +96,19 @@ def sweep_op(
     shift: bool,
     ignore_index: int,
     ranks: str,
+    correct: bool,
     scale: float,
     softcap: float,
     workspace_bytes: int,
     compute_dtype: torch.dtype,
     need: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     grads = [torch.zeros_like(h, memory_format=torch.contiguous_format) if need[0] else None for h in hiddens]
     batch = Batch(
         answers, segments, nll, nll_weights, nll_total, refs, group, role, count, objective, parameters,
-        preference_weight, num_groups, shift, ignore_index, ranks,
+        preference_weight, num_groups, shift, ignore_index, ranks, correct,
     )  # fmt: skip
     result = run_sweep(hiddens, grads, weight, bias, batch, options, backend)
     dw, dw_scale = deliver(result.dw, weight)
@@ -137,8 +140,9 @@ def deliver(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
 def _(hiddens, weight, bias, *rest):
     batch, need = Batch(*rest[: len(Batch._fields)]), rest[-2]
     k = batch.sequences
+    shapes = ((), (), (), k, k, k if batch.correct else 0)
     return (
-        *(weight.new_empty(shape, dtype=result_dtype(weight.dtype)) for shape in ((), (), (), k, k)),
+        *(weight.new_empty(shape, dtype=result_dtype(weight.dtype)) for shape in shapes),
         [h.new_empty(h.shape if need[0] else 0) for h in hiddens],
         weight.new_empty(weight.shape if need[1] else 0),
         weight.new_empty(0) if not need[2] else bias.new_empty(bias.shape),

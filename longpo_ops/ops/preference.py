@@ -52,6 +52,8 @@ class PreferenceOutput(NamedTuple):
     rejected_logps: Tensor  # (R,)
     chosen_rewards: Tensor  # (B,) beta * (logps - reference) where the objective has a reference
     rejected_rewards: Tensor  # (R,)
+    chosen_correct: Tensor | None = None  # (B,) answer tokens that are the likeliest one; None where not asked for
+    rejected_correct: Tensor | None = None  # (R,)
 
 
 class ObjectiveOutput(NamedTuple):
@@ -62,6 +64,7 @@ class ObjectiveOutput(NamedTuple):
     nll_loss: Tensor  # () sum of nll_weights * NLL over the denominator; 0 without nll_weights
     logps: Tensor  # (K,) summed over answer tokens
     rewards: Tensor  # (K,) as the objective logs them
+    correct: Tensor | None = None  # (K,) answer tokens that are the likeliest one; None where not asked for
 
 
 def fused_preference_loss(
@@ -167,6 +170,7 @@ def packed_preference_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     reuse_hidden: bool = False,
+    correct_tokens: bool = False,
     backend: str | None = None,
     shards: Shards | None = None,
 ) -> PreferenceOutput:
@@ -180,6 +184,8 @@ def packed_preference_loss(
     num_chosen: B.  rejected_pair: the pair of each rejected sequence.
     nll_weights: the weight of each labelled row in the NLL term, 1 / (tokens of its sequence) for Eq. 14; divided by
         num_pairs here. None for no such term.
+    correct_tokens: whether to count, of each answer, the tokens that have the largest logit where they are predicted (the first
+        of equals; none in a row that is NaN): what a token accuracy is made of, seen in the same visit at no further product.
     shards: which of N rows each rank of a process group holds. hidden are this rank's (n_r, H), everything else is of all
         N, the same on every rank. Every output is the whole row's, the same on every rank; the gradient of hidden is that
         of this rank's rows, those of weight and bias are its rows' share, and shares add up over the ranks. FSDP and DDP
@@ -199,7 +205,7 @@ def packed_preference_loss(
     groups = _check_pairs(objective, num_chosen, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
     out = _packed(
         hidden, weight, labels, sequences, groups, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
-        reuse_hidden, backend, shards,
+        reuse_hidden, correct_tokens, backend, shards,
     )  # fmt: skip
     return _of_pairs(out, num_chosen)
 
@@ -223,6 +229,7 @@ def packed_objective_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     reuse_hidden: bool = False,
+    correct_tokens: bool = False,
     backend: str | None = None,
     shards: Shards | None = None,
 ) -> ObjectiveOutput:
@@ -249,14 +256,14 @@ def packed_objective_loss(
     given = _Groups(objective, count, groups, roles, refs, _check_total("denominator", denominator, count))
     out = _packed(
         hidden, weight, labels, sequences, given, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
-        reuse_hidden, backend, shards,
+        reuse_hidden, correct_tokens, backend, shards,
     )  # fmt: skip
     return ObjectiveOutput(*out)
 
 
 def _packed(
     hidden, weight, labels, sequences, groups, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
-    reuse_hidden, backend, shards,
+    reuse_hidden, correct_tokens, backend, shards,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The numbers of an ObjectiveOutput, from flat rows."""
     check_head(hidden, weight, bias)
@@ -281,6 +288,7 @@ def _packed(
         map=logit_map(scale, softcap),
         workspace_bytes=workspace_bytes,
         reuse_hidden=reuse_hidden,
+        correct=check_flag("correct_tokens", correct_tokens),
         backend=backend,
         ranks=ranks,
     )
@@ -340,8 +348,9 @@ def _joined(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _of_pairs(numbers: tuple[Tensor, ...], b: int) -> PreferenceOutput:
-    loss, preference, nll, logps, rewards = numbers
-    return PreferenceOutput(loss, preference, nll, logps[:b], logps[b:], rewards[:b], rewards[b:])
+    *totals, logps, rewards, correct = numbers
+    parts = ((None, None) if told is None else (told[:b], told[b:]) for told in (logps, rewards, correct))
+    return PreferenceOutput(*totals, *(part for of_both in parts for part in of_both))
 
 
 def _token_means(nll_labels: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
@@ -354,7 +363,7 @@ def _token_means(nll_labels: Tensor | None, shift: bool, ignore_index: int) -> T
 
 def _run(
     *, hiddens, weight, bias, answers, segments, nll, nll_weights, groups, shift, ignore_index, map, workspace_bytes,
-    reuse_hidden, backend, ranks="",
+    reuse_hidden, backend, ranks="", correct=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = compute_dtype(hiddens[0], weight, "hidden" if len(hiddens) == 1 else "chosen_hidden")
     backend, reuse_hidden = check_backend(backend), check_flag("reuse_hidden", reuse_hidden)
@@ -366,13 +375,14 @@ def _run(
     batch = Batch(
         answers, segments, nll, nll_weights, nll_total, groups.refs, groups.group, groups.role, groups.count,
         objective.name, objective.parameters(), objective.preference_weight, groups.total, shift, ignore_index, ranks,
+        correct,
     )  # fmt: skip
     if reuse_hidden and need[0]:
         numbers = _reuse(hiddens, weight, bias, batch, options, backend)
     else:
         scratch = options.workspace_bytes
         numbers = sweep_op(hiddens, weight, bias, *batch, *map, scratch, dtype, need, backend)
-    return numbers[0], *(x.detach() for x in numbers[1:5])
+    return numbers[0], *(x.detach() for x in numbers[1:5]), numbers[5].detach() if correct else None
 
 
 def _reuse(hiddens, weight, bias, batch, options, backend) -> tuple[Tensor, ...]:

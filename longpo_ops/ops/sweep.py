@@ -32,7 +32,7 @@ from ..parallel import Shards
 from .objective import Answers, Objective, decide
 from .products import UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, to_device, windows
-from .tiles import BLOCK_BYTES, BLOCK_SHARE, NOTHING, Beside, LogitMap, Tiles, empty_tile
+from .tiles import BLOCK_BYTES, BLOCK_SHARE, NOTHING, Beside, LogitMap, Tiles, empty_tile, predictions
 
 # On CUDA 2.75 GiB: 4,096 rows of the widest common heads, V = 151,936 at H = 4,096 (2.51 GiB) and V = 152,064 at H = 8,192
 # (2.70). Fewer rows a chunk would read and write the head's gradient more often: docs/mathematics.md.
@@ -198,6 +198,7 @@ class Groups(NamedTuple):
     count: int  # G
     lengths: Tensor  # (K,) int64, host: answer tokens of each sequence, those on other ranks included
     weight: float  # preference_weight / num_groups: what a group's loss counts in the total
+    correct: bool = False  # whether answer tokens that are predicted are counted
 
 
 class Result(NamedTuple):
@@ -207,6 +208,7 @@ class Result(NamedTuple):
     nll: Tensor  # () sum of w_t * -logp_t
     sums: Tensor  # (K,) summed log-probs
     rewards: Tensor  # (K,)
+    correct: Tensor  # (K,) answer tokens that are predicted; 0 where they are not counted
     dw: Tensor | None
     db: Tensor | None
     grad_scale: Tensor
@@ -232,7 +234,9 @@ class _Sweep:
         self.stretches, self.head, self.groups, self.shards = stretches, head, groups, shards
         double = functools.partial(torch.zeros, device=head.device, dtype=torch.float64)
         k, g = (0, 0) if groups is None else (groups.group.shape[0], groups.count)
-        self.sums, self.slopes, self.rewards, self.losses, self.nll = map(double, (k, k, k, g, 1))
+        self.slopes, self.rewards, self.losses, self.nll, self.told = map(double, (k, k, g, 1, (2, k)))
+        self.sums, self.correct = self.told  # of each sequence, over the ranks together
+        self.beside = Beside(predicted=groups is not None and groups.correct)
         nll_total = to_device(nll_total, head.device, torch.float64)
         self.nll_scale = torch.where(nll_total != 0, 1 / nll_total, 0.0)
         self.windows = windows(stretches)
@@ -245,11 +249,11 @@ class _Sweep:
         visited = torch.zeros_like(large)
         if bool(large.any()):
             for chunk in self.head.chunks(self._windows_of(large), self._answers_of(large)):
-                logps = self.head.logps(chunk)
-                self._add_sums(chunk, logps)
+                logps, stats = self.head.stats(chunk, self.beside)
+                self._add_sums(chunk, logps, stats)
                 if not wants_gradient:
                     self._add_nll(chunk, logps)
-            self._add_ranks(self.sums)
+            self._add_ranks(self.told if self.beside.predicted else self.sums)
             self._decide(large)
             visited = visited if wants_gradient else large
         if self.head.options.compute_dtype == torch.float16 and wants_gradient:
@@ -268,6 +272,7 @@ class _Sweep:
             self.nll[0],
             self.sums,
             self.rewards,
+            self.correct,
             self.head.weight_gradient(),
             self.head.db,
             self.grad_scale,
@@ -276,10 +281,11 @@ class _Sweep:
     def _visit_groups(self, chunk: Chunk, sequences: Tensor, wants_gradient: bool) -> None:
         """Score, decide and sweep all answers of some groups while their tile waits."""
         if not wants_gradient:
-            logps = self.head.logps(chunk)
+            logps, stats = self.head.stats(chunk, self.beside)
         else:
-            logps, held = self.head.score(chunk)
-        self._add_sums(chunk, logps)
+            logps, held = self.head.score(chunk, self.beside)
+            stats = held.stats
+        self._add_sums(chunk, logps, stats)
         self._add_nll(chunk, logps)
         self._decide(sequences)
         if wants_gradient:
@@ -347,9 +353,12 @@ class _Sweep:
         if self.shards is not None:
             self.shards.sum_(numbers)
 
-    def _add_sums(self, chunk: Chunk, logps: Tensor) -> None:
+    def _add_sums(self, chunk: Chunk, logps: Tensor, stats: Tensor) -> None:
         segments = to_device(chunk.segments(), self.head.device)
         self.head.tiles.segment_sums(logps, segments, self.sums)
+        if self.beside.predicted:
+            labels = to_device(chunk.labels(), self.head.device)
+            self.head.tiles.segment_sums((predictions(stats) == labels).to(stats.dtype), segments, self.correct)
 
     def _add_nll(self, chunk: Chunk, logps: Tensor) -> None:
         weights = chunk.nll_weights(self.head.device, logps.dtype)

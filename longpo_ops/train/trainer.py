@@ -355,6 +355,7 @@ class LongPOTrainer(RanksTrainer):
             objective=self.objective,
             denominator=num_pairs,
             workspace_bytes=self.args.workspace_bytes,
+            correct_tokens=True,
             shards=shards,
         )
         sequences = {
@@ -369,6 +370,10 @@ class LongPOTrainer(RanksTrainer):
             sequences["rewards/distances"] = (sequences["rewards/chosen"] - sequences["rewards/anchor"]).abs()
         pairs = {"preference_loss": out.objective_loss} | ({"nll_loss": out.nll_loss} if self.method.nll else {})
         metrics = {name: total(values, values.numel()) for name, values in sequences.items()}
+        chosen = roles == ROLES.index("chosen")
+        metrics["mean_token_accuracy"] = total(
+            out.correct[chosen], int(chosen[batch.segments[batch.segments >= 0]].sum())
+        )
         return out.loss, metrics | {name: total(share * num_pairs, batch.num_pairs) for name, share in pairs.items()}
 
     def _supervised(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float, shards: Shards | None):

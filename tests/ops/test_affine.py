@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.budget import DRAWS
-from longpo_ops import linear_cross_entropy, linear_logprobs
+from longpo_ops import linear_cross_entropy, linear_logprobs, packed_preference_loss
 from longpo_ops.ops import affine, truth
 from tests.budget import check_budget
 
@@ -237,6 +237,35 @@ def test_float16_gradients_of_large_and_small_losses(kind):
     for a, b in zip(run(torch.float16), run(torch.float32), strict=True):
         assert a.isfinite().all()
         assert (a.float() - b).abs().max() <= 2e-3 * b.abs().max()
+
+
+# ---- the tokens that a preference loss counts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [None, 2], ids=["one visit", "scored first"])
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "no_grad"])
+def test_correct_tokens_are_counted_and_nothing_else_changes(gradient, rows, dtype, backend, device, workspace):
+    case = Case(dtype, device, softcap=6.0)
+    hidden, weight, bias = case.leaves() if gradient else case.tensors
+    sequences = torch.where(case.labels < 0, -1, torch.arange(N) % 5)
+    best = truth.row_outputs(hidden, weight, case.labels.to(device), bias=bias, **case.map)[3].cpu()
+    case.labels[1::2] = torch.where(case.labels[1::2] < 0, -100, best[1::2])  # half of them are as predicted
+    options = dict(
+        num_chosen=2, rejected_pair=torch.tensor([0, 1, 1]), objective="logo", nll_weights=torch.ones(N), bias=bias,
+        backend=backend, workspace_bytes=workspace(weight, rows), softcap=6.0, scale=1.0,
+    )  # fmt: skip
+
+    def run(correct):
+        out = packed_preference_loss(hidden, weight, case.labels, sequences, correct_tokens=correct, **options)
+        grads = torch.autograd.grad(out.loss, (hidden, weight, bias)) if gradient else ()
+        return out, [out.loss.detach(), out.chosen_logps, out.rejected_logps, *grads]
+
+    (plain, before), (counted, after) = run(False), run(True)
+    assert plain.chosen_correct is None and plain.rejected_correct is None
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(before, after, strict=True))
+    expected = [int(((best == case.labels) & (sequences == k)).sum()) for k in range(5)]
+    assert [*counted.chosen_correct.tolist(), *counted.rejected_correct.tolist()] == expected and sum(expected) > 0
 
 
 # ---- as registered operators -----------------------------------------------------------------------------------------

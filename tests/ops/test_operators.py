@@ -164,7 +164,7 @@ def test_opcheck_sweep():
                 weight if need[1] else weight.detach(), bias if need[2] else bias.detach(), list(LABELS.view(2, 2, 3)),
                 [torch.tensor([[0], [1]]), torch.tensor([[2], [3]])], [LABELS.view(2, 2, 3)[0], none],
                 [torch.ones(2, 1), torch.zeros(2, 1)], torch.tensor(2.0), references, torch.tensor([0, 1]), none, 2,
-                *objective, 1.0, 2.0, True, -100, "", 1.0, 0.0, 64 << 20, torch.float32, need, "torch",
+                *objective, 1.0, 2.0, True, -100, "", need[1], 1.0, 0.0, 64 << 20, torch.float32, need, "torch",
             ),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )  # fmt: skip

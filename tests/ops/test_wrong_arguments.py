@@ -60,6 +60,7 @@ FINITE = ABOVE_ZERO | {"zero", "float zero", "negative", "negative float", "very
 RIGHT = {  # the groups of VALUES that an argument takes
     "shift": {"flag"},
     "reuse_hidden": {"flag"},
+    "correct_tokens": {"flag"},
     "average": {"flag"},
     "softcap": ABOVE_ZERO | {"nothing"},
     "teacher_softcap": ABOVE_ZERO | {"nothing"},
@@ -123,7 +124,8 @@ CALLS = {
         "objective": "hinge"} | PAIRS),
     "packed": (packed_preference_loss, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "labels": ids(N), "sequences": torch.arange(N) // 3,
-        "num_chosen": B, "nll_weights": torch.rand(N), "objective": "dpo", "shards": None} | PAIRS),
+        "num_chosen": B, "nll_weights": torch.rand(N), "objective": "dpo", "shards": None,
+        "correct_tokens": True} | PAIRS),
     "cross-entropy": (linear_cross_entropy, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "labels": ids(N), "row_weights": torch.rand(N),
         "class_weights": torch.rand(V), "label_smoothing": 0.1, "z_loss_weight": 1e-4,

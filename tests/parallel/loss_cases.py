@@ -61,7 +61,8 @@ class Row:
         """Every output, and the gradients, of the whole row or of a rank's part of it."""
         leaves = self.leaves(slice(None) if shards is None else shards.rows)
         out = self.outputs(leaves, shards=shards, **more)
-        return out._asdict() | gradients(out.loss, leaves)
+        told = {name: value for name, value in out._asdict().items() if value is not None}
+        return told | gradients(out.loss, leaves)
 
     def plain(self, dtype=None) -> dict[str, Tensor]:
         """Loss, summed log-probs and gradients from full logits."""

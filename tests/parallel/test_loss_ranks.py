@@ -43,6 +43,7 @@ CASES |= {
     "reuse_hidden": dict(objective=LONGPO, reuse_hidden=True),
     "reuse_hidden, a rank without a weight": dict(objective=LONGPO, reuse_hidden=True, late=True, nll=""),
     "softcap, scale and bias": dict(objective=LONGPO, softcap=3.0, scale=0.7, bias=True, **SEVERAL),
+    "correct tokens": dict(objective=LONGPO, correct_tokens=True, late=True),
     "few rows at a time": dict(
         objective=LONGPO, workspace_bytes=workspace_of(3, torch.empty(V, H).double(), torch.float64)
     ),
@@ -88,7 +89,8 @@ def on_ranks() -> dict:
     }
     with torch.no_grad():
         row = Row(LONGPO, **SEVERAL)
-        found["no_grad"] = row.outputs(row.leaves(shards.rows), shards=shards)._asdict()
+        told = row.outputs(row.leaves(shards.rows), shards=shards, correct_tokens=True)
+        found["no_grad"] = told._asdict()
     return found
 
 

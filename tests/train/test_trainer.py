@@ -18,6 +18,7 @@ from ..parallel.ranks import run_ranks
 from .tiny import (
     answer_logp,
     gradients,
+    logits,
     make_model,
     make_pair,
     make_trainer,
@@ -36,6 +37,14 @@ ONE_STEP = {
     "max_grad_norm": 0.0,
     "gradient_checkpointing": False,
 }
+
+
+def token_accuracy(model, pairs) -> float:
+    """Of the tokens of chosen answers, as TRL's mean_token_accuracy, by plain logits."""
+    with torch.no_grad():
+        best = torch.cat([logits(model, pair.chosen)[:-1].argmax(-1) for pair in pairs])
+    labels = torch.cat([torch.from_numpy(pair.chosen.labels)[1:] for pair in pairs])
+    return float((best == labels)[labels != -100].double().mean())
 
 
 def close(ours, truth, relative: float = 1e-11):
@@ -221,6 +230,7 @@ def test_the_papers_metrics_are_logged_and_reach_callbacks(tmp_path):
     evaluations, logs = [s for s in seen if "eval_loss" in s], [s for s in seen if "loss" in s]
     assert len(evaluations) == 2 and len(logs) == 1
     names = "rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected nll_loss"
+    names += " mean_token_accuracy"
     assert {*names.split(), "preference_loss", "tokens_per_second", "peak_memory_gib"} <= logs[0].keys()
     assert {f"eval_{name}" for name in names.split()} <= evaluations[0].keys()
 
@@ -231,10 +241,12 @@ def test_the_papers_metrics_are_logged_and_reach_callbacks(tmp_path):
     for row in evaluations:  # of the evaluation pair alone, although training packs came between two logs
         assert row["eval_rewards/chosen"] == pytest.approx(0.1 * float(s_w - r_w), rel=1e-6)
         assert row["eval_logps/chosen"] == pytest.approx(float(s_w), rel=1e-6)
+        assert row["eval_mean_token_accuracy"] == pytest.approx(token_accuracy(copy, PAIRS[:1]))
         assert row["eval_loss"] == pytest.approx(float(naive_loss("longpo", copy, other, PAIRS[:1]).detach()), rel=1e-5)
     # two steps, of two pairs and of one: means over pairs, not over steps
     everything = float(naive_loss("longpo", copy, other, PAIRS).detach())
     assert logs[0]["loss"] == pytest.approx(everything, rel=1e-5)
+    assert logs[0]["mean_token_accuracy"] == pytest.approx(token_accuracy(copy, PAIRS)) != 0
     assert next(s for s in seen if "train_loss" in s)["train_loss"] == pytest.approx(everything, rel=1e-5)
     assert logs[0]["loss"] == pytest.approx(0.01 * logs[0]["preference_loss"] + logs[0]["nll_loss"], rel=1e-6)
     assert logs[0]["tokens_per_second"] > 0 and logs[0]["peak_memory_gib"] > 0
