@@ -30,7 +30,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .recording import derivative, recorded
+from .recording import depends, derivative, recorded
 from .registered import Registered
 from .rows import to_device
 
@@ -213,7 +213,9 @@ def _examine(objective: Objective) -> None:
                 f"its loss of a group alone is {alone.losses.tolist()}, among {whole.count} it is {together[0].tolist()}",
                 "the same, or `separable: ClassVar[bool] = False`; a mean over groups is taken for you",
             )
-    if not bool(decision.slopes.any()):
+    with recorded(whole.logps.device):
+        dependent = depends(lambda logps: objective.losses(_with(whole, logps)), whole.logps)
+    if not dependent:
         raise objective.wrong(
             "its losses do not depend on the log-probs", "losses of answers.logps, without detach or item()"
         )

@@ -38,6 +38,13 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def depends(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether autograd finds a way from function(x) to x, be the slope 0. Within recorded()."""
+    x = x.detach().clone().requires_grad_()
+    value = function(x)
+    return value.requires_grad and torch.autograd.grad(value.sum(), x, allow_unused=True)[0] is not None
+
+
 def derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """-> function(x), and d function(x).sum() / dx, both detached; zeros where it does not depend on x. Within recorded()."""
     x = x.detach().clone().requires_grad_()

@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .recording import derivative, recorded
+from .recording import depends, derivative, recorded
 from .registered import Registered
 
 
@@ -59,7 +59,9 @@ class TokenObjective(Registered):
                     torch.allclose(a, b[t : t + 1], rtol=1e-9) for a, b in zip(alone, (losses, slopes), strict=True)
                 ):
                     raise self.wrong(f"its loss of row {t} changes with other rows", "a loss of each row alone")
-            if not bool(slopes.any()):
+            with recorded(logps.device):
+                dependent = depends(lambda x: self.losses(x, **numbers), logps)  # noqa: B023
+            if not dependent:
                 raise self.wrong(
                     "its losses do not depend on the log-probs", "losses of logps, without detach or item()"
                 )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kinds import check_choice, check_object, check_tensor
+from ..kinds import check_choice, check_flag, check_object, check_tensor
 from .batch import check_rows_labels, token_stretches
 from .checks import (
     check_backend,
@@ -35,6 +35,8 @@ from .products import result_dtype
 from .registered import REGISTERED, rebuild
 from .rows import Chunk, Stretch, to_device, windows
 from .sweep import HeadSweep, Options, float16_scale
+from .tiles import Beside
+from .tiles import entropies as entropies_of
 from .token_objective import ClippedPolicy, TokenObjective, decide
 
 
@@ -43,6 +45,7 @@ class TokenOutput(NamedTuple):
 
     loss: Tensor  # ()
     logps: Tensor  # (N,) of the labels; 0 for rows without a label or with a row weight of 0
+    entropies: Tensor | None = None  # (N,) in nats, 0 for the same rows; None where not asked for
 
 
 def fused_token_loss(
@@ -54,6 +57,7 @@ def fused_token_loss(
     numbers: dict[str, Tensor] | None = None,  # (N,) each
     row_weights: Tensor | None = None,  # (N,)
     reduction: str = "mean",
+    entropies: bool = False,
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     scale: float = 1.0,
@@ -68,6 +72,7 @@ def fused_token_loss(
         constants: a gradient does not reach them.
     row_weights: default 1. "sum" is sum_t w_t phi_t, "mean" that over the sum of the weights of labelled rows. Rows without
         weight or label are never read. Weights and labels on the host cost no synchronisation.
+    entropies: of the rows' distributions, too, in the same visit; for reports, a gradient does not reach them.
     Everything else as in linear_cross_entropy. Raises ValueError naming the argument, what came and what was expected.
     """
     check_head(hidden, weight, bias)
@@ -96,12 +101,12 @@ def fused_token_loss(
         total = torch.where(labels != ignore_index, weights[0], 0.0).sum(dtype=torch.float64)
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    given = [numbers[name].detach() for name in names]
-    objective_of_op = ",".join(names), objective.name, objective.parameters()
-    loss, logps, *_ = token_sweep_op(
+    given, asked = [numbers[name].detach() for name in names], check_flag("entropies", entropies)
+    objective_of_op = ",".join(names), objective.name, objective.parameters(), asked
+    loss, logps, found, *_ = token_sweep_op(
         [hidden], weight, bias, labels, weights, total, given, *objective_of_op, ignore_index, *options, need, backend
     )
-    return TokenOutput(loss, logps.detach())
+    return TokenOutput(loss, logps.detach(), found.detach() if asked else None)
 
 
 def fused_policy_loss(
@@ -153,10 +158,13 @@ def _check_names(objective: TokenObjective, numbers: dict[str, Tensor]) -> list[
 
 
 class _TokenSweep:
+    """told: (N,) log-probs and, where they are asked for, entropies: filled in."""
+
     def __init__(
-        self, head: HeadSweep, objective: TokenObjective, numbers: dict[str, Tensor], total: Tensor, logps: Tensor
+        self, head: HeadSweep, objective: TokenObjective, numbers: dict[str, Tensor], total: Tensor, told: list[Tensor]
     ):
-        self.head, self.objective, self.numbers, self.logps = head, objective, numbers, logps
+        self.head, self.objective, self.numbers, self.told = head, objective, numbers, told
+        self.beside = Beside(mean=len(told) > 1)
         total = to_device(total, head.device, torch.float64)
         self.factor = torch.where(total != 0, 1 / total, 0.0)
         self.loss = torch.zeros((), device=head.device, dtype=torch.float64)
@@ -166,28 +174,29 @@ class _TokenSweep:
         places = windows(stretches)
         visit = self._visit if self.head.options.need_any else self._score
         if self.head.options.need_any and self.head.options.compute_dtype == torch.float16:
-            slopes = torch.zeros_like(self.logps, dtype=torch.float64)
+            slopes = torch.zeros_like(self.told[0], dtype=torch.float64)
             for chunk in self.head.chunks(places, Stretch.nll_mask):
-                chunk.write(self._decide(chunk, self.head.logps(chunk)), slopes)
+                chunk.write(self._score(chunk), slopes)
             self.grad_scale = float16_scale(slopes.abs().amax() if slopes.shape[0] else slopes.sum())
             visit = functools.partial(self._push, slopes)
         for chunk in self.head.chunks(places, Stretch.nll_mask):
             visit(chunk)
 
-    def _score(self, chunk: Chunk) -> None:
-        self._decide(chunk, self.head.logps(chunk))
+    def _score(self, chunk: Chunk) -> Tensor:
+        return self._decide(chunk, *self.head.stats(chunk, self.beside))
 
     def _visit(self, chunk: Chunk) -> None:
-        logps, held = self.head.score(chunk)
-        self.head.push(held, self._decide(chunk, logps).to(self.head.dtype))
+        logps, held = self.head.score(chunk, self.beside)
+        self.head.push(held, self._decide(chunk, logps, held.stats).to(self.head.dtype))
 
     def _push(self, slopes: Tensor, chunk: Chunk) -> None:
         g = chunk.read(slopes, self.head.device) * self.grad_scale
         self.head.visit(chunk, g.to(self.head.dtype))
 
-    def _decide(self, chunk: Chunk, logps: Tensor) -> Tensor:
-        """-> g (n,) float64; the chunk's share of the loss is added, its log-probs are kept."""
-        chunk.write(logps, self.logps)
+    def _decide(self, chunk: Chunk, logps: Tensor, stats: Tensor) -> Tensor:
+        """-> g (n,) float64; the chunk's share of the loss is added, what rows tell is kept."""
+        for row, kept in zip((logps, entropies_of(stats) if self.beside.mean else None), self.told, strict=False):
+            chunk.write(row, kept)
         numbers = {name: chunk.read(x, self.head.device) for name, x in self.numbers.items()}
         losses, slopes = decide(self.objective, logps, numbers)
         weights = chunk.nll_weights(self.head.device, torch.float64) * self.factor
@@ -207,6 +216,7 @@ def token_sweep_op(
     names: str,  # of the numbers, with commas
     objective: str,
     parameters: list[float],
+    asked: bool,  # for entropies
     ignore_index: int,
     scale: float,
     softcap: float,
@@ -214,7 +224,7 @@ def token_sweep_op(
     compute_dtype: torch.dtype,
     need: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     (hidden,) = hiddens
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
@@ -224,13 +234,22 @@ def token_sweep_op(
         check_rows_labels(stretches, weight.shape[0])
         head = make_head(weight, bias, options, backend, hidden.shape[0])
         logps = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
+        told = [logps, torch.zeros_like(logps)] if asked else [logps]
         named = dict(zip(names.split(",") if names else [], numbers, strict=True))
-        sweep = _TokenSweep(head, rebuild(objective, parameters), named, total, logps)
+        sweep = _TokenSweep(head, rebuild(objective, parameters), named, total, told)
         sweep.run(stretches)
     dw, dw_scale = deliver(head.weight_gradient(), weight)
     db, db_scale = deliver(head.db, bias if need[2] else weight)
     scales = sweep.grad_scale * torch.stack([torch.ones_like(dw_scale), dw_scale, db_scale])
-    return sweep.loss.to(dtype), logps, [hidden.new_empty(0) if dh is None else dh], dw, db, scales
+    return (
+        sweep.loss.to(dtype),
+        logps,
+        told[1] if asked else logps.new_empty(0),
+        [hidden.new_empty(0) if dh is None else dh],
+        dw,
+        db,
+        scales,
+    )
 
 
 @token_sweep_op.register_fake
@@ -240,6 +259,7 @@ def _(hiddens, weight, bias, *rest):
     return (
         weight.new_empty((), dtype=dtype),
         weight.new_empty(hidden.shape[0], dtype=dtype),
+        weight.new_empty(hidden.shape[0] if rest[8] else 0, dtype=dtype),
         [hidden.new_empty(hidden.shape if need[0] else 0)],
         weight.new_empty(weight.shape if need[1] else 0),
         weight.new_empty(0) if not need[2] else bias.new_empty(bias.shape),

@@ -126,6 +126,18 @@ def test_values_without_gradients(off):
         torch.testing.assert_close(ours(POLICY, inputs).loss, plain(POLICY, inputs), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_entropies_come_with_the_same_visit(grad, dtype):
+    inputs = leaves(dtype)
+    with torch.set_grad_enabled(grad):
+        out = ours(POLICY, inputs, entropies=True)
+    log_p = (inputs[0].double() @ inputs[1].double().T + inputs[2].double()).log_softmax(-1).detach()
+    wanted = torch.where((WEIGHTS > 0) & (LABELS != -100), -(log_p.exp() * log_p).sum(-1), 0.0)
+    torch.testing.assert_close(out.entropies.double(), wanted, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-3)
+    assert torch.equal(out.loss, ours(POLICY, inputs).loss) and ours(POLICY, inputs).entropies is None
+
+
 def test_frozen_parts_cost_no_gradient():
     hidden, weight, _ = leaves()
     out = ours(POLICY, (hidden, weight.detach(), None))
@@ -141,7 +153,7 @@ def test_opcheck():
         tokens.token_sweep_op,
         (
             [hidden], weight, bias, LABELS, WEIGHTS[None], torch.tensor(3.0), given, "advantages,old_logps,ref_logps",
-            "clipped_policy", POLICY.parameters(), -100, 1.0, 0.0, 64 << 20, torch.float32, [True] * 3, "torch",
+            "clipped_policy", POLICY.parameters(), True, -100, 1.0, 0.0, 64 << 20, torch.float32, [True] * 3, "torch",
         ),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
