@@ -28,7 +28,7 @@ def main(model: str, data: str | None, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             output_dir=folder,
-            loss_type="sigmoid",  # or ipo, hinge, robust, ...: docs/objectives.md
+            loss_type="sigmoid",  # or ipo, hinge, robust, ...: docs/trl.md
             beta=0.1,
             max_length=None,  # TRL cuts at 1,024 tokens otherwise
             precompute_ref_log_probs=True,  # the reference reads all once, and then leaves memory
