@@ -113,7 +113,8 @@ def perform(name: str, side: str, gradients: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| questions x answers | tokens | separate rows | tree | fewer | separate | tree | faster | processor time | separate peak | tree |",
+        "| questions x answers | tokens | separate rows | tree | fewer | separate | tree | faster | processor time "
+        "| separate peak | tree |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
