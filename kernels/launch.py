@@ -66,11 +66,12 @@ LINEAR_LOGPS = {
 }
 
 
-def row_config(V: int, tight: bool) -> RowConfig:
-    """For rows of V columns; `tight`: with a bias, a soft-cap, float32 results or unaligned rows."""
+def row_config(V: int, tight: bool, long: RowConfig = ROW) -> RowConfig:
+    """For rows of V columns; `tight`: with a bias, a soft-cap, float32 results, unaligned rows, what is asked for beside
+    the log-prob or affine gradients. `long`: for rows that registers do not hold."""
     block = max(128, triton.next_power_of_2(V))
     warps = max(1, block // (32 * PER_THREAD[tight]))
-    return RowConfig(block, warps) if warps <= 32 else ROW
+    return RowConfig(block, warps) if warps <= 32 else long
 
 
 def linear_logps_config(capability: int, dtype: torch.dtype, mapped: bool) -> MatmulConfig:

@@ -116,3 +116,70 @@ def row_stats(
         peaks = tl.maximum(peaks, logits)
     peak = tl.max(peaks, 0)
     return peak, tl.log(tl.sum(sums * tl.exp(peaks - peak), 0))
+
+
+@triton.jit
+def load_classes(classes_ptr, columns, inside, HAS_CLASSES: tl.constexpr):
+    """The class weights c of some columns: ones without classes, 0 beyond the row."""
+    if HAS_CLASSES:
+        return tl.load(classes_ptr + columns, mask=inside, other=0.0)
+    else:
+        return tl.where(inside, 1.0, 0.0)
+
+
+@triton.jit
+def beside_stats(
+    z_row,
+    bias_ptr,
+    classes_ptr,
+    V,
+    inner,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    HAS_CLASSES: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOTAL: tl.constexpr,
+    PREDICTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """-> peak, log_sum, and where asked for mean, total and predicted (ops/tiles.py) of a row, block by block; else 0.
+
+    Each lane's terms are taken against its own maximum so far; a higher one moves its sums by what it is higher.
+    """
+    peaks = tl.full((BLOCK,), LOWEST, tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    means = tl.zeros((BLOCK,), tl.float32)
+    totals = tl.zeros((BLOCK,), tl.float32)
+    weights = tl.zeros((BLOCK,), tl.float32)
+    places = tl.full((BLOCK,), V, tl.int32)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        logits = load_logits(z_row, bias_ptr, columns, V, inner, cap, HAS_BIAS, CAPPED, False)
+        step = logits - peaks
+        shrink = tl.exp(-tl.abs(step))
+        raised = step > 0
+        if PREDICTED:
+            places = tl.where(raised | ((logits == peaks) & (places == V)), columns, places)
+        if MEAN:
+            moved = tl.where(sums > 0, (means - step * sums) * shrink, 0.0)
+            means = tl.where(raised, moved, means + tl.where(shrink > 0, step * shrink, 0.0))
+        if TOTAL:
+            c = load_classes(classes_ptr, columns, columns < V, HAS_CLASSES)
+            moved = tl.where(sums > 0, totals - step * weights, totals)
+            totals = tl.where(raised, moved, totals + tl.where(c != 0, c * step, 0.0))
+            weights += c
+        sums = tl.where(raised, sums * shrink + 1.0, sums + shrink)
+        peaks = tl.maximum(peaks, logits)
+    peak = tl.max(peaks, 0)
+    below = peaks - peak
+    share = tl.exp(below)
+    total_sum = tl.sum(sums * share, 0)
+    mean, total, predicted = 0.0, 0.0, 0.0
+    if MEAN:
+        mean = tl.sum(tl.where(sums * share > 0, (means + below * sums) * share, 0.0), 0) / total_sum
+    if TOTAL:
+        total = tl.sum(totals + tl.where(weights != 0, below * weights, 0.0), 0)
+    if PREDICTED:
+        predicted = tl.min(tl.where(peaks == peak, places, V), 0).to(tl.float32)
+    return peak, tl.log(total_sum), mean, total, predicted

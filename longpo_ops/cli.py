@@ -47,8 +47,8 @@ def train(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="longpo, hinge, ipo, kto_pair, dpo, simpo, orpo, logo, sft_chosen, sft_rejected, sft_constraint or "
-            "sft_constraint_official."
+            help="longpo, hinge, ipo, kto_pair, dpo, simpo, orpo, logo, solopo, solopo_simpo, solopo_orpo, sft_chosen, "
+            "sft_rejected, sft_constraint, sft_constraint_official, another objective of docs/objectives.md, or module:Class."
         ),
     ] = None,
     recipe: Annotated[

@@ -56,6 +56,7 @@ ROOMS = {
         "runs",
         "train",
     ),
+    "integrations": ("data", "kinds", "launch", "ops", "train"),
     "tiny": (),
     "demo": ("data", "evaluate", "evolve", "recipes", "runs", "tiny", "train"),
     "cli": (
@@ -73,7 +74,7 @@ ROOMS = {
     ),
 }
 TRAINER = re.compile(r"transformers\.(Trainer|Training|trainer|integrations|Seq2SeqTrain)\w*")
-MAY_TRAIN = ("train", "evolve", "demo", "cli")
+MAY_TRAIN = ("train", "evolve", "integrations", "demo", "cli")
 
 
 def imports(path: Path, root: Path = ROOT) -> Iterator[str]:

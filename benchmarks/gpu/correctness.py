@@ -20,9 +20,10 @@ from torch import Tensor
 
 import longpo_ops
 from longpo_ops.ops import truth
+from longpo_ops.ops.objective import PAIR, Answers
 from longpo_ops.ops.objectives import OBJECTIVES
 from longpo_ops.ops.sweep import workspace_of
-from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles, TorchTiles
+from longpo_ops.ops.tiles import LOG_SUM, MEAN, PREDICTED, TOTAL, Beside, Divergence, LogitMap, Tiles, TorchTiles
 
 from ..budget import judge, worst
 from .rows import Row, unavailable
@@ -87,6 +88,42 @@ def _row_functions(tiles: Tiles, z: Tensor, labels: Tensor, g: Tensor, map: Logi
         "logps_gradient_ logps": judge(both_logps, plain_logps, truth_logps, draws=True),
         "logps_gradient_ dz": judge(both_dz, plain_dz, truth_dz, draws=True),
     }
+
+
+def _beside_functions(tiles: Tiles, z: Tensor, labels: Tensor, map: LogitMap, classes: Tensor | None, dtype) -> dict:
+    """Verdicts on stats beside the log-prob and on affine gradients of one tile, of rows that have a log-prob."""
+    exact, wide = _exact(map), None if classes is None else classes.double()
+    asked, exact_asked = (Beside(True, True, True, c) for c in (classes, wide))
+    g = torch.linspace(-1, 2, 4 * len(z), device=z.device).view(-1, 4)
+    forms = ((PLAIN, z.double(), exact, exact_asked), (PLAIN, z, map, asked), (tiles, z, map, asked))
+    (_, true), (_, plain), (_, ours) = (form.logps(tile, labels, m, a) for form, tile, m, a in forms)
+    true_dz = PLAIN.gradient_(z.double(), labels, true, g.double(), exact, torch.float64, wide)
+    plain_dz = PLAIN.gradient_(z.clone(), labels, plain, g, map, dtype, classes)
+    dz = tiles.gradient_(z, labels, ours, g, map, dtype, classes)
+
+    def numbers(stats: Tensor, column: int) -> Tensor:
+        """Of rows that have a log-prob; a row without one has no agreed columns."""
+        return torch.where(stats[:, LOG_SUM] >= 0, stats[:, column], math.nan)
+
+    verdicts = {
+        name: judge(*(numbers(stats, column) for stats in (ours, plain, true)), draws=True)
+        for name, column in (("mean", MEAN), ("total", TOTAL))
+    }
+    wrong = int((ours[:, PREDICTED].double() != true[:, PREDICTED]).sum())
+    verdicts["predicted"] = {
+        "status": f"failed: {wrong} rows" if wrong else "passed", "error": float(wrong), "allowed": 0.0
+    }  # fmt: skip
+    return verdicts | {"affine dz": judge(dz, plain_dz, true_dz, draws=True)}
+
+
+def _beside_case(tiles: Tiles, n, vocab, pitch, map_name, dtype, extreme, device, seed) -> dict:
+    z = make_tile(n, vocab, pitch, device, vocab + n + SEEDS * seed)
+    labels = (torch.arange(n, device=device) * 7919 + 5) % vocab
+    if extreme:
+        EXTREMES[extreme](z[: (n + 1) // 2])
+    map = MAPS[map_name](torch.linspace(-1, 1, vocab, device=device))
+    classes = torch.linspace(0, 2, vocab, device=device) if n % 2 else None
+    return worst(_beside_functions(tiles, z, labels, map, classes, dtype))
 
 
 def _rows_case(tiles: Tiles, n, vocab, pitch, map_name, dtype, extreme, device, seed) -> dict:
@@ -159,6 +196,11 @@ def tile_rows(tiles: Tiles, setting: Setting) -> Iterator[Row]:
             yield row("rows", f"V={v} pitch={pitch} {short}", _rows_case, ROWS, v, pitch, "plain", dtype, None)
         for name in MAPS:
             yield row("rows", f"{name}, {short}", _rows_case, ROWS, vocab, vocab + 3, name, dtype, None)
+        for v in (vocab, *setting.vocabularies):
+            yield row("beside", f"V={v} {short}", _beside_case, ROWS, v, v, "plain", dtype, None)
+        for name in MAPS if dtype == DTYPES[0] else ():
+            arguments = (ROWS + 1, vocab, vocab + 3, name, dtype, None)
+            yield row("beside", f"class weights, {name}, {short}", _beside_case, *arguments)
         for divergence in DIVERGENCES:
             for need in ((True, False), (True, True), (False, False)):
                 case = f"{divergence.kind} {short} student={need[0]} teacher={need[1]}"
@@ -169,6 +211,7 @@ def tile_rows(tiles: Tiles, setting: Setting) -> Iterator[Row]:
                 yield row("linear_logps", f"{name}, {short}", _linear_case, 130, vocab, 96, name, dtype)
     for name in EXTREMES:
         yield row("rows", f"extreme: {name}", _rows_case, ROWS, vocab, vocab, "plain", DTYPES[0], name)
+        yield row("beside", f"extreme: {name}", _beside_case, ROWS, vocab, vocab, "plain", DTYPES[1], name)
     for divergence in DIVERGENCES:
         for name in MAPS:
             arguments = (ROWS, vocab, vocab, divergence, name, torch.float32, (True, True))
@@ -246,9 +289,31 @@ class _Public(NamedTuple):
 
         return _compare(ours, plain, tensors, weights - 1, LOGPROB_LIMIT)
 
-    def cross_entropy(self, reduction: str, seed: int) -> dict:
+    def outputs(self, name: str, seed: int) -> dict:
+        """Of linear_logprobs, through whose entropy or logsumexp alone gradients come."""
         tensors, labels, weights, options = self._head(seed)
-        common = {"row_weights": weights, "reduction": reduction}
+        place = ("logps", "entropy", "logsumexp").index(name)
+
+        def ours(hidden, weight, bias):
+            asked = ("entropy", "logsumexp", "predicted")
+            return longpo_ops.linear_logprobs(hidden, weight, labels, bias=bias, outputs=asked, **options)[place]
+
+        def plain(hidden, weight, bias):
+            return truth.row_outputs(hidden, weight, labels, bias=bias)[place]
+
+        return _compare(ours, plain, tensors, weights - 1)
+
+    def cross_entropy(self, reduction: str, seed: int) -> dict:
+        return self._cross_entropy(seed, reduction=reduction)
+
+    def affine(self, reduction: str, seed: int) -> dict:
+        classes = torch.linspace(0, 2, self.setting.odd_vocab, device=self.setting.device)
+        more = {"class_weights": classes, "label_smoothing": 0.1, "z_loss_weight": 1e-3}
+        return self._cross_entropy(seed, reduction=reduction, **more)
+
+    def _cross_entropy(self, seed: int, *, reduction: str, **more) -> dict:
+        tensors, labels, weights, options = self._head(seed)
+        common = {"row_weights": weights, "reduction": reduction} | more
 
         def ours(hidden, weight, bias):
             return longpo_ops.linear_cross_entropy(hidden, weight, labels, bias=bias, **common, **options)
@@ -298,17 +363,48 @@ class _Public(NamedTuple):
             tensors,
         )
 
+    def answers_alone(self, name: str, seed: int) -> dict:
+        """Groups of one, half of them rejected."""
+        count, tokens, vocab, device = 4, 30, self.setting.odd_vocab, self.setting.device
+        shapes = {"hidden": ((count * tokens, WIDTH), 1.0), "weight": ((vocab, WIDTH), 0.3)}
+        tensors = _inputs(self.setting, self.dtype, seed, **shapes)
+        options, objective = self._options(tensors), OBJECTIVES[name]()
+        rows = torch.arange(count * tokens)
+        labels, sequences = rows * 7919 % vocab, torch.where(rows % tokens < 20, -1, rows // tokens)
+        group, role = torch.arange(count), torch.arange(count) % 2
+        refs = torch.linspace(-80, -60, count, dtype=torch.float64, device=device)
+
+        def ours(hidden, weight):
+            given = {"groups": group, "roles": role, "num_groups": count, "objective": objective, "ref_logps": refs}
+            return longpo_ops.packed_objective_loss(hidden, weight, labels, sequences, **given, **options).loss
+
+        def plain(hidden, weight):
+            logps = truth.logprobs(hidden, weight, labels.to(device)).double()
+            member = (sequences == group[:, None]).to(device)
+            answers = Answers.of(
+                torch.where(member, logps, 0.0).sum(1), member.sum(1).double(), refs, group, role, count
+            )
+            return objective.losses(answers).mean()
+
+        return _compare(ours, plain, tensors)
+
     def rows(self) -> Iterator[Row]:
         def row(function: str, case: str, compute, argument) -> Row:
             about = f"{case}, {_short(self.dtype)}"
             return Row(function, about, partial(compute, argument), self.backend, PUBLIC_SECONDS)
 
-        for name in OBJECTIVES:
-            yield row("fused_preference_loss", name, self.preference, name)
+        for name, objective in OBJECTIVES.items():
+            if PAIR in objective.forms:
+                yield row("fused_preference_loss", name, self.preference, name)
+            else:
+                yield row("packed_objective_loss", name, self.answers_alone, name)
         for reduction in ("mean", "none"):
             yield row("linear_cross_entropy", reduction, self.cross_entropy, reduction)
+            yield row("linear_cross_entropy", f"smoothed, z-loss, {reduction}", self.affine, reduction)
         for case, map in {"plain": {}, "softcap scale": {"softcap": 5.0, "scale": 1.5}}.items():
             yield row("linear_logprobs", case, self.logprobs, map)
+        for name in ("entropy", "logsumexp"):
+            yield row("linear_logprobs", name, self.outputs, name)
         for kind in ("forward", "reverse", "jsd"):
             yield row("linear_kl", kind, self.kl, kind)
 

@@ -39,5 +39,5 @@ QUESTIONS = (
     Question("pairs", "What does a pair take as one sequence, what as two?", ".steps:pairs"),
     Question("offload", "What do offload, its copies and the optimizer on the host cost?", ".steps:offload"),
 )
-LONG = (Question("long", "Is a step of 262,144 tokens, or 524,288 on an H200, as planned?", ".steps:long"),)
+LONG = (Question("long", "Is a step of 262,144 tokens as planned, on an H200 one of 524,288 in parts?", ".steps:long"),)
 BY_NAME = {question.name: question for question in (*QUESTIONS, *LONG)}

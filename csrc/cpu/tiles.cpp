@@ -3,6 +3,9 @@
 //   m = max l,  s = log sum exp(l - m),  logp = (l_y - m) - s
 //   p_j = exp((l_j - m) - s),  dz_j = g (1[j == y] - p_j) f'(z_j)
 //
+// and, where asked for, mean = sum p_j (l_j - m), total = sum c_j (l_j - m), predicted = the first j with l_j = m, and
+// dz_j = (alpha 1[j == y] + p_j (beta + gamma (l_j - m)) + delta c_j) f'(z_j).
+//
 // The interface, shapes and corner cases are those of longpo_ops/ops/tiles.py. Tiles are (n, V) float32 with contiguous
 // columns and any pitch. Rows are split over threads; a row is read from memory once, and the second pass finds it in
 // the second-level cache. Scratch: a block of kBlock floats and V / kBlock floats per thread; a divergence also two rows.
@@ -15,6 +18,7 @@
 #include <string_view>
 #include <vector>
 
+#include "beside.h"
 #include "blocks.h"
 #include "divergence.h"
 
@@ -74,6 +78,11 @@ Tensor wide_bias(const OptionalTensor& bias, const Tile& z) {
   return bias->to(at::kFloat).contiguous();
 }
 
+// A weight per class, or undefined.
+Tensor checked_classes(const OptionalTensor& classes, const Tile& z) {
+  return classes.has_value() ? per_row<float>(*classes, z.columns, "classes") : Tensor();
+}
+
 Map make_map(const Tensor& bias, double scale, double softcap) {
   const float* b = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   return {b, static_cast<float>(scale), static_cast<float>(softcap)};
@@ -91,15 +100,6 @@ void for_rows(const Tile& z, const F& f) {
 std::vector<float> shifts_of(const Tile& z) {
   return std::vector<float>((z.columns + kBlock - 1) / kBlock);
 }
-
-struct Label {
-  int64_t column;
-  float logit = 0;
-
-  bool in(int64_t begin, int64_t n) const {
-    return begin <= column && column < begin + n;
-  }
-};
 
 Narrow narrow_to(at::ScalarType dtype) {
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
@@ -169,21 +169,29 @@ struct LabelGradient {
 // ---- operators --------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> logps(const Tensor& z, const Tensor& labels, const OptionalTensor& bias, double scale,
-                                 double softcap) {
+                                 double softcap, bool mean, bool total, bool predicted, const OptionalTensor& classes) {
   const Tile tile(z, "z");
-  const Tensor y = checked_labels(labels, tile), wide = wide_bias(bias, tile);
+  const Tensor y = checked_labels(labels, tile), wide = wide_bias(bias, tile), weights = checked_classes(classes, tile);
   const Map map = make_map(wide, scale, softcap);
-  Tensor logps = z.new_empty({tile.rows}), stats = z.new_empty({tile.rows, 2});
+  const Asked asked{mean, total, predicted, weights.defined() ? weights.const_data_ptr<float>() : nullptr};
+  const int64_t width = asked.any() ? kColumns : 2;
+  Tensor logps = z.new_empty({tile.rows}), stats = z.new_empty({tile.rows, width});
   const int64_t* label_of = y.const_data_ptr<int64_t>();
   float *logp = logps.data_ptr<float>(), *stat = stats.data_ptr<float>();
   for_rows(tile, [&](int64_t first, int64_t last) {
     std::vector<float> shifts = shifts_of(tile);
     for (int64_t i = first; i < last; ++i) {
       Label label{label_of[i]};
+      BesideSums beside{asked};
       const auto nothing = [](int64_t, Vec, int64_t) {};
-      const LogSumExp sums = first_pass(tile.row(i), tile.columns, map, false, label, shifts.data(), nothing);
-      stat[2 * i] = sums.peak;
-      stat[2 * i + 1] = static_cast<float>(sums.log_sum());
+      const LogSumExp sums =
+          asked.any() ? beside_pass(tile.row(i), tile.columns, map, label, beside)
+                      : first_pass(tile.row(i), tile.columns, map, false, label, shifts.data(), nothing);
+      stat[width * i] = sums.peak;
+      stat[width * i + 1] = static_cast<float>(sums.log_sum());
+      if (asked.any()) {
+        beside.write(stat + width * i, sums);
+      }
       logp[i] = static_cast<float>(sums.log_p(label.logit));
     }
   });
@@ -191,10 +199,13 @@ std::tuple<Tensor, Tensor> logps(const Tensor& z, const Tensor& labels, const Op
 }
 
 void gradient_(const Tensor& z, const Tensor& labels, const Tensor& stats, const Tensor& g, const OptionalTensor& bias,
-               double scale, double softcap, at::ScalarType dtype) {
+               double scale, double softcap, at::ScalarType dtype, const OptionalTensor& classes) {
   const Tile tile(z, "z");
-  const Tensor y = checked_labels(labels, tile), wide = wide_bias(bias, tile);
-  const Tensor s = per_row<float>(stats, tile.rows, "stats", 2), w = per_row<float>(g, tile.rows, "g");
+  const Tensor y = checked_labels(labels, tile), wide = wide_bias(bias, tile), c = checked_classes(classes, tile);
+  const bool affine = g.dim() == 2;
+  const int64_t width = stats.dim() == 2 && stats.size(1) == kColumns ? kColumns : 2;
+  const Tensor s = per_row<float>(stats, tile.rows, "stats", width);
+  const Tensor w = per_row<float>(g, tile.rows, "g", affine ? 4 : 1);
   const Map map = make_map(wide, scale, softcap);
   const Narrow narrow = narrow_to(dtype);
   const int64_t* label_of = y.const_data_ptr<int64_t>();
@@ -202,10 +213,15 @@ void gradient_(const Tensor& z, const Tensor& labels, const Tensor& stats, const
   for_rows(tile, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       float* row = tile.row(i);
-      const float peak = stat[2 * i];
-      const double log_sum = stat[2 * i + 1];
+      const float peak = stat[width * i];
+      const double log_sum = stat[width * i + 1];
       for_blocks(tile.columns, [&](int64_t column, int64_t n) { map.logits(row + column, row + column, column, n); });
       const Label label{label_of[i], row[label_of[i]]};
+      if (affine) {
+        const float* each = c.defined() ? c.const_data_ptr<float>() : nullptr;
+        AffineGradient{label, weight + 4 * i, each, map, narrow}.from_logits(row, tile.columns, peak, log_sum);
+        continue;
+      }
       const double logp = (static_cast<double>(label.logit) - peak) - log_sum;
       LabelGradient{label, logp, weight[i], map, narrow}.from_logits(row, tile.columns, peak, std::exp(log_sum));
     }
@@ -306,10 +322,12 @@ void segment_sums(const Tensor& values, const Tensor& segments, const Tensor& ou
 }  // namespace longpo
 
 TORCH_LIBRARY_FRAGMENT(longpo_cpu, m) {
-  m.def("logps(Tensor z, Tensor labels, Tensor? bias, float scale, float softcap) -> (Tensor, Tensor)");
+  m.def(
+      "logps(Tensor z, Tensor labels, Tensor? bias, float scale, float softcap, bool mean=False, bool total=False, "
+      "bool predicted=False, Tensor? classes=None) -> (Tensor, Tensor)");
   m.def(
       "gradient_(Tensor(a!) z, Tensor labels, Tensor stats, Tensor g, Tensor? bias, float scale, float softcap, "
-      "ScalarType dtype) -> ()");
+      "ScalarType dtype, Tensor? classes=None) -> ()");
   m.def(
       "logps_gradient_(Tensor(a!) z, Tensor labels, Tensor g, Tensor? bias, float scale, float softcap, "
       "ScalarType dtype) -> Tensor");

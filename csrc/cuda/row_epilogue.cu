@@ -2,6 +2,7 @@
 //
 //     z (n, V) float32, last dimension contiguous, rows `pitch` elements apart  ->  logps (n), stats (n, 2),
 //     dz (n, V) float32, or float16/bfloat16 in the first half of each row           (formulas: row_math.h)
+//     or stats (n, 5) with what is asked for beside, and dz of the affine family
 //
 // One thread block per row. Pass 1 maps the products to logits and takes max and sum of exponentials online; pass 2
 // forms the gradient. The first turns of a row stay in shared memory between the passes, as many as fit: on sm_90 that
@@ -36,7 +37,19 @@ struct Tile {
     LogitMap map;
 };
 
-enum Mode { kLogps, kGradient, kLogpsAndGradient };
+enum Mode { kLogps, kGradient, kLogpsAndGradient, kBeside, kAffine };
+
+constexpr int kColumns = 5;  // of stats with what is asked for beside: peak, log_sum, mean, total, predicted
+
+// What a launch reads and writes per row; of no use to it: null.
+struct Rows {
+    const float* known_stats;  // (n, columns)
+    const float* g;            // (n), or (n, 4) of kAffine
+    const float* classes;      // (V) or null: ones
+    float* logps;
+    float* new_stats;  // (n, columns)
+    int columns;       // 2 or kColumns
+};
 
 // ---- groups of W elements -----------------------------------------------------------------------------------------
 
@@ -148,6 +161,50 @@ __device__ __forceinline__ OnlineSum block_combine(OnlineSum a) {
     return a;
 }
 
+__device__ __forceinline__ OnlineRow shuffled(const OnlineRow& a, int step) {
+    return {{__shfl_down_sync(~0u, a.base.peak, step), __shfl_down_sync(~0u, a.base.sum, step)},
+            __shfl_down_sync(~0u, a.mean, step), __shfl_down_sync(~0u, a.total, step),
+            __shfl_down_sync(~0u, a.classes, step), __shfl_down_sync(~0u, a.predicted, step)};
+}
+
+// The class weights from element j on; 0 past the end of the row.
+template <int W>
+__device__ __forceinline__ void load_classes(float (&c)[W], const float* classes, int j, int V) {
+#pragma unroll
+    for (int k = 0; k < W; ++k) c[k] = j + k < V ? (classes == nullptr ? 1.0f : classes[j + k]) : 0.0f;
+}
+
+// A row's sums and what is asked for beside; the result is thread 0's.
+template <int W>
+__device__ __forceinline__ OnlineRow sum_row_beside(const Tile& tile, const float* row, const float* classes) {
+    static __shared__ OnlineRow per_warp[kMaxWarps];
+    OnlineRow a = empty_row();
+    const int turns = turns_of(tile.V, blockDim.x, W);
+    for (int turn = 0; turn < turns; ++turn) {
+        const int j = first_element(turn, threadIdx.x, blockDim.x, W);
+        float x[W], c[W];
+        load_products<W>(x, row, j, tile.V);
+        load_classes<W>(c, classes, j, tile.V);
+        to_logits<W>(x, tile, j);
+        add_logits(a, x, c, j);
+    }
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    for (int step = kWarp / 2; step > 0; step /= 2) a = combine(a, shuffled(a, step));
+    if (lane == 0) per_warp[warp] = a;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int w = 1; w < warps; ++w) a = combine(a, per_warp[w]);
+    return a;
+}
+
+__device__ __forceinline__ void write_beside(float* stats, const OnlineRow& a, const Stats& known) {
+    stats[0] = known.peak;
+    stats[1] = known.log_sum;
+    stats[2] = a.mean / a.base.sum;
+    stats[3] = a.total;
+    stats[4] = known.log_sum >= 0.0f ? float(a.predicted) : -1.0f;
+}
+
 template <int W>
 __device__ __forceinline__ OnlineSum sum_row(const Tile& tile, const float* row, float* held, int held_turns) {
     constexpr int kBatch = 16 / W;  // 64 bytes in flight per thread before the first is used
@@ -168,9 +225,10 @@ __device__ __forceinline__ OnlineSum sum_row(const Tile& tile, const float* row,
     return block_combine(total);
 }
 
-template <int W>
+// `element(l, j)` is the gradient at a logit l of column j.
+template <int W, class Element>
 __device__ __forceinline__ void write_gradient(const Tile& tile, float* row, const float* held, int held_turns,
-                                               int label, const Stats& stats, float g, Dtype dtype) {
+                                               Dtype dtype, const Element& element) {
     const int turns = turns_of(tile.V, blockDim.x, W);
     int read_by_all = held_turns - 1;  // held turns were read before the barrier of pass 1
     for (int turn = 0; turn < turns; ++turn) {
@@ -187,15 +245,14 @@ __device__ __forceinline__ void write_gradient(const Tile& tile, float* row, con
             read_by_all = turn;
         }
 #pragma unroll
-        for (int k = 0; k < W; ++k) x[k] = gradient_element(x[k], j + k == label, stats, g, tile.map);
+        for (int k = 0; k < W; ++k) x[k] = element(x[k], j + k);
         store<W>(row, j, tile.V, x, dtype);
     }
 }
 
 template <int W, Mode mode>
 __global__ void __launch_bounds__(kMaxThreads)
-    row_kernel(const Tile tile, const float* known_stats, const float* g, float* logps, float* new_stats,
-               const int turns_that_fit, const Dtype dtype) {
+    row_kernel(const Tile tile, const Rows rows, const int turns_that_fit, const Dtype dtype) {
     extern __shared__ float4 shared[];
     float* held = reinterpret_cast<float*>(shared);
     const int held_turns = mode == kLogpsAndGradient ? turns_that_fit : 0;
@@ -203,21 +260,39 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int label = int(tile.labels[t]);
     float* row = tile.z + t * tile.pitch;
     Stats stats;
-    if constexpr (mode == kGradient) {
-        stats = {known_stats[2 * t], known_stats[2 * t + 1]};
+    if constexpr (mode == kGradient || mode == kAffine) {
+        stats = {rows.known_stats[rows.columns * t], rows.known_stats[rows.columns * t + 1]};
     } else {
         float label_logit = 0.0f;  // read before pass 2 writes over it
         if (threadIdx.x == 0) {
             const float x = row[label] + (tile.bias != nullptr ? tile.bias[label] : 0.0f);
             label_logit = to_logit(x, tile.map);
         }
-        stats = stats_of(sum_row<W>(tile, row, held, held_turns));
+        if constexpr (mode == kBeside) {
+            const OnlineRow sums = sum_row_beside<W>(tile, row, rows.classes);
+            stats = stats_of(sums.base);
+            if (threadIdx.x == 0) write_beside(rows.new_stats + kColumns * t, sums, stats);
+        } else {
+            stats = stats_of(sum_row<W>(tile, row, held, held_turns));
+        }
         if (threadIdx.x == 0) {
-            logps[t] = log_probability(label_logit, stats);
-            if constexpr (mode == kLogps) new_stats[2 * t] = stats.peak, new_stats[2 * t + 1] = stats.log_sum;
+            rows.logps[t] = log_probability(label_logit, stats);
+            if constexpr (mode == kLogps)
+                rows.new_stats[2 * t] = stats.peak, rows.new_stats[2 * t + 1] = stats.log_sum;
         }
     }
-    if constexpr (mode != kLogps) write_gradient<W>(tile, row, held, held_turns, label, stats, g[t], dtype);
+    if constexpr (mode == kAffine) {
+        const float* from = rows.g + 4 * t;
+        const Affine g = {from[0], from[1], from[2], from[3]};
+        write_gradient<W>(tile, row, held, held_turns, dtype, [&](float l, int j) {
+            const float c = rows.classes == nullptr || j >= tile.V ? 1.0f : rows.classes[j];
+            return affine_element(l, c, j == label, stats, g, tile.map);
+        });
+    } else if constexpr (mode == kGradient || mode == kLogpsAndGradient) {
+        const float g = rows.g[t];
+        write_gradient<W>(tile, row, held, held_turns, dtype,
+                          [&](float l, int j) { return gradient_element(l, j == label, stats, g, tile.map); });
+    }
 }
 
 // ---- segmented sums: one block per segment, float64, the values of a segment in a fixed order ---------------------
@@ -257,8 +332,7 @@ cudaLaunchConfig_t launch_config(int64_t blocks, int threads, int shared_bytes, 
 }
 
 template <int W, Mode mode>
-cudaError_t launch_width(const Tile& tile, int64_t n, const float* known_stats, const float* g, float* logps,
-                         float* new_stats, Dtype dtype, cudaStream_t stream) {
+cudaError_t launch_width(const Tile& tile, int64_t n, const Rows& rows, Dtype dtype, cudaStream_t stream) {
     const auto kernel = row_kernel<W, mode>;
     const int threads = threads_for(tile.V);
     const int bytes_per_turn = threads * W * int(sizeof(float));
@@ -276,7 +350,7 @@ cudaError_t launch_width(const Tile& tile, int64_t n, const float* known_stats, 
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, fits * bytes_per_turn));
     }
     const cudaLaunchConfig_t config = launch_config(n, threads, held_turns * bytes_per_turn, stream);
-    return cudaLaunchKernelEx(&config, kernel, tile, known_stats, g, logps, new_stats, held_turns, dtype);
+    return cudaLaunchKernelEx(&config, kernel, tile, rows, held_turns, dtype);
 }
 
 bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -287,14 +361,13 @@ Tile tile_of(float* z, int64_t V, int64_t pitch, const int64_t* labels, const fl
 }
 
 template <Mode mode>
-cudaError_t launch(const Tile& tile, int64_t n, const float* known_stats, const float* g, float* logps,
-                   float* new_stats, int dtype, void* stream) {
+cudaError_t launch(const Tile& tile, int64_t n, const Rows& rows, int dtype, void* stream) {
     if (n < 0 || n > INT32_MAX || tile.V < 1 || tile.pitch < tile.V || dtype < kFloat32 || dtype > kBFloat16)
         return cudaErrorInvalidValue;  // V > kMaxV: Tile holds 0
     if (n == 0) return cudaSuccess;
     const bool wide = on_16_bytes(tile.z) && (n == 1 || tile.pitch % 4 == 0) && on_16_bytes(tile.bias);
     const auto go = wide ? launch_width<8, mode> : launch_width<2, mode>;
-    return go(tile, n, known_stats, g, logps, new_stats, Dtype(dtype), cudaStream_t(stream));
+    return go(tile, n, rows, Dtype(dtype), cudaStream_t(stream));
 }
 
 }  // namespace
@@ -304,19 +377,35 @@ extern "C" {
 int longpo_logps(const float* z, int64_t n, int64_t V, int64_t pitch, const int64_t* labels, const float* bias,
                  double scale, double softcap, float* logps, float* stats, void* stream) {
     const Tile tile = tile_of(const_cast<float*>(z), V, pitch, labels, bias, scale, softcap);
-    return launch<kLogps>(tile, n, nullptr, nullptr, logps, stats, kFloat32, stream);
+    return launch<kLogps>(tile, n, {nullptr, nullptr, nullptr, logps, stats, 2}, kFloat32, stream);
+}
+
+// stats (n, 5): all of them, whatever is asked for. classes (V) or null.
+int longpo_beside(const float* z, int64_t n, int64_t V, int64_t pitch, const int64_t* labels, const float* bias,
+                  double scale, double softcap, float* logps, float* stats, const float* classes, void* stream) {
+    const Tile tile = tile_of(const_cast<float*>(z), V, pitch, labels, bias, scale, softcap);
+    return launch<kBeside>(tile, n, {nullptr, nullptr, classes, logps, stats, kColumns}, kFloat32, stream);
 }
 
 int longpo_gradient(float* z, int64_t n, int64_t V, int64_t pitch, const int64_t* labels, const float* bias,
-                    double scale, double softcap, const float* stats, const float* g, int dtype, void* stream) {
+                    double scale, double softcap, const float* stats, int columns, const float* g, int dtype,
+                    void* stream) {
     const Tile tile = tile_of(z, V, pitch, labels, bias, scale, softcap);
-    return launch<kGradient>(tile, n, stats, g, nullptr, nullptr, dtype, stream);
+    return launch<kGradient>(tile, n, {stats, g, nullptr, nullptr, nullptr, columns}, dtype, stream);
+}
+
+// g (n, 4): alpha, beta, gamma, delta of each row. classes (V) or null.
+int longpo_affine(float* z, int64_t n, int64_t V, int64_t pitch, const int64_t* labels, const float* bias, double scale,
+                  double softcap, const float* stats, int columns, const float* g, const float* classes, int dtype,
+                  void* stream) {
+    const Tile tile = tile_of(z, V, pitch, labels, bias, scale, softcap);
+    return launch<kAffine>(tile, n, {stats, g, classes, nullptr, nullptr, columns}, dtype, stream);
 }
 
 int longpo_logps_gradient(float* z, int64_t n, int64_t V, int64_t pitch, const int64_t* labels, const float* bias,
                           double scale, double softcap, const float* g, float* logps, int dtype, void* stream) {
     const Tile tile = tile_of(z, V, pitch, labels, bias, scale, softcap);
-    return launch<kLogpsAndGradient>(tile, n, nullptr, g, logps, nullptr, dtype, stream);
+    return launch<kLogpsAndGradient>(tile, n, {nullptr, g, nullptr, logps, nullptr, 2}, dtype, stream);
 }
 
 // out (K) float64 += sums of values (n) float64 by segments (n) in [0, K); any other segment belongs nowhere.

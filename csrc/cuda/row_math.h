@@ -5,6 +5,10 @@
 //     logp    = (l_y - m) - s
 //     dz_j    = g * (1[j == y] - exp((l_j - m) - s)) * f'(z_j)
 //
+// and where asked for, mean = sum p_j (l_j - m), total = sum c_j (l_j - m), predicted = the first j with l_j = m, and
+//
+//     dz_j    = (alpha * 1[j == y] + p_j * (beta + gamma * (l_j - m)) + delta * c_j) * f'(z_j)
+//
 // Everything is float32. fmaf is written out where a product is added, so that the order and number of roundings do not
 // depend on what a compiler contracts. No state, no memory beyond the arguments.
 #pragma once
@@ -79,6 +83,55 @@ ROW_MATH OnlineSum combine(const OnlineSum& a, const OnlineSum& b) {
     return {peak, fmaf(a.sum, expf(a.peak - origin), b.sum * expf(b.peak - origin))};
 }
 
+// ---- and what is asked for beside ---------------------------------------------------------------------------------
+
+// Against the floor of the peak so far, like the sum: a higher one moves mean and total by what it is higher.
+struct OnlineRow {
+    OnlineSum base;
+    float mean;     // sum exp(l - peak) * (l - peak)
+    float total;    // sum c * (l - peak)
+    float classes;  // sum c
+    int predicted;  // where the peak is first; INT32_MAX in an empty row
+};
+
+ROW_MATH OnlineRow empty_row() { return {empty_sum(), 0.0f, 0.0f, 0.0f, INT32_MAX}; }
+
+ROW_MATH void raise_to(OnlineRow& a, float peak) {
+    const float up = floor_of(a.base.peak) - floor_of(peak), shrink = expf(a.base.peak - floor_of(peak));
+    a.mean = fmaf(up, a.base.sum, a.mean) * shrink;
+    if (a.classes != 0.0f) a.total = fmaf(up, a.classes, a.total);
+    a.base.sum *= shrink;
+    a.base.peak = peak;
+}
+
+// Logits of places from j on with their class weights: 0 where there is no such place.
+template <int N>
+ROW_MATH void add_logits(OnlineRow& a, const float (&l)[N], const float (&c)[N], int j) {
+    float peak = a.base.peak;
+    for (int i = N - 1; i >= 0; --i) {
+        if (l[i] >= peak && l[i] > a.base.peak) a.predicted = j + i;
+        peak = fmaxf(peak, l[i]);
+    }
+    if (peak > a.base.peak) raise_to(a, peak);
+    const float origin = floor_of(peak);
+    for (int i = 0; i < N; ++i) {
+        const float e = expf(l[i] - origin);
+        a.base.sum += e;
+        if (e != 0.0f) a.mean = fmaf(e, l[i] - origin, a.mean);
+        if (c[i] != 0.0f) a.total = fmaf(c[i], l[i] - origin, a.total);
+        a.classes += c[i];
+    }
+}
+
+ROW_MATH OnlineRow combine(OnlineRow a, OnlineRow b) {
+    const float peak = fmaxf(a.base.peak, b.base.peak);
+    const bool first = a.base.peak > b.base.peak || (a.base.peak == b.base.peak && a.predicted < b.predicted);
+    const int predicted = first ? a.predicted : b.predicted;
+    raise_to(a, peak);
+    raise_to(b, peak);
+    return {{peak, a.base.sum + b.base.sum}, a.mean + b.mean, a.total + b.total, a.classes + b.classes, predicted};
+}
+
 // ---- results of a row ---------------------------------------------------------------------------------------------
 
 struct Stats {
@@ -93,6 +146,16 @@ ROW_MATH float log_probability(float l, const Stats& stats) { return (l - stats.
 ROW_MATH float gradient_element(float l, bool is_label, const Stats& stats, float g, const LogitMap& map) {
     const float p = expf(log_probability(l, stats));
     return g * ((is_label ? 1.0f : 0.0f) - p) * slope_at(l, map);
+}
+
+struct Affine {
+    float alpha, beta, gamma, delta;
+};
+
+ROW_MATH float affine_element(float l, float c, bool is_label, const Stats& stats, const Affine& g, const LogitMap& map) {
+    const float shifted = l - stats.peak, p = expf(shifted - stats.log_sum);
+    const float spread = p == 0.0f ? g.beta : fmaf(g.gamma, shifted, g.beta);
+    return fmaf(p, spread, fmaf(g.delta, c, is_label ? g.alpha : 0.0f)) * slope_at(l, map);
 }
 
 // ---- two 16-bit results in one word, the first in the low half; round to nearest even -----------------------------

@@ -7,6 +7,7 @@
 
 from .batch import PairBatch, TreeBatch, pack, pack_tree, pack_within, packed_length, spread_positions
 from .chat import ChatFormat, join_context, tokenized_pairs
+from .context import ContextPair
 from .layout import PairSpans, SharedPrefixLayout
 from .pairs import Pair, Turn, read_pairs, write_pairs
 from .records import BadRecord, DataReport
@@ -15,6 +16,7 @@ from .tokenized import TokenizedPair, TokenSequence, read_tokenized, tokenizer_f
 __all__ = [
     "BadRecord",
     "ChatFormat",
+    "ContextPair",
     "DataReport",
     "Pair",
     "PairBatch",

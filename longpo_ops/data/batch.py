@@ -30,7 +30,7 @@ from __future__ import annotations
 import zlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -101,6 +101,16 @@ class PairBatch(TreeBatch):
     def num_pairs(self) -> int:
         return len(self.ids)
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """(K,) the pair of each sequence."""
+        return (*range(self.num_pairs), *self.rejected_pair)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """(K,) what each sequence is in its pair."""
+        return ("chosen",) * self.num_pairs + ("rejected",) * len(self.rejected_pair)
+
     def _alone_in_nll(self, k: int) -> bool:
         return k < self.num_pairs
 
@@ -158,26 +168,31 @@ def pack_tree(*documents: Sequence[TokenSequence]) -> TreeBatch:
 
 
 def pack_within(
-    pairs: Iterable[TokenizedPair], max_tokens: int, *, separate: bool = False
+    pairs: Iterable[TokenizedPair],
+    max_tokens: int,
+    *,
+    separate: bool = False,
+    length: Callable[[TokenizedPair, bool], int] = packed_length,
 ) -> Iterator[list[TokenizedPair]]:
     """Group pairs, in their order, into lists that pack into at most max_tokens rows each: as many as fit, greedily.
 
-    separate: as in pack. Raises ValueError, naming the record, for a pair that does not fit alone.
+    separate: as in pack. length: the rows that a pair takes. Raises ValueError, naming the record, for a pair that does not
+    fit alone.
     """
     max_tokens = check_whole("max_tokens", max_tokens, 1)
     group, used = [], 0
     for pair in check_each("pairs", pairs, TokenizedPair, "a TokenizedPair"):
-        length = packed_length(pair, separate)
-        if length > max_tokens:
+        rows = length(pair, separate)
+        if rows > max_tokens:
             raise ValueError(
-                f"record {pair.id!r} packs into {length} tokens, the budget of a pack is {max_tokens}; raise the "
+                f"record {pair.id!r} packs into {rows} tokens, the budget of a pack is {max_tokens}; raise the "
                 "budget, or refuse or cut long documents with max_length"
             )
-        if used + length > max_tokens:
+        if used + rows > max_tokens:
             yield group
             group, used = [], 0
         group.append(pair)
-        used += length
+        used += rows
     if group:
         yield group
 

@@ -39,7 +39,8 @@ import numpy as np
 from ..kinds import check_choice, check_flag, check_object, check_whole
 from ..pretrained import render_chat
 from ..pretrained.template_kwargs import check_template_kwargs
-from .pairs import Pair, Turn
+from .context import ContextPair, TextFormat, no_template, tokenize_context
+from .pairs import Pair, Turn, pair_of
 from .records import BadRecord, DataReport, keep_good, parse_record, read_records
 from .tokenized import IGNORE, NLL_TOKENS, TokenizedPair, TokenSequence, tokenizer_fingerprint
 
@@ -116,10 +117,7 @@ class ChatFormat:
                 f"{came} gives no character offsets; load a fast tokenizer (AutoTokenizer does by default)"
             )
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model's "
-                "tokenizer, or set tokenizer.chat_template"
-            )
+            raise no_template(tokenizer)
         check_object("system", system, str | None, "text or None")
         check_object("join", join, Callable, "a function of a context and an instruction")
         cut_document = check_flag("cut_document", cut_document)
@@ -374,23 +372,30 @@ class ChatFormat:
         return end, False
 
 
+def format_of(tokenizer, max_length: int | None = None, **options) -> ChatFormat | TextFormat:
+    """A ChatFormat, or for a tokenizer without a chat template, where no option needs one, a TextFormat."""
+    if not tokenizer.chat_template and not any(options.values()):
+        return TextFormat(tokenizer, max_length)
+    return ChatFormat(tokenizer, max_length=max_length, **options)
+
+
 def tokenized_pairs(
     path,
-    chat: ChatFormat,
+    chat: ChatFormat | TextFormat,
     vocab_size: int | None = None,
     on_bad_record: str = "raise",
     report: DataReport | None = None,
     allow_equal: bool = False,
     nll_tokens: str = "contents",
 ) -> Iterator[TokenizedPair]:
-    """Stream tokenised pairs from files of text pairs, official unformatted records or tokenised columns, told apart by
-    record.
+    """Stream tokenised pairs from files of text pairs, contexts with answers, official unformatted records or tokenised
+    columns, told apart by record.
 
     vocab_size: rows of the model's embedding; len(chat.tokenizer) if None. nll_tokens: which tokens the NLL labels hold
     (TokenizedPair.counting), of text and of tokenised records alike. Raises BadRecord and ValueError as the
     readers do, and for tokenised records longer than chat.max_length.
     """
-    check_object("chat", chat, ChatFormat, "a ChatFormat")
+    check_object("chat", chat, ChatFormat | TextFormat, "a ChatFormat")
     vocab_size = len(chat.tokenizer) if vocab_size is None else check_whole("vocab_size", vocab_size, 1)
     check_choice("nll_tokens", nll_tokens, NLL_TOKENS)
     report = DataReport() if report is None else report
@@ -400,7 +405,11 @@ def tokenized_pairs(
 
     def read(record, where):
         if "chosen_input_ids" not in record:
-            return _with_rows(chat.tokenize(Pair.from_record(record, where, allow_equal), report), vocab_size)
+            pair = pair_of(record, where, allow_equal)
+            context = isinstance(pair, ContextPair)
+            return _with_rows(
+                tokenize_context(pair, chat, report) if context else chat.tokenize(pair, report), vocab_size
+            )
         pair = TokenizedPair.from_record(record, where, vocab_size, chat.fingerprint, allow_equal)
         if chat.max_length is not None and pair.length > chat.max_length:
             advice = (

@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..kinds import LARGEST, check_each, check_flag, check_number, check_object, shown
 from .records import (
@@ -36,6 +36,9 @@ from .records import (
     write_records,
 )
 from .records import record_id as name_of
+
+if TYPE_CHECKING:
+    from .context import ContextPair
 
 PAIR_FIELDS = {"id", "document", "turns", "provenance", "ref_chosen_logp", "ref_rejected_logps"}
 TURN_FIELDS = {"instruction", "chunk", "chosen", "rejected"}
@@ -111,29 +114,47 @@ class Pair:
         return asdict(self)
 
 
+def pair_of(record: str | dict, where: str = "record", allow_equal: bool = False) -> Pair | ContextPair:
+    """A record of either kind, told by its columns. Raises BadRecord, for a record in the columns of other libraries with the
+    command that converts it."""
+    from .context import ContextPair
+    from .convert import advice_for
+
+    record = parse_record(record, where)
+    if "context" in record:
+        return ContextPair.from_record(record, where, allow_equal)
+    if advice := advice_for(record):
+        raise BadRecord(name_of(record, where), "record", "columns of another library", advice)
+    return Pair.from_record(record, where, allow_equal)
+
+
 def read_pairs(
     path: str | os.PathLike,
     on_bad_record: str = "raise",
     report: DataReport | None = None,
     allow_equal: bool = False,
-) -> Iterator[Pair]:
+) -> Iterator[Pair | ContextPair]:
     """Stream the pairs of a .jsonl[.gz|.zst] or .parquet file, or of a folder of them in order of their names.
 
     on_bad_record: "raise" stops at the first bad record, "skip" leaves it out and counts its reason in `report`.
     Raises BadRecord (a ValueError), and ValueError for a path without data or without one usable record.
     """
     return keep_good(
-        read_records(path), lambda record, where: Pair.from_record(record, where, allow_equal), on_bad_record, report
+        read_records(path), lambda record, where: pair_of(record, where, allow_equal), on_bad_record, report
     )
 
 
-def write_pairs(pairs: Iterable[Pair], path: str | os.PathLike) -> int:
+def write_pairs(pairs: Iterable[Pair | ContextPair], path: str | os.PathLike) -> int:
     """Write pairs to a .jsonl, .jsonl.gz or .parquet file and return their number.
 
-    Parquet columns have one type for all records, so provenance is stored there as JSON text.
+    Parquet columns have one type for all records, so provenance is stored there as JSON text, and a ContextPair not at all.
     """
-    records = (pair.to_record() for pair in check_each("pairs", pairs, Pair, "a Pair"))
-    if not str(path).endswith(".parquet"):
+    from .context import ContextPair
+
+    parquet = str(path).endswith(".parquet")
+    kinds = (Pair, "a Pair; contexts go into a .jsonl or .jsonl.gz file") if parquet else (Pair | ContextPair, "a Pair")
+    records = (pair.to_record() for pair in check_each("pairs", pairs, *kinds))
+    if not parquet:
         return write_records(records, path)
     import pyarrow as pa
 

@@ -61,6 +61,7 @@ class DataReport:
     trimmed_contents: int = 0  # contents whose outer whitespace the chat template takes away
     piecewise_pairs: int = 0  # pairs whose answers had to be tokenised on their own (chat.py)
     other_variables: int = 0  # pairs that were generated with other template_kwargs
+    merged_contexts: int = 0  # pairs whose context's last tokens are others once an answer follows (context.py)
     swallowed_pairs: int = 0  # pairs with white space at the ends of contents that the template's own tokens take
 
     def skip(self, bad: BadRecord) -> None:
@@ -90,6 +91,8 @@ class DataReport:
             lines.append(
                 f"  {self.other_variables} pairs were generated with other template_kwargs than they are formatted with"
             )
+        if self.merged_contexts:
+            lines.append(f"  {self.merged_contexts} contexts end in tokens that are others once an answer follows")
         if self.swallowed_pairs:
             lines.append(
                 f"  {self.swallowed_pairs} pairs lose outer whitespace of contents to tokens of the chat template"
@@ -133,7 +136,9 @@ def data_files(path: str | os.PathLike) -> list[Path]:
     found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
     if not found or not all(_is_data(p) for p in found):
         came = "does not exist" if not path.exists() else "holds no data file" if path.is_dir() else "is another kind"
-        raise ValueError(f"{path} {came}; expected a file ending in {', '.join(SUFFIXES)}, or a folder of such files")
+        raise ValueError(
+            f"{path} {came}; expected a file ending in {', '.join(SUFFIXES)}, or a folder of such files{_foreign(path)}"
+        )
     return found
 
 
@@ -197,11 +202,22 @@ def parse_record(record: str | dict, where: str) -> dict:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            advice = f"{error}; {shown(line.strip())} came, expected one object per line"
+            advice = (
+                f"{error}; {shown(line.strip())} came, expected one object per line{_arrays(line.strip()[:1] == '[')}"
+            )
             raise BadRecord(where, "line", "no valid JSON", advice) from None
     if not isinstance(record, dict):
-        raise BadRecord(where, "line", "no JSON object", f"{came(record)}; expected one object per line")
+        raise BadRecord(
+            where,
+            "line",
+            "no JSON object",
+            f"{came(record)}; expected one object per line{_arrays(isinstance(record, list))}",
+        )
     return {name: value for name, value in record.items() if value is not None}
+
+
+def _arrays(begins: bool) -> str:
+    return "; of a file that is one JSON array `longpo pairs convert` makes pairs" if begins else ""
 
 
 def record_id(record: dict, where: str) -> str:
@@ -283,6 +299,14 @@ def _write_parquet(records, partial: Path, schema, compress: bool) -> int:
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
             count += len(group)
     return count
+
+
+def _foreign(path: Path) -> str:
+    """What converts a path that other programs wrote, or nothing."""
+    from .foreign import is_foreign
+
+    command = f"; `longpo pairs convert {path} --from trl --out pairs.jsonl` reads JSON arrays, CSV and folders of save_to_disk"
+    return command if path.exists() and is_foreign(path) else ""
 
 
 def _is_data(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`longpo generate`, and `longpo pairs show | stats | validate | merge`."""
+"""`longpo generate`, and `longpo pairs show | stats | validate | merge | convert`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _of(name: str, what: str, otherwise: str = "none") -> Any:
     return typer.Option(help=f"{what}: {ours}; in the official recipe {published}.")
 
 
-pairs = typer.Typer(no_args_is_help=True, help="Look at, check and join preference pairs.")
+pairs = typer.Typer(no_args_is_help=True, help="Look at, check, join and convert preference pairs.")
 
 
 def generate(
@@ -189,12 +189,12 @@ def show(
 def _first(paths: list[Path], number: int, id: str | None) -> tuple[list, str]:
     """The first pairs, all or those of an id, and how many of how many these are. Where no id is wanted, those that are not
     shown are counted and not looked at."""
-    from ..data import Pair
+    from ..data.pairs import pair_of
     from ..data.records import count_records, read_records
     from ..runs.page import told
 
     records = (record for path in paths for record in read_records(path))
-    pairs = (Pair.from_record(record, where, allow_equal=True) for where, record in records)
+    pairs = (pair_of(record, where, allow_equal=True) for where, record in records)
     if id is not None:
         found = [pair for pair in pairs if pair.id == id]
         there = len(found)
@@ -226,10 +226,10 @@ def stats(
         lengths["document"].append(measure(pair.document))
         for turn in pair.turns:
             for name in ("chunk", "instruction", "chosen"):
-                lengths[name].append(measure(getattr(turn, name)))
+                lengths[name] += [measure(text)] if (text := getattr(turn, name)) else []  # a context has no question
             lengths["rejected"] += map(measure, turn.rejected)
     table = [("pairs", f"{len(turns):,}"), ("turns", f"{sum(turns):,}")]
-    for name, values in lengths.items():
+    for name, values in filter(lambda named: named[1], lengths.items()):
         table += [
             (f"{name} {unit}, {what}", f"{value:,}") for what, value in describe(values).items() if what != "number"
         ]
@@ -248,7 +248,8 @@ def validate(
     number: Annotated[int, typer.Option(help="How many bad records of each kind to tell.", min=1)] = 10,
 ) -> None:
     """Check every record; exit code 1 if training would refuse one."""
-    from ..data import ChatFormat, DataReport, read_pairs, tokenized_pairs
+    from ..data import DataReport, read_pairs, tokenized_pairs
+    from ..data.chat import format_of
 
     report, chat = DataReport(tell=number), None
     with terminal.wrong_usage():
@@ -257,7 +258,7 @@ def validate(
     if model is None and variables:
         raise typer.BadParameter("--template-kwargs: expected with --model, whose chat template reads them")
     if model is not None:
-        chat = ChatFormat(load_tokenizer(model), max_length=max_length, template_kwargs=variables)
+        chat = format_of(load_tokenizer(model), max_length, template_kwargs=variables)
     for each in path:
         if chat is None:
             read = read_pairs(each, "skip", report, equal)
@@ -295,6 +296,35 @@ def merge(
     with writing(out):
         made = write_pairs(distinct(), out)
     typer.echo(f"{made:,} pairs in {out}")
+
+
+@pairs.command()
+def convert(
+    path: Annotated[Path, typer.Argument(help="A file, or a folder of files or of save_to_disk.", exists=True)],
+    kind: Annotated[
+        str, typer.Option("--from", help="Whose columns the rows have: trl, ultrafeedback or messages (docs/data.md).")
+    ],
+    out: Annotated[Path, typer.Option(help="A .jsonl or .jsonl.gz file; must not exist.")],
+    on_bad_record: Annotated[str, typer.Option(help="raise, or skip: leave bad rows out and tell them.")] = "raise",
+    number: Annotated[int, typer.Option(help="How many bad rows of each kind to tell.", min=1)] = 10,
+) -> None:
+    """Make pairs of prompts with chosen and rejected answers: JSON Lines, JSON arrays, Parquet, CSV, save_to_disk."""
+    from ..data import DataReport, write_pairs
+    from ..data.convert import read_converted
+    from ..runs.disk import writing
+
+    report = DataReport(tell=number)
+    with terminal.wrong_usage():
+        converted = read_converted(path, kind, on_bad_record, report)
+    if out.exists():
+        raise ValueError(f"{out} exists; expected a new file")
+    if not out.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(
+            f"cannot write {out}; expected a name ending in .jsonl or .jsonl.gz, as contexts have no one type"
+        )
+    with writing(out):
+        made = write_pairs(converted, out)
+    typer.echo(f"{printable(report)}\n{made:,} pairs in {out}")
 
 
 def _read(paths: list[Path]) -> Iterator:

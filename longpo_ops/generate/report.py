@@ -131,8 +131,10 @@ def show_pair(pair: Pair, console) -> None:
         Panel(Text(printable(shorten(pair.document))), title=Text(f"document, {len(pair.document):,} characters"))
     )
     for number, turn in enumerate(pair.turns, 1):
-        console.print(Text(f"turn {number}: {printable(turn.instruction)}", style="bold"))
-        console.print(Panel(Text(printable(shorten(turn.chunk))), title=Text(f"chunk, {len(turn.chunk):,} characters")))
+        if turn.instruction:  # a context has neither question nor chunk
+            console.print(Text(f"turn {number}: {printable(turn.instruction)}", style="bold"))
+            chunk = Text(printable(shorten(turn.chunk)))
+            console.print(Panel(chunk, title=Text(f"chunk, {len(turn.chunk):,} characters")))
         for rejected in turn.rejected:
             sides = {"chosen": Text(), "rejected": Text()}
             for same, first, second in differences(turn.chosen, rejected):

@@ -119,6 +119,13 @@ def check_reduction(reduction: str, row_weights: Tensor | None, rows: int) -> No
         raise ValueError(f"row_weights requires a gradient with reduction={reduction!r}: expected reduction='none'")
 
 
+def check_class_weights(class_weights: Tensor | None, weight: Tensor) -> None:
+    """Raises ValueError for weights that do not fit the classes, or that want a gradient."""
+    check_numbers(class_weights, weight.shape[:1], "class_weights", ", one entry per row of weight")
+    if class_weights is not None and class_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("class_weights requires a gradient, and none would reach it: expected class_weights.detach()")
+
+
 def check_ignore_index(ignore_index: int) -> int:
     """-> ignore_index. Raises ValueError for what no label can be."""
     return check_whole("ignore_index", ignore_index)

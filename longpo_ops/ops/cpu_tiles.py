@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .build import load_cpu
-from .tiles import _narrow
+from .tiles import NOTHING, _narrow
 
 
 class CpuTiles:
@@ -25,11 +25,11 @@ class CpuTiles:
         load_cpu()
         self._ops = torch.ops.longpo_cpu
 
-    def logps(self, z, labels, map):
-        return self._ops.logps(z, labels, *map)
+    def logps(self, z, labels, map, beside=NOTHING):
+        return self._ops.logps(z, labels, *map, *beside)
 
-    def gradient_(self, z, labels, stats, g, map, dtype):
-        self._ops.gradient_(z, labels, stats, g, *map, dtype)
+    def gradient_(self, z, labels, stats, g, map, dtype, classes=None):
+        self._ops.gradient_(z, labels, stats, g, *map, dtype, classes)
         return _narrow(z, dtype)
 
     def logps_gradient_(self, z, labels, g, map, dtype):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .build import BuildError, cached_library, source_folder
-from .tiles import LogitMap, Tiles, TorchTiles, _narrow
+from .tiles import NOTHING, LogitMap, Tiles, TorchTiles, _narrow
 
 TARGETS = {"compute_80": ["sm_80", "compute_80"], "compute_90a": ["sm_90a"], "compute_100a": ["sm_100a"]}
 USUAL_PLACE = Path("/usr/local/cuda/bin/nvcc")
@@ -36,7 +36,17 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TILE = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_double, c_double]
 SIGNATURES = {
     "longpo_logps": [*TILE, c_void_p, c_void_p, c_void_p],  # logps stats stream
-    "longpo_gradient": [*TILE, c_void_p, c_void_p, c_int, c_void_p],  # stats g dtype stream
+    "longpo_beside": [*TILE, c_void_p, c_void_p, c_void_p, c_void_p],  # logps stats classes stream
+    "longpo_gradient": [*TILE, c_void_p, c_int, c_void_p, c_int, c_void_p],  # stats columns g dtype stream
+    "longpo_affine": [
+        *TILE,
+        c_void_p,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_int,
+        c_void_p,
+    ],  # stats columns g classes dtype stream
     "longpo_logps_gradient": [*TILE, c_void_p, c_void_p, c_int, c_void_p],  # g logps dtype stream
     "longpo_segment_sums": [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p],  # values segments n out K stream
 }
@@ -92,14 +102,23 @@ class CudaTiles:
     def __init__(self, library: ctypes.CDLL | None = None):
         self._library = library or load_cuda()
 
-    def logps(self, z, labels, map):
-        logps, stats = z.new_empty(z.shape[0]), z.new_empty(z.shape[0], 2)
-        self._rows("longpo_logps", z, labels, map, logps.data_ptr(), stats.data_ptr())
+    def logps(self, z, labels, map, beside=NOTHING):
+        logps, stats = z.new_empty(z.shape[0]), z.new_empty(z.shape[0], beside.columns)
+        if beside.columns == 2:
+            self._rows("longpo_logps", z, labels, map, logps.data_ptr(), stats.data_ptr())
+        else:
+            classes = _classes(beside.classes, z)
+            self._rows("longpo_beside", z, labels, map, logps.data_ptr(), stats.data_ptr(), _pointer(classes))
         return logps, stats
 
-    def gradient_(self, z, labels, stats, g, map, dtype):
-        stats, g = stats.contiguous(), g.contiguous()
-        self._rows("longpo_gradient", z, labels, map, stats.data_ptr(), g.data_ptr(), DTYPES[dtype])
+    def gradient_(self, z, labels, stats, g, map, dtype, classes=None):
+        stats, g, classes = stats.contiguous(), g.contiguous(), _classes(classes, z)
+        known = stats.data_ptr(), stats.shape[1], g.data_ptr()
+        if g.dim() == 1:
+            self._rows("longpo_gradient", z, labels, map, *known, DTYPES[dtype])
+        else:
+            assert g.shape == (z.shape[0], 4)
+            self._rows("longpo_affine", z, labels, map, *known, _pointer(classes), DTYPES[dtype])
         return _narrow(z, dtype)
 
     def logps_gradient_(self, z, labels, g, map, dtype):
@@ -129,7 +148,7 @@ class CudaTiles:
         pitch = z.stride(0) if n > 1 else vocab
         labels = labels.contiguous()
         bias = None if map.bias is None else map.bias.to(torch.float32).contiguous()
-        tile = (z.data_ptr(), n, vocab, pitch, labels.data_ptr(), bias.data_ptr() if bias is not None else None)
+        tile = (z.data_ptr(), n, vocab, pitch, labels.data_ptr(), _pointer(bias))
         self._call(function, z.device, *tile, map.scale, map.softcap, *rest)
 
     def _call(self, function: str, device: torch.device, *arguments) -> None:
@@ -143,6 +162,15 @@ class CudaTiles:
         """The device is current meanwhile: a launch goes to the current device, whatever its pointers belong to."""
         with torch.cuda.device(device):
             yield torch.cuda.current_stream(device).cuda_stream
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _classes(classes: Tensor | None, z: Tensor) -> Tensor | None:
+    assert classes is None or (classes.dtype == torch.float32 and classes.shape == (z.shape[1],))
+    return None if classes is None else classes.contiguous()
 
 
 @functools.cache

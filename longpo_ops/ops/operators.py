@@ -16,13 +16,14 @@ from torch import Tensor
 from ..parallel import Shards, alike, digest, group_named
 from .checks import check_held_rows
 from .dispatch import choose_backend
-from .objectives import rebuild_objective
+from .objective import ROLES, Objective
 from .products import multiplies_natively, result_dtype
+from .registered import rebuild
 from .rows import WINDOW, Stretch, to_device, windows
-from .sweep import HeadSweep, Options, Pairs, Result, float16_scale, rows_per_chunk, sweep
+from .sweep import Groups, HeadSweep, Options, Result, float16_scale, rows_per_chunk, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
-WHOLE = "labels, sequences, weights, pairs and the objective"  # what all ranks of a group hold
+WHOLE = "labels, sequences, weights, groups and the objective"  # what all ranks of a group hold
 
 
 class Batch(NamedTuple):
@@ -35,22 +36,27 @@ class Batch(NamedTuple):
     nll: list[Tensor]  # (S_i, T_i) labels of NLL tokens, or (0,) for none
     nll_weights: list[Tensor]  # (S_i, T_i) or (S_i, 1)
     nll_total: Tensor  # () what NLL weights are divided by
-    ref_chosen: Tensor | None  # (B,)
-    ref_rejected: Tensor | None  # (R,)
-    pair: Tensor  # (R,)
-    count: int  # B
+    refs: Tensor | None  # (K,)
+    group: Tensor  # (K,) the group of each sequence, or (R,) that of each rejected one with roles (0,)
+    role: Tensor  # (K,), or (0,) for pairs: sequences 0..G-1 are chosen answers, the rest rejected ones
+    count: int  # G
     objective: str
     parameters: list[float]
     preference_weight: float
-    num_pairs: float
+    num_groups: float
     shift: bool
     ignore_index: int
-    group: str = ""  # the name of the process group that shares the rows
+    ranks: str = ""  # the name of the process group that shares the rows
 
     @property
     def length(self) -> int:
         """T_0, of all rows of a sequence that a group shares."""
         return max(self.answers[0].shape[-1], self.nll[0].shape[-1])
+
+    @property
+    def sequences(self) -> int:
+        """K."""
+        return self.group.shape[0] + (0 if self.role.numel() else self.count)
 
 
 def _stretches(
@@ -89,7 +95,7 @@ def _stretches(
     return out
 
 
-def _check_labels(stretches: list[Stretch], vocab: int) -> None:
+def check_rows_labels(stretches: list[Stretch], vocab: int) -> None:
     """Raises ValueError for a label out of range, or two different labels for one row."""
 
     def place(number: int, row: int) -> str:
@@ -119,7 +125,7 @@ def _check_labels(stretches: list[Stretch], vocab: int) -> None:
                     )
 
 
-def _head(weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int) -> HeadSweep:
+def make_head(weight: Tensor, bias: Tensor | None, options: Options, backend: str, rows: int) -> HeadSweep:
     """A sweep with room for the rows that fit."""
     dtype = options.compute_dtype
     tiles = choose_backend(weight.device, dtype, backend or None)
@@ -141,11 +147,11 @@ def run_sweep(
     """The sweep on plain tensors. `grads` receive the hidden gradients of visited rows; other rows stay as they are, or
     become zero with `clear`."""
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
-        shards = Shards(batch.length, group_named(batch.group)) if batch.group else None
+        shards = Shards(batch.length, group_named(batch.ranks)) if batch.ranks else None
         with nullcontext() if shards is None else alike(shards.group, weight.device, _digest(batch), WHOLE):
-            stretches, pairs = _checked(hiddens, grads, weight, batch, shards)
-        head = _head(weight, bias, options, backend, sum(map(len, stretches)))
-        result = sweep(stretches, head, pairs, batch.nll_total, shards)
+            stretches, groups = _checked(hiddens, grads, weight, batch, shards)
+        head = make_head(weight, bias, options, backend, sum(map(len, stretches)))
+        result = sweep(stretches, head, groups, batch.nll_total, shards)
         if clear:
             _clear_unvisited(stretches, grads, batch.shift)
         return result
@@ -153,62 +159,109 @@ def run_sweep(
 
 def _checked(
     hiddens: list[Tensor], grads: list[Tensor | None], weight: Tensor, batch: Batch, shards: Shards | None
-) -> tuple[list[Stretch], Pairs | None]:
-    """-> the stretches of rows that are here, and the pairs. Raises ValueError for anything wrong in the whole batch."""
-    pair, nll_weights = batch.pair.cpu(), [weights.cpu() for weights in batch.nll_weights]
-    _check_pair(pair, batch.count)
-    references = _references(batch, weight.device)
+) -> tuple[list[Stretch], Groups | None]:
+    """-> the stretches of rows that are here, and the groups. Raises ValueError for anything wrong in the whole batch."""
+    group, role = _group_and_role(batch)
+    nll_weights = [weights.cpu() for weights in batch.nll_weights]
+    refs = _references(batch, role, weight.device)
     labels = (batch.answers, batch.segments, batch.nll, nll_weights)
     stretches = _stretches(hiddens, grads, *labels, batch.shift, batch.ignore_index)
-    _check_labels(stretches, weight.shape[0])
-    _check_segments(stretches, batch.count + pair.shape[0])
-    pairs = None
+    check_rows_labels(stretches, weight.shape[0])
+    _check_segments(stretches, batch.sequences)
+    groups = None
     if batch.count:
-        objective = rebuild_objective(batch.objective, batch.parameters)
-        lengths = _answer_rows(stretches, batch.count, batch.count + pair.shape[0])
-        weight_of_pair = batch.preference_weight / batch.num_pairs
-        pairs = Pairs(objective, *references, pair, batch.count, lengths, weight_of_pair)
+        objective = rebuild(batch.objective, batch.parameters)
+        _check_forms(objective, group, role, batch.count)
+        lengths = _answer_rows(stretches, role)
+        weight_of_group = batch.preference_weight / batch.num_groups
+        groups = Groups(objective, refs, group, role, batch.count, lengths, weight_of_group)
     if shards is not None:
         check_held_rows(hiddens[0][0], shards)
         stretches = [stretch.held(shards.rows) for stretch in stretches]
-    return stretches, pairs
+    return stretches, groups
 
 
 def _digest(batch: Batch) -> int:
     """Of what all ranks of a group must hold alike. Not of references: each may have made them, in its own rounding."""
-    tensors = (*batch.answers, *batch.segments, *batch.nll, *batch.nll_weights, batch.nll_total, batch.pair)
+    tensors = (
+        *batch.answers,
+        *batch.segments,
+        *batch.nll,
+        *batch.nll_weights,
+        batch.nll_total,
+        batch.group,
+        batch.role,
+    )
     plain = (
         batch.count,
         batch.objective,
         batch.parameters,
         batch.preference_weight,
-        batch.num_pairs,
+        batch.num_groups,
         batch.ignore_index,
     )
     return digest((tensor.cpu() for tensor in tensors), *plain)
 
 
-def _check_pair(pair: Tensor, count: int) -> None:
-    """Raises ValueError unless the pairs of the rejected sequences cover 0..B-1."""
-    if pair.shape[0] and not 0 <= int(pair.min()) <= int(pair.max()) < count:
-        raise ValueError(f"rejected_pair: {int(pair.min())} to {int(pair.max())}: expected 0 <= pair < B={count}")
-    if torch.unique(pair).shape[0] != count:
+def _group_and_role(batch: Batch) -> tuple[Tensor, Tensor]:
+    """-> (K,), (K,) on the host. Raises ValueError for groups that are none of 0..G-1."""
+    group, role, count = batch.group.cpu(), batch.role.cpu(), batch.count
+    name = "groups" if role.numel() else "rejected_pair"
+    number = "group < G" if role.numel() else "pair < B"
+    if group.shape[0] and not 0 <= int(group.min()) <= int(group.max()) < count:
+        raise ValueError(f"{name}: {int(group.min())} to {int(group.max())}: expected 0 <= {number}={count}")
+    if role.numel():
+        if not 0 <= int(role.min()) <= int(role.max()) < len(ROLES):
+            known = ", ".join(f"{number} ({name})" for number, name in enumerate(ROLES))
+            raise ValueError(f"roles: {int(role.min())} to {int(role.max())}: expected {known}")
+        return group, role
+    if torch.unique(group).shape[0] != count:
         raise ValueError(
-            f"rejected_pair={pair.tolist()}: expected at least one rejected sequence for each of {count} pairs"
+            f"rejected_pair={group.tolist()}: expected at least one rejected sequence for each of {count} pairs"
+        )
+    chosen = torch.arange(count)
+    return torch.cat([chosen, group]), torch.cat([torch.zeros_like(chosen), torch.ones_like(group)])
+
+
+def _check_forms(objective: Objective, group: Tensor, role: Tensor, count: int) -> None:
+    """Raises ValueError for a group whose roles are none of the objective's forms."""
+    counts = torch.zeros(count, len(ROLES), dtype=torch.int64)
+    counts.index_put_((group, role), torch.ones_like(group), accumulate=True)
+    fits = torch.zeros(count, dtype=torch.bool)
+    for form in objective.forms:
+        wanted = torch.tensor([form.count(name) for name in ROLES])
+        several = torch.tensor([name == "rejected" and name in form and not objective.one_rejected for name in ROLES])
+        fits |= ((counts == wanted) | (several & (counts >= wanted))).all(1)
+    if not bool(fits.all()):
+        g = int((~fits).nonzero()[0])
+        came = ", ".join(f"{int(n)} {name}" for n, name in zip(counts[g], ROLES, strict=True) if n)
+        forms = " or ".join(" + ".join(form) for form in objective.forms)
+        several = "" if objective.one_rejected else ", the rejected ones may be several"
+        raise ValueError(
+            f"groups: group {g} of {count} has {came or 'no sequence'}: expected {forms}{several}, as objective "
+            f"{objective.name} takes"
         )
 
 
-def _references(batch: Batch, device: torch.device) -> list[Tensor | None]:
-    """Reference log-probs on the device, float64; a number that is not finite is NaN there, and so is its pair's loss.
+def _named_reference(batch: Batch, k: int) -> tuple[str, int]:
+    """What the caller knows the reference of sequence k as."""
+    if batch.role.numel():
+        return "ref_logps", k
+    return ("ref_chosen_logps", k) if k < batch.count else ("ref_rejected_logps", k - batch.count)
+
+
+def _references(batch: Batch, role: Tensor, device: torch.device) -> Tensor | None:
+    """Reference log-probs on the device, float64; a number that is not finite is NaN there, and so is its group's loss.
     Raises ValueError for such a number in a tensor on the host."""
-    moved = []
-    for name, given in (("ref_chosen_logps", batch.ref_chosen), ("ref_rejected_logps", batch.ref_rejected)):
-        if given is not None and given.device.type == "cpu" and not bool(given.isfinite().all()):
-            at = int((~given.isfinite()).nonzero()[0])
-            raise ValueError(f"{name}: {float(given[at])} at {at}: expected finite log-probs, sums over answer tokens")
-        given = None if given is None else to_device(given, device, torch.float64)
-        moved.append(None if given is None else torch.where(given.isfinite(), given, torch.nan))
-    return moved
+    refs = batch.refs
+    if refs is None:
+        return None
+    if refs.device.type == "cpu" and not bool(refs.isfinite().all()):
+        k = int((~refs.isfinite()).nonzero()[0])
+        name, at = _named_reference(batch, k)
+        raise ValueError(f"{name}: {float(refs[k])} at {at}: expected finite log-probs, sums over answer tokens")
+    refs = to_device(refs, device, torch.float64)
+    return torch.where(refs.isfinite(), refs, torch.nan)
 
 
 def _check_segments(stretches: list[Stretch], sequences: int) -> None:
@@ -223,16 +276,19 @@ def _check_segments(stretches: list[Stretch], sequences: int) -> None:
                 )
 
 
-def _answer_rows(stretches: list[Stretch], chosen: int, sequences: int) -> Tensor:
+def _answer_rows(stretches: list[Stretch], role: Tensor) -> Tensor:
     """(K,) int64, how many answer tokens each sequence has. Raises ValueError for one without."""
-    counts = torch.zeros(sequences, dtype=torch.int64)
+    counts = torch.zeros_like(role)
     for stretch, start in windows(stretches):
         segments = stretch.segments_at(slice(start, start + WINDOW)) + 1
-        counts += torch.bincount(segments, minlength=sequences + 1)[1:]
+        counts += torch.bincount(segments, minlength=role.shape[0] + 1)[1:]
     if not bool(counts.all()):
         k = int((counts == 0).nonzero()[0])
-        name = f"chosen answer {k}" if k < chosen else f"rejected answer {k - chosen}"
-        raise ValueError(f"labels: {name} has no answer tokens; expected at least one label other than ignore_index")
+        before = int((role[:k] == role[k]).sum())  # sequences of a role are counted from 0
+        raise ValueError(
+            f"labels: {ROLES[int(role[k])]} answer {before} has no answer tokens; expected at least one label other than "
+            "ignore_index"
+        )
     return counts
 
 
@@ -247,10 +303,10 @@ def _clear_unvisited(stretches: list[Stretch], grads: list[Tensor], shift: bool)
 
 
 def numbers_of(result: Result, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """-> loss, preference_loss, nll_loss (Eq. 14), summed log-probs, chosen and rejected rewards: copies in that dtype."""
-    preference = result.losses.sum() / batch.num_pairs
+    """-> loss, preference_loss, nll_loss (Eq. 14), summed log-probs and rewards (K,): copies in that dtype."""
+    preference = result.losses.sum() / batch.num_groups
     loss = batch.preference_weight * preference + result.nll
-    numbers = (loss, preference, result.nll, result.sums, result.chosen_rewards, result.rejected_rewards)
+    numbers = (loss, preference, result.nll, result.sums, result.rewards)
     return tuple(x.to(dtype, copy=True) for x in numbers)
 
 
@@ -264,29 +320,29 @@ def sweep_op(
     nll: list[Tensor],
     nll_weights: list[Tensor],
     nll_total: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-    pair: Tensor,
+    refs: Tensor | None,
+    group: Tensor,
+    role: Tensor,
     count: int,
     objective: str,
     parameters: list[float],
     preference_weight: float,
-    num_pairs: float,
+    num_groups: float,
     shift: bool,
     ignore_index: int,
-    group: str,
+    ranks: str,
     scale: float,
     softcap: float,
     workspace_bytes: int,
     compute_dtype: torch.dtype,
     need: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     grads = [torch.zeros_like(h, memory_format=torch.contiguous_format) if need[0] else None for h in hiddens]
     batch = Batch(
-        answers, segments, nll, nll_weights, nll_total, ref_chosen, ref_rejected, pair, count, objective, parameters,
-        preference_weight, num_pairs, shift, ignore_index, group,
+        answers, segments, nll, nll_weights, nll_total, refs, group, role, count, objective, parameters,
+        preference_weight, num_groups, shift, ignore_index, ranks,
     )  # fmt: skip
     result = run_sweep(hiddens, grads, weight, bias, batch, options, backend)
     dw, dw_scale = deliver(result.dw, weight)
@@ -317,9 +373,9 @@ def deliver(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
 @sweep_op.register_fake
 def _(hiddens, weight, bias, *rest):
     batch, need = Batch(*rest[: len(Batch._fields)]), rest[-2]
-    b, r = batch.count, batch.pair.shape[0]
+    k = batch.sequences
     return (
-        *(weight.new_empty(shape, dtype=result_dtype(weight.dtype)) for shape in ((), (), (), b + r, b, r)),
+        *(weight.new_empty(shape, dtype=result_dtype(weight.dtype)) for shape in ((), (), (), k, k)),
         [h.new_empty(h.shape if need[0] else 0) for h in hiddens],
         weight.new_empty(weight.shape if need[1] else 0),
         weight.new_empty(0) if not need[2] else bias.new_empty(bias.shape),
@@ -327,18 +383,19 @@ def _(hiddens, weight, bias, *rest):
     )
 
 
-def _setup(ctx, inputs, output):
+def setup(ctx, inputs, output):
+    """Of an operator from (hiddens, weight, bias, ..., need, backend) to (..., their gradients, three scales)."""
     ctx.need = inputs[-2]
     # autograd wants a list of None for a list of tensors, and for an empty list, among the inputs without a gradient
     ctx.blank = [
         [None] * len(x) if isinstance(x, list) and all(isinstance(t, Tensor) for t in x) else None for x in inputs[3:]
     ]
     ctx.nothing = [None] * len(inputs[0]), None, None, *ctx.blank
-    ctx.save_for_backward(*output[6], *output[7:])
+    ctx.save_for_backward(*output[-4], *output[-3:])
     ctx.set_materialize_grads(False)  # or the engine makes a zero tensor as large as each gradient
 
 
-def _backward(ctx, grad, *_):
+def backward(ctx, grad, *_):
     if grad is None:  # only a detached output was asked for
         return ctx.nothing
     refuse_create_graph()
@@ -349,7 +406,7 @@ def _backward(ctx, grad, *_):
     return dh, *head, *ctx.blank
 
 
-sweep_op.register_autograd(_backward, setup_context=_setup)
+sweep_op.register_autograd(backward, setup_context=setup)
 
 
 def scaled(saved: Tensor, factor: Tensor) -> Tensor:
@@ -406,9 +463,9 @@ def logps_op(
     options = Options(scale, softcap, workspace_bytes, compute_dtype, False, False, False)
     out = torch.zeros(hidden.shape[0], dtype=result_dtype(weight.dtype), device=hidden.device)
     with torch.autocast(weight.device.type, enabled=False):
-        stretches = _token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
-        _check_labels(stretches, weight.shape[0])
-        head = _head(weight, bias, options, backend, hidden.shape[0])
+        stretches = token_stretches(hidden, None, labels, torch.ones(1, 1), ignore_index)
+        check_rows_labels(stretches, weight.shape[0])
+        head = make_head(weight, bias, options, backend, hidden.shape[0])
         for chunk in head.chunks(windows(stretches), Stretch.nll_mask):
             chunk.write(head.logps(chunk), out)
     return out
@@ -437,9 +494,9 @@ def logps_backward_op(
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
     with torch.autocast(weight.device.type, enabled=False):
-        stretches = _token_stretches(hidden, dh, labels, grad[None], ignore_index)
+        stretches = token_stretches(hidden, dh, labels, grad[None], ignore_index)
         nll_total = torch.full((), -1.0)  # the weight of a negative log-prob is the negative gradient
-        result = sweep(stretches, _head(weight, bias, options, backend, hidden.shape[0]), None, nll_total)
+        result = sweep(stretches, make_head(weight, bias, options, backend, hidden.shape[0]), None, nll_total)
         dh, dw, db = (None if g is None else scale_(g, 1 / result.grad_scale) for g in (dh, result.dw, result.db))
     return (
         hidden.new_empty(0) if dh is None else dh,
@@ -458,7 +515,7 @@ def _(grad, hidden, weight, bias, *rest):
     )
 
 
-def _token_stretches(hidden: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor, ignore_index: int):
+def token_stretches(hidden: Tensor, grad: Tensor | None, labels: Tensor, weights: Tensor, ignore_index: int):
     """(N, H) rows with one label each and per-row weights (1, N), or one weight (1, 1), as a single stretch."""
     none = torch.empty(0, dtype=torch.int64)
     grads = [None if grad is None else grad[None]]

@@ -3,9 +3,13 @@
     L = lambda * (1/P) sum_b f_b(S) + (1/P) sum_b (1/T_b) sum_t -logp_t              (Eq. 14, P = num_pairs)
 
 S_k is the sum of log-probs over the answer tokens of sequence k, over all turns (Eq. 13), summed in float64; f_b is the
-objective's loss of pair b (objectives.py); the second term is the NLL over the T_b labelled tokens of the whole chosen
-sequence. docs/mathematics.md derives the sweep and its cost: 6 N H V operations, rows without weight never read. Not
-covered: full-vocabulary KL (divergence.py).
+objective's loss of pair b, or of another group of answers (objective.py); the second term is the NLL over the T_b labelled
+tokens of the whole chosen sequence. docs/mathematics.md derives the sweep and its cost: 6 N H V operations, rows without
+weight never read. Not covered: full-vocabulary KL (divergence.py).
+
+fused_preference_loss   chosen (B, Tc, H) and rejected (R, Tr, H)
+packed_preference_loss  pairs in flat rows (N, H), as batches that share a prefix have them
+packed_objective_loss   any groups of answers in flat rows
 """
 
 from __future__ import annotations
@@ -29,9 +33,11 @@ from .checks import (
     compute_dtype,
     logit_map,
 )
-from .objectives import Objective, resolve_objective
+from .objective import PAIR, Objective
+from .objectives import resolve_objective
 from .operators import Batch, keeps_graph, numbers_of, refuse_create_graph, run_sweep, scaled, sweep_op
 from .products import result_dtype
+from .rows import to_device
 from .sweep import Options
 
 
@@ -45,6 +51,16 @@ class PreferenceOutput(NamedTuple):
     rejected_logps: Tensor  # (R,)
     chosen_rewards: Tensor  # (B,) beta * (logps - reference) where the objective has a reference
     rejected_rewards: Tensor  # (R,)
+
+
+class ObjectiveOutput(NamedTuple):
+    """loss carries the gradient; everything else is detached. All float32 (float64 for float64 inputs), on the device."""
+
+    loss: Tensor  # () preference_weight * objective_loss + nll_loss
+    objective_loss: Tensor  # () mean over groups
+    nll_loss: Tensor  # () sum of nll_weights * NLL over the denominator; 0 without nll_weights
+    logps: Tensor  # (K,) summed over answer tokens
+    rewards: Tensor  # (K,) as the objective logs them
 
 
 def fused_preference_loss(
@@ -109,10 +125,10 @@ def fused_preference_loss(
     if nll_labels is not None:
         nll_labels = check_labels(nll_labels, (b, tc), "nll_labels", "chosen_hidden")
     shift, ignore_index = check_flag("shift", shift), check_ignore_index(ignore_index)
-    pairs = _check_pairs(objective, b, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
+    groups = _check_pairs(objective, b, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
 
     none = torch.empty(0, dtype=torch.int64)
-    return _run(
+    out = _run(
         hiddens=[chosen_hidden, rejected_hidden],
         weight=weight,
         bias=bias,
@@ -120,7 +136,7 @@ def fused_preference_loss(
         segments=[torch.arange(b)[:, None], torch.arange(b, b + r)[:, None]],
         nll=[none if nll_labels is None else nll_labels, none],
         nll_weights=[_token_means(nll_labels, shift, ignore_index), torch.zeros(r, 1)],
-        pairs=pairs,
+        groups=groups,
         shift=shift,
         ignore_index=ignore_index,
         map=logit_map(scale, softcap),
@@ -128,6 +144,7 @@ def fused_preference_loss(
         reuse_hidden=reuse_hidden,
         backend=backend,
     )
+    return _of_pairs(out, b)
 
 
 def packed_preference_loss(
@@ -171,22 +188,84 @@ def packed_preference_loss(
         each rank's own. The host waits for the device once; K and 1 float64 numbers go round beside that.
     Everything else, errors and source as in fused_preference_loss.
     """
-    check_head(hidden, weight, bias)
-    check_rows(hidden)
-    n, group = check_shards(shards, hidden)
-    num_chosen = check_whole("num_chosen", num_chosen, 0, "the number of chosen sequences, an int >= 0")
-    labels = check_labels(labels, (n,))
-    sequences = check_labels(sequences, (n,), "sequences")
-    check_numbers(nll_weights, (n,), "nll_weights")
-    if nll_weights is not None and nll_weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError("nll_weights requires a gradient, and none would reach it: expected nll_weights.detach()")
     check_tensor("rejected_pair", rejected_pair, (torch.int64,))
     if rejected_pair.dim() != 1:
         raise ValueError(
             f"rejected_pair.shape={tuple(rejected_pair.shape)}: expected (R,), the pair of each rejected one"
         )
+    num_chosen = check_whole("num_chosen", num_chosen, 0, "the number of chosen sequences, an int >= 0")
     r = rejected_pair.shape[0]
-    pairs = _check_pairs(objective, num_chosen, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
+    groups = _check_pairs(objective, num_chosen, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
+    out = _packed(
+        hidden, weight, labels, sequences, groups, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
+        reuse_hidden, backend, shards,
+    )  # fmt: skip
+    return _of_pairs(out, num_chosen)
+
+
+def packed_objective_loss(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,) int64
+    sequences: Tensor,  # (N,) int64
+    *,
+    groups: Tensor,  # (K,) int64
+    roles: Tensor,  # (K,) int64
+    num_groups: int,
+    objective: Objective | str,
+    denominator: float | None = None,
+    ref_logps: Tensor | None = None,  # (K,)
+    nll_weights: Tensor | None = None,  # (N,)
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    reuse_hidden: bool = False,
+    backend: str | None = None,
+    shards: Shards | None = None,
+) -> ObjectiveOutput:
+    """Any objective of the summed log-probs of K answers in groups, from flat rows: pairs, answers alone, threes.
+
+    sequences: the number k of the answer whose token a row predicts, -1 for rows that predict none.
+    groups: the group of each answer, 0 to G - 1, in any order.  roles: what it is there: longpo_ops.ops.objective's CHOSEN 0,
+        REJECTED 1, ANSWER 2 or ANCHOR 3. An objective's `forms` say which roles a group has. Groups and roles on the host
+        cost no synchronisation, as labels and sequences.
+    num_groups: G.  denominator: what sums over groups, and the NLL, are divided by, default G; as num_pairs in
+        fused_preference_loss.
+    ref_logps: the reference's log-probs of each answer, for objectives that have one.
+    Everything else, errors and source as in packed_preference_loss.
+    """
+    check_tensor("groups", groups, (torch.int64,))
+    if groups.dim() != 1 or not groups.shape[0]:
+        raise ValueError(f"groups.shape={tuple(groups.shape)}: expected (K,), the group of each answer, at least one")
+    k = groups.shape[0]
+    groups, roles = check_labels(groups, (k,), "groups", "an answer"), check_labels(roles, (k,), "roles", "an answer")
+    objective = resolve_objective(objective)
+    _check_reference(objective, "ref_logps", ref_logps, k, "answer")
+    count = check_whole("num_groups", num_groups, 1, "the number of groups, an int >= 1")
+    refs = None if ref_logps is None else ref_logps.detach()
+    given = _Groups(objective, count, groups, roles, refs, _check_total("denominator", denominator, count))
+    out = _packed(
+        hidden, weight, labels, sequences, given, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
+        reuse_hidden, backend, shards,
+    )  # fmt: skip
+    return ObjectiveOutput(*out)
+
+
+def _packed(
+    hidden, weight, labels, sequences, groups, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
+    reuse_hidden, backend, shards,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The numbers of an ObjectiveOutput, from flat rows."""
+    check_head(hidden, weight, bias)
+    check_rows(hidden)
+    n, ranks = check_shards(shards, hidden)
+    labels = check_labels(labels, (n,))
+    sequences = check_labels(sequences, (n,), "sequences")
+    check_numbers(nll_weights, (n,), "nll_weights")
+    if nll_weights is not None and nll_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("nll_weights requires a gradient, and none would reach it: expected nll_weights.detach()")
     return _run(
         hiddens=[hidden[None]],
         weight=weight,
@@ -195,29 +274,34 @@ def packed_preference_loss(
         segments=[sequences[None]],
         nll=[torch.empty(0, dtype=torch.int64) if nll_weights is None else labels[None]],
         nll_weights=[torch.zeros(1, 1) if nll_weights is None else nll_weights.detach().cpu()[None]],
-        pairs=pairs,
+        groups=groups,
         shift=False,
         ignore_index=check_ignore_index(ignore_index),
         map=logit_map(scale, softcap),
         workspace_bytes=workspace_bytes,
         reuse_hidden=reuse_hidden,
         backend=backend,
-        group=group,
+        ranks=ranks,
     )
 
 
-class _Pairs(NamedTuple):
+class _Groups(NamedTuple):
+    """As in operators.Batch."""
+
     objective: Objective
-    count: int  # B
-    pair: Tensor  # (R,)
-    ref_chosen: Tensor | None
-    ref_rejected: Tensor | None
-    num_pairs: float
+    count: int
+    group: Tensor
+    role: Tensor
+    refs: Tensor | None
+    total: float  # what sums over groups are divided by
 
 
-def _check_pairs(objective, b: int, r: int, pair, ref_chosen, ref_rejected, num_pairs) -> _Pairs:
+def _check_pairs(objective, b: int, r: int, pair, ref_chosen, ref_rejected, num_pairs) -> _Groups:
     """Everything about pairs that can be said without their rows. Raises ValueError."""
     objective = resolve_objective(objective)
+    if PAIR not in objective.forms:
+        forms = " or ".join(" + ".join(form) for form in objective.forms)
+        raise ValueError(f"objective {objective.name}: takes groups of {forms}, no pairs; use packed_objective_loss")
     if pair is None:
         if r != b:
             raise ValueError(
@@ -228,17 +312,35 @@ def _check_pairs(objective, b: int, r: int, pair, ref_chosen, ref_rejected, num_
     if objective.one_rejected and r != b:
         raise ValueError(f"objective {objective.name}: takes one rejected sequence per pair, got {r} for {b} pairs")
     for kind, reference, length in (("chosen", ref_chosen, b), ("rejected", ref_rejected, r)):
-        name = f"ref_{kind}_logps"
-        if objective.needs_reference and reference is None:
-            raise ValueError(
-                f"{name} is missing: objective {objective.name!r} compares with a reference; expected ({length},)"
-            )
-        if not objective.needs_reference and reference is not None:
-            raise ValueError(f"{name} was given: objective {objective.name!r} is reference-free; expected None")
-        check_numbers(reference, (length,), name, f", one per {kind} sequence")
-    num_pairs = float(max(b, 1)) if num_pairs is None else check_number("num_pairs", num_pairs, above=0)
-    references = (None if x is None else x.detach() for x in (ref_chosen, ref_rejected))
-    return _Pairs(objective, b, pair, *references, num_pairs)
+        _check_reference(objective, f"ref_{kind}_logps", reference, length, f"{kind} sequence")
+    refs = None if ref_chosen is None else _joined(ref_chosen.detach(), ref_rejected.detach())
+    return _Groups(objective, b, pair, torch.empty(0, dtype=torch.int64), refs, _check_total("num_pairs", num_pairs, b))
+
+
+def _check_reference(objective: Objective, name: str, reference: Tensor | None, length: int, of: str) -> None:
+    """Raises ValueError unless references are there where the objective reads them, one per sequence."""
+    if objective.needs_reference and reference is None:
+        raise ValueError(
+            f"{name} is missing: objective {objective.name!r} compares with a reference; expected ({length},)"
+        )
+    if not objective.needs_reference and reference is not None:
+        raise ValueError(f"{name} was given: objective {objective.name!r} is reference-free; expected None")
+    check_numbers(reference, (length,), name, f", one per {of}")
+
+
+def _check_total(name: str, given: float | None, count: int) -> float:
+    return float(max(count, 1)) if given is None else check_number(name, given, above=0)
+
+
+def _joined(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(B,), (R,) -> (K,) float64; on the host where both are, else on the device of one."""
+    device = rejected.device if chosen.device.type == "cpu" else chosen.device
+    return torch.cat([to_device(numbers.double(), device) for numbers in (chosen, rejected)])
+
+
+def _of_pairs(numbers: tuple[Tensor, ...], b: int) -> PreferenceOutput:
+    loss, preference, nll, logps, rewards = numbers
+    return PreferenceOutput(loss, preference, nll, logps[:b], logps[b:], rewards[:b], rewards[b:])
 
 
 def _token_means(nll_labels: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
@@ -250,28 +352,26 @@ def _token_means(nll_labels: Tensor | None, shift: bool, ignore_index: int) -> T
 
 
 def _run(
-    *, hiddens, weight, bias, answers, segments, nll, nll_weights, pairs, shift, ignore_index, map, workspace_bytes,
-    reuse_hidden, backend, group="",
-) -> PreferenceOutput:  # fmt: skip
+    *, hiddens, weight, bias, answers, segments, nll, nll_weights, groups, shift, ignore_index, map, workspace_bytes,
+    reuse_hidden, backend, ranks="",
+) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = compute_dtype(hiddens[0], weight, "hidden" if len(hiddens) == 1 else "chosen_hidden")
     backend, reuse_hidden = check_backend(backend), check_flag("reuse_hidden", reuse_hidden)
     grad = torch.is_grad_enabled()
-    need = [grad and any(t is not None and t.requires_grad for t in group) for group in (hiddens, [weight], [bias])]
+    need = [grad and any(t is not None and t.requires_grad for t in some) for some in (hiddens, [weight], [bias])]
     options = Options(*map, check_workspace(workspace_bytes, weight, dtype), dtype, *need)
-    nll_total = torch.full((), pairs.num_pairs, dtype=torch.float64)
-    objective = pairs.objective
+    nll_total = torch.full((), groups.total, dtype=torch.float64)
+    objective = groups.objective
     batch = Batch(
-        answers, segments, nll, nll_weights, nll_total, pairs.ref_chosen, pairs.ref_rejected, pairs.pair, pairs.count,
-        objective.name, objective.parameters(), objective.preference_weight, pairs.num_pairs, shift, ignore_index, group,
+        answers, segments, nll, nll_weights, nll_total, groups.refs, groups.group, groups.role, groups.count,
+        objective.name, objective.parameters(), objective.preference_weight, groups.total, shift, ignore_index, ranks,
     )  # fmt: skip
     if reuse_hidden and need[0]:
         numbers = _reuse(hiddens, weight, bias, batch, options, backend)
     else:
         scratch = options.workspace_bytes
         numbers = sweep_op(hiddens, weight, bias, *batch, *map, scratch, dtype, need, backend)
-    loss, preference, nll_loss, sums, chosen_rewards, rejected_rewards = numbers[:6]
-    detached = (preference, nll_loss, sums[: pairs.count], sums[pairs.count :], chosen_rewards, rejected_rewards)
-    return PreferenceOutput(loss, *(x.detach() for x in detached))
+    return numbers[0], *(x.detach() for x in numbers[1:5])
 
 
 def _reuse(hiddens, weight, bias, batch, options, backend) -> tuple[Tensor, ...]:

@@ -118,6 +118,10 @@ class Chunk:
         """(n,) on the device: NLL weight, 0 for rows that carry none."""
         return self._cat([_nll_weights(p, device, dtype) for p in self.pieces])
 
+    def read(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """(n,) on the device: the chunk's rows of (T,) numbers of its one stretch, on any device."""
+        return self._cat([to_device(p.read(numbers), device) for p in self.pieces])
+
     def write(self, rows: Tensor, target: Tensor | None = None) -> None:
         """rows (n, ...) to their places in a (T, ...) target, or in each stretch's gradient."""
         start = 0

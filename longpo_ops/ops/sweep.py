@@ -6,16 +6,16 @@ Every objective without a full-vocabulary KL has the form (docs/mathematics.md)
 
 so row t enters the gradient with one number, g_t = dL / d logp_t = c_k(t) - w_t, where c_k = df / dS_k:
 
-  1. score   answer rows of the pairs that do not fit one chunk: S_k                       2 N_a H V
+  1. score   answer rows of the groups that do not fit one chunk: S_k                      2 N_a H V
   2. decide  losses and c_k, plain PyTorch on K numbers
   3. sweep   Z = H_c W^T;  Z <- g_t f'(z) (onehot - softmax);  dH_c = Z W;  dW += Z^T H_c  6 N H V
 
-Pairs whose answers fit one chunk are scored, decided and swept in a single visit, the tile waiting in memory meanwhile.
-Rows that carry no weight are never read. With no pairs this is the weighted cross-entropy.
+Groups (pairs, say) whose answers fit one chunk are scored, decided and swept in a single visit, the tile waiting in memory
+meanwhile. Rows that carry no weight are never read. With no groups this is the weighted cross-entropy.
 
 Scratch: `workspace_bytes`, for any N and batch, beside the inputs, the delivered gradients and the float32 dW (4 H V bytes).
 float16: g is scaled by a power of two to at most 1 and the gradients carry `grad_scale`; 1/524288 would drown most of
-the softmax otherwise. Its gradients are therefore swept after all pairs are decided.
+the softmax otherwise. Its gradients are therefore swept after all groups are decided.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from ..parallel import Shards
-from .objectives import Objective, PairLogps, Terms
+from .objective import Answers, Objective, decide
 from .products import UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, to_device, windows
-from .tiles import BLOCK_BYTES, BLOCK_SHARE, LogitMap, Tiles, empty_tile
+from .tiles import BLOCK_BYTES, BLOCK_SHARE, NOTHING, Beside, LogitMap, Tiles, empty_tile
 
 # On CUDA 2.75 GiB: 4,096 rows of the widest common heads, V = 151,936 at H = 4,096 (2.51 GiB) and V = 152,064 at H = 8,192
 # (2.70). Fewer rows a chunk would read and write the head's gradient more often: docs/mathematics.md.
@@ -145,22 +145,26 @@ class HeadSweep:
 
     def logps(self, chunk: Chunk) -> Tensor:
         """(n,) log-probs alone."""
-        weight = self.products.weight
-        if self.tiles.linear_logps is None or self.products.blockwise or not is_row_major(weight):
-            h, labels, z = self._logits(chunk)
-            return self.tiles.logps(z, labels, self.map)[0]
-        h, labels = chunk.hidden(self.products.dtype), to_device(chunk.labels(), self.device)
-        return self.tiles.linear_logps(h, weight, labels, self.map)[0]
+        return self.stats(chunk)[0]
 
-    def score(self, chunk: Chunk) -> tuple[Tensor, Held]:
+    def stats(self, chunk: Chunk, beside: Beside = NOTHING) -> tuple[Tensor, Tensor]:
+        """(n,) log-probs and stats alone. What is asked for beside needs the tile, whatever the back-end."""
+        weight, straight = self.products.weight, self.tiles.linear_logps is not None and beside.columns == 2
+        if not straight or self.products.blockwise or not is_row_major(weight):
+            h, labels, z = self._logits(chunk)
+            return self.tiles.logps(z, labels, self.map, beside)
+        h, labels = chunk.hidden(self.products.dtype), to_device(chunk.labels(), self.device)
+        return self.tiles.linear_logps(h, weight, labels, self.map)
+
+    def score(self, chunk: Chunk, beside: Beside = NOTHING) -> tuple[Tensor, Held]:
         """(n,) log-probs, and the tile they came from."""
         h, labels, z = self._logits(chunk)
-        logps, stats = self.tiles.logps(z, labels, self.map)
+        logps, stats = self.tiles.logps(z, labels, self.map, beside)
         return logps, Held(chunk, h, labels, z, stats)
 
-    def push(self, held: Held, g: Tensor) -> None:
-        """Gradients of a scored chunk."""
-        dz = self.tiles.gradient_(held.z, held.labels, held.stats, g, self.map, self.products.dtype)
+    def push(self, held: Held, g: Tensor, classes: Tensor | None = None) -> None:
+        """Gradients of a scored chunk; g (n,), or (n, 4) of the affine family."""
+        dz = self.tiles.gradient_(held.z, held.labels, held.stats, g, self.map, self.products.dtype, classes)
         self._gather(held.chunk, held.h, dz)
 
     def visit(self, chunk: Chunk, g: Tensor) -> Tensor:
@@ -184,37 +188,36 @@ class HeadSweep:
         return self.dw if self.dw is None or self.gathered else self.dw.zero_()
 
 
-class Pairs(NamedTuple):
-    """B chosen sequences numbered 0..B-1 and R rejected ones numbered B..B+R-1."""
+class Groups(NamedTuple):
+    """What the K answer sequences are to each other."""
 
     objective: Objective
-    ref_chosen: Tensor | None  # (B,) on the device
-    ref_rejected: Tensor | None  # (R,) on the device
-    pair: Tensor  # (R,) int64, host
-    count: int  # B
+    refs: Tensor | None  # (K,) on the device
+    group: Tensor  # (K,) int64, host
+    role: Tensor  # (K,) int64, host
+    count: int  # G
     lengths: Tensor  # (K,) int64, host: answer tokens of each sequence, those on other ranks included
-    weight: float  # preference_weight / num_pairs: what a pair's loss counts in the total
+    weight: float  # preference_weight / num_groups: what a group's loss counts in the total
 
 
 class Result(NamedTuple):
     """Sums in float64; `grad_scale` divides every gradient (1 but for float16)."""
 
-    losses: Tensor  # (B,) preference losses
+    losses: Tensor  # (G,) preference losses
     nll: Tensor  # () sum of w_t * -logp_t
     sums: Tensor  # (K,) summed log-probs
-    chosen_rewards: Tensor  # (B,)
-    rejected_rewards: Tensor  # (R,)
+    rewards: Tensor  # (K,)
     dw: Tensor | None
     db: Tensor | None
     grad_scale: Tensor
 
 
 def sweep(
-    stretches: list[Stretch], head: HeadSweep, pairs: Pairs | None, nll_total: Tensor, shards: Shards | None = None
+    stretches: list[Stretch], head: HeadSweep, groups: Groups | None, nll_total: Tensor, shards: Shards | None = None
 ) -> Result:
     """Loss and gradients of all rows in one sweep; gradients of hidden go to each stretch's `grad`. NLL weights are
     divided by nll_total (); nothing is divided by 0. shards: the stretches are this rank's part of the rows."""
-    return _Sweep(stretches, head, pairs, nll_total, shards).run()
+    return _Sweep(stretches, head, groups, nll_total, shards).run()
 
 
 class _Sweep:
@@ -222,23 +225,22 @@ class _Sweep:
         self,
         stretches: list[Stretch],
         head: HeadSweep,
-        pairs: Pairs | None,
+        groups: Groups | None,
         nll_total: Tensor,
         shards: Shards | None,
     ):
-        self.stretches, self.head, self.pairs, self.shards = stretches, head, pairs, shards
+        self.stretches, self.head, self.groups, self.shards = stretches, head, groups, shards
         double = functools.partial(torch.zeros, device=head.device, dtype=torch.float64)
-        b, r = (0, 0) if pairs is None else (pairs.count, pairs.pair.shape[0])
-        self.sums, self.slopes, self.nll = double(b + r), double(b + r), double(1)
-        self.losses, self.chosen_rewards, self.rejected_rewards = double(b), double(b), double(r)
+        k, g = (0, 0) if groups is None else (groups.group.shape[0], groups.count)
+        self.sums, self.slopes, self.rewards, self.losses, self.nll = map(double, (k, k, k, g, 1))
         nll_total = to_device(nll_total, head.device, torch.float64)
         self.nll_scale = torch.where(nll_total != 0, 1 / nll_total, 0.0)
         self.windows = windows(stretches)
-        self.found = [[] for _ in range(b + r)]  # the windows that hold answer rows of each sequence
+        self.found = [[] for _ in range(k)]  # the windows that hold answer rows of each sequence
         self.grad_scale = torch.ones((), device=head.device)
 
     def run(self) -> Result:
-        groups, large = self._plan()
+        visits, large = self._plan()
         wants_gradient = self.head.options.need_any
         visited = torch.zeros_like(large)
         if bool(large.any()):
@@ -252,10 +254,10 @@ class _Sweep:
             visited = visited if wants_gradient else large
         if self.head.options.compute_dtype == torch.float16 and wants_gradient:
             self.grad_scale = self._float16_scale()
-        for group in groups:
-            visited = visited | group
-            (chunk,) = self.head.chunks(self._windows_of(group), self._answers_of(group))
-            self._visit_pairs(chunk, group, wants_gradient)
+        for sequences in visits:
+            visited = visited | sequences
+            (chunk,) = self.head.chunks(self._windows_of(sequences), self._answers_of(sequences))
+            self._visit_groups(chunk, sequences, wants_gradient)
         for chunk in self.head.chunks(self.windows, self._rest(visited)):
             logps = self.head.visit(chunk, self._weights(chunk)) if wants_gradient else self.head.logps(chunk)
             self._add_nll(chunk, logps)
@@ -265,22 +267,21 @@ class _Sweep:
             self.losses,
             self.nll[0],
             self.sums,
-            self.chosen_rewards,
-            self.rejected_rewards,
+            self.rewards,
             self.head.weight_gradient(),
             self.head.db,
             self.grad_scale,
         )
 
-    def _visit_pairs(self, chunk: Chunk, group: Tensor, wants_gradient: bool) -> None:
-        """Score, decide and sweep all answers of some pairs while their tile waits."""
+    def _visit_groups(self, chunk: Chunk, sequences: Tensor, wants_gradient: bool) -> None:
+        """Score, decide and sweep all answers of some groups while their tile waits."""
         if not wants_gradient:
             logps = self.head.logps(chunk)
         else:
             logps, held = self.head.score(chunk)
         self._add_sums(chunk, logps)
         self._add_nll(chunk, logps)
-        self._decide(group)
+        self._decide(sequences)
         if wants_gradient:
             self.head.push(held, self._weights(chunk))
 
@@ -289,25 +290,25 @@ class _Sweep:
     def _plan(self) -> tuple[list[Tensor], Tensor]:
         """-> sequences swept in a single visit, a mask (K,) per visit; and the mask of those scored first."""
         everything = torch.ones(len(self.found), dtype=torch.bool)
-        if self.pairs is None or not everything.shape[0]:
+        if self.groups is None or not everything.shape[0]:
             return [], ~everything
         self._find()
-        single_visit = self.pairs.objective.separable and self.head.options.compute_dtype != torch.float16
+        single_visit = self.groups.objective.separable and self.head.options.compute_dtype != torch.float16
         if not single_visit or self.shards is not None:  # what other ranks have scored comes before what is decided
             return [], everything
-        pair_of = torch.cat([torch.arange(self.pairs.count), self.pairs.pair])
-        rows = torch.zeros(self.pairs.count, dtype=torch.int64).index_add_(0, pair_of, self.pairs.lengths)
-        groups, group, room, large = [], [], 0, []
-        for pair, n in enumerate(rows.tolist()):
+        group_of = self.groups.group
+        rows = torch.zeros(self.groups.count, dtype=torch.int64).index_add_(0, group_of, self.groups.lengths)
+        visits, visit, room, large = [], [], 0, []
+        for group, n in enumerate(rows.tolist()):
             if n > self.head.rows:
-                large.append(pair)
+                large.append(group)
                 continue
             if n > room:
-                groups.append(group := [])
+                visits.append(visit := [])
                 room = self.head.rows
-            group.append(pair)
+            visit.append(group)
             room -= n
-        return [torch.isin(pair_of, torch.tensor(g)) for g in groups], torch.isin(pair_of, torch.tensor(large))
+        return [torch.isin(group_of, torch.tensor(v)) for v in visits], torch.isin(group_of, torch.tensor(large))
 
     def _find(self) -> None:
         for number, (stretch, start) in enumerate(self.windows):
@@ -359,36 +360,24 @@ class _Sweep:
         """g (n,) = c_k - w_t, in the tile's dtype."""
         dtype = self.head.dtype
         g = -chunk.nll_weights(self.head.device, torch.float64) * self.nll_scale
-        if self.pairs is not None:
+        if self.groups is not None:
             segments = to_device(chunk.segments(), self.head.device)
             g = g + torch.cat([self.slopes, self.slopes.new_zeros(1)])[segments]
         return (g * self.grad_scale).to(dtype)
 
     def _decide(self, sequences: Tensor) -> None:
-        """Losses, rewards and slopes of the pairs whose sequences are in the mask (K,)."""
-        pairs, b = self.pairs, self.pairs.count
-        chosen, rejected = (m.nonzero().squeeze(-1) for m in (sequences[:b], sequences[b:]))
-        local = torch.zeros(b, dtype=torch.int64)
-        local[chosen] = torch.arange(chosen.shape[0])
-        pair = local[pairs.pair[rejected]]
-        numbers = pairs.lengths.double(), chosen, rejected, pair
-        lengths, chosen, rejected, pair = (to_device(t, self.head.device) for t in numbers)
-        sums = torch.where(self.sums.isfinite(), self.sums, torch.nan)
-        terms: Terms = pairs.objective.terms(
-            PairLogps(
-                chosen=sums[chosen],  # NaN where not finite: a saturated loss would hide it
-                rejected=sums[b + rejected],
-                ref_chosen=None if pairs.ref_chosen is None else pairs.ref_chosen[chosen],
-                ref_rejected=None if pairs.ref_rejected is None else pairs.ref_rejected[rejected],
-                chosen_lengths=lengths[chosen],
-                rejected_lengths=lengths[b + rejected],
-                pair=pair,
-            )
+        """Losses, rewards and slopes of the groups whose sequences are in the mask (K,)."""
+        groups, device = self.groups, self.head.device
+        here = sequences.nonzero().squeeze(-1)
+        numbers, group = torch.unique(groups.group[here], return_inverse=True)
+        k, lengths, numbers = (to_device(t, device) for t in (here, groups.lengths[here].double(), numbers))
+        logps = torch.where(self.sums.isfinite(), self.sums, torch.nan)[k]  # NaN: a saturated loss would hide the other
+        refs = None if groups.refs is None else groups.refs[k]
+        decision = decide(
+            groups.objective, Answers.of(logps, lengths, refs, group, groups.role[here], numbers.shape[0])
         )
-        self.losses[chosen] = terms.losses
-        self.chosen_rewards[chosen], self.rejected_rewards[rejected] = terms.chosen_rewards, terms.rejected_rewards
-        self.slopes[chosen] = terms.chosen_slopes * pairs.weight
-        self.slopes[b + rejected] = terms.rejected_slopes * pairs.weight
+        self.losses[numbers], self.rewards[k] = decision.losses, decision.rewards
+        self.slopes[k] = decision.slopes * groups.weight
 
     def _float16_scale(self) -> Tensor:
         """Brings max |g| near 1: |g| <= max |c_k| + max |w_t|."""

@@ -13,12 +13,24 @@ a tile function computes, for row t with label y and stats (m, s) = (max_j l_j, 
 
 The pair (m, s) is kept instead of m + s: at |l| = 1e4 their float32 sum would cost 1e-3 nats.
 
+Beside its log-prob a row can be asked for (class Beside), each a column of stats:
+
+    mean        sum_j p_j (l_j - m)       the entropy is s - mean: no difference of large numbers, whatever m is
+    total       sum_j c_j (l_j - m)       c_j the class weights, or 1: sum_j c_j log p_j = total - s * sum_j c_j
+    predicted   the first j with l_j = m  as a number: exact up to V = 2^24; -1 in a row without a log-prob
+
+and its gradient can be any member of the affine family (docs/mathematics.md), of which (g, -g, 0, 0) is that of logp:
+
+    dz_j        = (alpha * 1[j == y] + p_j * (beta + gamma * (l_j - m)) + delta * c_j) * f'(z_j)
+
 Contract, the same for every back-end (torch | cpu | triton | cuda):
   z        (n, V) float32, last dimension contiguous, any row pitch >= V; n may be 0. The torch form also takes float64.
   labels   (n,)   int64 on z's device, each in [0, V): rows without a label never reach a tile.
-  stats    (n, 2) z.dtype
-  g        (n,)   z.dtype
-  A row with a NaN (or +inf) logit gives a NaN logp and NaN gradients; -inf logits have probability 0 and gradient 0.
+  stats    (n, 2) z.dtype, or with a Beside (n, 5): what was not asked for is 0. gradient_ reads the first two columns.
+  g        (n,)   z.dtype; for gradient_ also (n, 4): alpha, beta, gamma, delta of each row.
+  classes  (V,)   z.dtype, contiguous, the c_j; None for ones.
+  A row with a NaN (or +inf) logit gives a NaN logp and NaN gradients; -inf logits have probability 0, add 0 to
+  the mean and have gradient 0 but for delta; c_j = 0 adds 0 to the total whatever l_j is.
   Functions ending in _ overwrite z. With `dtype` float16 or bfloat16 the result is written into the first half of each
   float32 row and returned as a view (n, V) whose row pitch is twice z's, so that no second tile exists.
 Scratch: O(n) numbers; for the PyTorch form blocks of rows, of about 1 MiB on a CPU and a 16th of the tile elsewhere.
@@ -62,6 +74,44 @@ class LogitMap(NamedTuple):
         return dl.mul_(self.scale) if self.scale != 1.0 else dl
 
 
+PEAK, LOG_SUM, MEAN, TOTAL, PREDICTED = range(5)  # the columns of stats
+COLUMNS = 5
+
+
+class Beside(NamedTuple):
+    """What a row is asked for beside its log-prob: the columns of stats that are filled in."""
+
+    mean: bool = False
+    total: bool = False
+    predicted: bool = False
+    classes: Tensor | None = None  # (V,) c_j of the total
+
+    @property
+    def columns(self) -> int:
+        """Of stats."""
+        return COLUMNS if self.mean or self.total or self.predicted else 2
+
+
+NOTHING = Beside()
+
+
+def entropies(stats: Tensor) -> Tensor:
+    """(n, 5) stats with the mean -> (n,) float64 entropies in nats, NaN for a row without a log-prob."""
+    log_sum = stats[:, LOG_SUM].double()
+    return torch.where(log_sum >= 0, log_sum - stats[:, MEAN].double(), math.nan)
+
+
+def logsumexps(stats: Tensor) -> Tensor:
+    """(n, 2 or 5) stats -> (n,) float64, NaN for a row without a log-prob."""
+    log_sum = stats[:, LOG_SUM].double()
+    return torch.where(log_sum >= 0, log_sum + stats[:, PEAK].double(), math.nan)
+
+
+def predictions(stats: Tensor) -> Tensor:
+    """(n, 5) stats with what is predicted -> (n,) int64 token ids, -1 for a row without a log-prob."""
+    return stats[:, PREDICTED].long()
+
+
 class Divergence(NamedTuple):
     """Which full-vocabulary divergence: p is the student's distribution, q the teacher's.
 
@@ -78,13 +128,20 @@ class Tiles(Protocol):
 
     name: str
 
-    def logps(self, z: Tensor, labels: Tensor, map: LogitMap) -> tuple[Tensor, Tensor]:
-        """-> logps (n,), stats (n, 2); z is left as it is."""
+    def logps(self, z: Tensor, labels: Tensor, map: LogitMap, beside: Beside = NOTHING) -> tuple[Tensor, Tensor]:
+        """-> logps (n,), stats (n, 2), or (n, 5) where something is asked for beside; z is left as it is."""
 
     def gradient_(
-        self, z: Tensor, labels: Tensor, stats: Tensor, g: Tensor, map: LogitMap, dtype: torch.dtype
+        self,
+        z: Tensor,
+        labels: Tensor,
+        stats: Tensor,
+        g: Tensor,
+        map: LogitMap,
+        dtype: torch.dtype,
+        classes: Tensor | None = None,
     ) -> Tensor:
-        """-> dz (n, V) in `dtype`, in z's memory, of rows whose stats are known."""
+        """-> dz (n, V) in `dtype`, in z's memory, of rows whose stats are known; g (n,) or (n, 4)."""
 
     def logps_gradient_(
         self, z: Tensor, labels: Tensor, g: Tensor, map: LogitMap, dtype: torch.dtype
@@ -143,18 +200,25 @@ class TorchTiles:
     name = "torch"
     linear_logps = None
 
-    def logps(self, z, labels, map):
-        logps, stats = z.new_empty(z.shape[0]), z.new_empty(z.shape[0], 2)
+    def logps(self, z, labels, map, beside=NOTHING):
+        logps, stats = z.new_empty(z.shape[0]), z.new_zeros(z.shape[0], beside.columns)
         for rows in _row_blocks(z):
-            _, log_p, stats[rows] = _log_softmax(z[rows], map)
+            logits, log_p, stats[rows, :2] = _log_softmax(z[rows], map)
             logps[rows] = log_p.gather(-1, labels[rows, None]).squeeze(-1)
+            if beside.columns == COLUMNS:
+                _fill_beside(stats[rows], logits, log_p, beside)
         return logps, stats
 
-    def gradient_(self, z, labels, stats, g, map, dtype):
+    def gradient_(self, z, labels, stats, g, map, dtype, classes=None):
         for rows in _row_blocks(z):
             logits = map.apply_(z[rows].clone())
-            log_p = (logits - stats[rows, :1]).sub_(stats[rows, 1:])
-            self._write_gradient(z[rows], logits, log_p, labels[rows], g[rows], map, dtype)
+            shifted = logits - stats[rows, :1]
+            if g.dim() == 1:
+                log_p = shifted.sub_(stats[rows, 1:2])
+                self._write_gradient(z[rows], logits, log_p, labels[rows], g[rows], map, dtype)
+            else:
+                dl = _affine_gradient(shifted, stats[rows, 1:2], labels[rows], g[rows], classes)
+                _narrow(z[rows], dtype).copy_(map.chain_(dl, logits))
         return _narrow(z, dtype)
 
     def logps_gradient_(self, z, labels, g, map, dtype):
@@ -198,6 +262,31 @@ class TorchTiles:
         dl = log_p.exp_().mul_(-g[:, None])
         dl.scatter_add_(1, labels[:, None], g[:, None])
         _narrow(z, dtype).copy_(map.chain_(dl, logits))
+
+
+def _fill_beside(stats: Tensor, logits: Tensor, log_p: Tensor, beside: Beside) -> None:
+    """The columns of stats (r, 5) that are asked for, from logits and log-probabilities (r, V); both are overwritten."""
+    peak = stats[:, :1]
+    if beside.predicted:
+        predicted = logits.argmax(-1).to(stats.dtype)
+        stats[:, PREDICTED] = predicted.where(stats[:, LOG_SUM] >= 0, -1.0)
+    shifted = logits.sub_(peak)
+    if beside.mean:
+        p = log_p.exp_()
+        stats[:, MEAN] = p.mul_(shifted).masked_fill_(shifted == -math.inf, 0.0).sum(-1)
+    if beside.total:
+        if beside.classes is not None:
+            shifted.mul_(beside.classes).masked_fill_(beside.classes == 0, 0.0)
+        stats[:, TOTAL] = shifted.sum(-1)
+
+
+def _affine_gradient(shifted: Tensor, log_sum: Tensor, labels: Tensor, g: Tensor, classes: Tensor | None) -> Tensor:
+    """l - m (r, V), s (r, 1), alpha to delta (r, 4) -> the gradient by the logits (r, V), in the memory of l - m."""
+    alpha, beta, gamma, delta = g[:, :, None].unbind(1)
+    p = (shifted - log_sum).exp_()
+    dl = shifted.mul_(gamma).masked_fill_(p == 0, 0.0).add_(beta).mul_(p)
+    dl.add_(delta if classes is None else delta * classes)
+    return dl.scatter_add_(1, labels[:, None], alpha)
 
 
 def _divergence_rows(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:

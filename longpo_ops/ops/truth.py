@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objectives import Objective, PairLogps
+from .objective import Answers, Objective
 
 
 def logits(hidden, weight, bias=None, softcap=None, scale=1.0, temperature=1.0) -> Tensor:
@@ -32,13 +32,44 @@ def logprobs(hidden, weight, labels, *, ignore_index=-100, **map) -> Tensor:
     return torch.where(labelled, z.log_softmax(-1).gather(-1, labels.where(labelled, 0)[..., None]).squeeze(-1), 0.0)
 
 
-def cross_entropy(hidden, weight, labels, *, row_weights=None, reduction="mean", ignore_index=-100, **map) -> Tensor:
-    nll = -logprobs(hidden, weight, labels, ignore_index=ignore_index, **map)
-    weights = torch.ones_like(nll) if row_weights is None else row_weights.to(nll)
+def row_outputs(hidden, weight, labels, *, ignore_index=-100, **map) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> (...) log-probs, entropies and logsumexps, 0 where ignored, and the tokens predicted, -1 where ignored."""
+    labelled = labels != ignore_index
+    z = logits(hidden, weight, **map)
+    z = z if z.dtype == torch.float64 else z.float()
+    log_p = z.log_softmax(-1)
+    entropy = -torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p).sum(-1)
+    logps = log_p.gather(-1, labels.where(labelled, 0)[..., None]).squeeze(-1)
+    numbers = (torch.where(labelled, x, 0.0) for x in (logps, entropy, z.logsumexp(-1)))
+    return *numbers, z.argmax(-1).where(labelled, -1)
+
+
+def cross_entropy(
+    hidden,
+    weight,
+    labels,
+    *,
+    row_weights=None,
+    class_weights=None,
+    label_smoothing=0.0,
+    z_loss_weight=0.0,
+    reduction="mean",
+    ignore_index=-100,
+    **map,
+) -> Tensor:
+    labelled = labels != ignore_index
+    z = logits(hidden, weight, **map)
+    z = z if z.dtype == torch.float64 else z.float()
+    classes = None if class_weights is None else class_weights.to(z)
+    options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    losses = F.cross_entropy(z, labels, classes, **options)
+    squares = torch.where(labelled, z.logsumexp(-1), 0.0).square() * z_loss_weight
+    weights = torch.ones_like(losses) if row_weights is None else row_weights.to(losses)
     if reduction == "none":
-        return nll * weights
-    total = (weights * (labels != ignore_index)).sum()
-    return (nll * weights).sum() / (total if reduction == "mean" else 1.0)
+        return (losses + squares) * weights
+    of_label = 1.0 if classes is None else classes[labels.where(labelled, 0)]
+    total, rows = ((w * labelled).sum() if reduction == "mean" else 1.0 for w in (weights * of_label, weights))
+    return (losses * weights).sum() / total + (squares * weights).sum() / rows
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Tensor:
@@ -81,13 +112,13 @@ def preference_loss(
 
     chosen = per_token(chosen_hidden, chosen_labels).sum(1)
     rejected = per_token(rejected_hidden, rejected_labels).sum(1)
-    pair = torch.arange(len(chosen)) if rejected_pair is None else rejected_pair
-    references = (None if r is None else r.double() for r in (ref_chosen_logps, ref_rejected_logps))
-    terms = objective.terms(
-        PairLogps(chosen, rejected, *references, lengths(chosen_labels), lengths(rejected_labels), pair)
-    )
+    pair = torch.arange(len(chosen)) if rejected_pair is None else rejected_pair.cpu()
+    refs = None if ref_chosen_logps is None else torch.cat([ref_chosen_logps, ref_rejected_logps]).double()
+    tokens = torch.cat([lengths(chosen_labels), lengths(rejected_labels)])
+    group, role = torch.cat([torch.arange(len(chosen)), pair]), torch.tensor([0] * len(chosen) + [1] * len(pair))
+    losses = objective.losses(Answers.of(torch.cat([chosen, rejected]), tokens, refs, group, role, len(chosen)))
     count = num_pairs or len(chosen)
-    loss = objective.preference_weight * terms.losses.sum() / count
+    loss = objective.preference_weight * losses.sum() / count
     if nll_labels is not None:
         loss = loss - (per_token(chosen_hidden, nll_labels).sum(1) / lengths(nll_labels)).sum() / count
     return loss, chosen, rejected

@@ -68,11 +68,12 @@ def pair_html(pair: Pair) -> str:
         _folded("document", pair.document),
     ]
     for number, turn in enumerate(pair.turns, 1):
-        parts += [
-            f"<h3>Turn {number}</h3>",
-            f'<p class="question">{safe(turn.instruction)}</p>',
-            _folded("chunk", turn.chunk),
-        ]
+        if turn.instruction:  # a context has neither question nor chunk
+            parts += [
+                f"<h3>Turn {number}</h3>",
+                f'<p class="question">{safe(turn.instruction)}</p>',
+                _folded("chunk", turn.chunk),
+            ]
         for rejected in turn.rejected:
             stretches = differences(turn.chosen, rejected)
             sides = [

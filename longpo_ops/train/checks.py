@@ -54,7 +54,7 @@ from .arithmetic import AUTOCAST, base_model
 from .checkpoints import last_checkpoint
 from .config import LongPOConfig
 from .forward import shares_prefix
-from .packed import PackedPairs, select
+from .packed import PackedPairs, parts_of, rows_of, select
 from .reference import DataReference, readings
 
 if TYPE_CHECKING:
@@ -238,24 +238,42 @@ def check_pairs(
 ) -> int:
     """-> tokens of the longest sequence. Raises ValueError for a record that lacks what the method reads of it, or does not
     fit the target length."""
-    return max((_check_pair(pair, config, target, separate) for pair in pairs), default=0)
+    longest, rows, whole = 0, 0, 0
+    for pair in pairs:
+        length, of_pair = _check_pair(pair, config, target, separate)
+        longest, rows = max(longest, length), rows + of_pair
+        whole += packed_length(pair, separate) if config.method.sequence == "triples" else 0
+    if whole:
+        _tell_once(logging.INFO, _savings(config.objective, rows, whole, separate))
+    return longest
 
 
-def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None, separate: bool) -> int:
+def _savings(objective: str, rows: int, whole: int, separate: bool) -> str:
+    """What it means that no rejected answer is read at length: much where sequences are separate, little beside a prefix that
+    chosen and rejected answers share."""
+    how = "as separate sequences" if separate else "with prefixes shared"
+    return (
+        f"{objective} reads {rows} tokens a pass over the data: short inputs with both answers, the long ones with chosen "
+        f"answers alone. Both answers on the long inputs alone would be {whole} {how}: {rows / whole:.3g} of that"
+    )
+
+
+def _check_pair(pair: TokenizedPair, config: LongPOConfig, target: int | None, separate: bool) -> tuple[int, int]:
+    """-> tokens of its longest sequence, and rows in its pack."""
     selected, method = select(pair, config.method), config.method
     if target and selected.length > target:
         raise ValueError(
             f"record {pair.id!r}: {selected.length} tokens, target_length is {target}; raise it (or "
             "max_position_embeddings, its default for logo), or set it to 0 to leave positions as they are"
         )
-    if (tokens := packed_length(selected, separate)) < config.sequence_parallel:
+    if (tokens := rows_of(method, selected, separate)) < config.sequence_parallel:
         raise ValueError(
             f"record {pair.id!r}: {tokens} tokens in its pack, fewer than the {config.sequence_parallel} processes that share "
             "it; lower sequence_parallel, or leave the record out"
         )
     if method.reference is not None:
         DataReference().logps(pair) if config.reference == "data" else readings(pair, method.reference)
-    return selected.length
+    return max(part.length for part in parts_of(method, selected)), tokens
 
 
 def check_positions(model: nn.Module, longest: int) -> None:
@@ -394,7 +412,8 @@ def plan_memory(
     fits, for separate sequences by attention that is not planned, and for a policy that trains other weights than all of them,
     or than adapters of one rank."""
     refuse_unplanned(model, config)
-    longest = max(packed_length(select(pair, config.method), separate) for pairs in datasets for pair in pairs)
+    method = config.method
+    longest = max(rows_of(method, select(pair, method), separate) for pairs in datasets for pair in pairs)
     online = reference is not None and config.reference == "online"
     adapters, dtype = _adapters(model, quantization), base_model(model).dtype
     work = plan.Work(
@@ -421,12 +440,12 @@ def plan_memory(
 
 def _sequences(model: nn.Module, config: LongPOConfig, datasets: Sequence[Sequence[TokenizedPair]]) -> Sequences:
     """Of separate packs, as they come."""
-    lengths = []
+    lengths, method = [], config.method
     for pairs in datasets:
         for group in packs_of(pairs, config, None, separate=True).groups:
-            selected = [select(pairs[i], config.method) for i in group]
-            chosen = [len(pair.chosen) for pair in selected]
-            lengths.append(chosen + [len(sequence) for pair in selected for sequence in pair.rejected])
+            parts = [part for i in group for part in parts_of(method, select(pairs[i], method))]
+            chosen = [len(part.chosen) for part in parts]
+            lengths.append(chosen + [len(sequence) for part in parts for sequence in part.rejected])
     return Sequences.of(lengths, base_model(model).config._attn_implementation)
 
 

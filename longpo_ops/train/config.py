@@ -102,7 +102,7 @@ class LongPOConfig(TrainingArguments):
         self.method.make_objective(self.objective_options or {})
         if self.reference not in REFERENCES:
             raise ValueError(f"reference={self.reference!r}: expected one of {', '.join(REFERENCES)}")
-        if self.reference == "data" and (self.method.constraint or self.method.reference == "long"):
+        if self.reference == "data" and (self.method.constraint or self.method.reference in ("long", "both")):
             lacks = "hidden states" if self.method.constraint else "log-probs of the long inputs"
             raise ValueError(
                 f"reference='data': {self.objective} needs {lacks}, which data do not hold; "
@@ -121,6 +121,11 @@ class LongPOConfig(TrainingArguments):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, or none")
         self._check_numbers()
+        if self.target_length and self.method.sequence == "triples":
+            raise ValueError(
+                f"target_length={self.target_length}: {self.objective} compares an answer on the short input with that on the "
+                "long one at their own positions; expected none"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate}: expected a finite number above 0")
         if self.constraint_weight is None:

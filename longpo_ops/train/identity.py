@@ -109,6 +109,8 @@ class Identity:
         values = {"recipe": run.title} | {name: settings[name] for name in (*PATHS, *DECIDING["run"])}
         values |= {name: given[name] for name in (*DECIDING["config"], *LENGTH)}
         values["objective_options"] = config.objective_options or {}
+        if code := config.method.code:
+            contents["objective"] = code
         values["separate"] = prepared.separate is not None  # asked for or not
         values |= {"reference_from": _reference_from(config), "memory": _memory(config)}
         values["packs_per_step"] = packs_per_step(config)
@@ -201,6 +203,8 @@ class Identity:
         if (packs := theirs["packs_per_step"]) != (here := self.values["packs_per_step"]):
             changed.append(f"packs_per_step={packs} became {here}: {advise_packs(packs, self.data_ranks)}")
         changed += [f"another {name}" for name in ("tokenizer", "chat template") if before[name] != now[name]]
+        if theirs["objective"] == self.values["objective"] and before.get("objective") != now.get("objective"):
+            changed.append(f"other code of objective {self.values['objective']}")
         for name in ("data", "eval_data"):
             if (before[name] or {}).get("digest") != (now[name] or {}).get("digest"):
                 told = f"{name}: {_what_became(self.folder, before[name], now[name])}"

@@ -9,12 +9,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..data import PairBatch, TokenizedPair, pack, pack_within, write_tokenized
+from ..data import PairBatch, TokenizedPair, pack, pack_within, packed_length, write_tokenized
+from ..data.triples import pack_triples, with_short
 from ..runs.journal import write_atomically
 from .methods import Method
 
@@ -85,15 +87,18 @@ def _value(scalar):
 
 def select(pair: TokenizedPair, method: Method) -> TokenizedPair:
     """What a pack of this method holds of a pair. Raises ValueError naming the record where a part is missing."""
-    if method.sequence == "pair":
-        if not pair.rejected:
+    if method.sequence == "triples":
+        with_short(pair)
+        selected, rejected = replace(pair, rejected=()), pair.ref_rejected
+    elif method.sequence == "pair":
+        selected, rejected = pair, pair.rejected
+        if not rejected:
             raise ValueError(f"record {pair.id!r}: no rejected answer; objective {method.name!r} compares two")
-        if method.name == "kto_pair" and len(pair.rejected) != 1:
-            raise ValueError(f"record {pair.id!r}: {len(pair.rejected)} rejected answers; kto_pair takes one")
-        selected = pair
     else:
         sequence = pair.chosen if method.sequence == "chosen" else pair.rejected[0]
-        selected = replace(pair, chosen=sequence, rejected=())
+        selected, rejected = replace(pair, chosen=sequence, rejected=()), ()
+    if method.one_rejected and len(rejected) != 1:
+        raise ValueError(f"record {pair.id!r}: {len(rejected)} rejected answers; {method.name} takes one")
     if method.constraint and pair.ref_chosen:
         short = np.concatenate([sequence.answer_ids for sequence in pair.ref_chosen])
         if not np.array_equal(short, pair.chosen.answer_ids):
@@ -106,6 +111,16 @@ def select(pair: TokenizedPair, method: Method) -> TokenizedPair:
     if method.nll and selected.chosen.nll_labels is None:
         raise ValueError(f"record {pair.id!r}: no NLL labels (lm_labels) in the {method.sequence} sequence")
     return selected
+
+
+def parts_of(method: Method, selected: TokenizedPair) -> tuple[TokenizedPair, ...]:
+    """What a pack holds side by side of what was selected of a pair."""
+    return with_short(selected) if method.sequence == "triples" else (selected,)
+
+
+def rows_of(method: Method, selected: TokenizedPair, separate: bool = False) -> int:
+    """Rows that they take in a pack."""
+    return sum(packed_length(part, separate) for part in parts_of(method, selected))
 
 
 class PackedPairs(Dataset):
@@ -130,7 +145,8 @@ class PackedPairs(Dataset):
     def _group(self, pack_tokens: int) -> list[list[int]]:
         index, groups = 0, []
         selected = (select(pair, self.method) for pair in self.pairs)
-        for group in pack_within(selected, pack_tokens, separate=self.separate):
+        length = partial(rows_of, self.method)
+        for group in pack_within(selected, pack_tokens, separate=self.separate, length=length):
             groups.append(list(range(index, index + len(group))))
             index += len(group)
         return groups
@@ -141,6 +157,8 @@ class PackedPairs(Dataset):
     def __getitem__(self, index: int) -> Pack:
         pairs = tuple(self.pairs[i] for i in self.groups[index])
         selected = [select(pair, self.method) for pair in pairs]
+        if self.method.sequence == "triples":
+            return Pack(pack_triples(selected, separate=self.separate), pairs, index)
         return Pack(pack(selected, self.target_length, self.seed, separate=self.separate), pairs, index)
 
 

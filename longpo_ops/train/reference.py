@@ -1,6 +1,7 @@
 """What the frozen reference says about the answers: computed once and kept on disk, or on the fly.
 
-For pair i the reference reads the SHORT inputs, one per turn (Eq. 12-13), or for plain DPO the long one:
+For pair i the reference reads the SHORT inputs, one per turn (Eq. 12-13), or for plain DPO the long one, or for SoLoPO both,
+all that the policy reads, where it keeps a number for each sequence (data/triples.py) in place of the sums:
 
     r_k = sum over turns and answer tokens of log pi_S(y | x_S)
 
@@ -33,6 +34,7 @@ from tqdm.auto import tqdm
 
 from ..attention import rotary_modules
 from ..data import PairBatch, TokenizedPair, pack
+from ..data.triples import pack_triples, with_short
 from ..ops.logprobs import linear_logprobs
 from ..pretrained import plain_parts
 from ..runs.disk import writing
@@ -43,13 +45,16 @@ from .states import other_names
 
 
 def readings(pair: TokenizedPair, reading: str) -> tuple[TokenizedPair, ...]:
-    """The pairs the reference reads for one pair: its short inputs, or itself. Raises ValueError naming the record."""
+    """The pairs the reference reads for one pair: its short inputs, itself, or both. Raises ValueError naming the record."""
+    if reading == "both":
+        return with_short(pair)
     if reading == "long":
         return (pair,)
     short = pair.short_pairs()
     if not short:
         raise ValueError(
-            f"record {pair.id!r}: no short inputs (ref_chosen, ref_rejected); the reference has nothing to read"
+            f"record {pair.id!r}: no short inputs (ref_chosen, ref_rejected); the reference has nothing to read: give pairs "
+            "with chunks, or an objective that needs none (dpo, simpo, orpo)"
         )
     return short
 
@@ -85,7 +90,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class Reference:
-    """A frozen model that reads the short inputs (or the long ones) of pairs, on the fly.
+    """A frozen model that reads the short inputs of pairs, the long ones or both, on the fly.
 
     model: a causal LM, its forward attached (ops/head.py), with shared-prefix attention (use_shared_prefix) or its own: it
         then reads sequence by sequence (forward.py).
@@ -113,9 +118,12 @@ class Reference:
         return pack([pair], separate=not shares_prefix(self.model))
 
     def logps(self, pair: TokenizedPair) -> tuple[float, tuple[float, ...]]:
-        """-> summed answer log-probs of the chosen and of each rejected conversation. Raises ValueError where the model gives
-        none that are finite."""
-        sums = sum(self._sums(self._pack(part)) for part in readings(pair, self.reading)).tolist()
+        """-> summed answer log-probs of the chosen and of each rejected conversation; of "both" those of the first sequence
+        and of the others. Raises ValueError where the model gives none that are finite."""
+        if self.reading == "both":
+            sums = self._sums(pack_triples([pair], separate=not shares_prefix(self.model))).tolist()
+        else:
+            sums = sum(self._sums(self._pack(part)) for part in readings(pair, self.reading)).tolist()
         if not all(map(math.isfinite, sums)):
             raise ValueError(
                 f"record {pair.id!r}: the reference's log-probs are {', '.join(map(str, sums))}; expected finite numbers: its "
@@ -140,7 +148,7 @@ class Reference:
             return head(hidden, labels, loss=linear_logprobs, workspace_bytes=self.workspace_bytes).cpu().double()
 
         logps, segments = self._run(batch, compute), batch.segments
-        sums = torch.zeros(batch.num_pairs + len(batch.rejected_pair), dtype=torch.float64)
+        sums = torch.zeros(len(batch.roles), dtype=torch.float64)
         return sums.index_add_(0, segments.clamp(min=0), logps.where(segments >= 0, 0.0))
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 
 from .. import launch, recipes
 from ..data import ChatFormat, DataReport, packed_length, tokenized_pairs
+from ..data.chat import format_of
+from ..data.context import TextFormat
 from ..data.records import data_files
 from ..data.tokenized import NLL_TOKENS
 from ..memory.plan import Plan
@@ -250,10 +252,10 @@ class TrainRun:
             check_ids(self.reference_model, tokenizer, self.read_config(self.reference_model).vocab_size)
         return tokenizer
 
-    def chat_format(self, tokenizer) -> ChatFormat:
+    def chat_format(self, tokenizer) -> ChatFormat | TextFormat:
         """How texts become tokens of this run. Raises ValueError for a template that cannot be used."""
         given = {name: getattr(self, name) for name in ("system", "max_length", "cut_document", "template_kwargs")}
-        return ChatFormat(tokenizer, **given)
+        return format_of(tokenizer, **given)
 
     def load_pairs(self, path: str, tokenizer, vocab_size: int) -> PairStore:
         """Tokenised pairs of `path`, from output_dir/data if they were made of the same files and settings before."""

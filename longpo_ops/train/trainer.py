@@ -41,7 +41,8 @@ from ..memory.plan_report import allocator_advice, describe_settings
 from ..memory.settings import Memory, named_optimizer
 from ..ops.divergence import linear_kl
 from ..ops.logprobs import linear_cross_entropy
-from ..ops.preference import packed_preference_loss
+from ..ops.objective import ROLES
+from ..ops.preference import packed_objective_loss
 from ..parallel import Shards
 from ..runs.journal import write_atomically
 from ..runs.usage import peak_bytes
@@ -285,16 +286,19 @@ class LongPOTrainer(RanksTrainer):
         store.reload()
         return store
 
-    def _references(self, pack: Pack) -> tuple | list[Tensor]:
-        """(B,) and (R,) log-probs of the pack's pairs, for methods that compare; hidden states (A, H) of each pair for a
+    def _references(self, pack: Pack) -> tuple[Tensor | None] | list[Tensor]:
+        """(K,) log-probs of the pack's sequences, for methods that compare; hidden states (A, H) of each pair for a
         constraint. Asked before the policy's forward, as the policy may be the reference, too."""
         if self.method.constraint:
             return [self.reference.hidden(pair) for pair in pack.pairs]
         if self.objective is None or not self.objective.needs_reference:
-            return None, None
-        chosen, rejected = zip(*(self.reference.logps(pair) for pair in pack.pairs), strict=True)
-        as_tensor = torch.tensor(chosen, dtype=torch.float64), torch.tensor(sum(rejected, ()), dtype=torch.float64)
-        return tuple(t.to(self.args.device, non_blocking=True) for t in as_tensor)
+            return (None,)
+        numbers = [self.reference.logps(pair) for pair in pack.pairs]
+        if self.method.sequence == "triples":
+            logps = [number for first, others in numbers for number in (first, *others)]
+        else:
+            logps = [chosen for chosen, _ in numbers] + [number for _, rejected in numbers for number in rejected]
+        return (torch.tensor(logps, dtype=torch.float64).to(self.args.device, non_blocking=True),)
 
     # -- loss --------------------------------------------------------------------------------------------------------
 
@@ -338,31 +342,32 @@ class LongPOTrainer(RanksTrainer):
 
     def _preference(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float, shards: Shards | None):
         batch = pack.batch
-        ref_chosen, ref_rejected = references
+        roles = torch.tensor([ROLES.index(role) for role in batch.roles])
         out = head(
             hidden,
             (batch.labels, batch.segments),
-            loss=packed_preference_loss,
-            num_chosen=batch.num_pairs,
-            rejected_pair=torch.tensor(batch.rejected_pair),
+            loss=packed_objective_loss,
+            groups=torch.tensor(batch.groups),
+            roles=roles,
+            num_groups=batch.num_pairs,
             nll_weights=batch.nll_weights if self.method.nll else None,
-            ref_chosen_logps=ref_chosen,
-            ref_rejected_logps=ref_rejected,
+            ref_logps=references[0],
             objective=self.objective,
-            num_pairs=num_pairs,
+            denominator=num_pairs,
             workspace_bytes=self.args.workspace_bytes,
             shards=shards,
         )
-        margins = out.chosen_rewards[list(batch.rejected_pair)] - out.rejected_rewards
         sequences = {
-            "rewards/chosen": out.chosen_rewards,
-            "rewards/rejected": out.rejected_rewards,
-            "rewards/margins": margins,
-            "rewards/accuracies": margins > 0,
-            "logps/chosen": out.chosen_logps,
-            "logps/rejected": out.rejected_logps,
+            f"{what}/{role}": values[[k for k, theirs in enumerate(batch.roles) if theirs == role]]
+            for what, values in (("rewards", out.rewards), ("logps", out.logps))
+            for role in dict.fromkeys(batch.roles)
         }
-        pairs = {"preference_loss": out.preference_loss} | ({"nll_loss": out.nll_loss} if self.method.nll else {})
+        rejected_pair = [group for group, role in zip(batch.groups, batch.roles, strict=True) if role == "rejected"]
+        margins = sequences["rewards/chosen"][rejected_pair] - sequences["rewards/rejected"]
+        sequences |= {"rewards/margins": margins, "rewards/accuracies": margins > 0}
+        if "anchor" in batch.roles:
+            sequences["rewards/distances"] = (sequences["rewards/chosen"] - sequences["rewards/anchor"]).abs()
+        pairs = {"preference_loss": out.objective_loss} | ({"nll_loss": out.nll_loss} if self.method.nll else {})
         metrics = {name: total(values, values.numel()) for name, values in sequences.items()}
         return out.loss, metrics | {name: total(share * num_pairs, batch.num_pairs) for name, share in pairs.items()}
 

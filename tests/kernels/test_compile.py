@@ -26,13 +26,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from longpo_ops.kernels.divergence import KINDS, divergence_kernel
-from longpo_ops.kernels.launch import PAIR, linear_logps_config, row_config
+from longpo_ops.kernels.launch import PAIR, ROW, linear_logps_config, row_config
 from longpo_ops.kernels.linear_logps import join_kernel, partial_kernel
 from longpo_ops.kernels.row_epilogue import row_kernel
 from longpo_ops.kernels.segment_sums import BLOCK as SEGMENT_BLOCK
 from longpo_ops.kernels.segment_sums import segment_kernel
 from longpo_ops.kernels.tiles import TritonTiles
-from longpo_ops.ops.tiles import Divergence, LogitMap
+from longpo_ops.ops.tiles import Beside, Divergence, LogitMap
 
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
@@ -55,6 +55,13 @@ REGISTERS = {
     "rows: both, long, bf16, unaligned": (47, 43, 43),
     "rows: both, kept, bf16, unaligned": (32, 55, 43),
     "rows: both, kept, fp32, unaligned, mapped": (63, 64, 53),
+    "rows: predicted, long": (31, 30, 32),
+    "rows: all beside, long, mapped": (54, 51, 54),
+    "rows: all beside, kept, mapped": (62, 64, 59),
+    "rows: affine, long, bf16": (30, 32, 30),
+    "rows: affine, long, bf16, mapped": (46, 41, 32),
+    "rows: affine, kept, bf16, mapped": (63, 64, 64),
+    "rows: affine, kept, fp32, unaligned, mapped": (64, 64, 64),
     "divergence: forward, bf16": (32, 32, 32),
     "divergence: forward, student, bf16": (32, 32, 32),
     "divergence: reverse, fp16, mapped": (41, 41, 42),
@@ -115,12 +122,16 @@ def resources(cubin: bytes, folder: Path = Path(triton.__file__).parent / "backe
     return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", line)}
 
 
-def row_case(V, mapped, dtype, score, gradient, unit=":16") -> Case:
-    config = row_config(V, mapped or dtype == "fp32" or not unit)
+def row_case(V, mapped, dtype, score, gradient, unit=":16", asked=(), affine=False) -> Case:
+    """asked: of mean, total and predicted. affine and total have class weights."""
+    more = affine or bool(asked)
+    config = row_config(V, mapped or dtype == "fp32" or not unit or more, PAIR if more else ROW)
     arguments = {"z_ptr": "*fp32:16", "out_ptr": f"*{dtype}:16", "labels_ptr": "*i64:16", "g_ptr": "*fp32:16"}
     arguments |= {"logps_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "bias_ptr": "*bf16:16", "V": f"i32{unit}"}
     arguments |= {"pitch": f"i32{unit}", "out_pitch": f"i32{unit}", "inner": "fp32", "cap": "fp32"}
-    arguments |= {"HAS_BIAS": mapped, "CAPPED": mapped, "SCORE": score, "GRADIENT": gradient}
+    arguments |= {"HAS_BIAS": mapped, "CAPPED": mapped, "SCORE": score, "GRADIENT": gradient, "classes_ptr": "*fp32:16"}
+    arguments |= {name: name.lower() in asked for name in ("MEAN", "TOTAL", "PREDICTED")} | {"AFFINE": affine}
+    arguments |= {"HAS_CLASSES": affine or "total" in asked, "COLUMNS": 5 if asked else 2}
     return Case(row_kernel, arguments | {"RESIDENT": config.block >= V, "BLOCK": config.block}, config.warps)
 
 
@@ -155,6 +166,7 @@ def linear_case(architecture, dtype, mapped, aligned=True, precision="ieee", fla
 SEGMENT = {"values_ptr": "*fp32:16", "segments_ptr": "*i64:16", "out_ptr": "*fp64:16", "n": "i32"}
 JOIN = {f"{name}_ptr": "*fp32:16" for name in ("peaks", "sums", "label_logits", "logps", "stats")}
 LONG, KEPT = 128256, 32000  # columns
+ALL = ("mean", "total", "predicted")
 
 CASES = {
     "rows: logps, long": lambda _: row_case(LONG, False, "fp32", True, False),
@@ -172,6 +184,15 @@ CASES = {
     "rows: both, long, bf16, unaligned": lambda _: row_case(LONG, False, "bf16", True, True, unit=""),
     "rows: both, kept, bf16, unaligned": lambda _: row_case(KEPT // 2, False, "bf16", True, True, unit=""),
     "rows: both, kept, fp32, unaligned, mapped": lambda _: row_case(KEPT // 2, True, "fp32", True, True, unit=""),
+    "rows: predicted, long": lambda _: row_case(LONG, False, "fp32", True, False, asked=("predicted",)),
+    "rows: all beside, long, mapped": lambda _: row_case(LONG, True, "fp32", True, False, asked=ALL),
+    "rows: all beside, kept, mapped": lambda _: row_case(KEPT // 2, True, "fp32", True, False, asked=ALL),
+    "rows: affine, long, bf16": lambda _: row_case(LONG, False, "bf16", False, True, affine=True),
+    "rows: affine, long, bf16, mapped": lambda _: row_case(LONG, True, "bf16", False, True, affine=True),
+    "rows: affine, kept, bf16, mapped": lambda _: row_case(KEPT // 2, True, "bf16", False, True, affine=True),
+    "rows: affine, kept, fp32, unaligned, mapped": lambda _: row_case(
+        KEPT // 2, True, "fp32", False, True, unit="", affine=True
+    ),
     "divergence: forward, bf16": lambda _: divergence_case("forward", False, "bf16"),
     "divergence: forward, student, bf16": lambda _: divergence_case("forward", False, "bf16", True, False),
     "divergence: reverse, fp16, mapped": lambda _: divergence_case("reverse", True, "fp16"),
@@ -279,6 +300,8 @@ def launch_all(n: int, V: int = 4096, H: int = 64) -> None:
     labels, g, maps = torch.zeros(n, dtype=torch.int64), torch.ones(n), (LogitMap(), LogitMap())
     _, stats = tiles.logps(z, labels, maps[0])
     tiles.gradient_(z, labels, stats, g, maps[0], torch.bfloat16)
+    _, stats = tiles.logps(z, labels, maps[0], Beside(True, True, True))
+    tiles.gradient_(z, labels, stats, torch.ones(n, 4), maps[0], torch.bfloat16)
     tiles.logps_gradient_(z, labels, g, maps[0], torch.bfloat16)
     tiles.divergence_(z, z_teacher, g, Divergence("jsd"), *maps, torch.bfloat16, True, True)
     tiles.linear_logps(torch.empty(n, H).bfloat16(), torch.empty(V, H).bfloat16(), labels, maps[0])
@@ -290,4 +313,4 @@ def test_the_number_of_rows_compiles_nothing_anew(variants):
     for n in (1, 15, 16, 130, 4096 // 8):
         launch_all(n)
         counts.append(len(variants))
-    assert counts == [7] * len(counts)  # three of rows, divergence, segments, and two of linear_logps
+    assert counts == [9] * len(counts)  # five of rows, divergence, segments, and two of linear_logps

@@ -23,6 +23,7 @@ from longpo_ops.ops.build import BuildError, source_folder
 from longpo_ops.ops.cuda_tiles import CudaTiles, bind, find_nvcc, load_cuda
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.tiles import LogitMap, TorchTiles
+from tests.beside import ASKED, check_beside, check_plain_member, class_weights, extreme_rows
 from tests.budget import check_budget
 
 HERE = Path(__file__).parent
@@ -30,8 +31,8 @@ FOLDER = source_folder("cuda")
 SOURCE = FOLDER / "row_epilogue.cu"
 
 # Most registers per thread: 64 lets a block have 1024 threads, 32 lets two such blocks share a multiprocessor.
-REGISTERS = {"logps": 64, "gradient": 32, "logps_gradient": 64, "segments": 32}
-STATIC_SHARED = 256  # bytes: one (max, sum) per warp; what else there is holds the row
+REGISTERS = {"logps": 64, "gradient": 32, "logps_gradient": 64, "beside": 64, "affine": 48, "segments": 32}
+STATIC_SHARED = 768  # bytes: six numbers per warp; what else there is holds the row
 TARGETS = ["80", "90a", "100a"]
 
 
@@ -85,7 +86,7 @@ def kernel_name(mangled: str) -> str:
     if "segment_kernel" in mangled:
         return "segments"
     mode = re.search(r"row_kernelILi\d+ELNS_4ModeE(\d)E", mangled)
-    return ("logps", "gradient", "logps_gradient")[int(mode.group(1))]
+    return list(REGISTERS)[int(mode.group(1))]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -101,7 +102,7 @@ def test_registers_spills_and_shared_memory(nvcc, target, tmp_path):
         done.stderr,
         flags=re.DOTALL,
     )
-    assert len(report) == 7  # three modes of two widths, and the segment sums
+    assert len(report) == 11  # five modes of two widths, and the segment sums
     for mangled, stack, stores, loads, registers in report:
         name = kernel_name(mangled)
         assert (int(stack), int(stores), int(loads)) == (0, 0, 0), name
@@ -115,10 +116,10 @@ def test_wide_kernels_read_and_write_16_bytes(nvcc, tmp_path):
     ptx = (tmp_path / "out.ptx").read_text()
     bodies = dict(re.findall(r"\.entry (\w*row_kernel\w*)(.*?)\n}", ptx, flags=re.DOTALL))
     wide = {name: body for name, body in bodies.items() if "row_kernelILi8E" in name}
-    assert len(wide) == 3
+    assert len(wide) == 5
     for name, body in wide.items():
         assert re.search(r"ld\.global(\.nc)?\.v4\.[fb]32", body), name
-        assert kernel_name(name) == "logps" or re.search(r"st\.global\.v4\.[bu]32", body), name
+        assert kernel_name(name) in ("logps", "beside") or re.search(r"st\.global\.v4\.[bu]32", body), name
         assert kernel_name(name) != "logps_gradient" or re.search(r"st\.shared\.v4\.[fb]32", body), name
 
 
@@ -270,6 +271,23 @@ def test_any_size_and_pitch(tiles, n, vocab, pitch, offset, dtype):
 def test_logit_maps(tiles, map, vocab):
     for dtype in (torch.float32, torch.bfloat16):
         check_all(tiles.run_as(), *make(3, vocab), MAPS[map](vocab), dtype)
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("n, vocab, pitch, offset", [(40, 7, 0, 0), (8, 1003, 1008, 4), (8, 3001, 3001, 1)])
+def test_what_is_asked_for_beside_and_affine_gradients(tiles, n, vocab, pitch, offset, map):
+    z, labels, _ = make(n, vocab, pitch, offset)
+    if vocab > 500:
+        extreme_rows(z, labels)
+    for descending, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        for classes in (None, class_weights(vocab)):
+            asked = ASKED["all"]._replace(classes=classes)
+            check_beside(tiles.run_as(descending=descending), z, labels, MAPS[map](vocab), asked, dtype)
+
+
+def test_the_plain_gradient_is_one_of_the_family(tiles):
+    z, labels, _ = make(4, 1000)
+    check_plain_member(tiles.run_as(), z, labels, MAPS["all"](1000))
 
 
 def test_a_bias_off_its_alignment(tiles):

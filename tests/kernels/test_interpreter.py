@@ -28,6 +28,7 @@ from longpo_ops.kernels.linear_logps import _splits, linear_logps, search
 from longpo_ops.kernels.tiles import TritonTiles
 from longpo_ops.ops.tiles import Divergence, LogitMap, TorchTiles
 from longpo_ops.ops.truth import divergence as plain_divergence
+from tests.beside import ASKED, check_beside, check_plain_member, class_weights, extreme_rows
 from tests.budget import check_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # numpy on NaN and infinities
@@ -108,9 +109,26 @@ def test_rows(V, gap, map_name, dtype):
         assert memory.isnan().all(), "a kernel wrote between the rows"
 
 
+@pytest.mark.parametrize("map_name", MAPS)
+@pytest.mark.parametrize(("V", "gap"), [(1, 0), (100, 28), (1000, 1), (20000, 5)])
+def test_what_is_asked_for_beside_and_affine_gradients(V, gap, map_name):
+    n, map = 12 if V < 20000 else 8, logit_map(map_name, V)
+    z, labels = tile(n, V, gap), row_inputs(n, V)[0]
+    if V > 500:
+        extreme_rows(z, labels)
+    check_beside(TRITON, z, labels, map, ASKED["all"], torch.bfloat16)
+    for asked in ("mean", "predicted", "total"):
+        check_beside(TRITON, z, labels, map, ASKED[asked]._replace(classes=class_weights(V)))
+
+
+@pytest.mark.parametrize("V", [1000, 20000])
+def test_the_plain_gradient_is_one_of_the_family(V):
+    check_plain_member(TRITON, tile(4, V), row_inputs(4, V)[0], LogitMap())
+
+
 def test_both_forms_of_the_row_kernel_are_tested():
     assert row_config(1000, False).block >= 1000 and row_config(40000, False).block < 40000
-    assert row_config(20000, False).block >= 20000 and row_config(20000, True).block < 20000
+    assert row_config(20000, False).block >= 20000 and row_config(20000, True).block < 20000  # as what is beside is
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

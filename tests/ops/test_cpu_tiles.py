@@ -15,6 +15,7 @@ import torch
 
 from longpo_ops.ops import build
 from longpo_ops.ops.tiles import Divergence, LogitMap, TorchTiles
+from tests.beside import ASKED, check_beside, check_plain_member, class_weights, extreme_rows
 from tests.budget import check_budget
 from tests.compiler import cached_compiler
 
@@ -130,6 +131,23 @@ def test_16_bit_gradients_are_the_rounded_float32_ones(cpu, n, vocab, dtype, opt
     copy = z.clone()
     out = cpu.logps_gradient_(copy, labels, g, map, dtype)[1]
     assert out.untyped_storage().data_ptr() == copy.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("option", ["plain", "softcap", "all"])
+@pytest.mark.parametrize("n, vocab", [(50, 7), (17, 1061), (20, 5003)])
+def test_what_is_asked_for_beside_and_affine_gradients(cpu, n, vocab, option):
+    z, labels, _ = case(n, vocab, pitch=vocab + 3)
+    if vocab > 500:
+        extreme_rows(z, labels)
+    for asked in ASKED.values():
+        for classes in (None, class_weights(vocab)):
+            check_beside(cpu, z, labels, logit_map(option, vocab), asked._replace(classes=classes))
+    check_beside(cpu, z, labels, logit_map(option, vocab), asked, torch.bfloat16)
+
+
+def test_the_plain_gradient_is_one_of_the_family(cpu):
+    z, labels, _ = case(8, 3001)
+    check_plain_member(cpu, z, labels, logit_map("all", 3001))
 
 
 @pytest.mark.parametrize("option", ["plain", "bias", "softcap"])
@@ -420,7 +438,7 @@ def test_other_processors_keep_the_budget(cpu, capability):
     """The same tests with the code that a processor without AVX-512, or without AVX2, would get."""
     if torch.backends.cpu.get_cpu_capability() in (capability.upper(), "DEFAULT"):
         pytest.skip("covered by the tests above")
-    tests = "any_spread or rounded or infinit or bad_logit or needed or bitwise"
+    tests = "any_spread or beside or rounded or infinit or bad_logit or needed or bitwise"
     run = subprocess.run(
         [
             sys.executable,

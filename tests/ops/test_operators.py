@@ -1,5 +1,8 @@
 """The registered operators: torch.compile without a graph break, opcheck, autocast, hooks, checkpointing."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,10 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from longpo_ops import (
     DPO,
+    Objective,
     fused_preference_loss,
     linear_cross_entropy,
     linear_kl,
     linear_logprobs,
+    packed_objective_loss,
     packed_preference_loss,
 )
 from longpo_ops.ops import divergence, operators, truth
@@ -58,7 +63,26 @@ def kl_rows(hidden, weight, bias, **more):
     return (values * ROWS.to(hidden.device)).sum()
 
 
-FUNCTIONS = (fused, packed, logprobs, cross_entropy, kl, kl_rows)
+@dataclass(frozen=True, kw_only=True)
+class Squares(Objective):
+    """Of nobody but this test: slopes of autograd inside the operator."""
+
+    needs_reference: ClassVar[bool] = False
+    beta: float = 0.1
+
+    def losses(self, answers):
+        chosen, rejected = answers.pairs(answers.logps / answers.lengths)
+        return answers.mean_over_rejected((self.beta * (chosen - rejected) - 1).square())
+
+
+def own(hidden, weight, bias, **more):
+    return packed_objective_loss(
+        hidden, weight, LABELS, torch.arange(N) // 3, groups=torch.tensor([0, 1, 0, 1]), roles=torch.tensor([0, 1, 1, 0]),
+        num_groups=2, objective=Squares(), bias=bias, **more,
+    ).loss  # fmt: skip
+
+
+FUNCTIONS = (fused, packed, own, logprobs, cross_entropy, kl, kl_rows)
 
 
 def leaves(dtype=torch.float64):
@@ -130,8 +154,8 @@ def test_opcheck_sweep():
     hidden, weight, bias = leaves(torch.float32)
     none = torch.empty(0, dtype=torch.int64)
     for need, objective, references in (
-        ([True, True, True], ("dpo", [1.0, 0.1, 0.0]), [torch.zeros(2), torch.zeros(2)]),
-        ([True, False, False], ("simpo", [1.0, 2.0, 1.0]), [None, None]),
+        ([True, True, True], ("dpo", [1.0, 0.1, 0.0, 0.0]), torch.zeros(4)),
+        ([True, False, False], ("simpo", [1.0, 2.0, 1.0, 0.0]), None),
     ):
         torch.library.opcheck(
             operators.sweep_op,
@@ -139,7 +163,7 @@ def test_opcheck_sweep():
                 list(hidden.detach().view(2, 2, 3, H).requires_grad_().unbind()),
                 weight if need[1] else weight.detach(), bias if need[2] else bias.detach(), list(LABELS.view(2, 2, 3)),
                 [torch.tensor([[0], [1]]), torch.tensor([[2], [3]])], [LABELS.view(2, 2, 3)[0], none],
-                [torch.ones(2, 1), torch.zeros(2, 1)], torch.tensor(2.0), *references, torch.tensor([0, 1]), 2,
+                [torch.ones(2, 1), torch.zeros(2, 1)], torch.tensor(2.0), references, torch.tensor([0, 1]), none, 2,
                 *objective, 1.0, 2.0, True, -100, "", 1.0, 0.0, 64 << 20, torch.float32, need, "torch",
             ),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),

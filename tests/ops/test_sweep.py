@@ -165,12 +165,12 @@ def test_labels_on_the_host_cost_no_synchronisation(objective, dtype, rows, monk
     labels = torch.arange(60).view(2, 30)
     weight = torch.empty(60, 8, dtype=dtype, device="meta")
     hiddens = [torch.empty(2, 30, 8, dtype=dtype, device="meta") for _ in range(2)]
-    numbers = torch.tensor([-3.0, -4.0]) if objective.needs_reference else None
+    numbers = torch.tensor([-3.0, -4.0, -3.5, -2.0]) if objective.needs_reference else None
     batch = Batch(
         answers=[labels, labels], segments=[torch.arange(2)[:, None], torch.arange(2, 4)[:, None]],
         nll=[labels, labels[:0]], nll_weights=[torch.ones(2, 1), torch.zeros(1, 1)], nll_total=torch.ones(()),
-        ref_chosen=numbers, ref_rejected=numbers, pair=torch.tensor([1, 0]), count=2, objective=objective.name,
-        parameters=objective.parameters(), preference_weight=1.0, num_pairs=2.0, shift=True, ignore_index=-100,
+        refs=numbers, group=torch.tensor([1, 0]), role=labels.new_empty(0), count=2, objective=objective.name,
+        parameters=objective.parameters(), preference_weight=1.0, num_groups=2.0, shift=True, ignore_index=-100,
     )  # fmt: skip
     options = Options(1.0, 0.0, workspace_of(rows, weight, dtype), dtype, True, True, False)
     with Transfers() as transfers:

@@ -153,7 +153,7 @@ def cross_entropy_on_meta(hidden, weight, softcap, scratch):
     options = Options(1.0, softcap, scratch, weight.dtype, True, True, False)
     none, labels = torch.empty(0, dtype=torch.int64), torch.arange(hidden.shape[0])[None]
     nll = ([none], [none], [labels], [torch.ones(1, 1)], torch.ones(()))
-    batch = Batch(*nll, None, None, none, 0, "", [], 0.0, 1.0, False, -100)
+    batch = Batch(*nll, None, none, none, 0, "", [], 0.0, 1.0, False, -100)
     return run_sweep([hidden[None]], [torch.empty_like(hidden)[None]], weight, None, batch, options, "torch")
 
 

@@ -83,8 +83,19 @@ RIGHT = {  # the groups of VALUES that an argument takes
     "lam": ABOVE_ZERO | {"zero", "float zero"},
     "dtype": {"dtype"},
     "label_smoothing": {"zero", "float zero"},
+    "z_loss_weight": ABOVE_ZERO | {"zero", "float zero"},
+    "outputs": set(),
 }
-OPTIONAL = {"bias", "teacher_bias", "nll_labels", "nll_weights", "row_weights", "mask", "rejected_pair"}
+OPTIONAL = {
+    "bias",
+    "teacher_bias",
+    "nll_labels",
+    "nll_weights",
+    "row_weights",
+    "class_weights",
+    "mask",
+    "rejected_pair",
+}
 
 
 def hidden(rows, width=H):
@@ -115,9 +126,11 @@ CALLS = {
         "num_chosen": B, "nll_weights": torch.rand(N), "objective": "dpo", "shards": None} | PAIRS),
     "cross-entropy": (linear_cross_entropy, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "labels": ids(N), "row_weights": torch.rand(N),
+        "class_weights": torch.rand(V), "label_smoothing": 0.1, "z_loss_weight": 1e-4,
         "reduction": "mean", "temperature": 1.0, "shards": None} | LABELLED),
     "log-probs": (linear_logprobs, {
-        "hidden": hidden(N), "weight": torch.randn(V, H), "labels": ids(N), "temperature": 1.0} | LABELLED),
+        "hidden": hidden(N), "weight": torch.randn(V, H), "labels": ids(N), "temperature": 1.0,
+        "outputs": ("entropy", "predicted")} | LABELLED),
     "kl": (linear_kl, {
         "hidden": hidden(N), "weight": torch.randn(V, H), "teacher_hidden": hidden(N, 5), "teacher_weight": torch.randn(V, 5),
         "kind": "jsd", "beta": 0.5, "mask": torch.ones(N, dtype=torch.bool), "row_weights": torch.rand(N), "reduction": "none",
@@ -139,6 +152,8 @@ def right_groups(call: str, name: str, valid) -> set[str]:
         return {"nothing"} if name in OPTIONAL - missing else set()
     if name == "beta":
         return {"half"} if call == "kl" else ABOVE_ZERO
+    if (call, name) == ("cross-entropy", "label_smoothing"):
+        return {"zero", "float zero", "half"}
     return RIGHT[name]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longpo_ops import linear_cross_entropy, packed_preference_loss
 from longpo_ops.ops import truth
-from longpo_ops.ops.objectives import PairLogps
+from longpo_ops.ops.objective import Answers
 
 N, H, V = 61, 16, 37
 FIRST = 42  # where answers begin that no rank but the last has, of two or of three
@@ -70,14 +70,20 @@ class Row:
         logps = truth.logprobs(leaves["hidden"], leaves["weight"], self.labels, bias=leaves.get("bias"), **map).double()
         member = self.sequences == torch.arange(3 + len(self.pair))[:, None]
         sums, lengths = torch.where(member, logps, 0.0).sum(1), member.sum(1).double()
-        refs = self.refs.get("ref_chosen_logps"), self.refs.get("ref_rejected_logps")
-        terms = self.objective.terms(PairLogps(sums[:3], sums[3:], *refs, lengths[:3], lengths[3:], self.pair))
-        loss = self.objective.preference_weight * terms.losses.sum() / 5.0
+        refs = torch.cat(list(self.refs.values())) if self.refs else None
+        group, role = torch.cat([torch.arange(3), self.pair]), (torch.arange(3 + len(self.pair)) >= 3).long()
+        losses = self.objective.losses(Answers.of(sums, lengths, refs, group, role, 3))
+        loss = self.objective.preference_weight * losses.sum() / 5.0
         if self.weights is not None:
             loss = loss - (logps * self.weights).sum() / 5.0
         return {"loss": loss.detach(), "chosen_logps": sums[:3], "rejected_logps": sums[3:]} | gradients(loss, leaves)
 
-    def cross_entropy(self, reduction: str, weighted: bool, shards=None) -> dict[str, Tensor]:
+    def _affine(self, affine: bool) -> dict:
+        """Smoothing, a z-loss and class weights."""
+        classes = torch.linspace(0, 2, V, dtype=torch.float64)
+        return dict(label_smoothing=0.2, z_loss_weight=1e-2, class_weights=classes) if affine else {}
+
+    def cross_entropy(self, reduction: str, weighted: bool, affine: bool, shards=None, **more) -> dict[str, Tensor]:
         leaves = self.leaves(slice(None) if shards is None else shards.rows)
         loss = linear_cross_entropy(
             **leaves,
@@ -85,13 +91,15 @@ class Row:
             row_weights=self.weights if weighted else None,
             reduction=reduction,
             shards=shards,
+            **self._affine(affine) | more,
         )
         return {"loss": loss} | gradients(loss, leaves)
 
-    def plain_cross_entropy(self, reduction: str, weighted: bool, dtype=None) -> dict[str, Tensor]:
+    def plain_cross_entropy(self, reduction: str, weighted: bool, affine: bool, dtype=None) -> dict[str, Tensor]:
         leaves = self.leaves(dtype=dtype)
         weights = self.weights if weighted else None
-        loss = truth.cross_entropy(**leaves, labels=self.labels, row_weights=weights, reduction=reduction)
+        more = dict(row_weights=weights, reduction=reduction, **self._affine(affine))
+        loss = truth.cross_entropy(**leaves, labels=self.labels, **more)
         return {"loss": loss} | gradients(loss, leaves)
 
 

@@ -54,7 +54,8 @@ LOW_CASES = {
     "simpo, soft-cap and bias": dict(objective=OBJECTIVES["simpo"], softcap=3.0, bias=True, **SEVERAL),
     "reuse_hidden": dict(objective=LONGPO, reuse_hidden=True),
 }
-CROSS_ENTROPY = [(reduction, weighted) for reduction in ("sum", "mean") for weighted in (True, False)]
+CROSS_ENTROPY = [(reduction, weighted, False) for reduction in ("sum", "mean") for weighted in (True, False)]
+CROSS_ENTROPY += [("mean", True, True), ("sum", False, True)]
 KL = [
     (kind, reduction, late)
     for kind in ("forward", "reverse", "jsd")
@@ -156,6 +157,7 @@ def errors(shards) -> dict[str, tuple[str, float]]:
         "a label of cross entropy": lambda: entropy(labels=out_of_range),
         "rows of cross entropy": lambda: entropy(hidden=leaves["hidden"][1 if last else 0 :]),
         "cross entropy of each": lambda: entropy(reduction="none"),
+        "other class weights": lambda: entropy(class_weights=torch.full((V,), 1.0 + last), label_smoothing=0.1),
         "teacher": lambda: kl(slice(1 if last else 0, None)),
         "row weights": lambda: kl(row_weights=torch.ones(len(leaves["hidden"]) - last)),
         "kl of each": lambda: kl(reduction="none"),
@@ -175,7 +177,8 @@ def collectives(shards) -> dict[str, list[int]]:
     for name, call in {
         "longpo": lambda: Row(LONGPO).ours(shards),
         "dpo": lambda: Row(OBJECTIVES["dpo"], nll="").ours(shards),
-        "cross entropy": lambda: Row(LONGPO).cross_entropy("mean", True, shards),
+        "cross entropy": lambda: Row(LONGPO).cross_entropy("mean", True, False, shards),
+        "affine": lambda: Row(LONGPO).cross_entropy("mean", True, True, shards),
         "kl": lambda: divergence(("reverse", "sum", 0), shards),
     }.items():
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
@@ -193,7 +196,10 @@ def alone(shards) -> bool:
         for dtype in (torch.float64, torch.bfloat16, torch.float16)
         for scratch in (None, workspace_of(9, torch.empty(V, H, dtype=dtype), dtype))
     ]
-    cases += [(Row(LONGPO).cross_entropy, ("mean", True), ("mean", True, one)), (divergence, (KL[2],), (KL[2], one))]
+    cases += [
+        (Row(LONGPO).cross_entropy, ("mean", True, affine), ("mean", True, affine, one)) for affine in (False, True)
+    ]
+    cases += [(divergence, (KL[2],), (KL[2], one))]
     return all(
         torch.equal(a, b)
         for call, plain, grouped in cases
@@ -332,11 +338,12 @@ def test_without_gradients_every_rank_has_the_whole_rows_numbers(found):
         "whole rows": f"hidden has {N} rows on rank 0 of {{ranks}}",
         "fewer rows than ranks": "a row of {last} tokens over {ranks} ranks: expected at least a token for each",
         "too few labels": f"labels.shape=({N - 1},): expected ({N},)",
-        "other labels": "labels, sequences, weights, pairs and the objective: ranks [{last}] of {ranks} hold others",
+        "other labels": "labels, sequences, weights, groups and the objective: ranks [{last}] of {ranks} hold others",
         "another objective": "ranks [{last}] of {ranks} hold others than rank 0",
         "a label of cross entropy": f"labels: {V} in row {N - 1}",
         "rows of cross entropy": "hidden has {shorter} rows on rank {last} of {ranks}",
         "cross entropy of each": "reduction='none' with shards",
+        "other class weights": "labels and weights of rows and classes: ranks [{last}] of {ranks} hold others than rank 0",
         "teacher": "teacher_hidden has {shorter} rows, hidden {count}: expected aligned rows",
         "row weights": "row_weights.shape=({shorter},): expected ({count},)",
         "kl of each": "reduction='none' with group",
@@ -359,6 +366,7 @@ def test_a_call_takes_one_number_per_sequence_and_one_for_the_rest(found):
         "longpo": [2 * ranks, 6, 1],
         "dpo": [2 * ranks, 6],
         "cross entropy": [2 * ranks, 1],
+        "affine": [2 * ranks, 1],
         "kl": [2 * ranks, 1],
     }
     assert of(found, "collectives") == [expected] * ranks

@@ -87,6 +87,7 @@ FAMILIES = list(SHAPES)[:5]  # with every method
 ON_TWO = [Case(shape, method) for shape in FAMILIES for method in METHODS]
 ON_TWO += [Case("llama", method, (pack,)) for pack in PACKS if pack != "several rejected" for method in METHODS]
 ON_TWO += [Case(shape, "longpo") for shape in SHAPES if shape not in FAMILIES]
+ON_TWO += [Case("llama", "solopo"), Case("mistral, window", "solopo_simpo", ("several pairs",))]
 ON_TWO += [
     Case(shape, method, (pack,), wrapper)
     for wrapper in ("DDP", "FSDP2", "FSDP2, checkpoints")

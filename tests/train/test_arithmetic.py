@@ -46,7 +46,12 @@ def compared(folder, name, dtype, lora=False, **settings):
     evaluated = trainer.evaluate()
     trainer.train()
     rows = evaluated, trainer.state.log_history[0]
-    return [v for row in rows for n, v in row.items() if n.endswith(("rewards/chosen", "rewards/rejected", "kl"))]
+    return [
+        v
+        for row in rows
+        for n, v in row.items()
+        if n.endswith(("rewards/chosen", "rewards/rejected", "rewards/anchor", "kl"))
+    ]
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES)
@@ -54,7 +59,7 @@ def test_rewards_begin_at_0(tmp_path, name, setting):
     dtype, settings = SETTINGS[setting]
     reference = ("online", "precompute")[CASES.index((name, setting)) % 2]  # seven settings: each meets both
     seen = compared(tmp_path, name, dtype, "LoRA" in setting, reference=reference, **settings)
-    assert len(seen) == (2 if METHODS[name].constraint else 4)
+    assert len(seen) == {"kl": 2, "pair": 4, "triples": 6}["kl" if METHODS[name].constraint else METHODS[name].sequence]
     assert set(seen) == {0.0}
 
 

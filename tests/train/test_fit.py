@@ -16,7 +16,7 @@ from .tiny import run_settings, run_tiny, write_home
 
 CASES = {
     "adapters": {"lora_rank": 8},
-    "adapters on 8 bits": {"lora_rank": 8, "quantization": "int8"},
+    "adapters on 8 bits, short inputs beside": {"lora_rank": 8, "quantization": "int8", "objective": "solopo_simpo"},
 }
 LEFT_FREE = ("reserve", "error")
 

@@ -14,6 +14,7 @@ from longpo_ops.memory.tiling import tile_layers
 from longpo_ops.ops.head import attach
 from longpo_ops.train.checks import _tell_once
 from longpo_ops.train.forward import run
+from longpo_ops.train.packed import parts_of
 
 from ..attention.dense import TrueFloat64, true_float64
 from .test_trainer import PAIRS, close, for_method
@@ -22,14 +23,15 @@ from .tiny import VOCAB, gradients, make_model, make_trainer, naive_loss, plain
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["longpo", "dpo", "kto_pair", "sft_constraint", "orpo"])
+@pytest.mark.parametrize("name", ["longpo", "dpo", "kto_pair", "sft_constraint", "orpo", "solopo"])
 def test_loss_and_gradients_are_those_of_separate_sequences(tmp_path, name):
     policy, reference = make_model(0, rope_theta=1e6), make_model(1)
     pairs, truth_model = for_method(name, PAIRS), plain(policy)
     trainer = make_trainer(tmp_path, name, pairs, policy, reference, pack_tokens=400, separate=True)
     (pack_of_three,) = trainer.train_dataset
     lengths = [end - start for span in pack_of_three.batch.layout.pairs for start, end in [(span.start, span.end)]]
-    read = [p.chosen for p in pairs] + [r for p in pairs for r in p.rejected]
+    parts = [part for pair in pairs for part in parts_of(trainer.method, pair)]
+    read = [p.chosen for p in parts] + [r for p in parts for r in p.rejected]
     assert lengths == [len(sequence) for sequence in read][: len(lengths)] and trainer.separate
     policy.train()
     with TrueFloat64():

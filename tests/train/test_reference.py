@@ -17,7 +17,7 @@ from tests.processes import run
 
 from ..attention.dense import TrueFloat64
 from .test_trainer import close
-from .tiny import logits, make_model, make_pair, make_trainer, plain, reference_logps
+from .tiny import logits, make_model, make_pair, make_trainer, plain, reference_logps, turn_logps
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = [make_pair(1), make_pair(2, turns=1), make_pair(3, turns=3, rejected=2)]
@@ -41,6 +41,18 @@ def test_precomputed_is_online_is_a_plain_forward(tmp_path, name, reading):
         assert isinstance(stored.reference, ReferenceStore) and not isinstance(online.reference, ReferenceStore)
         assert said(stored) == said(online)
         close(flat(said(online)), flat(truth))
+
+
+def test_of_both_inputs_there_is_a_number_for_each_sequence(tmp_path):
+    truth_model = plain(make_model(1))
+    with TrueFloat64():
+        online = make_trainer(tmp_path, "solopo", PAIRS, make_model(), make_model(1), reference="online")
+        stored = make_trainer(tmp_path, "solopo", PAIRS, make_model(), make_model(1), reference="precompute")
+        assert said(stored) == said(online)
+        with torch.no_grad():
+            turns = [turn for pair in PAIRS for turn in turn_logps(truth_model, pair)]
+        truth = [logp for chosen, rejected, anchor in turns for logp, _ in (chosen, *rejected, anchor)]
+        close(flat(said(online)), torch.stack(truth))
 
 
 def test_hidden_states_and_head_of_the_constraint_give_the_references_logits(tmp_path):

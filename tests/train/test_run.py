@@ -1,9 +1,12 @@
 """Whole runs on real text with a small model: every method, full and LoRA; stopped ones go on; bad input is named."""
 
+import importlib
 import json
+import linecache
 import logging
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +54,44 @@ def test_every_method_from_text_to_a_saved_model(home, tmp_path, name, lora_rank
     assert f"| method | {name} |" in card and "| steps | 2 |" in card and "training.png" in card
     assert "| recipe | default |" in card
     AutoTokenizer.from_pretrained(tmp_path)
+
+
+MINE = """
+from dataclasses import dataclass
+from torch.nn.functional import logsigmoid
+from longpo_ops import Objective
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Objective):
+    beta: float = 0.1
+
+    def losses(self, answers):
+        chosen, rejected = answers.pairs(self.beta * answers.log_ratios)
+        return answers.mean_over_rejected(-logsigmoid(chosen - rejected))
+"""
+
+
+def test_an_objective_of_ones_own_from_a_file(home, tmp_path, monkeypatch):
+    """It is DPO's, so its numbers are; other code under its name is another run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_objective.py").write_text(MINE)
+    runs = {
+        name: run(home, tmp_path / str(n), objective=name, objective_options={"beta": 0.2}, max_steps=1).state
+        for n, name in enumerate(("own_objective:Mine", "dpo"))
+    }
+    mine, dpo = (state.log_history[0] for state in runs.values())
+    assert all(mine[name] == dpo[name] for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins"))
+    (tmp_path / "own_objective.py").write_text(MINE.replace("logsigmoid(chosen - rejected)", "(chosen - rejected)"))
+    linecache.checkcache()
+    importlib.reload(sys.modules["own_objective"])
+    with pytest.raises(ValueError, match="other code of objective own_objective:Mine"):
+        run(home, tmp_path / "0", objective="own_objective:Mine", objective_options={"beta": 0.2}, max_steps=2)
+
+
+def test_every_objective_of_pairs_is_a_method(home, tmp_path):
+    log = run(home, tmp_path, objective="robust", max_steps=2, learning_rate=1e-3).state.log_history[1]
+    assert log["loss"] == pytest.approx(log["preference_loss"]) and log["rewards/margins"] != 0
 
 
 def test_the_reference_keeps_its_rope_while_the_policy_has_another(home, tmp_path):

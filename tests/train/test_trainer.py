@@ -8,13 +8,24 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from longpo_ops.data import pack as pack_of
 from longpo_ops.train import METHODS, LongPOConfig
 from longpo_ops.train.checkpoints import check_checkpoint
 from longpo_ops.train.packed import PackedPairs
 
 from ..attention.dense import TrueFloat64
 from ..parallel.ranks import run_ranks
-from .tiny import answer_logp, gradients, make_model, make_pair, make_trainer, naive_loss, plain, reference_logps
+from .tiny import (
+    answer_logp,
+    gradients,
+    make_model,
+    make_pair,
+    make_trainer,
+    naive_loss,
+    plain,
+    reference_logps,
+    turn_logps,
+)
 
 PAIRS = [make_pair(1), make_pair(2, turns=1, document=9), make_pair(3, rejected=2, answer=6)]
 ONE_STEP = {
@@ -128,7 +139,10 @@ def step(folder, name, evaluate_packs_of=0, **settings):
     return dict(policy.named_parameters()), trainer.state.log_history[0] | log, trainer.train_dataset.groups
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "kto_pair"])  # whose KL is a mean over a pack
+ALIKE = ("kto_pair", "solopo_simpo", "solopo_orpo")  # a KL that is a mean over a pack; packs like those of solopo
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ALIKE])
 def test_accumulated_rows_of_different_sizes_are_one_large_batch(tmp_path, name):
     whole, log, packs = step(tmp_path / "whole", name, gradient_accumulation_steps=1, pack_tokens=1000, target_length=0)
     assert [len(pack) for pack in packs] == [5]
@@ -224,6 +238,50 @@ def test_the_papers_metrics_are_logged_and_reach_callbacks(tmp_path):
     assert next(s for s in seen if "train_loss" in s)["train_loss"] == pytest.approx(everything, rel=1e-5)
     assert logs[0]["loss"] == pytest.approx(0.01 * logs[0]["preference_loss"] + logs[0]["nll_loss"], rel=1e-6)
     assert logs[0]["tokens_per_second"] > 0 and logs[0]["peak_memory_gib"] > 0
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_solopo_tells_what_it_reads_and_logs_the_distance_of_rewards(tmp_path, caplog, separate):
+    """A turn is a pair, whatever record and pack it is in."""
+    policy, reference = make_model(0), make_model(1)
+    settings = {"max_steps": 1, "gradient_accumulation_steps": 3, "separate": separate, "learning_rate": 1e-12}
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(tmp_path, "solopo", PAIRS, policy, reference, **settings)
+    long, short = (sum(len(s) for pair in PAIRS for s in of(pair)) for of in (_long, _short))
+    if separate:
+        chosen = sum(len(pair.chosen) for pair in PAIRS)
+        assert f"solopo reads {chosen + short} tokens a pass over the data" in caplog.text
+        assert f"would be {long} as separate sequences" in caplog.text
+    else:
+        rows = [pack.batch.layout.length for pack in trainer.train_dataset]
+        both = [pack_of([pair]).layout.length for pair in PAIRS]
+        assert (
+            f"solopo reads {sum(rows)} tokens" in caplog.text and f"would be {sum(both)} with prefixes" in caplog.text
+        )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    with torch.no_grad():
+        turns = [list(turn_logps(plain(model), pair)) for pair in PAIRS for model in (policy, reference)]
+    ours = [turn for of_pair in turns[::2] for turn in of_pair]
+    theirs = [turn for of_pair in turns[1::2] for turn in of_pair]
+    chosen, anchors = (
+        np.array([0.1 * float(a[i][0] - b[i][0]) for a, b in zip(ours, theirs, strict=True)]) for i in (0, 2)
+    )
+    assert log["pairs"] == len(chosen) == 5
+    assert log["rewards/chosen"] == pytest.approx(chosen.mean(), rel=1e-5)
+    assert log["rewards/anchor"] == pytest.approx(anchors.mean(), rel=1e-5)
+    assert log["rewards/distances"] == pytest.approx(np.abs(chosen - anchors).mean(), rel=1e-5)
+    assert log["loss"] == pytest.approx(
+        float(naive_loss("solopo", plain(policy), plain(reference), PAIRS).detach()), rel=1e-5
+    )
+
+
+def _long(pair):
+    return (pair.chosen, *pair.rejected)
+
+
+def _short(pair):
+    return [*pair.ref_chosen, *(sequence for turns in pair.ref_rejected for sequence in turns)]
 
 
 def test_small_steps_move_float32_master_weights_of_a_bf16_model(tmp_path):
@@ -352,6 +410,8 @@ BAD_SETTINGS = [
     ({"reference": "none"}, "expected one of precompute, online, data"),
     ({"reference": "data", "objective": "dpo"}, "log-probs of the long inputs"),
     ({"reference": "data", "objective": "sft_constraint"}, "hidden states"),
+    ({"reference": "data", "objective": "solopo"}, "log-probs of the long inputs"),
+    ({"target_length": 64, "objective": "solopo_orpo"}, "target_length=64: solopo_orpo compares"),
     ({"per_device_train_batch_size": 4}, "use pack_tokens"),
     ({"pack_tokens": 0}, "pack_tokens=0: expected a whole number"),
     ({"constraint_weight": 0.0}, "expected > 0"),
@@ -373,6 +433,9 @@ BAD_PAIRS = [
     ("sft_chosen", {"chosen": replace(PAIRS[0].chosen, nll_labels=None)}, {}, "'pair-1': no NLL labels"),
     ("simpo", {"rejected": ()}, {}, "'pair-1': no rejected answer"),
     ("sft_constraint", SHORT_OF_ANOTHER, {}, "'pair-1': .* answer tokens in the long input"),
+    ("solopo", SHORT_OF_ANOTHER, {}, "'pair-1': .* answer tokens in the long input"),
+    ("solopo_simpo", {"ref_chosen": (), "ref_rejected": ()}, {}, "'pair-1': no short inputs with both answers"),
+    ("solopo_simpo", {}, {"pack_tokens": 60}, "'pair-1' packs into"),
     ("logo", {}, {"target_length": 30}, "'pair-1'.*target_length is 30"),
     ("longpo", {}, {"pack_tokens": 30}, "'pair-1' packs into"),
 ]

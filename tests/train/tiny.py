@@ -142,6 +142,8 @@ def naive_loss(name: str, policy, reference, pairs, positions=None, constraint_w
         return torch.stack([mean_nll(policy, pair.rejected[0]) for pair in pairs]).mean()
     if name == "sft_chosen":
         return torch.stack([mean_nll(policy, pair.chosen) for pair in pairs]).mean()
+    if name.startswith("solopo"):
+        return torch.stack([turn for pair in pairs for turn in triples(name, policy, reference, pair)]).mean()
     if name.startswith("sft_constraint"):
         return torch.stack([with_constraint(name, policy, reference, pair, constraint_weight) for pair in pairs]).mean()
     rows = [
@@ -184,6 +186,34 @@ def _preference(name, s_w, n_w, rejected, r_w, r_l) -> Tensor:
             odds = torch.log(p / (1 - p)) - torch.log(q / (1 - q))
             losses.append(-s_w / n_w - 0.1 * F.logsigmoid(odds))
     return torch.stack(losses).mean()
+
+
+def turn_logps(model, pair: TokenizedPair):
+    """-> of each turn log-prob and tokens of the chosen answer on the short input, of the rejected ones there, and of the
+    chosen one on the long input."""
+    lengths = [len(sequence.answer_ids) for sequence in pair.ref_chosen]
+    long = token_logps(model, pair.chosen, pair.chosen.labels).split(lengths)
+    for i, (chosen, anchor) in enumerate(zip(pair.ref_chosen, long, strict=True)):
+        rejected = [answer_logp(model, turns[i]) for turns in pair.ref_rejected]
+        yield answer_logp(model, chosen), rejected, (anchor.sum(), len(anchor))
+
+
+def triples(name: str, policy, reference, pair: TokenizedPair) -> list[Tensor]:
+    """SoLoPO's loss of each turn: that of the base on the short input, and the distance of the chosen answer's rewards."""
+    base, losses = {"solopo": "dpo", "solopo_simpo": "simpo", "solopo_orpo": "orpo"}[name], []
+    with torch.no_grad():
+        theirs = list(turn_logps(reference, pair)) if name == "solopo" else [None] * len(pair.ref_chosen)
+    for ((s, n), rejected, (s_long, _)), refs in zip(turn_logps(policy, pair), theirs, strict=True):
+        (r, _), r_l, (r_long, _) = refs or ((0.0, 0), [(0.0, 0)] * len(rejected), (0.0, 0))
+        if name == "solopo":
+            near, far = 0.1 * (s - r), 0.1 * (s_long - r_long)
+        elif name == "solopo_simpo":
+            near, far = 2.0 * s / n, 2.0 * s_long / n
+        else:
+            near, far = (m - torch.log(1 - m.exp()) for m in (s / n, s_long / n))
+        loss = _preference(base, s, n, rejected, r, [r for r, _ in r_l])
+        losses.append(loss + (3.0 if name == "solopo" else 1.0) * (near - far).abs())
+    return losses
 
 
 def _kto(rows) -> Tensor:

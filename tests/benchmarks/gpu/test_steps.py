@@ -44,16 +44,16 @@ def test_every_row_fits_the_card_and_its_time(cards, setting):
 
 
 def test_the_headlines_are_the_lengths_of_the_card(cards):
-    first = cards["H100"]["long"][0]
-    assert first.case == "llama-3-8b, 262144 tokens" and first.seconds < 300
-    assert cards["H100"]["long"][1].case == "llama-3-8b, 196608 tokens"
-    parts = cards["H200"]["long"][:2]
+    for rows in (cards[card]["long"] for card in cards):
+        assert [row.case for row in rows[:2]] == ["llama-3-8b, 262144 tokens", "llama-3-8b, 196608 tokens"]
+        assert rows[0].seconds < 300
+    first, _, *parts = cards["H200"]["long"]
     assert [row.case.partition(", 524288 tokens, ")[2] for row in parts] == [
-        "8 layers",
+        "4 layers",
         "backward of the last 4 layers",
     ]
-    assert sum(row.seconds for row in parts) < 560  # of the 570 that docs/measured.md gives them
-    assert parts[1].device_bytes > cards["H200"]["long"][2].device_bytes - (4 << 30)
+    assert first.seconds + sum(row.seconds for row in parts) < 700  # of the 720 that docs/measured.md gives them
+    assert parts[1].device_bytes > first.device_bytes - (4 << 30)
 
 
 def test_a_longest_step_has_float32_states_where_they_fit():
@@ -123,7 +123,7 @@ def test_a_shorter_step_follows_one_that_did_not_work(monkeypatch):
 
 
 def test_proofs_in_parts_have_no_rate_of_a_whole_step():
-    layers, backward, *_ = rehearse(steps.long, replace(REHEARSAL, card="H200"))
+    *_, layers, backward = rehearse(steps.long, replace(REHEARSAL, card="H200"))
     assert layers["tflops"] > 0 and "planner_error_seconds" in layers
     assert backward["status"] == "measured" and not {"tflops", "planner_error_seconds"} & set(backward)
 
