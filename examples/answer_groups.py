@@ -4,7 +4,7 @@
 
 A small random Llama learns to answer in even tokens. Each step samples ANSWERS answers to each question and packs them all into
 one row, [document][q1][a1 .. ][q2][a1 .. ], in which the document and each question are computed once. An answer's advantage is
-its reward less the mean of its group, over their spread (GRPO, arXiv 2402.03300); log-probs come from hidden states, without
+its reward less the mean of its group, over their spread (GRPO, arXiv 2402.03300); the loss comes from hidden states, without
 logits.
 """
 
@@ -13,7 +13,7 @@ import argparse
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longpo_ops import attach, linear_logprobs
+from longpo_ops import attach, fused_policy_loss
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.data import TokenSequence, pack_tree
 
@@ -67,9 +67,8 @@ def main(steps: int) -> list[float]:
         )
 
         def objective(hidden, head, tree=tree, advantages=advantages):
-            logps = head(hidden[0], tree.labels, loss=linear_logprobs)  # (N,), 0 where a row predicts no answer token
-            answers = tree.segments >= 0
-            return -(advantages[tree.segments[answers]] * logps[answers]).mean()
+            of_row = advantages[tree.segments.clamp(min=0)]  # rows that predict no answer token have no label
+            return head(hidden[0], tree.labels, loss=fused_policy_loss, advantages=of_row).loss
 
         loss = model(
             tree.input_ids,

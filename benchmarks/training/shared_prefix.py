@@ -6,7 +6,8 @@
 Both steps read the same pair with the same model (random weights, float32 on CPU): forward, LongPO loss with NLL,
 backward. "two" is chosen and rejected sequence one after the other through the model's own sdpa attention, their
 answers' log-probs and the NLL from the same fused loss, so that what differs is the shared prefix alone. Every
-measurement is a process of its own; rounds alternate, and numbers are medians over them. Peak memory is resident bytes
+measurement is a process of its own; rounds alternate, and numbers are medians over them; processor time is kept beside
+seconds, as it says more on a machine that does other work. Peak memory is resident bytes
 at the step's peak (on a GPU allocated bytes) beyond those before its forward: all but weights and inputs. Loss and
 gradients of the two are compared each time, or nothing is reported. Not covered: offload and tiles (offload.py), whole
 steps with an optimizer (step.py).
@@ -149,21 +150,23 @@ def perform(name: str, side: str, gradients: str) -> dict:
 
 def timed(model, step: Callable[[], float], steps: int, gradients: str) -> dict:
     """Medians of so many steps after one that warms up. step: leaves gradients and gives the loss, which waits for a GPU."""
-    seconds, memory = [], []
+    seconds, processor, memory = [], [], []
     for i in range(1 + steps):
         model.zero_grad(set_to_none=True)
         with Peak() as peak:
             _start_gpu_peak()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             value = step()
             seconds.append(time.perf_counter() - start)
+            processor.append(time.process_time() - used)
         memory.append(_gpu_peak() if torch.cuda.is_available() else peak.bytes)
         if i == 0:
             saved = {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
             torch.save((value, saved), gradients)
             del saved
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"seconds": statistics.median(seconds[1:]), "peak_bytes": max(memory[1:]), "weight_bytes": weights}
+    times = {"seconds": statistics.median(seconds[1:]), "processor_seconds": statistics.median(processor[1:])}
+    return times | {"peak_bytes": max(memory[1:]), "weight_bytes": weights}
 
 
 def _start_gpu_peak() -> None:
@@ -208,9 +211,11 @@ def measure(study: Study, name: str, rounds: int, folder: Path) -> dict:
         "error": error,
     }
     for side, results in runs.items():
-        row[side] = {key: statistics.median(r[key] for r in results) for key in ("seconds", "peak_bytes")}
+        keys = ("seconds", "processor_seconds", "peak_bytes")
+        row[side] = {key: statistics.median(r[key] for r in results) for key in keys}
         row[f"{side}_rounds"] = results
     row["faster"] = row[slow]["seconds"] / row[fast]["seconds"]
+    row["less_processor_time"] = row[slow]["processor_seconds"] / row[fast]["processor_seconds"]
     row["memory"] = row[fast]["peak_bytes"] / row[slow]["peak_bytes"]
     return row
 

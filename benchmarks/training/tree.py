@@ -113,8 +113,9 @@ def perform(name: str, side: str, gradients: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| questions x answers | tokens | separate rows | tree | fewer | separate | tree | faster | separate peak | tree |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| questions x answers | tokens | separate rows | tree | fewer | separate | tree | faster | processor time "
+        "| separate peak | tree |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         shape, alone, tree = row["shape"], row["separate"], row["tree"]
@@ -123,6 +124,7 @@ def table(rows: list[dict]) -> str:
         lines.append(
             f"| {shape['questions']} x {shape['answers']} | {tokens} | {many:,} | {few:,} | {many / few:.1f}x | "
             f"{alone['seconds']:.2f} s | {tree['seconds']:.2f} s | {row['faster']:.1f}x | "
+            f"{row['less_processor_time']:.1f}x less | "
             f"{alone['peak_bytes'] / 2**20:.0f} MiB | {tree['peak_bytes'] / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)
