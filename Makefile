@@ -18,7 +18,7 @@ DEADLINE ?= 3600
 BIN    := $(abspath $(VENV))/bin
 STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-FUNCTIONS := tests/ops/test_operators.py
+FUNCTIONS := tests/ops/test_operators.py tests/ops/test_objective.py
 REHEARSE := $(OLDEST)/bin/python -m benchmarks.gpu.check --rehearse
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 RANKS  := tests/parallel/test_*_ranks.py

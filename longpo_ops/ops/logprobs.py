@@ -172,14 +172,15 @@ def linear_cross_entropy(
         return losses if row_weights is None else losses * row_weights
 
     labelled = labels != ignore_index
-    rows = torch.ones(1, dtype=torch.float64) if row_weights is None else row_weights.detach().cpu().double()
+    rows = torch.ones(1, dtype=torch.float64) if row_weights is None else row_weights.detach().cpu()
     weights = rows if of_label is None else rows * of_label
     total = _total(weights, labelled, reduction)
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if smoothing or squared:
-        each = (weights * (1 - smoothing), total), (rows * (smoothing / len(weight)), total)
-        each = *each, (rows * squared, _total(rows, labelled, reduction))
+        wide = rows.double()
+        each = (weights.double() * (1 - smoothing), total), (wide * (smoothing / len(weight)), total)
+        each = *each, (wide * squared, _total(rows, labelled, reduction))
         each = [torch.where(labelled & (divisor != 0), x / divisor, 0.0) for x, divisor in each]
         head = hidden, weight, bias, spread, labels
         return cross_entropy_op(*head, each, ignore_index, group, *options, need, backend)[0]

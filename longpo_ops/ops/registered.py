@@ -14,14 +14,16 @@ Tests: tests/ops/test_objective.py.
 from __future__ import annotations
 
 import functools
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 
 from ..kinds import check_flag, check_number, check_whole
 
-KINDS, PYTHON = {"bool": check_flag, "int": check_whole}, {"bool": bool, "int": int}  # of a field; others are floats
+# Of a field, by its annotation, which is text under `from __future__ import annotations`; others are floats.
+KINDS = {bool: check_flag, int: check_whole, "bool": check_flag, "int": check_whole}
+PYTHON = {bool: bool, int: int, "bool": bool, "int": int}
 REGISTERED: dict[str, type[Registered]] = {}
 
 
@@ -45,7 +47,7 @@ class Registered:
 
     def __post_init__(self):
         for field in fields(self):
-            check = KINDS.get(_kind(field), check_number)
+            check = KINDS.get(field.type, check_number)
             value = check(f"{type(self).__name__}: {field.name}", getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         if not hasattr(self, self.method):
@@ -72,14 +74,9 @@ class Registered:
         return [float(getattr(self, field.name)) for field in fields(self)]
 
 
-def _kind(field: Field) -> str:
-    """Its annotation, which is text under `from __future__ import annotations`."""
-    return field.type if isinstance(field.type, str) else field.type.__name__
-
-
 def _values(cls: type[Registered], parameters) -> dict[str, float | int | bool]:
     given = zip(fields(cls), parameters, strict=True)
-    return {field.name: PYTHON.get(_kind(field), float)(value) for field, value in given}
+    return {field.name: PYTHON.get(field.type, float)(value) for field, value in given}
 
 
 def rebuild(name: str, parameters: list[float]) -> Registered:

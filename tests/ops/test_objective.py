@@ -1,10 +1,12 @@
 """An objective of one's own: what it computes wherever it is called, and what is refused when it is made."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -197,7 +199,8 @@ def test_an_objective_of_a_script(tmp_path):
         "                            objective=Mine())\n"
         "out.loss.backward()\nprint(Mine.name, bool(h.grad.any()))\n"
     )
-    done = subprocess.run([sys.executable, tmp_path / "mine.py"], capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, tmp_path / "mine.py"], capture_output=True, text=True, env=env)
     assert done.stdout.split() == ["__main__:Mine", "True"], done.stderr
 
 
