@@ -45,7 +45,9 @@ def calls(rows: int, width: int, vocab: int, device: str) -> dict[str, Callable[
     weight = (draw(vocab, width) * width**-0.5).to(device, dtype).requires_grad_()
     labels = torch.randint(vocab, (rows,), generator=generator)
     sequences = torch.arange(rows) * 2 // rows
-    advantages, old = draw(rows), -10 + 0.1 * draw(rows)
+    with torch.no_grad():  # near the policy: a clipped token has no gradient, and log-probs skip its row
+        old = linear_logprobs(hidden, weight, labels).float().cpu() + 0.01 * draw(rows)
+    advantages = draw(rows)
     on_device = labels.to(device), advantages.to(device), old.to(device)
 
     def preference(objective: Objective) -> None:
