@@ -261,9 +261,10 @@ def test_exact_products_and_tf32(architecture):
     "name", [name for name in CASES if name.startswith("rows") and "16" in name and "unal" not in name]
 )
 def test_a_barrier_stands_between_loads_and_narrow_stores(name, architecture):
-    """16-bit gradients land on float32 logits that other warps may not have loaded yet (see row_epilogue.py)."""
+    """16-bit gradients, stored two or four words at a time, land on float32 logits that other warps may not have loaded yet
+    (see row_epilogue.py)."""
     events = re.findall(r"ld\.global|bar\.sync|st\.global\.v", compiled(name, architecture).ptx)
-    stores = [i for i, event in enumerate(events) if event == "st.global.v"]  # of 2 or 4 words; a log-prob is stored alone
+    stores = [i for i, event in enumerate(events) if event == "st.global.v"]
     assert stores
     for i in stores:
         before = [event for event in events[:i] if event != "st.global.v"]
