@@ -11,8 +11,8 @@ Models that share no prefix run sequence by sequence, unpadded (train/forward.py
 policy. Everything else is TRL's: its options (trl_options.py says which are refused), its data, metrics by its names,
 checkpoints.
 
-Metrics: rewards/chosen, /rejected, /margins, /accuracies, logps/chosen, /rejected, num_tokens. Not logged, as they read whole
-rows of logits: entropy, mean_token_accuracy, logits/chosen, logits/rejected. Not covered: FSDP, DeepSpeed, vision.
+Metrics: rewards/chosen, /rejected, /margins, /accuracies, logps/chosen, /rejected, mean_token_accuracy, num_tokens. Not logged,
+as they read whole rows of logits: entropy, logits/chosen, logits/rejected. Not covered: FSDP, DeepSpeed, vision.
 
 Tests: tests/integrations/test_trl.py.
 """
@@ -236,6 +236,7 @@ class FusedDPOTrainer(DPOTrainer):
                 ref_chosen_logps=references[0],
                 ref_rejected_logps=references[1],
                 objective=self.objective,
+                correct_tokens=True,
             )
 
         out, _ = run(model, batch, loss, self.accelerator.device)
@@ -260,6 +261,11 @@ class FusedDPOTrainer(DPOTrainer):
             "logps/rejected": out.rejected_logps,
         }.items():
             self._metrics[mode][name].append(self.accelerator.gather(values).mean().item())
+        segments, count = pack.batch.segments, pack.batch.num_pairs
+        answer_tokens = int(((segments >= 0) & (segments < count)).sum())  # of chosen answers, which the accuracy is of
+        sums = torch.stack([out.chosen_correct.sum(), out.chosen_correct.new_tensor(answer_tokens)])
+        correct, answer_tokens = self.accelerator.gather(sums).view(-1, 2).sum(0).tolist()
+        self._metrics[mode]["mean_token_accuracy"].append(correct / answer_tokens)
         if mode == "train":
             tokens = torch.tensor(pack.tokens, device=self.accelerator.device)
             self._total_train_tokens += self.accelerator.gather(tokens).sum().item()
