@@ -30,7 +30,7 @@ from torch import Tensor
 from ..parallel import Shards, alike, digest, group_named
 from .batch import check_rows_labels, stretches_of, token_stretches
 from .checks import check_held_rows
-from .operators import deliver, make_head, refuse_create_graph, scale_, scaled
+from .operators import backward, deliver, make_head, refuse_create_graph, scale_, setup
 from .products import result_dtype
 from .rows import Chunk, Stretch, to_device, windows
 from .sweep import HeadSweep, Options, float16_scale
@@ -220,7 +220,7 @@ rows_op.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 @torch.library.custom_op("longpo_ops::cross_entropy", mutates_args=())
 def cross_entropy_op(
-    hidden: Tensor,
+    hiddens: list[Tensor],  # one, (N, H)
     weight: Tensor,
     bias: Tensor | None,
     classes: Tensor | None,
@@ -234,8 +234,9 @@ def cross_entropy_op(
     compute_dtype: torch.dtype,
     need: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     """row_weights: w, u and q of all rows, (N,) float64 each. -> the loss; dh, dw, db, and what divides each of them (3,)."""
+    (hidden,) = hiddens
     options = Options(scale, softcap, workspace_bytes, compute_dtype, *need)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
     with torch.autocast(weight.device.type, enabled=False):
@@ -260,7 +261,7 @@ def cross_entropy_op(
     db, db_scale = deliver(head.db, bias if need[2] else weight)
     return (
         loss[0].to(result_dtype(weight.dtype)),
-        hidden.new_empty(0) if dh is None else dh,
+        [hidden.new_empty(0) if dh is None else dh],
         dw,
         db,
         grad_scale * torch.stack([torch.ones_like(dw_scale), dw_scale, db_scale]),
@@ -334,34 +335,15 @@ def _alike(shards: Shards, weight: Tensor, labels: Tensor, row_weights: list[Ten
 
 
 @cross_entropy_op.register_fake
-def _(hidden, weight, bias, *rest):
-    need = rest[-2]
+def _(hiddens, weight, bias, *rest):
+    (hidden,), need = hiddens, rest[-2]
     return (
         weight.new_empty((), dtype=result_dtype(weight.dtype)),
-        hidden.new_empty(hidden.shape if need[0] else 0),
+        [hidden.new_empty(hidden.shape if need[0] else 0)],
         weight.new_empty(weight.shape if need[1] else 0),
         bias.new_empty(bias.shape) if need[2] else weight.new_empty(0),
         weight.new_empty(3, dtype=torch.float32),
     )
 
 
-def _setup(ctx, inputs, output):
-    ctx.need = inputs[-2]
-    ctx.blank = [
-        [None] * len(x) if isinstance(x, list) and x and isinstance(x[0], Tensor) else None for x in inputs[3:]
-    ]
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return None, None, None, *ctx.blank
-    refuse_create_graph()
-    *found, grad_scale = ctx.saved_tensors
-    factors = grad / grad_scale.double()
-    given = (scaled(g, factors[i]) if ctx.need[i] else None for i, g in enumerate(found))
-    return *given, *ctx.blank
-
-
-cross_entropy_op.register_autograd(_backward, setup_context=_setup)
+cross_entropy_op.register_autograd(backward, setup_context=setup)

@@ -182,7 +182,7 @@ def linear_cross_entropy(
         each = (weights.double() * (1 - smoothing), total), (wide * (smoothing / len(weight)), total)
         each = *each, (wide * squared, _total(rows, labelled, reduction))
         each = [torch.where(labelled & (divisor != 0), x / divisor, 0.0) for x, divisor in each]
-        head = hidden, weight, bias, spread, labels
+        head = [hidden], weight, bias, spread, labels
         return cross_entropy_op(*head, each, ignore_index, group, *options, need, backend)[0]
     none = torch.empty(0, dtype=torch.int64)
     batch = Batch(

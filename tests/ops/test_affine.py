@@ -338,7 +338,7 @@ def test_opcheck(dtype):
     rows = [torch.rand(12).double() for _ in range(3)]
     torch.library.opcheck(
         affine.cross_entropy_op,
-        (hidden, weight, bias, torch.rand(11), LABELS, rows, -100, "", *options[1:], [True] * 3, "torch"),
+        ([hidden], weight, bias, torch.rand(11), LABELS, rows, -100, "", *options[1:], [True] * 3, "torch"),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
