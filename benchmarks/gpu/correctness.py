@@ -43,6 +43,7 @@ SECONDS, PUBLIC_SECONDS = 0.1, 0.3  # of a case, its kernels compiled
 SEEDS = 1 << 20  # between the generators of one seed and the next
 TOKENS, WIDTH = 150, 64  # of the public functions' inputs
 LOGPROB_LIMIT = 2e-3  # nats per token, whatever plain PyTorch's own error at 16 bits is
+NARROW = ("longpo", "ipo", "kto_pair", "simpo", "kto")  # objectives in 16 bits, too: one of each way through a sweep
 DIVERGENCES = (Divergence("forward"), Divergence("reverse"), Divergence("jsd", 0.3))
 
 
@@ -425,6 +426,8 @@ class _Public(NamedTuple):
             return Row(function, about, partial(compute, argument), self.backend, PUBLIC_SECONDS)
 
         for name, objective in OBJECTIVES.items():
+            if self.dtype != torch.float32 and name not in NARROW:
+                continue
             if PAIR in objective.forms:
                 yield row("fused_preference_loss", name, self.preference, name)
             else:

@@ -110,7 +110,8 @@ def test_wrong_attention_is_a_failed_row(monkeypatch):
 def test_public_functions_are_all_judged(rehearsal):
     for dtype in ("float32", "float16", "bfloat16"):
         of = {name: "fused_preference" if PAIR in cls.forms else "packed_objective" for name, cls in OBJECTIVES.items()}
-        wanted = {(f"{function}_loss", f"{name}, {dtype}") for name, function in of.items()}
+        names = of if dtype == "float32" else correctness.NARROW
+        wanted = {(f"{of[name]}_loss", f"{name}, {dtype}") for name in names}
         wanted |= {("fused_policy_loss", f"kl, {dtype}")}
         wanted |= {("linear_kl", f"{kind}, {dtype}") for kind in ("forward", "reverse", "jsd")}
         wanted |= {("linear_cross_entropy", f"mean, {dtype}"), ("linear_logprobs", f"plain, {dtype}")}
