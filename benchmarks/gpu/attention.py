@@ -29,6 +29,7 @@ LAYOUTS = {  # per pair its rows: prefix, chosen tail, rejected tails
     "several rejected": ((515, 100, 1, 60, 33),),
     "several pairs": ((300, 50, 70), (1, 40, 2, 10), (260, 90), (1, 1, 3)),
 }
+TREE = 515, (40, 60, 33, 1), (70, 50)  # a document's rows; of each question its own, then those of its answers
 HEADS = {"8 of 2, size 128": (8, 2, 128), "4 of 4, size 64": (4, 4, 64)}  # query heads, key heads, head size
 SCALE = 0.07  # off the default, so that a kernel that ignores it is seen
 WINDOW = 150
@@ -53,6 +54,20 @@ def make_tree(*branches: tuple[int, int | None]) -> PairSpans:
     ends = list(accumulate(rows for rows, _ in branches))
     tails = ((1, ends[0]), *pairwise(ends))
     return PairSpans(0, 1, tails, tuple(fork for _, fork in branches[1:]))
+
+
+def make_layouts(shrink: int) -> dict[str, SharedPrefixLayout]:
+    """The pairs of LAYOUTS and the tree, all of their parts shorter by a factor."""
+    less = lambda parts: tuple(-(-rows // shrink) for rows in parts)  # noqa: E731
+    layouts = {name: make_layout(*map(less, pairs)) for name, pairs in LAYOUTS.items()}
+    (document,), branches = less(TREE[:1]), []
+    row = document
+    for question, *answers in map(less, TREE[1:]):
+        branches.append((question, document - 1))
+        branches += ((rows, row + question - 1) for rows in answers)
+        row += question + sum(answers)
+    tree = make_tree((document, None), *branches)
+    return layouts | {"tree": SharedPrefixLayout((tree,), tree.end)}
 
 
 def sequences(layout: SharedPrefixLayout) -> list[list[list[int]]]:
@@ -113,8 +128,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     stock = (kernels.CUDNN, kernels.TORCH_FLASH) if setting.elsewhere else kernels.stock_kernels(setting.device)
     found = (*stock, kernels.BLOCKWISE)
     for dtype in DTYPES:
-        for name, pairs in list(LAYOUTS.items())[: None if dtype == DTYPES[0] else 1]:
-            layout = make_layout(*(tuple(-(-length // shrink) for length in pair) for pair in pairs))
+        for name, layout in list(make_layouts(shrink).items())[: None if dtype == DTYPES[0] else 1]:
             for shape, heads in HEADS.items():
                 for window in (None, WINDOW // shrink):
                     about = f"{name}, {shape}, {str(dtype)[6:]}" + (f", window {window}" if window else "")

@@ -87,7 +87,7 @@ def test_correctness_has_every_function_option_and_dtype(rehearsal):
 def test_attention_is_judged_for_every_kernel(rehearsal):
     rows = rows_of(rehearsal, "attention")
     assert {row["backend"] for row in rows} == {"torch flash attention for CPU", "blockwise PyTorch"}
-    assert len(rows) == 2 * 2 * 2 * (3 + 1 + 1)  # kernels, heads, windows, layouts of each dtype
+    assert len(rows) == 2 * 2 * 2 * (4 + 1 + 1)  # kernels, heads, windows, layouts of each dtype
     assert set(statuses(rehearsal, "attention", backend="blockwise PyTorch")) == {"passed"}
     told = {
         status.partition(":")[0] for status in statuses(rehearsal, "attention", backend="torch flash attention for CPU")
