@@ -35,11 +35,13 @@ WHOLE = [name for name in METHODS if name not in ("solopo_simpo", "solopo_orpo")
 
 
 @pytest.mark.parametrize(("name", "lora_rank"), [*((name, 0) for name in WHOLE), *((name, 4) for name in ADAPTED)])
-def test_every_method_from_text_to_a_saved_model(home, tmp_path, name, lora_rank):
+def test_every_method_from_text_to_a_saved_model(home, tmp_path, caplog, name, lora_rank):
     data = str(home / ("kto_pairs.jsonl" if name == "kto_pair" else "pairs.jsonl"))
     trainer = run(
         home, tmp_path, objective=name, data=data, lora_rank=lora_rank, max_steps=2, rope_theta=1e6, learning_rate=1e-3
     )
+    reads = METHODS[name].reference
+    assert ("changes the policy alone" in caplog.text) == (reads in ("long", "both"))  # of rope_theta
     log = trainer.state.log_history[0]
     expected = {"nll_loss"} if METHODS[name].nll else set()
     expected |= {"kl"} if METHODS[name].constraint else set()
