@@ -57,7 +57,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
     rope_theta: Annotated[
-        float | None, typer.Option(help="RoPE base of the policy; the reference keeps its own.")
+        float | None, typer.Option(help="RoPE base of the policy; a reference on short inputs keeps its own.")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="LoRA of this rank; 0 is full fine-tuning.")] = None,
     separate: Annotated[

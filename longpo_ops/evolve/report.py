@@ -172,15 +172,16 @@ def _retention(result: Result) -> Table:
 
 
 def _round(each: Round, mine: dict[str, Stage], out: Path) -> Table:
-    train, method = mine[TRAIN].run, mine[TRAIN].run.training.get("objective", "longpo")
-    reference = train.reference_model or train.model
+    train = mine[TRAIN].run
+    method = train.config().method
+    reads = {None: "", "both": ", on short and long inputs"}.get(method.reference, f", on {method.reference} inputs")
     lines = [
         ("target length", f"{each.length:,} tokens"),
         ("starts from", _called(train.model, out)),
         ("RoPE theta", DASH if train.rope_theta is None else f"{train.rope_theta:g}"),
         ("pairs made by", _called(mine[PAIRS].run.model, out)),
-        ("method", method),
-        ("reference, on short inputs", _called(reference, out)),
+        ("method", method.name),
+        (f"reference{reads}", _called(train.reference_model or train.model, out) if reads else DASH),
     ]
     return Table("", ("", ""), lines)
 

@@ -119,7 +119,6 @@ def check_model(run: TrainRun, config: LongPOConfig) -> tuple[nn.Module, str | N
         raise ValueError(
             f"rope_theta: {type(base_model(policy)).__name__} has no RoPE that it would change; leave it out"
         )
-    _tell_other_rope(run, config)
     check_shared_rows(policy, config)
     why = prepare_model(policy, config.separate)
     check_trained(policy, config, why is not None)
@@ -130,19 +129,6 @@ def check_model(run: TrainRun, config: LongPOConfig) -> tuple[nn.Module, str | N
         prepare_model(reference, config.separate)
         check_stored_head(run.reference_model, reference)
     return policy, why
-
-
-def _tell_other_rope(run: TrainRun, config: LongPOConfig) -> None:
-    """A reference that reads the long input with other angles than the policy compares it with a worse reader."""
-    theta, reads = run.settings()["rope_theta"], config.method.reference
-    if theta is not None and run.reference_model is None and reads in ("long", "both"):
-        _tell_once(
-            logging.WARNING,
-            f"rope_theta={theta:g} changes the policy alone, and the reference of {config.objective} reads the long input with "
-            "the model's own angles: rewards do not begin at 0, and what holds the policy to that reference (a distance of "
-            "rewards, as SoLoPO's) may unlearn long contexts; to compare with the policy as it begins, give as reference_model "
-            "a copy of the model whose config.json has that rope_theta",
-        )
 
 
 def check_trained(model: nn.Module, config: LongPOConfig, separate: bool) -> None:

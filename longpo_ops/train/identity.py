@@ -101,9 +101,7 @@ class Identity:
             "data": _data(prepared.pairs),
             "eval_data": _data(prepared.evaluation),
             "model": model_identity(run, run.model, cache),
-            "reference_model": model_identity(run, run.reference_model or run.model, cache)
-            if needs_reference(config)
-            else None,
+            "reference_model": _reference_identity(run, cache) if needs_reference(config) else None,
         }
         settings = run.settings()
         values = {"recipe": run.title} | {name: settings[name] for name in (*PATHS, *DECIDING["run"])}
@@ -309,6 +307,12 @@ def tokenizer_digest(tokenizer) -> str:
     if fast is not None:
         whole |= {"truncation": None, "padding": None}  # a state that calls leave behind
     return _digest([type(tokenizer).__name__, whole, {n: str(t) for n, t in tokenizer.special_tokens_map.items()}])
+
+
+def _reference_identity(run: TrainRun, weights: Weights) -> dict[str, str]:
+    found = model_identity(run, run.reference_model or run.model, weights)
+    read = [run.settings()["rope_theta"], run.max_position_embeddings]
+    return found | ({"RoPE": _digest(read)} if run.reference_is_policy() and any(read) else {})
 
 
 def model_identity(run: TrainRun, name: str, weights: Weights) -> dict[str, str]:

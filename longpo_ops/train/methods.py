@@ -27,9 +27,11 @@ d = (s_w - r_w) - (s_l - r_l); E the mean over the rejected sequences; NLL the m
 
 KL: of an answer token of the chosen sequence, KL(policy on the long input || frozen reference on the short one) over the
 whole vocabulary, at the rows that predict it. Numbers are defaults: objective_options and constraint_weight set others.
-logo spreads position ids over the policy's context. Every other objective of pairs (docs/objectives.md: robust, exo_pair, cpo,
-...) is a method of its name, as dpo is: the reference reads the long input, and there is no NLL. So is a class of one's own,
-module:Class, which says by `reads` and `with_nll` what is otherwise (ops/objective.py); one of triples is trained like solopo.
+A reference that reads long inputs is the policy as it begins, a new rope_theta included; one that reads short inputs alone
+has the model's own. logo spreads position ids over the policy's context. Every other objective of pairs (docs/objectives.md:
+robust, exo_pair, cpo, ...) is a method of its name, as dpo is: the reference reads the long input, and there is no NLL. So is
+a class of one's own, module:Class, which says by `reads` and `with_nll` what is otherwise (ops/objective.py); one of triples
+is trained like solopo.
 
 SoLoPO (arXiv 2505.11166): a pair is a turn, and the loss is that of DPO, SimPO or ORPO on the turn's SHORT input plus
 alpha |r(short, chosen) - r(long, chosen)|, chosen-only as published: w and l are the answers on the short input, L is the

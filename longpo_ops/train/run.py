@@ -76,7 +76,8 @@ class TrainRun:
     """What a run needs beside LongPOConfig (`training`).
 
     model, data, eval_data: a transformers causal LM (name or folder), files or folders of pairs.
-    reference_model: default `model` itself, with the RoPE settings it came with.
+    reference_model: another than `model`, with the RoPE settings it came with. `model` itself, the default, has its own where
+        the method's reference reads short inputs alone, and those of the policy where it reads the long ones.
     rope_theta, max_position_embeddings: of the policy, for a longer context than the model's own.
     max_length, cut_document, system, template_kwargs, on_bad_record: as in data.ChatFormat and data.tokenized_pairs.
     recipe: "default", or "official", the published one: what is not given, here or in `training`, is the recipe's
@@ -284,7 +285,7 @@ class TrainRun:
         return supervised or self.recipe == recipes.OFFICIAL
 
     def load_model(self, name: str, policy: bool):
-        """A causal LM from safetensors; the policy with its RoPE settings, quantisation and adapters."""
+        """A causal LM from safetensors; the policy with the run's RoPE settings, quantisation and adapters."""
         model = load_model(name, *self._how(name, policy))
         return self._with_adapters(model) if policy and self.lora_rank else model
 
@@ -299,7 +300,7 @@ class TrainRun:
 
     def _how(self, name: str, policy: bool) -> tuple:
         """What load_model and check_weights are given. Raises ValueError for a quantised policy that cannot be trained."""
-        config = self._model_config(name, policy)
+        config = self.model_config(name, policy)
         if policy and getattr(config, "quantization_config", None) is not None:
             if not self.lora_rank:
                 raise ValueError(
@@ -309,14 +310,20 @@ class TrainRun:
             check_trainable(name, config)
         return config, self.dtype, self.trust_remote_code, self.quantization if policy else NONE
 
-    def _model_config(self, name: str, policy: bool):
+    def model_config(self, name: str, policy: bool):
         config = self.read_config(name)
+        if not policy and not self.reference_is_policy():
+            return config
         theta = self.settings()["rope_theta"]
-        if policy and theta is not None:
+        if theta is not None:
             replace_rope(config, {"rope_theta": float(theta)}, None)
-        if policy and self.max_position_embeddings is not None:
+        if self.max_position_embeddings is not None:
             config.max_position_embeddings = self.max_position_embeddings
         return config
+
+    def reference_is_policy(self) -> bool:
+        """Whether the reference is the policy as it begins, its RoPE included: what reads the long input must be able to."""
+        return self.reference_model is None and self.config().method.reference in ("long", "both")
 
     def _with_adapters(self, model):
         return add_adapters(
@@ -481,6 +488,6 @@ def _make_trainer(run: TrainRun, policy, prepared: Prepared) -> LongPOTrainer:
         prepared.pairs,
         prepared.evaluation,
         reference_model=reference,
-        reference_config=run.read_config(run.model) if run.lora_rank else None,
+        reference_config=run.model_config(run.model, policy=False) if run.lora_rank else None,
         processing_class=prepared.tokenizer,
     )

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,11 @@ WHOLE = [name for name in METHODS if name not in ("solopo_simpo", "solopo_orpo")
 
 
 @pytest.mark.parametrize(("name", "lora_rank"), [*((name, 0) for name in WHOLE), *((name, 4) for name in ADAPTED)])
-def test_every_method_from_text_to_a_saved_model(home, tmp_path, caplog, name, lora_rank):
+def test_every_method_from_text_to_a_saved_model(home, tmp_path, name, lora_rank):
     data = str(home / ("kto_pairs.jsonl" if name == "kto_pair" else "pairs.jsonl"))
     trainer = run(
         home, tmp_path, objective=name, data=data, lora_rank=lora_rank, max_steps=2, rope_theta=1e6, learning_rate=1e-3
     )
-    reads = METHODS[name].reference
-    assert ("changes the policy alone" in caplog.text) == (reads in ("long", "both"))  # of rope_theta
     log = trainer.state.log_history[0]
     expected = {"nll_loss"} if METHODS[name].nll else set()
     expected |= {"kl"} if METHODS[name].constraint else set()
@@ -99,13 +98,36 @@ def test_every_objective_of_pairs_is_a_method(home, tmp_path):
     assert log["loss"] == pytest.approx(log["preference_loss"]) and log["rewards/margins"] != 0
 
 
-def test_the_reference_keeps_its_rope_while_the_policy_has_another(home, tmp_path):
-    def rewards(**more):
-        log = run(home, tmp_path / str(len(more)) / "-".join(more), max_steps=1, **more).state.log_history[0]
-        return log["rewards/chosen"]
+def first_rewards(home, tmp_path, **more) -> float:
+    folder = tmp_path / "-".join(f"{name}-{value}" for name, value in more.items())
+    return run(home, folder, max_steps=1, **more).state.log_history[0]["rewards/chosen"]
 
+
+def test_the_reference_keeps_its_rope_while_the_policy_has_another(home, tmp_path):
+    rewards = partial(first_rewards, home, tmp_path)
     assert rewards(max_length=100000) != rewards(rope_theta=1e7)
     assert rewards(rope_theta=1e7, lora_rank=2) == pytest.approx(rewards(rope_theta=1e7), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more", [{"objective": "dpo"}, {"objective": "dpo", "lora_rank": 2}, {"objective": "solopo"}], ids=str
+)
+def test_a_reference_that_reads_the_long_input_is_the_policy_as_it_begins(home, tmp_path, more):
+    """Its RoPE, too, unless it is given: a distance to a worse reader's rewards would unlearn long contexts."""
+    rewards = partial(first_rewards, home, tmp_path, rope_theta=10.0, **more)
+    assert rewards() == pytest.approx(0, abs=1e-6)
+    assert "lora_rank" in more or abs(rewards(reference_model=str(home / "model"))) > 2e-6
+
+
+def test_a_run_whose_reference_had_another_rope_is_another_run(home, tmp_path):
+    given = dict(objective="dpo", rope_theta=10.0, max_steps=1)
+    run(home, tmp_path, **given)
+    file = tmp_path / "run.json"
+    kept = json.loads(file.read_text())
+    assert kept["contents"]["reference_model"].pop("RoPE")
+    file.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"other RoPE of reference_model"):
+        run(home, tmp_path, **given | {"max_steps": 2})
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
