@@ -172,8 +172,7 @@ def _retention(result: Result) -> Table:
 
 
 def _round(each: Round, mine: dict[str, Stage], out: Path) -> Table:
-    train = mine[TRAIN].run
-    method = train.config().method
+    train, method = mine[TRAIN].run, mine[TRAIN].run.method
     reads = {None: "", "both": ", on short and long inputs"}.get(method.reference, f", on {method.reference} inputs")
     lines = [
         ("target length", f"{each.length:,} tokens"),

@@ -60,6 +60,7 @@ from .checks import (
 )
 from .config import LongPOConfig
 from .identity import Identity, holds_run, tokenizer_digest
+from .methods import Method, resolve_method
 from .packed import DIGESTS, PairStore, rows_of, select
 from .ranks import check_ranks, weights_digest
 from .report import write_report
@@ -229,6 +230,11 @@ class TrainRun:
         given = {name: value for name, value in self.settings().items() if name not in own}
         return LongPOConfig(output_dir=self.output_dir, **given)
 
+    @property
+    def method(self) -> Method:
+        """Of the run. Asks for no process group, as a LongPOConfig does behind a launcher."""
+        return resolve_method(self.settings().get("objective", LongPOConfig.objective))
+
     def read_config(self, name: str):
         """The transformers config of a model of the run (pretrained.read_config). Raises ValueError for a policy that also
         reads pictures or sound, unless its text model alone is wanted."""
@@ -323,7 +329,7 @@ class TrainRun:
 
     def reference_is_policy(self) -> bool:
         """Whether the reference is the policy as it begins, its RoPE included: what reads the long input must be able to."""
-        return self.reference_model is None and self.config().method.reference in ("long", "both")
+        return self.reference_model is None and self.method.reference in ("long", "both")
 
     def _with_adapters(self, model):
         return add_adapters(

@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.budget import judge, worst
 from benchmarks.gpu import attention, check, correctness
-from benchmarks.gpu.questions import LONG, QUESTIONS
+from benchmarks.gpu.questions import QUESTIONS
 from benchmarks.gpu.report import read, summary
 from benchmarks.gpu.rows import perform, results
-from benchmarks.gpu.setting import CARDS, REHEARSAL
+from benchmarks.gpu.setting import REHEARSAL
 from benchmarks.stamp import ROOT
 from longpo_ops.attention import kernels
 from longpo_ops.ops.objective import PAIR
@@ -120,16 +120,6 @@ def test_public_functions_are_all_judged(rehearsal):
             ("linear_logprobs", f"entropy, {dtype}"),
         }
         assert wanted <= {(row["what"], row["case"]) for row in rows_of(rehearsal, "public", status="passed")}
-
-
-def test_what_it_costs_can_be_listed_without_a_gpu(capsys):
-    assert check.main(["--list"]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["seconds", "on", *CARDS]
-    for question, line in zip((*QUESTIONS, *LONG), lines, strict=True):
-        seconds = line.split()[1 : 1 + len(CARDS)]
-        assert line.startswith(question.name) and line.endswith(question.asks)
-        assert all(0 < int(each) < (900 if question in LONG else 120) for each in seconds), line
 
 
 # ---- a wrong kernel --------------------------------------------------------------------------------------------------
@@ -295,7 +285,7 @@ def test_wrong_numbers_are_wrong_usage(option, capsys):
     assert stop.value.code == 2 and option.partition("=")[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(6))
 def test_a_kill_at_any_time_leaves_a_report_and_no_worker(number, tmp_path):
     """Every other kill comes at a random moment after the first row, the rest at one of the seconds from the start on. The
     first two meet all workers, the others the one that most questions share."""

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.gpu import report, tables
 from benchmarks.gpu.check import Report
@@ -261,15 +260,6 @@ def test_the_committed_pages_show_the_committed_reports(tmp_path):
     report.write(runs, tmp_path)
     for name in (report.README, report.MEASURED):
         assert block(tmp_path / name) == block(ROOT / name), f"run `python -m benchmarks.gpu.report`: {name} is old"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="costs are listed for a machine without a GPU")
-def test_the_committed_costs_are_the_codes(tmp_path):
-    assert report.main(["--costs", "--docs", str(tmp_path)]) == 0
-    old, new = ((root / report.MEASURED).read_text() for root in (ROOT, tmp_path))
-    assert new == old, "run `python -m benchmarks.gpu.report --costs`: docs/measured.md is old"
-    for question in (*report.QUESTIONS, *report.LONG):
-        assert re.search(rf"^\| `{question.name}`", new, re.MULTILINE)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
-"""benchmarks/gpu/steps.py without a GPU: what is planned for both cards, all rows in rehearsal, errors, what goes wrong."""
+"""benchmarks/gpu/steps.py without a GPU: plans for both cards and what all costs by them, rows in rehearsal, what goes wrong."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu import steps
+from benchmarks.gpu import check, questions, report, steps
 from benchmarks.gpu.rows import perform
+from benchmarks.gpu.setting import CARDS as BY_CARD
 from benchmarks.gpu.setting import H100, H200, REHEARSAL
+from benchmarks.stamp import ROOT
 from benchmarks.training import step as training
 from longpo_ops.memory import pieces
 from longpo_ops.memory.plan import CARDS, Phase
@@ -54,6 +57,25 @@ def test_the_headlines_are_the_lengths_of_the_card(cards):
     ]
     assert first.seconds + sum(row.seconds for row in parts) < 700  # of the 720 that docs/measured.md gives them
     assert parts[1].device_bytes > first.device_bytes - (4 << 30)
+
+
+def test_what_it_costs_can_be_listed_without_a_gpu(capsys):
+    assert check.main(["--list"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["seconds", "on", *BY_CARD]
+    for question, line in zip((*questions.QUESTIONS, *questions.LONG), lines, strict=True):
+        seconds = line.split()[1 : 1 + len(BY_CARD)]
+        assert line.startswith(question.name) and line.endswith(question.asks)
+        assert all(0 < int(each) < (900 if question in questions.LONG else 120) for each in seconds), line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="costs are listed for a machine without a GPU")
+def test_the_committed_costs_are_the_codes(tmp_path):
+    assert report.main(["--costs", "--docs", str(tmp_path)]) == 0
+    old, new = ((root / report.MEASURED).read_text() for root in (ROOT, tmp_path))
+    assert new == old, "run `python -m benchmarks.gpu.report --costs`: docs/measured.md is old"
+    for question in (*report.QUESTIONS, *report.LONG):
+        assert re.search(rf"^\| `{question.name}`", new, re.MULTILINE)
 
 
 def test_a_longest_step_has_float32_states_where_they_fit():
