@@ -1,4 +1,4 @@
-"""benchmarks/gpu/steps.py without a GPU: plans for both cards and what all costs by them, rows in rehearsal, what goes wrong."""
+"""benchmarks/gpu/steps.py without a GPU: plans for both cards and what all costs by them, all rows in rehearsal, trouble."""
 
 import json
 import re
