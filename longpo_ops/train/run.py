@@ -287,8 +287,7 @@ class TrainRun:
 
     def allows_equal(self) -> bool:
         """Whether chosen and rejected answers may be equal: where the method reads one of them only, and as published."""
-        supervised = self.training.get("objective", LongPOConfig.objective).startswith("sft_")
-        return supervised or self.recipe == recipes.OFFICIAL
+        return self.method.objective is None or self.recipe == recipes.OFFICIAL
 
     def load_model(self, name: str, policy: bool):
         """A causal LM from safetensors; the policy with the run's RoPE settings, quantisation and adapters."""

@@ -109,14 +109,28 @@ def test_the_reference_keeps_its_rope_while_the_policy_has_another(home, tmp_pat
     assert rewards(rope_theta=1e7, lora_rank=2) == pytest.approx(rewards(rope_theta=1e7), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "more", [{"objective": "dpo"}, {"objective": "dpo", "lora_rank": 2}, {"objective": "solopo"}], ids=str
-)
-def test_a_reference_that_reads_the_long_input_is_the_policy_as_it_begins(home, tmp_path, more):
+@pytest.fixture(scope="module")
+def attentive(home, tmp_path_factory) -> Path:
+    """The home with a model whose attention is far from even, so that angles count."""
+    there = tmp_path_factory.mktemp("attentive")
+    shutil.copytree(home, there, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(there / "model")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(30.0 if "q_proj" in name or "k_proj" in name else 3.0 if "proj" in name else 1.0)
+    model.save_pretrained(there / "model")
+    return there
+
+
+OF_LONG = ({"objective": "dpo"}, {"objective": "dpo", "lora_rank": 2}, {"objective": "solopo"})
+
+
+@pytest.mark.parametrize("more", OF_LONG, ids=str)
+def test_a_reference_that_reads_the_long_input_is_the_policy_as_it_begins(attentive, tmp_path, more):
     """Its RoPE, too, unless it is given: a distance to a worse reader's rewards would unlearn long contexts."""
-    rewards = partial(first_rewards, home, tmp_path, rope_theta=10.0, **more)
-    assert rewards() == pytest.approx(0, abs=1e-6)
-    assert "lora_rank" in more or abs(rewards(reference_model=str(home / "model"))) > 2e-6
+    rewards = partial(first_rewards, attentive, tmp_path, rope_theta=10.0, **more)
+    given = rewards(reference_model=str(attentive / "model"))
+    assert abs(given) > 1e-3 and rewards() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_run_whose_reference_had_another_rope_is_another_run(home, tmp_path):
