@@ -110,16 +110,8 @@ def test_the_reference_keeps_its_rope_while_the_policy_has_another(home, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def attentive(home, tmp_path_factory) -> Path:
-    """The home with a model whose attention is far from even, so that angles count."""
-    there = tmp_path_factory.mktemp("attentive")
-    shutil.copytree(home, there, dirs_exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(there / "model")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.mul_(30.0 if "q_proj" in name or "k_proj" in name else 3.0 if "proj" in name else 1.0)
-    model.save_pretrained(there / "model")
-    return there
+def attentive(tmp_path_factory) -> Path:
+    return write_home(tmp_path_factory.mktemp("attentive"), attentive=True)
 
 
 OF_LONG = ({"objective": "dpo"}, {"objective": "dpo", "lora_rank": 2}, {"objective": "solopo"})

@@ -269,14 +269,18 @@ def text_pairs(count: int = 8) -> list[dict]:
     ]
 
 
-def write_home(folder: Path, dtype=torch.float32) -> Path:
-    """folder/model (safetensors, tokenizer) and folder/pairs.jsonl; kto_pairs.jsonl has one rejected answer each."""
+def write_home(folder: Path, dtype=torch.float32, attentive: bool = False) -> Path:
+    """folder/model (safetensors, tokenizer) and folder/pairs.jsonl; kto_pairs.jsonl has one rejected answer each. attentive:
+    with attention far from even, so that angles count."""
     pairs = text_pairs()
     tokenizer = make_tokenizer([pair["document"] for pair in pairs])
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=4096, **shape)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "model")
+    model = LlamaForCausalLM(config).to(dtype)
+    for name, weight in model.named_parameters() if attentive else ():
+        weight.data.mul_(30.0 if "q_proj" in name or "k_proj" in name else 3.0 if "proj" in name else 1.0)
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write_lines(folder / "pairs.jsonl", pairs)
     for pair in pairs:
