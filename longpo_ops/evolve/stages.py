@@ -2,6 +2,8 @@
 
     base/evaluate, then for every round: pairs, untrained, train, evaluate
 
+A round that starts from a measured model at its own theta has no stage `untrained`: it would measure the same again.
+
 A stage is settings of a public piece (GenerateRun, TrainRun, EvaluateRun) and what they follow from: which model, by
 which identity. A trained model's identity is a digest of its training's settings, those of its pairs and of the models
 before it, so that a stage tells when anything before it has changed. Nothing is loaded but configs.
@@ -102,7 +104,8 @@ def plan(evolution: Evolution) -> list[Stage]:
             path, identity = str(train.out / merged), f"{each.name} {train.digest}"
             after = Model(path, identity, theta, train.run.max_position_embeddings, start.origin)
             untrained = _evaluation(evolution, each, UNTRAINED, start, theta)
-            stages += [pairs, untrained, train, _evaluation(evolution, each, EVALUATE, after, theta)]
+            new = [untrained] if all(untrained.settings != stage.settings for stage in stages) else []
+            stages += [pairs, *new, train, _evaluation(evolution, each, EVALUATE, after, theta)]
         models |= {each.name: after, LAST: after}
     return stages
 

@@ -159,11 +159,12 @@ def test_a_model_that_is_not_there_is_named():
 
 
 def rounds(evolution: Evolution | dict) -> list[dict]:
-    """Per round its stages by kind; the one before them is the base's."""
+    """Per round its stages by kind, `untrained` where it is one; the one before them is the base's."""
     evolution = Evolution.from_settings(evolution) if isinstance(evolution, dict) else evolution
     stages, kinds = plan(evolution), ("pairs", "untrained", "train", "evaluate")
     names = [f"{each.name}/{kind}" for each in evolution.rounds for kind in kinds]
-    assert [stage.name for stage in stages] == ["base/evaluate", *names]
+    there = [stage.name for stage in stages]
+    assert there == ["base/evaluate", *(name for name in names if name in there or not name.endswith("/untrained"))]
     return [{stage.kind: stage for stage in stages if stage.round is each} for each in evolution.rounds]
 
 
@@ -192,8 +193,14 @@ def test_who_generates_who_is_the_reference_and_at_which_theta(model):
         raised,
         raised,
     ]  # those that read too few tokens
-    assert [each["untrained"].run.model for each in found] == [str(model), *trained[:3]]
-    assert [each["untrained"].run.rope for each in found] == [{"rope_theta": 2e4}, raised, None, None]
+    assert ["untrained" in each for each in found] == [
+        True,
+        True,
+        False,
+        False,
+    ]  # the others' starts were measured before
+    assert [each["untrained"].run.model for each in found[:2]] == [str(model), trained[0]]
+    assert [each["untrained"].run.rope for each in found[:2]] == [{"rope_theta": 2e4}, raised]
     assert [each["evaluate"].run.model for each in found] == trained
     assert [each["evaluate"].run.rope for each in found] == [None] * 4
 
@@ -213,7 +220,8 @@ def test_a_round_starts_from_any_model(model, tmp_path):
     found = rounds(settings)
     one = "out/one/train"
     assert [each["train"].run.model for each in found] == [str(model), one, one, str(other), str(model)]
-    assert [each["untrained"].run.model for each in found] == [each["train"].run.model for each in found]
+    untrained = [each for each in found if "untrained" in each]
+    assert [each["untrained"].run.model for each in untrained] == [str(model), one, str(other)]
     assert [each["train"].run.rope_theta for each in found] == [2e4, 4e4, 2e4, 3e4, 2e4]  # that of the start
     assert [each["train"].run.max_position_embeddings for each in found] == [1024, 1024, 1024, 4096, 1024]
     generators = [
@@ -320,7 +328,7 @@ def test_a_stage_tells_when_anything_before_it_has_changed(model):
     after = digests(train={"seed": 5})
     assert {name for name in before if before[name] != after[name]} == {
         *("one/train", "one/evaluate"),
-        *("two/pairs", "two/untrained", "two/train", "two/evaluate"),
+        *("two/pairs", "two/train", "two/evaluate"),
     }
 
 
