@@ -158,11 +158,13 @@ class OpenAIServer:
 
 
 def answer(request: Seen) -> dict:
-    """A good answer: questions if asked for a list, a sentence that depends on the prompt, or scores with echo."""
+    """A good answer: questions if asked for a list, as JSON where a schema came, a sentence that depends on the prompt, or
+    scores with echo."""
     body = request.body
     if request.path.endswith("/chat/completions"):
         prompt = body["messages"][-1]["content"]
         text = POOL if "numbered list" in prompt[-400:] else sentence(prompt)
+        text = json.dumps({"questions": QUESTIONS}) if "response_format" in body else text
         usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4}
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         return {"choices": [choice], "usage": usage}

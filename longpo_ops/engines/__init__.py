@@ -69,7 +69,8 @@ class Request:
     """A user message to be answered. Requests of one group read the same document and share its key-value cache.
 
     prefill: how the answer begins; the completion is what follows it. prompt_ids: token ids to go on from as they
-    are, instead of a message in the chat template. earlier: the messages before this one, (role, content).
+    are, instead of a message in the chat template. earlier: the messages before this one, (role, content). schema: the JSON
+    schema of the answer, for an engine that is `structured`.
     """
 
     content: str
@@ -79,6 +80,7 @@ class Request:
     prefill: str = ""
     prompt_ids: tuple[int, ...] | None = None
     earlier: tuple[tuple[str, str], ...] = ()
+    schema: dict | None = None
 
     def __post_init__(self):
         if self.earlier and self.prompt_ids is not None:
@@ -118,21 +120,33 @@ class RequestFailed(Exception):
         self.reason = reason
 
 
+class NoSchema(RequestFailed):
+    """The engine does not hold an answer to a schema: ask without one."""
+
+    def __init__(self, detail: str):
+        super().__init__("the engine takes no schema", detail)
+
+
 class Engine:
     """What all engines offer. `concurrency` is how many requests are worth having under way at once. whole: whether a
-    completion holds all that the model wrote; a server may leave its reasoning out.
+    completion holds all that the model wrote; a server may leave its reasoning out. structured: whether it holds an answer to
+    the schema of a request, as far as is known.
 
     An engine has `_answer` and `_logps`, both of which raise as `generate`; log-probs are checked here.
     """
 
     concurrency = 1
     whole = True
+    structured = False
 
     async def start(self) -> None:
         """Load or reach the model. Raises EngineStopped (a ConnectionError) or ValueError where that cannot be."""
 
     async def generate(self, request: Request) -> Completion:
-        """Raises RequestFailed for this request alone, EngineStopped if no other would fare better."""
+        """Raises RequestFailed for this request alone, EngineStopped if no other would fare better, and NoSchema where its
+        schema is one too many."""
+        if request.schema is not None and not self.structured:
+            raise NoSchema("it was not asked")
         answer = await self._answer(request)
         if not request.logprobs:
             return answer

@@ -95,6 +95,17 @@ def opens_reasoning(tokenizer, template_kwargs: dict) -> str:
     return next((mark for mark in MARKS if prompt.rstrip().endswith(mark)), "")
 
 
+def thinks(tokenizer, template_kwargs: dict) -> bool:
+    """Whether the model may reason before its answer: its chat template knows of reasoning and does not close it itself, as
+    templates do that are asked for none (enable_thinking=false).
+    """
+    known = str(tokenizer.chat_template)
+    if not any(mark in known for mark in (*MARKS.values(), CHANNELS[1])):
+        return False
+    prompt = render_chat(tokenizer, [{"role": "user", "content": "a"}], True, **template_kwargs)
+    return not prompt.rstrip().endswith(tuple(MARKS.values()))
+
+
 def with_marks(tokenizer, ids: Sequence[int], text: str) -> str:
     """The text of ids, decoded without special tokens; anew with those that tell reasoning from answer, where there are any."""
     special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}

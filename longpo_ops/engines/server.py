@@ -12,6 +12,10 @@ status 200 is what its code says (replies.py). Two rules end that:
 What cannot pass (401, 403, 404, or a refusal before anything was ever answered) stops the run at once. The API key
 comes from the environment, goes into one header and into nothing else; of URLs, messages hold what address.py shows.
 
+A schema goes with a request until the server, which has held no answer to one so far, refuses it (400, 422, or whatever else
+to the end of `attempts`) or writes something else: that request raises NoSchema, no later one has any, and a warning says so.
+Where an answer was held to one, a refusal is that request's alone.
+
 Not covered: starting and stopping servers; streamed answers.
 """
 
@@ -28,9 +32,10 @@ from typing import NoReturn
 
 import httpx
 
-from . import Completion, Engine, EngineStopped, Request, RequestFailed
+from . import Completion, Engine, EngineStopped, NoSchema, Request, RequestFailed
 from .address import KEY, check_url, read_key, secrets, shown
 from .fields import OWN, change_fields, check_fields
+from .reasoning import part_completion
 from .replies import NoAnswer, as_completion, echoed_logps, find_error
 
 log = logging.getLogger("longpo_ops.generate")
@@ -86,7 +91,7 @@ class ServerEngine(Engine):
     Raises ValueError for a URL that holds a key or is none, a key that no header can hold, and options that no request has.
     """
 
-    whole = False
+    whole, structured = False, True
 
     def __init__(
         self,
@@ -112,7 +117,7 @@ class ServerEngine(Engine):
         self._fields = dict(options or {}) | ({"chat_template_kwargs": variables} if template_kwargs else {})
         self._flag = flag
         self._homes: dict[str, Endpoint] = {}
-        self._answered, self._last_success = 0, 0.0
+        self._answered, self._held, self._last_success = 0, False, 0.0
 
     async def start(self) -> None:
         """Reach the endpoints. Raises EngineStopped if none answers, and ValueError if the model's name is not
@@ -164,8 +169,26 @@ class ServerEngine(Engine):
         if request.prefill:  # the names that vLLM's server and those like it have for this
             body["messages"].append({"role": "assistant", "content": request.prefill})
             body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if request.schema is not None:
+            held = {"name": "answer", "schema": request.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": held}
         path = "/completions" if raw else "/chat/completions"
-        return await self._ask(path, body, request.group, lambda answer: as_completion(answer, sampling.max_tokens))
+        answer = await self._ask(path, body, request.group, lambda answer: as_completion(answer, sampling.max_tokens))
+        if request.schema is not None:
+            said = part_completion(answer, "", self.whole).answer
+            if not self._held and said is not None and not said.lstrip().startswith("{"):
+                raise self._no_schema(f"it wrote {said[:40]!r}")
+            self._held = self._held or said is not None
+        return answer
+
+    def _no_schema(self, why: str) -> NoSchema:
+        """What tells that a request has to do without its schema, and so all later ones where none was ever held to."""
+        if self.structured and not self._held:
+            log.warning(
+                "the server does not hold answers to a JSON schema (%s): they are asked for in words alone", why
+            )
+            self.structured = False
+        return NoSchema(why)
 
     async def _logps(self, token_ids: Sequence[int]) -> list[float | None]:
         ids = list(map(int, token_ids))
@@ -192,7 +215,7 @@ class ServerEngine(Engine):
             except _Passing as failure:
                 endpoint.failed(failure.after)
                 failures += failure.own
-                self._give_up(failure, failures, began)
+                self._give_up(failure, failures, began, "response_format" in body)
                 log.debug("%s: %s; trying again", endpoint, failure)
             else:
                 endpoint.failures, endpoint.retry_at = 0, 0.0
@@ -204,8 +227,10 @@ class ServerEngine(Engine):
             finally:
                 endpoint.under_way -= weight
 
-    def _give_up(self, failure: _Passing, failures: int, began: float) -> None:
+    def _give_up(self, failure: _Passing, failures: int, began: float, schema: bool) -> None:
         """Raise if trying again makes no sense."""
+        if failures >= self.attempts and schema:
+            raise self._no_schema(str(failure))
         if failures >= self.attempts and self._last_success > began:
             raise RequestFailed("the engine failed", str(failure))
         silent = time.monotonic() - self._last_success
@@ -250,6 +275,8 @@ class ServerEngine(Engine):
     def _refuse(self, status: int, words: str, after: str | None, endpoint: Endpoint, body: dict | None) -> NoReturn:
         """Raise what a status that is not 200 stands for. body: None where it was no question."""
         detail = f"{status}: {self._quote(words, endpoint)}"
+        if status in (400, 422) and "response_format" in (body or {}):
+            raise self._no_schema(detail)
         if status in (400, 422) and body is not None:
             detail += self._advice(words, body)
         if status == 429:

@@ -49,6 +49,8 @@ class VLLMEngine(Engine):
         self.concurrency = concurrency * self.ranks
         self._engine, self._numbers = None, itertools.count()
 
+    structured = True
+
     async def start(self) -> None:
         """Raises ValueError where vLLM is not installed or refuses the settings."""
         try:
@@ -81,6 +83,7 @@ class VLLMEngine(Engine):
 
     async def _answer(self, request: Request) -> Completion:
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         sampling = request.sampling
         out = await self._ask(
@@ -91,6 +94,7 @@ class VLLMEngine(Engine):
                 top_p=sampling.top_p,
                 seed=sampling.seed,
                 logprobs=0 if request.logprobs else None,
+                structured_outputs=StructuredOutputsParams(json=request.schema) if request.schema else None,
             ),
             request.group,
         )

@@ -79,7 +79,7 @@ def generate(
         float | None, _of("max_overlap", "Share in common from which chosen and rejected are too alike")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
-    prompts: Annotated[Path | None, typer.Option(help="Folder with questions.txt, lead_ins.txt, refusals.txt.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Folder with questions.txt, lead_ins.txt, ...")] = None,
     reference_logps: Annotated[bool, typer.Option(help="Store the reference's log-probs with the pairs.")] = False,
     rope: Annotated[
         str | None, typer.Option(help='RoPE entries for reading whole documents, as JSON: {"rope_theta": 1e7}.')

@@ -5,7 +5,8 @@
 | the long input   | the document                    | its chunks, three newlines between them                |
 | a chunk ends     | where the structure allows      | between paragraphs (LaTeX: sections), joined by spaces |
 | asked about      | chunks that were drawn before   | all; turns are drawn among those whose lists count     |
-| a list counts    | numbered lines and nothing else | as many questions as wanted, each behind a number      |
+| a list counts    | half of the questions at least  | as many questions as wanted, each behind a number      |
+| else             | it is asked for again, once     | the chunk is left out                                  |
 | filtered by      | filters.Filters                 | filters.PublishedFilters                               |
 | `length` bounds  | document, questions and answers | the document                                           |
 
@@ -25,7 +26,7 @@ from ..documents.paragraphs import Gatherer, is_latex
 from ..engines import Completion
 from ..recipes import DEFAULT, OFFICIAL
 from .filters import Filters, PublishedFilters
-from .prompts import parse_marked, parse_questions
+from .questions import parse_marked, parse_questions
 
 LATEX = re.compile(r"\\begin\{document\}|\A\s*\\section\{")  # a record has no file name that tells
 
@@ -73,11 +74,15 @@ class Maker:
     fits_answers: bool
     asks_all: bool
 
-    def questions(self, pool: Completion, count: int) -> list[str] | None:
-        """The questions of a list, or None where it does not count."""
+    def questions(self, pool: Completion, count: int) -> list[str] | str:
+        """The questions of a list, or why it does not count. One of them is drawn: half of those wanted are choice enough,
+        and more than a question that came by in a text."""
         if self.asks_all:
-            return parse_marked(pool.text, count)
-        return parse_questions(pool.text, count) if pool.finish == "stop" else None
+            return parse_marked(pool.text, count) or "unparsable question list"
+        found = parse_questions(pool.text, count, pool.finish)
+        if 2 * len(found) >= count:
+            return found
+        return "questions: cut off" if pool.finish == "length" else "questions: too few" if found else "questions: none"
 
     def counts(self, question: str) -> bool:
         """Whether a drawn question can be put: the published post-processing loses those with a blank line inside."""

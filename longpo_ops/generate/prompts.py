@@ -1,14 +1,15 @@
 """What the model is asked, and the phrase lists: files under prompts/RECIPE/ that a user can replace one by one.
 
-questions.txt  the request for a pool of questions; {count} stands for their number
-lead_ins.txt   one way of putting a question per line; {question} stands for it
-refusals.txt   one phrase of a refusal per line, compared without case
+questions.txt        the request for a pool of questions; {count} stands for their number
+questions_again.txt  the same once more, where what came was no list; the official recipe asks once
+questions_json.txt   goes behind either where the engine holds an answer to a JSON schema
+lead_ins.txt         one way of putting a question per line; {question} stands for it
+refusals.txt         one phrase of a refusal per line, compared without case
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,24 +17,24 @@ from ..recipes import DEFAULT, check_recipe
 from ..text import read_text
 
 FOLDER = Path(__file__).with_name("prompts")
-NAMES = ("questions.txt", "lead_ins.txt", "refusals.txt")
-NUMBERED = re.compile(r"\s*(\d+)[.)]\s+(\S.*?)\s*")
-MARK = re.compile(r"\b\d+\s*[:.!?-]+\s*")
-EDGES = re.compile(r"\A[\s*#.!]+|[\s*#.!]+\Z")
+ASKING = ("questions.txt", "questions_again.txt", "questions_json.txt")
+NAMES = (*ASKING, "lead_ins.txt", "refusals.txt")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The three files. `load` takes each from a folder of the user's, or the recipe's own where it is not there."""
+    """The files. `load` takes each from a folder of the user's, or the recipe's own where it is not there."""
 
     questions: str
     lead_ins: tuple[str, ...]
     refusals: tuple[str, ...]
+    again: str = ""
+    json: str = ""
 
     @classmethod
     def load(cls, folder: str | Path | None = None, recipe: str = DEFAULT) -> Prompts:
-        """Raises ValueError for a recipe that is none, a folder with none of the files, and a file that is empty or
-        lacks its placeholder.
+        """Raises ValueError for a recipe that is none, a folder with none of the files or one that the recipe does not use,
+        and a file that is empty or lacks its placeholder.
         """
         own = FOLDER / check_recipe(recipe)
         folder = own if folder is None else Path(folder)
@@ -41,6 +42,10 @@ class Prompts:
             raise ValueError(f"no prompt files in {folder}; expected any of {', '.join(NAMES)}")
         texts = {}
         for name in NAMES:
+            if not (own / name).is_file():
+                if (folder / name).is_file():
+                    raise ValueError(f"{folder / name}: recipe {recipe!r} asks nothing with it; remove it")
+                continue
             file = folder / name if (folder / name).is_file() else own / name
             texts[name] = read_text(file).strip()
             if not texts[name]:
@@ -48,16 +53,19 @@ class Prompts:
         lists = {
             name: tuple(line.strip() for line in text.splitlines() if line.strip()) for name, text in texts.items()
         }
-        if "{count}" not in texts["questions.txt"]:
-            raise ValueError(f"{folder}/questions.txt: expected {{count}} where the number of questions belongs")
+        for name in filter(texts.get, ASKING[:2]):
+            if "{count}" not in texts[name]:
+                raise ValueError(f"{folder}/{name}: expected {{count}} where the number of questions belongs")
         for line in lists["lead_ins.txt"]:
             if line.count("{question}") != 1:
                 raise ValueError(f"{folder}/lead_ins.txt: {line!r}; expected {{question}} once in every line")
-        return cls(texts["questions.txt"], lists["lead_ins.txt"], lists["refusals.txt"])
+        first, again, json = (texts.get(name, "") for name in ASKING)
+        return cls(first, lists["lead_ins.txt"], lists["refusals.txt"], again, json)
 
-    def ask(self, count: int) -> str:
-        """The request for `count` questions."""
-        return self.questions.replace("{count}", str(count))
+    def ask(self, count: int, again: bool = False, schema: bool = False) -> str:
+        """The request for `count` questions. again: the second one. schema: for an engine that is given `list_schema`."""
+        wording = self.again if again else self.questions
+        return (f"{wording}\n\n{self.json}" if schema else wording).replace("{count}", str(count))
 
     def instruct(self, lead_in: int, question: str) -> str:
         """The question as it is put to the model."""
@@ -65,32 +73,16 @@ class Prompts:
 
     def digest(self) -> str:
         """Equal where the wording is."""
-        return hashlib.sha256(repr((self.questions, self.lead_ins, self.refusals)).encode()).hexdigest()[:16]
+        wording = (self.questions, self.lead_ins, self.refusals, *filter(None, (self.again, self.json)))
+        return hashlib.sha256(repr(wording).encode()).hexdigest()[:16]
 
 
-def parse_questions(text: str, count: int) -> list[str] | None:
-    """The questions of a list numbered 1 to `count`, one per line and nothing else, all different; None for any
-    other.
-    """
-    matches = [NUMBERED.fullmatch(line) for line in text.splitlines() if line.strip()]
-    if len(matches) != count or None in matches or [int(match[1]) for match in matches] != list(range(1, count + 1)):
-        return None
-    questions = [match[2] for match in matches]
-    return questions if len(set(questions)) == count else None
-
-
-def parse_marked(text: str, count: int) -> list[str] | None:
-    """The questions of a list as the published recipe reads it; None where they are not `count`.
-
-    Each begins behind a mark, a number with one of : . ! ? - behind it, takes at least one character, and ends before
-    the next mark or with the text. Numbers are not looked at, questions may be equal and have several lines, and what
-    stands before the first mark is left out. A year that ends a sentence is a mark, too.
-    """
-    questions, mark = [], MARK.search(text)
-    while mark is not None and mark.end() < len(text):
-        following = MARK.search(text, mark.end() + 1)
-        question = text[mark.end() : following.start() if following else len(text)].strip()
-        if question:
-            questions.append(EDGES.sub("", question) or question[-1])
-        mark = following
-    return questions if len(questions) == count else None
+def list_schema(count: int) -> dict:
+    """The JSON schema of a list of `count` questions. An object holds it, as some servers take no other."""
+    listed = {"type": "array", "items": {"type": "string"}, "minItems": count, "maxItems": count}
+    return {
+        "type": "object",
+        "properties": {"questions": listed},
+        "required": ["questions"],
+        "additionalProperties": False,
+    }

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..data import Pair
 from ..runs.journal import write_atomically, write_text
 from ..runs.page import differences, html_page, image_html, pair_html, printable, safe, shorten, told
+from .steps import AGAIN
 
 SHOWN_PAIRS = 3  # of a summary
 UNSCORED = "no reference log-probs"
@@ -30,11 +31,13 @@ def summarise(outcomes: Iterable[dict]) -> dict:
         counts.update(outcome["counts"])
         for kind, values in outcome["lengths"].items():
             lengths[kind] += values
+    again = counts.pop(AGAIN, 0)
     left_out = dict(counts.most_common())
     return {
         "documents": documents,
         "pairs": pairs,
         "turns": len(lengths["chosen"]),
+        "asked_again": again,
         "left_out": left_out,
         "lengths": lengths,
     }
@@ -65,6 +68,7 @@ def values_of(result, summary: dict) -> list[tuple[str, str]]:
     found = [("documents found", result.listing.found)]
     found += [(f"left out: {reason}", count) for reason, count in result.listing.left_out()]
     found += [("documents finished", summary["documents"]), ("pairs", summary["pairs"]), ("turns", summary["turns"])]
+    found += [(AGAIN, summary["asked_again"])] if summary["asked_again"] else []
     names = {UNSCORED: f"pairs with {UNSCORED}"}
     found += [(names.get(reason, f"turns left out: {reason}"), count) for reason, count in summary["left_out"].items()]
     found += [("requests now", tally.requests), ("tokens read now", tally.prompt_tokens)]

@@ -1,6 +1,6 @@
 """One document to one pair: ask about chunks, answer from the chunk, answer from the whole.
 
-    chunk C_i --pool of questions, one drawn, a lead-in drawn--> I_i
+    chunk C_i --pool of questions, one drawn, a lead-in drawn--> I_i    asked again once where the pool cannot be read
     of the chunks whose list counts at most `turns` are drawn, where the recipe asks about all of them
     y_S^i = answer(C_i, I_i)      chosen
     y_L^i = answer(document, I_i) rejected, each question on its own
@@ -14,8 +14,12 @@ find its prefill in the engine's prefix cache. Every finished request is in the 
 Where chunks and documents are read by engines one after the other, `pair` is asked for twice and gives no outcome at first.
 
 What is drawn depends on the seed, the document's text and the number of the chunk, on nothing else: question and lead-in
-by random.Random("SEED|DOCUMENT|CHUNK"), turns by random.Random("SEED|DOCUMENT|turns"), a sampled answer with the first
-31 bits of the SHA-256 of "SEED|DOCUMENT|STEP".
+by random.Random("SEED|DOCUMENT|CHUNK"), turns by random.Random("SEED|DOCUMENT|turns"), a sampled text with the first
+31 bits of the SHA-256 of "SEED|DOCUMENT|STEP", a pool's step being its chunk's number, with "again/" in front the second
+time.
+
+An engine that is `structured` is given the JSON schema of a pool, unless the model may reason first: a schema would begin
+where the reasoning does.
 
 Tests: tests/generate/test_run.py, tests/generate/test_steps.py.
 """
@@ -31,15 +35,16 @@ from dataclasses import asdict, dataclass, field, replace
 
 from ..data import BadRecord, ChatFormat, Pair, Turn, join_context
 from ..documents.listing import Document
-from ..engines import Completion, Engine, Request, RequestFailed, Sampling
+from ..engines import Completion, Engine, NoSchema, Request, RequestFailed, Sampling
 from ..engines.concurrency import Gate, side_by_side
-from ..engines.reasoning import opens_reasoning, part_completion
+from ..engines.reasoning import opens_reasoning, part_completion, thinks
 from ..runs.journal import Outcome, Shard
 from .filters import Filters
 from .makers import Maker
-from .prompts import Prompts
+from .prompts import Prompts, list_schema
 
 CUT = "cut off inside the reasoning"
+AGAIN = "lists read at the second asking"  # beside the reasons, though nothing was left out
 FAILED = "failed"  # in the journal, in the place of a completion: why there is none
 
 
@@ -98,6 +103,7 @@ class Steps:
 
     def __post_init__(self):
         self.opened = opens_reasoning(self.chat.tokenizer, self.chat.template_kwargs)
+        self.thinks = thinks(self.chat.tokenizer, self.chat.template_kwargs)
 
     def asks(self, asked: dict[Engine, Asked], short: Engine | None, long: Engine | None) -> None:
         """Which started engines read what from now on."""
@@ -180,16 +186,13 @@ class _DocumentWork:
     async def instruction(self, i: int) -> str | None:
         """A drawn question about a chunk with a drawn lead-in; None, counted, where the pool is no list of questions."""
         steps, document = self.steps, self.task.document.id
-        sampling = replace(steps.asking, seed=steps.seed_of(document, i))
-        request = Request(join_context(self.chunk(i), steps.prompts.ask(steps.questions)), sampling)
         try:
-            pool = await self.ask(f"questions/{i}", request, steps.short)
+            questions = await self.listed(i)
         except RequestFailed as failure:
             self.fail(failure, failure.reason)
             return None
-        questions = steps.maker.questions(pool, steps.questions)
-        if questions is None:
-            self.counts["unparsable question list"] += 1
+        if isinstance(questions, str):
+            self.counts[questions] += 1
             return None
         draw = steps.draw(document, i)
         question, lead_in = draw.randrange(len(questions)), draw.randrange(len(steps.prompts.lead_ins))
@@ -197,6 +200,37 @@ class _DocumentWork:
             self.counts["blank line in the question"] += 1
             return None
         return steps.prompts.instruct(lead_in, questions[question])
+
+    async def listed(self, i: int) -> list[str] | str:
+        """The questions about a chunk, or why its list cannot be read at the second time either. Raises RequestFailed."""
+        steps, why = self.steps, ""
+        for again in (False, True) if steps.prompts.again else (False,):
+            try:
+                found = steps.maker.questions(await self.pool(i, again), steps.questions)
+            except RequestFailed as failure:
+                if failure.reason != CUT:
+                    raise
+                steps.tally.last_failure, found = str(failure), f"questions: {CUT}"
+            if not isinstance(found, str):
+                self.counts.update([AGAIN] if again else [])
+                return found
+            why = found
+        return why
+
+    async def pool(self, i: int, again: bool) -> Completion:
+        """What the model writes when it is asked for questions about a chunk. Raises RequestFailed."""
+        steps = self.steps
+        step, what = (f"questions-again/{i}", f"again/{i}") if again else (f"questions/{i}", i)
+        sampling = replace(steps.asking, seed=steps.seed_of(self.task.document.id, what))
+
+        def request(schema: dict | None) -> Request:
+            wording = steps.prompts.ask(steps.questions, again, schema is not None)
+            return Request(join_context(self.chunk(i), wording), sampling, schema=schema)
+
+        if steps.prompts.json and not steps.thinks and steps.short is not None and steps.short.engine.structured:
+            with suppress(NoSchema):
+                return await self.ask(step, request(list_schema(steps.questions)), steps.short)
+        return await self.ask(step, request(None), steps.short)
 
     async def prepared(self, i: int, instruction: str) -> None:
         """Puts the chosen answer, or why there is none, into the journal."""
@@ -239,6 +273,8 @@ class _DocumentWork:
         try:
             answer = await asked.engine.generate(request)
             text = self.without_reasoning(answer, asked.engine.whole)
+        except NoSchema:
+            raise
         except RequestFailed as failure:
             if self.steps.long is None:  # the engine that comes next must not be asked in its place
                 self.shard.record(self.task.document.id, step, {FAILED: failure.reason, "detail": str(failure)})

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from longpo_ops.data import Pair, Turn
+from longpo_ops.engines import server
 from longpo_ops.generate import GenerateRun
 from tests.engines.conftest import documents, model, tokenizer  # noqa: F401
 
@@ -28,6 +29,13 @@ def settings(tokenizer, documents, tmp_path):  # noqa: F811
         return GenerateRun(**given)
 
     return make
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """Between tries of a request."""
+    monkeypatch.setattr(server, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(server, "LONGEST_PAUSE", 0.1)
 
 
 @pytest.fixture

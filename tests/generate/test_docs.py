@@ -16,6 +16,7 @@ REASONS = {
     "documents/listing.py": r'skip\("([a-z ]+)"',
     "generate/run.py": r'(?:TOO_SHORT = "|else )"?([a-z ]{8,})"',
     "generate/steps.py": r'(?:counts\["|self\.fail\(failure, ")([a-z\- ]+)"',
+    "generate/makers.py": r'"((?:questions: |unparsable )[a-z ]+)"',
     "generate/filters.py": r'return "([a-z\- ]+)"',
     "engines/server.py": r'RequestFailed\("([a-z ]+)"',
     "engines/replies.py": r'RequestFailed\(\s*"([a-z ]+)"',

@@ -1,4 +1,4 @@
-"""The prompt files, the two readings of question lists, and the two kinds of filters."""
+"""The prompt files and the two kinds of filters."""
 
 from __future__ import annotations
 
@@ -9,64 +9,12 @@ import pytest
 from longpo_ops.engines import Completion
 from longpo_ops.generate import Filters, Prompts, PublishedFilters
 from longpo_ops.generate.filters import overlap, repeated_share, split_words
-from longpo_ops.generate.prompts import parse_marked, parse_questions
 
 GOOD = "The keeper of the old harbour writes the log at dusk."
 
 
 def answer(text: str, finish: str = "stop") -> Completion:
     return Completion(text, finish, 1, 1)
-
-
-@pytest.mark.parametrize("text", ["1. A?\n2. B?\n3. C?", "\n 1) A? \n\n2) B?\n3) C?\n\n"])
-def test_a_list_of_questions_is_read(text):
-    assert parse_questions(text, 3) == ["A?", "B?", "C?"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "A?\nB?\nC?", "1. A?\n2. B?", "1. A?\n2. B?\n3. C?\n4. D?", "1. A?\n3. B?\n2. C?", "1. A?\n2. A?\n3. C?",
-        "Here they are:\n1. A?\n2. B?\n3. C?", "1. A?\n2. B?\n3. C?\nGood luck!",
-        "1. A?\n2.\n3. C?", "- A?\n- B?\n- C?",
-    ],
-)  # fmt: skip
-def test_anything_else_is_no_list(text):
-    assert parse_questions(text, 3) is None
-
-
-MARKED = [
-    ("1: A?\n2: B?", ["A?", "B?"]),
-    ("Here they are.\n\n**1.** Who?\n\n### 2 - What,\nand why?\n", ["Who?", "What,\nand why?"]),
-    ("1: ** A? **\n2!! #B.!", ["A?", "B"]),
-    ("7) no mark 5: A? 5: A?", ["A?", "A?"]),  # numbers and equal questions are not looked at
-    ("1: When did it end, in 1984? 2: B", ["When did it end, in", "2: B"]),  # a year is a mark, and takes a character
-    ("1: v2: B?", ["v2: B?"]),  # no word begins at the 2
-    ("1: A?\n2:\n3: B?", ["A?", "3: B?"]),
-    ("1: **\n2: A \n\n B", ["*", "A \n\n B"]),
-    ("1: A?\n2:", ["A?"]),
-    ("1: A?\n2: \n", ["A?"]),
-    ("A?\nB?", []),
-    ("", []),
-]
-
-
-@pytest.mark.parametrize(("text", "questions"), MARKED)
-def test_the_published_recipe_reads_what_stands_behind_numbers(text, questions):
-    count = len(questions)
-    assert parse_marked(text, count) == questions
-    assert parse_marked(text, count + 1) is parse_marked(text, count - 1) is None
-
-
-@pytest.mark.parametrize("recipe", ["default", "official"])
-def test_what_a_recipe_s_request_asks_for_is_what_it_reads(recipe):
-    asked = Prompts.load(recipe=recipe).ask(4)
-    read = parse_marked if recipe == "official" else parse_questions
-    assert "{count}" not in asked and "numbered list" in asked
-    assert ('"1:"' in asked and '"4:"' in asked) is (recipe == "official")
-    mark = ":" if recipe == "official" else "."
-    questions = ["Why?", "Who?", "When?", "Where?"]
-    assert read("\n".join(f"{i}{mark} {question}" for i, question in enumerate(questions, 1)), 4) == questions
 
 
 def test_the_official_prompts_have_as_many_lines_as_published(tmp_path):

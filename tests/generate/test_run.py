@@ -16,21 +16,16 @@ import pytest
 from benchmarks.loop.openai_server import OpenAIServer, Reply, answer, sentence
 from longpo_ops.data import ChatFormat, read_pairs
 from longpo_ops.engines import EngineStopped
-from longpo_ops.engines import server as engine_module
 from longpo_ops.generate import GenerateRun, generate, generate_and_summarise
 from longpo_ops.generate.report import values_of
 from longpo_ops.runs.journal import Shard
 from tests.engines import tiny
 from tests.processes import Started
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 ROOT = Path(__file__).parents[2]
 REQUESTS = 4 * 4 * 3  # documents, chunks, and the pool, chosen and rejected answer of each
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(engine_module, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(engine_module, "LONGEST_PAUSE", 0.1)
 
 
 @pytest.fixture
@@ -260,10 +255,10 @@ def test_what_is_filtered_is_counted_by_reason(settings, tmp_path):
 
 
 def test_an_unparsable_list_skips_the_chunk(settings, tmp_path):
-    no_list = Reply(200, {"choices": [{"message": {"content": "1. Why?\n2. Who?"}, "finish_reason": "stop"}]})
-    with OpenAIServer(lambda number, seen: no_list if number == 1 else None) as server:
+    no_list = Reply(200, {"choices": [{"message": {"content": "1. Why?\n2. No."}, "finish_reason": "stop"}]})
+    with OpenAIServer(lambda number, seen: no_list if number in (2, 5) else None) as server:
         result = generate(settings(endpoints=(server.url,), max_documents=1, concurrency=1))
-        assert result.outcomes[0]["counts"] == {"unparsable question list": 1} and len(server.seen) == 10
+        assert result.outcomes[0]["counts"] == {"questions: too few": 1} and len(server.seen) == 11
     (pair,) = read_pairs(tmp_path / "pairs")
     assert len(pair.turns) == 3
 

@@ -14,7 +14,7 @@ from longpo_ops.demo.run import TINY
 from longpo_ops.engines import Request, Sampling
 from longpo_ops.engines.transformers import TransformersEngine
 from longpo_ops.generate import Prompts
-from longpo_ops.generate.prompts import parse_questions
+from longpo_ops.generate.questions import parse_questions
 from longpo_ops.tiny import pretrain, text
 
 MODEL = TINY / "model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from longpo_ops.engines import Request, RequestFailed, Sampling
 from longpo_ops.engines.transformers import TransformersEngine
 from longpo_ops.engines.vllm import VLLMEngine
 from longpo_ops.generate import generate
+from longpo_ops.generate.prompts import list_schema
 from tests.engines import tiny
 
 OPTIONS = {"enforce_eager": True}
@@ -117,3 +119,11 @@ def test_a_whole_run_makes_the_pairs_that_transformers_makes(model, settings, tm
     for pair, other in zip(ours, theirs, strict=True):
         assert chat.tokenize(pair).ref_chosen_logp == pytest.approx(other.ref_chosen_logp, abs=1e-2)
         assert pair.ref_rejected_logps == pytest.approx(other.ref_rejected_logps, abs=1e-2)
+
+
+def test_an_answer_is_held_to_a_schema(engines):
+    vllm, _, run = engines
+    request = Request(tiny.document(0), Sampling(200, temperature=0.7, seed=1), schema=list_schema(2))
+    answer = run(vllm.generate(request))
+    assert answer.finish == "length" or len(json.loads(answer.text)["questions"]) == 2
+    assert answer.text.lstrip().startswith("{")
