@@ -66,6 +66,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "max_document": None,
             "max_overlap": None,
             "short_rope": None,
+            # A judge is ours alone.
+            "judge": None,
+            "min_faithfulness": None,
         },
         "train": {
             "objective": "longpo",

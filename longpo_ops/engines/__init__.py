@@ -130,7 +130,7 @@ class NoSchema(RequestFailed):
 class Engine:
     """What all engines offer. `concurrency` is how many requests are worth having under way at once. whole: whether a
     completion holds all that the model wrote; a server may leave its reasoning out. structured: whether it holds an answer to
-    the schema of a request, as far as is known.
+    the schema of a request, as far as is known. prefills: whether every one of its kind goes on from a `prefill`.
 
     An engine has `_answer` and `_logps`, both of which raise as `generate`; log-probs are checked here.
     """
@@ -138,6 +138,7 @@ class Engine:
     concurrency = 1
     whole = True
     structured = False
+    prefills = True
 
     async def start(self) -> None:
         """Load or reach the model. Raises EngineStopped (a ConnectionError) or ValueError where that cannot be."""

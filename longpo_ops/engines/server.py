@@ -91,7 +91,7 @@ class ServerEngine(Engine):
     Raises ValueError for a URL that holds a key or is none, a key that no header can hold, and options that no request has.
     """
 
-    whole, structured = False, True
+    whole, structured, prefills = False, True, False
 
     def __init__(
         self,

@@ -8,21 +8,13 @@ Tests: tests/evaluate/test_published.py, tests/evaluate/test_mt_bench.py.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 
 from ..engines import Request, Sampling
 from ..engines.fields import changed
+from ..engines.judging import JUDGE_TOKENS, judge_engine, rating
 from ..runs.journal import Shard
 from .answers import Answers
-
-JUDGE_TOKENS = 1024
-
-
-def rating(text: str) -> float | None:
-    """The last [[rating]] of what a judge says, as a score from 0.1 to 1; None without any."""
-    found = re.findall(r"\[\[[^\]\d]*(\d+(?:\.\d+)?)[^\]]*\]\]", text)
-    return float(found[-1]) / 10 if found and 1 <= float(found[-1]) <= 10 else None
 
 
 async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]) -> tuple[list[float | None], int]:
@@ -32,11 +24,7 @@ async def ratings(run, journal: Shard, prompts: Sequence[tuple[str, str] | None]
     """
     if run.judge is None:
         return [None] * len(prompts), 0
-    from ..engines.server import ServerEngine
-
-    limits = dict(timeout=run.timeout, patience=run.patience, key_variable=run.judge_key_variable)
-    options = dict(options=run.judge_options, flag="--judge-option")
-    engine = ServerEngine((run.judge,), run.judge_model, run.concurrency, **limits, **options)
+    engine = judge_engine(run)
     try:
         await engine.start()
         fields = changed(run.judge_options or {})  # another rating comes of them

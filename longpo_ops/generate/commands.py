@@ -87,6 +87,23 @@ def generate(
     short_rope: Annotated[
         str | None, typer.Option(help="RoPE entries for reading chunks; default the model's own, as the reference has.")
     ] = None,
+    reasoning_tokens: Annotated[
+        int, typer.Option(help="What a thinking model may write before a list or an answer, beside their tokens.")
+    ] = 0,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="URL of a server that rates how faithful chosen answers are to their chunks, or self."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there; default the only one.")] = None,
+    judge_key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the judge's API key.")
+    ] = "JUDGE_API_KEY",
+    judge_option: Annotated[
+        list[str] | None, typer.Option(help="name=value, repeatable: of requests to the judge, as --engine-option.")
+    ] = None,
+    min_faithfulness: Annotated[
+        float | None, typer.Option(help="With --judge: turns rated lower are left out; 1 to 10. Default: none are.")
+    ] = None,
     template_kwargs: options.TemplateKwargs = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -95,7 +112,7 @@ def generate(
 ) -> None:
     """Make short-to-long preference pairs from long documents, or go on with a run that was stopped."""
     given = dict(locals())
-    for name in ("dry_run", "long_endpoint"):
+    for name in ("dry_run", "long_endpoint", "judge_option"):
         given.pop(name)
     from .run import GenerateRun
 
@@ -103,6 +120,7 @@ def generate(
         "documents": tuple(documents),
         "short_rope": options.from_json("--short-rope", short_rope),
         "long_endpoints": tuple(long_endpoint or ()),
+        "judge_options": options.assignments("--judge-option", judge_option),
         "out": str(out),
         "prompts": None if prompts is None else str(prompts),
     }

@@ -94,6 +94,7 @@ def question(text: str) -> str | None:
         if behind and not wide and (not behind[0].isspace() or behind.lstrip()[:1].islower()):
             continue  # inside a sentence, as in: Why does "Who goes there?" matter
         asked = _bare(text[:end] if _balanced(text[:end]) else text[: mark.end()])
+        asked = asked.rstrip("*") if asked.count("**") % 2 else asked
         if GAP.search(asked) or CHOICES.match(behind) or not re.search(r"\w", asked):
             return None
         return " ".join(asked.split())
@@ -144,7 +145,8 @@ def _mark(line: str) -> tuple[str, str]:
     bare = line.strip()
     for kind, pattern in MARKS.items():
         if found := pattern.match(bare):
-            return kind, bare[found.end() :]
+            body = bare[found.end() :]
+            return kind, _mark(body)[1] if kind == "bullet" and MARKS["number"].match(body) else body
     return "", bare
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..data import Pair
 from ..runs.journal import write_atomically, write_text
 from ..runs.page import differences, html_page, image_html, pair_html, printable, safe, shorten, told
+from .advice import advice
 from .steps import AGAIN
 
 SHOWN_PAIRS = 3  # of a summary
@@ -43,9 +44,15 @@ def summarise(outcomes: Iterable[dict]) -> dict:
     }
 
 
-def write_summary(result, pairs: Iterable[Pair], folder: Path, recipe: str) -> dict:
-    """summary.json, lengths.png and summary.html, with three of the pairs; returns the summary. recipe: its title."""
-    summary = {"recipe": recipe} | summarise(result.outcomes)
+def write_summary(result, pairs: Iterable[Pair], run) -> dict:
+    """summary.json, lengths.png and summary.html in the folder of a GenerateRun, with three of the pairs; returns the
+    summary."""
+    folder, summary = Path(run.out), {"recipe": run.title} | summarise(result.outcomes)
+    turns = {reason: count for reason, count in summary["left_out"].items() if reason != UNSCORED}
+    summary["advice"] = [
+        *advice("documents", result.listing.selected, result.listing.skipped, run.now()),
+        *advice("turns", summary["turns"], turns, run.now()),
+    ]
     figure = draw_lengths(summary["lengths"])
     counted = {name: value for name, value in summary.items() if name != "lengths"}
     counted["lengths"] = {kind: describe(values) for kind, values in summary["lengths"].items() if values}
@@ -74,6 +81,7 @@ def values_of(result, summary: dict) -> list[tuple[str, str]]:
     found += [("requests now", tally.requests), ("tokens read now", tally.prompt_tokens)]
     found += [("of them from the prefix cache", tally.cached_tokens), ("tokens written now", tally.tokens)]
     lines = [("recipe", summary["recipe"]), *((name, f"{value:,}") for name, value in found)]
+    lines += [("much is lost", line) for line in summary.get("advice", ())]
     lines += [("tokens per second", f"{(tally.prompt_tokens + tally.tokens) / seconds:,.0f}")]
     lines += (
         [("last failed request", printable(tally.last_failure))] if tally.last_failure else []

@@ -28,6 +28,8 @@ from ..documents.listing import Document, Listing, find_files, read_documents
 from ..documents.readers import TOO_LONG
 from ..engines import Engine, Request, Sampling, render
 from ..engines.concurrency import side_by_side
+from ..engines.fields import changed
+from ..engines.judging import JUDGE_TOKENS, SELF, check_judge, judge_engine
 from ..engines.settings import EngineSettings
 from ..pretrained import read_config
 from ..recipes import DEFAULT, fill, tell, title, warn
@@ -35,7 +37,7 @@ from ..runs.journal import check_folder
 from .makers import MAKERS, Maker, Parted, Parting
 from .prompts import Prompts
 from .report import write_summary
-from .steps import Asked, Steps, Tally, Task
+from .steps import Steps, Tally, Task
 from .store import Store
 
 TOO_SHORT = "shorter than wanted"
@@ -53,7 +55,10 @@ class GenerateRun(EngineSettings):
     leave room for all questions and answers. temperature, top_p: of the questions; answer_temperature, answer_top_p: of
     both answers. max_repeated: of chosen answers, max_repeated_rejected: of the others. prompts: folder with files of yours.
     rope: of local engines while they read whole documents, short_rope: while they read chunks; default the model's own.
-    long_endpoints: servers that read the whole documents, where those at `endpoints` read chunks alone.
+    long_endpoints: servers that read the whole documents, where those at `endpoints` read chunks alone. reasoning_tokens:
+    what a thinking model may write before a list or an answer, on top of their tokens and of the length. judge: URL of a
+    server, with judge_model, the key in judge_key_variable and judge_options, or "self": it rates from 1 to 10 how faithful
+    chosen answers are to their chunks. min_faithfulness: turns with less are left out; None stores the ratings alone.
     """
 
     model: str  # again, as the first of those that may be given by position
@@ -84,6 +89,12 @@ class GenerateRun(EngineSettings):
     reference_logps: bool = False
     short_rope: dict | None = None
     long_endpoints: tuple[str, ...] = ()
+    reasoning_tokens: int = 0
+    judge: str | None = None
+    judge_model: str | None = None
+    judge_key_variable: str = "JUDGE_API_KEY"
+    judge_options: dict | None = None
+    min_faithfulness: float | None = None
 
     def __post_init__(self):
         """Raises ValueError for settings that make no sense, saying which."""
@@ -96,6 +107,11 @@ class GenerateRun(EngineSettings):
             raise ValueError("long_endpoints without endpoints; expected servers that read the chunks, too")
         self.require_positive("length", "chunks", "questions", "answer_tokens", "question_tokens")
         self.require_positive("max_documents", "max_chunk", "max_document")
+        check_judge(self)
+        if self.min_faithfulness is not None and not (self.judge and 1 <= self.min_faithfulness <= 10):
+            raise ValueError(f"min_faithfulness is {self.min_faithfulness}; expected 1 to 10, and a judge")
+        if self.reasoning_tokens < 0:
+            raise ValueError(f"reasoning_tokens is {self.reasoning_tokens}; expected a whole number of tokens, or 0")
         for kind in ("", "answer_"):
             drawn, mass = getattr(self, f"{kind}temperature"), getattr(self, f"{kind}top_p")
             if not 0 <= drawn < math.inf or not 0 < mass <= 1:
@@ -142,6 +158,11 @@ class GenerateRun(EngineSettings):
         """Tokens of the longest sequence that is trained on, but for the chat template."""
         return self.length if self.maker.fits_answers else self.length + self._room()
 
+    @property
+    def reading_length(self) -> int:
+        """Tokens of the longest request about a document, its reasoning and answer included."""
+        return self.sequence_length + self.reasoning_tokens
+
     def document_bounds(self) -> tuple[int, int]:
         """A document is selected if it has more tokens than the first and at most as many as the second."""
         first = self.length // 2 if self.min_document is None else self.min_document
@@ -159,18 +180,40 @@ class GenerateRun(EngineSettings):
         def around(instruction: str) -> int:
             return len(render(chat.tokenizer, Request(join_context("", instruction), None), chat.template_kwargs))
 
-        asked = around(prompts.ask(self.questions)) + self.question_tokens
+        wordings = [prompts.ask(self.questions, again, schema) for again in (False, True) for schema in (False, True)]
+        asked = max(map(around, wordings)) + self.question_tokens
         answered = max(around(prompts.instruct(i, "")) for i in range(len(prompts.lead_ins)))
-        return self.chunk_bounds()[1] + max(asked, answered + self.question_tokens + self.answer_tokens)
+        judged = around(prompts.ask_judge("", "", "")) + JUDGE_TOKENS if self.judge == SELF else 0
+        answered = max(answered, judged) + self.question_tokens + self.answer_tokens
+        return self.chunk_bounds()[1] + max(asked, answered) + self.reasoning_tokens
 
     def identity(self, tokenizer, prompts: Prompts) -> dict:
         """What decides the pairs: a folder holds those of one identity. Neither addresses nor keys are in it."""
         free = {"documents", "out", "max_documents", "endpoints", "concurrency", "timeout", "patience", "key_variable"}
         free |= {"prompts", "model", "engine_options", "trust_remote_code", "long_endpoints"}
+        free |= {"judge", "judge_key_variable", "judge_options"} | (
+            {"reasoning_tokens"} if not self.reasoning_tokens else set()
+        )
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in free}
-        named = {"model": self.model_name, "prompts": prompts.digest(), "recipe": self.title}
+        named = {"model": self.model_name, "prompts": prompts.digest(self.judge is not None), "recipe": self.title}
         named |= {"own_fields": self.own_fields} if self.own_fields else {}
+        if self.judge is not None:
+            fields = changed(self.judge_options or {})
+            named |= {"judge": self.judge if self.judge == SELF else "server"} | (
+                {"judge_fields": fields} if fields else {}
+            )
         return kept | named | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+
+    def now(self) -> dict:
+        """The settings by name, with numbers in the place of those that follow from others."""
+        (least, _), (first, last) = self.chunk_bounds(), self.document_bounds()
+        bounds = {
+            "min_chunk": least,
+            "min_document": first,
+            "max_document": last,
+            "reading_length": self.reading_length,
+        }
+        return vars(self) | bounds
 
     def _given(self) -> dict:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -261,7 +304,7 @@ def generate_and_summarise(run: GenerateRun, progress=None) -> tuple[Result, dic
     """`generate`, then summary.json, lengths.png and summary.html beside the pairs (report.py); returns the summary too."""
     result = generate(run, progress)
     pairs = read_pairs(run.out, allow_equal=True) if result.made else ()
-    return result, write_summary(result, pairs, Path(run.out), run.title)
+    return result, write_summary(result, pairs, run)
 
 
 async def _generate(
@@ -269,6 +312,7 @@ async def _generate(
 ) -> Result:
     began, tally, listing = time.monotonic(), Tally(), Listing()
     about = {"model": store.settings["model"], "engine": run.engine, "seed": run.seed, "recipe": run.title}
+    about |= {"judge": run.judge_model or store.settings["judge"]} if run.judge else {}
     about |= {"template_kwargs": run.template_kwargs} if run.template_kwargs else {}
     steps = Steps(
         chat,
@@ -279,6 +323,9 @@ async def _generate(
         ),
         asking=Sampling(run.question_tokens, run.temperature, run.top_p),
         answering=Sampling(run.answer_tokens, run.answer_temperature, run.answer_top_p),
+        reasoning=run.reasoning_tokens,
+        judged=run.judge is not None,
+        min_faithfulness=run.min_faithfulness,
         questions=run.questions,
         turns=run.chunks,
         seed=run.seed,
@@ -286,12 +333,13 @@ async def _generate(
         about=about,
         tally=tally,
     )
-    for number, engines in enumerate(phases):
-        listing, started = Listing(), [engine for engine in dict.fromkeys(engines) if engine]
+    for number, (short, long) in enumerate(phases):
+        judge = short if run.judge == SELF else judge_engine(run) if run.judge and short else None
+        listing, started = Listing(), [engine for engine in dict.fromkeys((short, long, judge)) if engine]
         try:
             for engine in started:
                 await engine.start()
-            steps.asks({engine: Asked(engine) for engine in started}, *engines)
+            steps.asks(short, long, judge)
             tasks = select(run, files, chat.tokenizer, listing, store.done)
             await _work(
                 tasks,
@@ -315,7 +363,7 @@ def _phases(run: GenerateRun, short_length: int) -> list[tuple[Engine | None, En
     """
     if run.long_endpoints:
         longer = dataclasses.replace(run, endpoints=run.long_endpoints)
-        return [(run.make_engine(short_length), longer.make_engine(run.sequence_length))]
+        return [(run.make_engine(short_length), longer.make_engine(run.reading_length))]
     if run.engine != "server":
         config = read_config(run.model, run.trust_remote_code)
         own = dict(getattr(config, "rope_parameters", None) or {})
@@ -328,8 +376,8 @@ def _phases(run: GenerateRun, short_length: int) -> list[tuple[Engine | None, En
                     "answer_tokens, or give short_rope"
                 )
             chunks = dataclasses.replace(run, rope=run.short_rope)
-            return [(chunks.make_engine(short_length), None), (None, run.make_engine(run.sequence_length))]
-    engine = run.make_engine(run.sequence_length)
+            return [(chunks.make_engine(short_length), None), (None, run.make_engine(run.reading_length))]
+    engine = run.make_engine(run.reading_length)
     return [(engine, engine)]
 
 

@@ -4,7 +4,7 @@
     of the chunks whose list counts at most `turns` are drawn, where the recipe asks about all of them
     y_S^i = answer(C_i, I_i)      chosen
     y_L^i = answer(document, I_i) rejected, each question on its own
-    turn i kept if neither answer is filtered; the kept turns are one conversation (Eq. 13)
+    turn i kept if neither answer is filtered, nor the chosen one by a judge; the kept turns are one conversation (Eq. 13)
 
 What a thinking model writes before its list of questions or its answer is left out (engines/reasoning.py); where nothing
 else comes, the request has failed.
@@ -18,10 +18,12 @@ by random.Random("SEED|DOCUMENT|CHUNK"), turns by random.Random("SEED|DOCUMENT|t
 31 bits of the SHA-256 of "SEED|DOCUMENT|STEP", a pool's step being its chunk's number, with "again/" in front the second
 time.
 
-An engine that is `structured` is given the JSON schema of a pool, unless the model may reason first: a schema would begin
-where the reasoning does.
+The second pool is begun for the model ("1."), where the engine can go on from that. An engine that is `structured` is given
+the JSON schema of a pool. Neither is done where the model may reason first.
 
-Tests: tests/generate/test_run.py, tests/generate/test_steps.py.
+A judge rates chosen answers that nothing else is wrong with, by the first engine that reads chunks, or one of its own.
+
+Tests: tests/generate/test_run.py, tests/generate/test_steps.py, tests/generate/test_judge.py.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from ..data import BadRecord, ChatFormat, Pair, Turn, join_context
 from ..documents.listing import Document
 from ..engines import Completion, Engine, NoSchema, Request, RequestFailed, Sampling
 from ..engines.concurrency import Gate, side_by_side
+from ..engines.judging import JUDGE_TOKENS, rating
 from ..engines.reasoning import opens_reasoning, part_completion, thinks
 from ..runs.journal import Outcome, Shard
 from .filters import Filters
@@ -44,6 +47,7 @@ from .makers import Maker
 from .prompts import Prompts, list_schema
 
 CUT = "cut off inside the reasoning"
+BEGUN = "1."  # how a list begins
 AGAIN = "lists read at the second asking"  # beside the reasons, though nothing was left out
 FAILED = "failed"  # in the journal, in the place of a completion: why there is none
 
@@ -74,9 +78,10 @@ class Tally:
 
 @dataclass(eq=False)
 class Asked:
-    """An engine and the order in which documents get at it."""
+    """An engine and the order in which documents get at it. opened: by its chat template (opens_reasoning)."""
 
     engine: Engine
+    opened: str = ""
 
     def __post_init__(self):
         self.gate = Gate(self.engine.concurrency)
@@ -96,18 +101,29 @@ class Steps:
     turns: int = 4
     seed: int = 0
     reference_logps: bool = False
+    reasoning: int = 0  # tokens before a list or an answer, beside theirs
+    min_faithfulness: float | None = None
     about: dict = field(default_factory=dict)  # goes into every pair's provenance
     tally: Tally = field(default_factory=Tally)
     short: Asked | None = None  # reads chunks; None where that is over
     long: Asked | None = None  # reads documents; None where that is still to come
+    judged: bool = False
+    judge: Asked | None = None  # rates chosen answers; None without one, or where that is over
 
     def __post_init__(self):
         self.opened = opens_reasoning(self.chat.tokenizer, self.chat.template_kwargs)
         self.thinks = thinks(self.chat.tokenizer, self.chat.template_kwargs)
+        more = self.reasoning
+        self.asking, self.answering = (
+            replace(each, max_tokens=each.max_tokens + more) for each in (self.asking, self.answering)
+        )
 
-    def asks(self, asked: dict[Engine, Asked], short: Engine | None, long: Engine | None) -> None:
+    def asks(self, short: Engine | None, long: Engine | None, judge: Engine | None = None) -> None:
         """Which started engines read what from now on."""
-        self.short, self.long = asked.get(short), asked.get(long)
+        asked = {engine: Asked(engine) for engine in (judge, short, long) if engine is not None}
+        for own in {short, long} & asked.keys():
+            asked[own].opened = self.opened
+        self.short, self.long, self.judge = (asked.get(engine) for engine in (short, long, judge))
 
     async def pair(self, task: Task, shard: Shard) -> Outcome | None:
         """The outcome of one document, or None without an engine that reads whole ones; results that its shard holds
@@ -126,11 +142,12 @@ class Steps:
         lengths = {
             "document": [task.tokens],
             "chunk": [chunk[2] for chunk, *_ in kept],
-            "chosen": [chosen.tokens for _, _, chosen, _ in kept],
-            "rejected": [rejected.tokens for _, _, _, rejected in kept],
+            "chosen": [chosen.tokens for _, _, chosen, *_ in kept],
+            "rejected": [rejected.tokens for _, _, _, rejected, _ in kept],
         }
         spans = [[begin, end] for (begin, end, _), *_ in kept]
         provenance = self.about | {"source": document.source, "document_tokens": task.tokens, "chunks": spans}
+        provenance |= {"faithfulness": [score for *_, score in kept]} if self.judged else {}
         pair = Pair(document.id, document.text, tuple(turn for _, turn, *_ in kept), provenance)
         if self.reference_logps:
             pair = await work.with_logps(pair)
@@ -165,19 +182,37 @@ class _DocumentWork:
             return asked
         return self.steps.draw(self.task.document.id, "turns").sample(asked, self.steps.turns)
 
-    async def turn(self, i: int, instruction: str) -> tuple[Turn, Completion, Completion] | None:
-        """The turn about a chunk with its completions, or None, counted by reason."""
+    async def turn(self, i: int, instruction: str) -> tuple[Turn, Completion, Completion, float | None] | None:
+        """The turn about a chunk with its completions and its rating, or None, counted by reason."""
         try:
             chosen, rejected = await side_by_side(self.chosen(i, instruction), self.rejected(i, instruction))
         except RequestFailed as failure:
             self.fail(failure, failure.reason)
             return None
         turn = Turn(instruction, self.chunk(i), chosen.text, (rejected.text,))
-        reason = self.steps.filters.reject(chosen, rejected) or self.untrainable(turn)
+        reason, score = self.steps.filters.reject(chosen, rejected) or self.untrainable(turn), None
+        if reason is None and self.steps.judged:
+            score, reason = await self.judged(i, instruction, chosen)
         if reason is not None:
             self.counts[reason] += 1
             return None
-        return turn, chosen, rejected
+        return turn, chosen, rejected, score
+
+    async def judged(self, i: int, instruction: str, chosen: Completion) -> tuple[float | None, str | None]:
+        """How faithful a chosen answer is to its chunk, 1 to 10, None where the judge does not say; and why that is too
+        little, or None."""
+        steps, sampling = self.steps, Sampling(JUDGE_TOKENS + self.steps.reasoning)
+        prompt = steps.prompts.ask_judge(self.chunk(i), instruction, chosen.text)
+        try:
+            said = await self.ask(f"judge/{i}", Request(prompt, sampling), steps.judge)
+            score = rating(said.text)
+        except RequestFailed as failure:
+            steps.tally.last_failure, score = str(failure), None
+        if score is None:
+            return None, None if steps.min_faithfulness is None else "unjudged"
+        score = round(10 * score, 2)
+        least = steps.min_faithfulness
+        return score, "unfaithful" if least is not None and score < least else None
 
     def chunk(self, i: int) -> str:
         begin, end, _ = self.task.chunks[i]
@@ -223,19 +258,23 @@ class _DocumentWork:
         step, what = (f"questions-again/{i}", f"again/{i}") if again else (f"questions/{i}", i)
         sampling = replace(steps.asking, seed=steps.seed_of(self.task.document.id, what))
 
-        def request(schema: dict | None) -> Request:
+        def request(schema: dict | None, prefill: str = "") -> Request:
             wording = steps.prompts.ask(steps.questions, again, schema is not None)
-            return Request(join_context(self.chunk(i), wording), sampling, schema=schema)
+            return Request(join_context(self.chunk(i), wording), sampling, schema=schema, prefill=prefill)
 
-        if steps.prompts.json and not steps.thinks and steps.short is not None and steps.short.engine.structured:
+        engine = None if steps.thinks or steps.short is None else steps.short.engine
+        if engine is not None and engine.structured and steps.prompts.json:
             with suppress(NoSchema):
                 return await self.ask(step, request(list_schema(steps.questions)), steps.short)
-        return await self.ask(step, request(None), steps.short)
+        begun = BEGUN if again and engine is not None and engine.prefills else ""
+        return await self.ask(step, request(None, begun), steps.short)
 
     async def prepared(self, i: int, instruction: str) -> None:
-        """Puts the chosen answer, or why there is none, into the journal."""
+        """Puts the chosen answer and its rating, or why there is none, into the journal."""
         with suppress(RequestFailed):
-            await self.chosen(i, instruction)
+            chosen = await self.chosen(i, instruction)
+            if self.steps.judged and self.steps.filters.answer(chosen.text, chosen.finish) is None:
+                await self.judged(i, instruction, chosen)
 
     async def chosen(self, i: int, instruction: str) -> Completion:
         return await self.answer(f"chosen/{i}", self.chunk(i), instruction, self.steps.short)
@@ -272,7 +311,7 @@ class _DocumentWork:
         await asked.gate.enter(self.task.number)
         try:
             answer = await asked.engine.generate(request)
-            text = self.without_reasoning(answer, asked.engine.whole)
+            text = self.without_reasoning(answer, asked)
         except NoSchema:
             raise
         except RequestFailed as failure:
@@ -281,22 +320,33 @@ class _DocumentWork:
             raise
         finally:
             asked.gate.leave()
-        text = text.strip().encode("utf-8", "replace").decode("utf-8")
-        answer = replace(answer, text=text, token_ids=None, logprobs=None, reasoning="")
+        text = (request.prefill + text).strip().encode("utf-8", "replace").decode("utf-8")
         tally = self.steps.tally
         tally.requests += 1
         tally.prompt_tokens += answer.prompt_tokens
         tally.cached_tokens += answer.cached_tokens
         tally.tokens += answer.tokens
+        answer = replace(self.limited(answer, text, request.sampling), token_ids=None, logprobs=None, reasoning="")
         value = {name: part for name, part in asdict(answer).items() if part not in (None, "") or name == "text"}
         self.shard.record(self.task.document.id, step, value)
         return answer
 
-    def without_reasoning(self, answer: Completion, whole: bool) -> str:
+    def limited(self, answer: Completion, text: str, sampling: Sampling) -> Completion:
+        """The completion with its text, without what only tokens that reasoning left made room for."""
+        if not self.steps.reasoning:
+            return replace(answer, text=text)
+        tokenizer, limit = self.steps.chat.tokenizer, sampling.max_tokens - self.steps.reasoning
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) <= limit:
+            return replace(answer, text=text, tokens=len(ids))
+        text = tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False).strip()
+        return replace(answer, text=text, tokens=limit, finish="length")
+
+    def without_reasoning(self, answer: Completion, asked: Asked) -> str:
         """Raises RequestFailed where nothing else is there."""
-        text = part_completion(answer, self.steps.opened, whole).answer
+        text = part_completion(answer, asked.opened, asked.engine.whole).answer
         if text is None:
-            advice = "raise answer_tokens or question_tokens, or ask without reasoning (template_kwargs)"
+            advice = "raise reasoning_tokens, or ask without reasoning (template_kwargs)"
             raise RequestFailed(CUT, f"{answer.tokens} tokens were written and no answer; {advice}")
         return text
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.loop.openai_server import OpenAIServer, Reply
+from longpo_ops.engines.judging import rating
 from longpo_ops.evaluate import Sample, Scores, evaluate, score
-from longpo_ops.evaluate.judge import rating
 from longpo_ops.evaluate.published import (
     PROMPTS,
     Published,

@@ -60,6 +60,7 @@ ALL_FOUR = {  # the first twenty less three: the forms that were seen when model
     "Q:": marked("Q: ", "Q: ", "**Q:** ", "Q: ").replace("?\n", "?\nA: The one that stands above.\n"),
     "letters": marked("a) ", "b) ", "C. ", "(d) "),
     "no marks": "Sure, here they are:\n\n" + "\n".join(FOUR) + "\n\nShall I go on?",
+    "numbers behind bullets": "\n".join(f"* **Question {i}: {each}**" for i, each in enumerate(FOUR, 1)),
     "quotes": "\n".join(f'{i}. "{each}"' for i, each in enumerate(FOUR, 1)),
     "themes": "\n".join(f"{i}. **Theme {i}:** {each}" for i, each in enumerate(FOUR, 1)),
     "answers behind": "\n".join(f"{i}. {each} It is so because of the wind." for i, each in enumerate(FOUR, 1)),
