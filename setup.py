@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "longpo_ops/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 
 TRAIN = ["accelerate>=1.1", "datasets", "matplotlib", "peft", "pyyaml", "typer"]
-GENERATE = ["beautifulsoup4", "datasets", "httpx", "markdownify", "matplotlib", "pypdf", "rich", "typer"]
+GENERATE = ["beautifulsoup4", "datasets", "httpx", "markdownify", "matplotlib", "pypdfium2", "rich", "typer"]
+OFFICE = ["markitdown[docx]"]
 MEMORY = ["matplotlib", "rich", "torchao>=0.18", "typer"]
 BENCH = ["cut-cross-entropy", "matplotlib", "psutil"]
 TOOLS = ["hypothesis", "ninja", "pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "trl"]
@@ -96,6 +97,7 @@ setup(
         "flash": ["flash-attn"],
         "memory": MEMORY,
         "generate": GENERATE,
+        "office": OFFICE,
         "train": TRAIN,
         "vllm": ["vllm"],
     },

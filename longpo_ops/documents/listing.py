@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..text import one_line
-from .readers import Unreadable, read_texts
+from .apart import Apart
+from .readers import read_texts
+from .unreadable import Unreadable
 
 BYTES_PER_TOKEN = 64  # more than natural text ever takes: longer documents are refused before they are tokenised
 
@@ -108,9 +110,9 @@ def read_documents(
     """
     limit = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
     sizes = [_size(file) for file, _ in files]
-    total, before, seen = max(1, sum(sizes)), 0, set()
+    total, before, seen, apart = max(1, sum(sizes)), 0, set(), Apart()
     for (file, name), size in zip(files, sizes):
-        for number, text, share in read_texts(file, column, limit):
+        for number, text, share in read_texts(file, column, limit, apart):
             listing.found += 1
             source = name if number is None else f"{name}:{number}"
             if isinstance(text, Unreadable):

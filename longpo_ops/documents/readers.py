@@ -1,9 +1,10 @@
-"""One file to texts: plain text, Markdown, LaTeX, HTML, PDF, JSON Lines, Parquet, and .gz or .zst of all but the last.
+"""One file to texts: plain text, Markdown, LaTeX, HTML, PDF, DOCX, EPUB, JSON Lines, Parquet; .gz or .zst of all but the last.
 
-Any other suffix is read as plain text; what is not text is told by its bytes. Whatever fails gives an `Unreadable` in
-the text's place, never an exception. Memory: one text, or a group of Parquet records; compressed files are read no
-further than the limit, so a small file cannot unpack into a huge one. Not covered: office files, pictures of text,
-encodings other than UTF-8, and UTF-16 and UTF-32 with their byte-order marks.
+Any other suffix is read as plain text, unless the first bytes say PDF or what refused.py names; what is not text is told by
+its bytes. Whatever fails gives an `Unreadable` in the text's place, never an exception. PDF, DOCX and EPUB are read in a
+process of their own (apart.py). Memory: one text, or a group of Parquet records; compressed files are read no further than
+the limit, so a small file cannot unpack into a huge one. Not covered: pictures of text, encodings other than UTF-8, and
+UTF-16 and UTF-32 with their byte-order marks.
 """
 
 from __future__ import annotations
@@ -11,29 +12,30 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 from ..text import decoded, marked_encoding
+from .apart import Apart
+from .refused import HEAD, OFFICE, refused
+from .unreadable import BINARY, EMPTY, NO_LIMIT, TOO_LONG, Unreadable
 
 RECORDS = 16  # of Parquet, read at a time
-NO_LIMIT = 1 << 62
+PACKED = 512 << 20  # bytes of a PDF, DOCX or EPUB that came in .gz or .zst
+APART = {
+    ".pdf": "generate",
+    ".docx": "office",
+    ".epub": "office",
+}  # read in a process of their own, and the extra that it takes
 Found = Iterator[tuple[int | None, "str | Unreadable", float]]  # record, text, how much of the file lies before its end
 
 
-class Unreadable(str):
-    """Why there is no text: the short form that is counted."""
-
-
-TOO_LONG, BINARY, EMPTY = Unreadable("longer than the target"), Unreadable("binary file"), Unreadable("empty")
-
-
-def read_texts(file: Path, column: str = "text", limit: int | None = None) -> Found:
+def read_texts(file: Path, column: str = "text", limit: int | None = None, apart: Apart | None = None) -> Found:
     """Yield (record, text, share) for every text in a file; the record's number is None for a file that is one document.
 
-    column: of JSON Lines and Parquet. limit: bytes of the longest text that is wanted.
+    column: of JSON Lines and Parquet. limit: bytes of the longest text that is wanted. apart: the process for PDF and office
+    files, where many are read. Raises ValueError where a package of the extra `generate` is missing.
     """
     limit = NO_LIMIT if limit is None else limit
     packed = file.suffix.lower() in OPENERS
@@ -46,7 +48,7 @@ def read_texts(file: Path, column: str = "text", limit: int | None = None) -> Fo
             if suffix in (".jsonl", ".ndjson"):
                 yield from _json_lines(stream, column, limit, None if packed else max(1, file.stat().st_size))
                 return
-            text = _checked(FORMATS.get(suffix, _text)(stream, limit), limit)
+            text = _checked(_document(stream, None if packed else file, suffix, limit, apart), limit)
     except ImportError as error:
         raise ValueError(f"{file.name} cannot be read: {error}; pip install 'longpo_ops[generate]'") from None
     except MemoryError:
@@ -54,6 +56,29 @@ def read_texts(file: Path, column: str = "text", limit: int | None = None) -> Fo
     except Exception as error:  # parsers of foreign files raise whatever they like
         text = Unreadable(f"unreadable ({type(error).__name__})")
     yield None, text, 1.0
+
+
+def _document(stream, file: Path | None, suffix: str, limit: int, apart: Apart | None) -> str:
+    """The text of a file that is one document. file: its path, unless it is packed."""
+    head = stream.peek(HEAD)[:HEAD]
+    if suffix in APART or head.startswith(b"%PDF-"):
+        return _apart(stream, file, suffix if suffix in APART else ".pdf", limit, apart or Apart())
+    return refused(suffix, head) or FORMATS.get(suffix, _text)(stream, limit)
+
+
+def _apart(stream, file: Path | None, suffix: str, limit: int, apart: Apart) -> str:
+    if refused("", stream.peek(HEAD)[:HEAD]) is OFFICE:  # encrypted, or an old one under a new name
+        return OFFICE
+    bound = min(PACKED, 64 * limit)  # pictures outweigh the text
+    source = file if file is not None else _bytes(stream, bound)
+    if source is None:
+        return TOO_LONG if bound < PACKED else Unreadable("packed file of more than 512 MiB")
+    try:
+        return apart.read(suffix, source, limit)
+    except ImportError as error:
+        if APART[suffix] == "generate":
+            raise
+        return Unreadable(f"DOCX or EPUB without a reader ({error}): pip install 'longpo_ops[{APART[suffix]}]'")
 
 
 def _checked(text: str, limit: int) -> str:
@@ -131,25 +156,7 @@ def _html(stream, limit: int) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines()).strip()
 
 
-def _pdf(stream, limit: int) -> str:
-    from pypdf import PdfReader
-
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it reports every repaired table
-    data = _bytes(stream, min(NO_LIMIT, 64 * limit))  # pictures outweigh the text
-    if data is None:
-        return TOO_LONG
-    reader = PdfReader(io.BytesIO(data))
-    pages, length = [], 0
-    for page in reader.pages:
-        pages.append(page.extract_text().strip())
-        length += len(pages[-1])
-        if length > limit:
-            return TOO_LONG
-    text = "\n\n".join(page for page in pages if page)
-    return text if text else Unreadable("PDF without text")
-
-
-FORMATS = {".html": _html, ".htm": _html, ".xhtml": _html, ".pdf": _pdf}
+FORMATS = {".html": _html, ".htm": _html, ".xhtml": _html}
 
 
 def _json_lines(stream, column: str, limit: int, size: int | None) -> Found:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ..data import ChatFormat, join_context, read_pairs, tokenizer_fingerprint
 from ..documents.listing import Document, Listing, find_files, read_documents
-from ..documents.readers import TOO_LONG
+from ..documents.unreadable import TOO_LONG
 from ..engines import Engine, Request, Sampling, render
 from ..engines.concurrency import side_by_side
 from ..engines.fields import changed

@@ -10,6 +10,9 @@ import pyarrow
 import pytest
 
 from longpo_ops.documents import Listing, find_files, read_documents
+from longpo_ops.documents.layout import NO_TEXT
+from longpo_ops.documents.refused import PACKED
+from tests.documents.writing import pdf
 
 TEXT = "# Wind\n\nThe wind turns.\n\nIt is cold.\n"
 
@@ -21,25 +24,6 @@ def read(*sources, column="text", max_tokens=None) -> tuple[list, Listing]:
 
 def zstd(data: bytes) -> bytes:
     return pyarrow.compress(data, codec="zstd", asbytes=True)
-
-
-def pdf(text: str) -> bytes:
-    """The smallest PDF of one page with a line of text."""
-    stream = f"BT /F1 12 Tf 50 700 Td ({text}) Tj ET".encode()
-    objects = [
-        b"<</Type/Catalog/Pages 2 0 R>>",
-        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
-        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
-    ]
-    out, places = b"%PDF-1.4\n", []
-    for number, content in enumerate(objects, 1):
-        places.append(len(out))
-        out += b"%d 0 obj%s endobj\n" % (number, content)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    trailer = b"trailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % len(out)
-    return out + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer
 
 
 def in_short(value) -> str | None:
@@ -71,6 +55,7 @@ HTML = """<html><head><title>t</title><style>x</style></head><body><nav>menu</na
         ("a.md.zst", zstd(TEXT.encode()), TEXT),
         ("a.HTML", HTML.encode(), "## Wind & rain\n\nThe **wind** turns here.\n\n```\na = 1\n\nb = 2\n```"),
         ("a.pdf", pdf("The wind turns."), "The wind turns."),
+        ("no suffix", pdf("The wind turns."), "The wind turns."),
         ("a.pdf.gz", gzip.compress(pdf("The wind turns.")), "The wind turns."),
     ],
     ids=in_short,
@@ -109,8 +94,9 @@ def test_records_are_documents(suffix, tmp_path):
         ("a.txt.gz", gzip.compress(TEXT.encode())[:-12], "unreadable (EOFError)"),
         ("a.txt.zst", b"no zstd at all", "unreadable (OSError)"),
         ("a.txt.zst", zstd(TEXT.encode() * 9)[:-9], "unreadable (OSError)"),
-        ("a.pdf", b"%PDF-1.4 broken", "unreadable (PdfStreamError)"),
-        ("a.pdf", pdf(""), "PDF without text"),
+        ("a.pdf", b"%PDF-1.4 broken", "unreadable (PdfiumError)"),
+        ("a.pdf", pdf(""), str(NO_TEXT)),
+        ("a.txt.gz.gz", gzip.compress(gzip.compress(TEXT.encode())), str(PACKED)),
         ("a.parquet", b"PAR1 broken", "unreadable (ArrowInvalid)"),
         ("a.jsonl", b"{broken\n", "no valid JSON"),
         ("a.jsonl", b"[1]\n", "no JSON object"),

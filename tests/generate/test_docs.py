@@ -12,7 +12,10 @@ PACKAGE = Path(commands.__file__).parents[1]
 DOC = (PACKAGE.parent / "docs/generate.md").read_text()
 
 REASONS = {
-    "documents/readers.py": r'(?:Unreadable\(f?"|TOO_LONG, BINARY, EMPTY = Unreadable\(")([a-zA-Z0-9\- ]+)',
+    **{
+        f"documents/{name}.py": r'(?:Unreadable\(f?"|TOO_LONG, BINARY, EMPTY = Unreadable\(")([a-zA-Z0-9\- ]+)'
+        for name in ("apart", "layout", "office", "pdf", "readers", "refused", "unreadable")
+    },
     "documents/listing.py": r'skip\("([a-z ]+)"',
     "generate/run.py": r'(?:TOO_SHORT = "|else )"?([a-z ]{8,})"',
     "generate/steps.py": r'(?:counts\["|self\.fail\(failure, "|CUT = "|(?:else|score,) ")([a-z\- ]+)"',
