@@ -164,7 +164,10 @@ class Places:
 
     def gap(self, line: Line, first: int, middle: float) -> int | None:
         """Which character of a line is the space in a gap wider than GAP that has the middle of the page within 3 sizes."""
+        extent = line.x1 - line.x0
         for found in SPACE.finditer(line.text):
+            if abs(line.x0 + extent * found.start() / len(line.text) - middle) > 0.15 * extent:
+                continue
             at = first + found.start()
             (_, before), (after, _) = self._span(self.index(at - 1)), self._span(self.index(at + 1))
             if after - before > GAP * line.size and before - 3 * line.size < middle < after + 3 * line.size:
