@@ -3,8 +3,8 @@
     file --PDFium--> characters in the order of drawing, lines told apart --pages--> [Line] of every page
 
 layout.py makes of them a text as a person reads it. Places are in points, from the lower left of the page as it is shown.
-PDFium reads a character in 1.8 us on one core, a tenth of pypdf's time; some ten calls a line ask for places. It is C++ and opens
-what anybody wrote, so apart.py runs it in a process of its own. Memory: one page, and the file where it came packed.
+PDFium reads a character in 1.8 us on one core, a tenth of pypdf's time; some ten calls a line ask for places. It is C++ and
+opens what anybody wrote, so apart.py runs it in a process of its own. Memory: one page, and the file where it came packed.
 """
 
 from __future__ import annotations
