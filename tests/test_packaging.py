@@ -205,6 +205,7 @@ def test_wheel_metadata(wheel, tmp_path):
         "flash",
         "generate",
         "memory",
+        "office",
         "train",
         "vllm",
     }

@@ -7,7 +7,8 @@ is parted at the end of a line, the reader leaves a hyphen that belongs to the w
 Heads, feet and page numbers, which pdftotext keeps, go from its pages where one of their first or last three lines says what
 the reader took for such on that page; how many went is shown, so that a text taken for a head cannot hide. Where the reader
 finds line numbers, words of digits alone go on both sides. A share is the smaller one of recall and precision, over all
-words (or runs of five), each as often as it is there. Needs `pdftotext`.
+words (or runs of five), each as often as it is there. pdftotext has two orders, its reading order and that of `-layout`, which
+alone goes through tables row by row: runs are compared with the nearer one. Needs `pdftotext`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from longpo_ops.documents.pdf import pages
 WORD = re.compile(r"[\u3040-\u9fff]|[^\W_\u3040-\u9fff]+")
 UNSEEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ue000-\uf8ff]")
 HYPHEN = re.compile(r"(?<=\w)[-\u00ad\u2010\u2011](?=\w)")
+PARTED = re.compile(r"(?<=[^\W\d_])-\n+[ \t]*(?=[a-z])")
 EDGE = 3  # lines of a page among which heads and feet are
 
 
@@ -57,18 +59,17 @@ def margins(read: list) -> tuple[list[str], int, bool]:
     return letters, sum(map(len, gone)), unnumbered is not cleaned_pages
 
 
-def oracle(file: Path, gone: list[str]) -> str:
+def oracle(file: Path, gone: list[str], *options: str) -> str:
     """pdftotext's text without heads and feet."""
-    text = subprocess.run(
-        ["pdftotext", "-enc", "UTF-8", str(file), "-"], capture_output=True, check=True
-    ).stdout.decode()
+    command = ["pdftotext", "-enc", "UTF-8", *options, str(file), "-"]
+    text = subprocess.run(command, capture_output=True, check=True).stdout.decode()
     kept = []
     for page, letters in zip(text.split("\f"), gone):
         lines = page.splitlines()
         filled = [i for i, line in enumerate(lines) if line.strip()]
         edge = {i for i in filled[:EDGE] + filled[-EDGE:] if "".join(words(lines[i])) in letters}
         kept += [line for i, line in enumerate(lines) if i not in edge]
-    return "\n".join(kept)
+    return PARTED.sub("", "\n".join(kept))
 
 
 def main() -> None:
@@ -83,10 +84,11 @@ def main() -> None:
         text = as_read(read)
         seconds = time.process_time() - begin
         gone, count, numbered = margins(read)
-        ours, theirs = words(text), words(oracle(file, gone))
+        sides = words(text), words(oracle(file, gone)), words(oracle(file, gone, "-layout"))
         if numbered:
-            ours, theirs = ([word for word in side if not word.isdigit()] for side in (ours, theirs))
-        fives = share(runs(ours), runs(theirs))
+            sides = ([word for word in side if not word.isdigit()] for side in sides)
+        ours, theirs, placed = sides
+        fives = max(share(runs(ours), runs(side)) for side in (theirs, placed))
         cost = 1e6 * seconds / max(1, len(text))
         print(
             f"{share(Counter(ours), Counter(theirs)):.4f} {fives:.4f} {len(read):6d} {count:6d} {cost:12.1f}     {file.name}"

@@ -34,6 +34,7 @@ WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 SENTENCE = re.compile(r"[.!?:;。！？：；][\"'”’»)\]]*$")
 BULLET = re.compile(r"[•◦▪▸►‣∙·*]\s")
 ITEM = re.compile(r"[•◦▪▸►‣∙·*–-]\s|\[\d+\]\s|\(?\d{1,3}[.)]\s|\(?[a-z][.)]\s")
+CODE = re.compile(r"[{}%\\]$")  # what a line of prose does not end with
 CAPTION = re.compile(r"(?:fig(?:ure|\.)?|table|tab\.|abb(?:ildung|\.)|algorithm|listing|图|表|圖)\s*\d", re.I)
 LEADERS = re.compile(r"(?:\. ?){4,}|…{2,}|(?:· ?){4,}")
 NO_TEXT = Unreadable("PDF without text (scanned pages are pictures: run OCR on them first, as with ocrmypdf)")
@@ -160,7 +161,7 @@ class Prose:
         if abs(before.size - line.size) > 0.12 * size or down > 1.3 * self.step * size:
             return "\n\n"
         full = edges.full(before, line)
-        if self._apart(before) or self._apart(line) or BULLET.match(line.text):
+        if self._apart(before) or self._apart(line) or BULLET.match(line.text) or CODE.search(before.text):
             return "\n"
         if ITEM.match(line.text) and (not full or abs(indent) > 0.3 * size or SENTENCE.search(before.text)):
             return "\n"

@@ -3,10 +3,10 @@
     pages of lines --without_numbers--> --without_heads--> the same pages, text alone
 
 A head is the highest line of a page, in its upper sixth and with more room below it than between lines, that stands at the
-same height on another page with the same words and numbers, where a number may have grown as the pages did. Where a third of
-the pages have such heads, a line that stands apart at their height is one too, whatever it says: chapters change their names.
-Feet likewise. A number alone, or the word for a page with one, goes where it stands apart from the text. Line numbers are
-whole numbers beside the text that rise by the same step, one below the other, on a third of the pages.
+same height on another page with the same words and numbers, where one number may have grown as the pages did. Where a third
+of the pages have such heads, a line that stands apart at their height is one too, whatever it says: chapters change their
+names. Feet likewise. A number alone, or the word for a page with one, goes where it stands apart from the text. Line numbers
+are whole numbers beside the text that rise by the same step, one below the other, on a third of the pages.
 Tests: tests/documents/test_layout.py.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from itertools import pairwise, product
+from itertools import pairwise
 
 from .pdf import Line, Page
 
@@ -84,12 +84,11 @@ def _repeated(edges: list[Edge | None]) -> set[int]:
 
 
 def _forms(text: str, page: int) -> set[tuple]:
-    """A text with each of its numbers as it is, or less the number of the page."""
-    numbers = [int(number) for number in NUMBER.findall(text[:400])]
+    """A text with its numbers as they are, and with one of them less the number of the page."""
+    numbers = tuple(int(number[:9]) for number in NUMBER.findall(text)[:16])
     frame = NUMBER.sub("#", text)
-    if not numbers or len(numbers) > 4 or max(numbers) > 10**9:
-        return {(frame, *numbers)}
-    return {(frame, *form) for form in product(*(((n, "as it is"), (n - page, "less the page")) for n in numbers))}
+    grown = {(frame, i, *numbers[:i], numbers[i] - page, *numbers[i + 1 :]) for i in range(len(numbers))}
+    return {(frame, *numbers), *grown}
 
 
 def _at_their_height(edges: list[Edge | None], gone: set[int]) -> set[int]:
