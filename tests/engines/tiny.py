@@ -20,6 +20,17 @@ PROMPTS = {  # short ones, which are learnt sooner than the defaults
     "questions.txt": "List {count} questions about this.",
     "lead_ins.txt": "{question}\nAnswer from the text: {question}\n{question} Look above.",
 }
+# A request that the tokenizer knows, whatever the prompt files say now, as its tokens decide what the model learns.
+WORDING = """\
+Write 4 questions about the text above for a reader who has to prove a full understanding of it.
+
+Each question must
+- call for comprehension, analysis, or the linking of themes and details from different places, not for one word to look up;
+- be answerable from the text alone;
+- stand on its own: it names what it asks about and never says "the text", "this passage" or "the section above";
+- have only one possible reading.
+
+Reply with a numbered list from 1 to 4, one question on each line, and nothing else."""
 SENTENCES = (
     "{name} walked along the pier at noon.",
     "The wind turned, and {name} went home.",
@@ -71,7 +82,7 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     prompts = Prompts.load()
-    words = [prompts.ask(4), *PROMPTS.values(), POOL, *prompts.lead_ins, *(document(i) for i in range(4))]
+    words = [WORDING, *PROMPTS.values(), POOL, *prompts.lead_ins, *(document(i) for i in range(4))]
     words += [f"{name} {duty}." for name in NAMES for duty in DUTIES]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -60,6 +60,6 @@ def test_what_is_cut_off_inside_the_reasoning_is_a_failed_turn_that_is_counted(s
     with OpenAIServer(behave) as server:
         result = generate(settings(endpoints=(server.url,), concurrency=1))
     counts = [outcome["counts"].get("cut off inside the reasoning", 0) for outcome in result.outcomes]
-    assert sum(counts) > 0 and "raise answer_tokens or question_tokens" in result.tally.last_failure
+    assert sum(counts) > 0 and "raise reasoning_tokens" in result.tally.last_failure
     turns = sum(len(pair.turns) for pair in read_pairs(tmp_path / "pairs")) if result.made else 0
     assert turns + sum(counts) == 16  # nothing else was left out
