@@ -125,6 +125,7 @@ class Steps:
         }
         spans = [[begin, end] for (begin, end, _), *_ in kept]
         provenance = self.about | {"source": document.source, "document_tokens": task.tokens, "chunks": spans}
+        provenance |= document.place
         pair = Pair(document.id, document.text, tuple(turn for _, turn, *_ in kept), provenance)
         if self.reference_logps:
             pair = await work.with_logps(pair)

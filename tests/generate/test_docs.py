@@ -14,7 +14,7 @@ DOC = (PACKAGE.parent / "docs/generate.md").read_text()
 REASONS = {
     "documents/readers.py": r'(?:Unreadable\(f?"|TOO_LONG, BINARY, EMPTY = Unreadable\(")([a-zA-Z0-9\- ]+)',
     "documents/listing.py": r'skip\("([a-z ]+)"',
-    "generate/run.py": r'(?:TOO_SHORT = "|else )"?([a-z ]{8,})"',
+    "generate/selection.py": r'(?:TOO_SHORT = "|REST = "|skip\(")([a-z ]{8,})"',
     "generate/steps.py": r'(?:counts\["|self\.fail\(failure, ")([a-z\- ]+)"',
     "generate/filters.py": r'return "([a-z\- ]+)"',
     "engines/server.py": r'RequestFailed\("([a-z ]+)"',
