@@ -100,7 +100,8 @@ class Cutter:
                 even = rest // left
                 low = max(self.least, rest - (left - 1) * self.most)
                 high = min(self.most, rest - (left - 1) * self.least)
-            end = breaks.best(done, max(low, int((1 - EVEN) * even)), min(high, int((1 + EVEN) * even)), even)
+            easy = rest - (left - 1) * int(FULL * self.most) if whole else low  # what follows has a break in reach, too
+            end = breaks.best(done, max(low, easy, int((1 - EVEN) * even)), min(high, int((1 + EVEN) * even)), even)
             if end is None:
                 end = breaks.best(done, low, high, even)
             if end is None:

@@ -88,6 +88,11 @@ class Listing:
         return "\n".join(lines + [f"  {what}: {how}" for what, how in self.made()])
 
 
+def size_of(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def reason_and_first(reason: str, first: dict[str, str]) -> str:
     """Why documents were left out, and which one was the first."""
     return f"{reason} (first: {first[reason]})" if reason in first else reason
@@ -156,7 +161,7 @@ def read_documents(
             elif (
                 document := listing.take(text, source, (before + share * size) / total, str(file.parent))
             ) is not None:
-                listing.size += len(text.encode())
+                listing.size += size_of(text)
                 yield document
             last = share
         before += size

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..documents.cutting import Cutter, Part, Piece, Rest, joined, pieces_of
-from ..documents.listing import BYTES_PER_TOKEN, LARGEST, Document, Listing, read_documents
+from ..documents.listing import BYTES_PER_TOKEN, LARGEST, Document, Listing, read_documents, size_of
 from ..documents.readers import TOO_LONG
 from .makers import Parted, Parting
 from .steps import Task
@@ -85,7 +85,7 @@ class _Selection:
             yield document, None
             return
         text = document.text
-        if len(text.encode()) <= self.first:  # a token takes a byte at least
+        if size_of(text) <= self.first:  # a token takes a byte at least
             self.short(Piece(text, document.source), TOO_SHORT)
             return
         starts = self.part.starts(text)
@@ -94,7 +94,7 @@ class _Selection:
         elif len(starts) <= self.last:
             yield document, self.part(document, starts)
         elif self.cutter is None:
-            self.listing.lose(TOO_LONG, document.source, len(text.encode()))
+            self.listing.lose(TOO_LONG, document.source, size_of(text))
         else:
             parts = [*self.cutter.cut(text, starts)]
             number, count = 0, sum(isinstance(part, Part) for part in parts)
@@ -120,12 +120,12 @@ class _Selection:
     def short(self, piece: Piece, reason: str) -> None:
         """Keep a text for joining, or count it as lost."""
         if not self.run.join:
-            self.listing.lose(reason, piece.source, len(piece.text.encode()))
+            self.listing.lose(reason, piece.source, size_of(piece.text))
             return
         text = piece.text.strip()
         begin = piece.begin + piece.text.index(text)
         self.pending.append(Piece(text, piece.source, begin))
-        self.waiting += len(text.encode())
+        self.waiting += size_of(text)
 
     def join(self, position: float) -> Found:
         """The documents that come of the texts that wait."""
@@ -138,7 +138,7 @@ class _Selection:
             members = pieces_of(part, pieces, places)
             if isinstance(part, Rest):
                 for number, begin, end in members:
-                    lost[number] += len(pieces[number].text[begin:end].encode())
+                    lost[number] += size_of(pieces[number].text[begin:end])
                 continue
             used |= {number for number, *_ in members}
             self.listing.joins += 1

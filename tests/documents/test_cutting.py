@@ -131,7 +131,7 @@ def test_one_line_of_any_script_is_cut(tokenizer, text, ends):
 def test_code_is_not_cut_where_a_paragraph_is_in_reach(tokenizer):
     code = "```\n" + "x = f(1)\n\n" * 8 + "```"
     text = ("The boats return at noon with the wind.\n\n" * 4 + code + "\n\n") * 12
-    parts, _ = cut(tokenizer, text, 250, 600)
+    parts, _ = cut(tokenizer, text, 200, 700)
     assert len(parts) > 2 and all(part.count("```") % 2 == 0 for part in parts)
 
 
