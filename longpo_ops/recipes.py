@@ -64,6 +64,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "max_repeated_rejected": 0.95,
             # What only the length, the filters above and the model's own theta leave out.
             "max_document": None,
+            "join": None,
             "max_overlap": None,
             "short_rope": None,
             # A judge is ours alone.

@@ -19,9 +19,10 @@ from pathlib import Path
 from ..text import one_line
 from .apart import Apart
 from .readers import read_texts
-from .unreadable import Unreadable
+from .unreadable import TOO_LONG, Unreadable
 
 BYTES_PER_TOKEN = 64  # more than natural text ever takes: longer documents are refused before they are tokenised
+LARGEST = 1 << 25  # bytes of the longest text that is read to be cut, some eight million tokens of English
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Document:
     text: str
     source: str  # file below the given folder, on one line (text.one_line), and the record in it
     position: float = 0.0  # how much of all files lies before its end, 0 to 1
+    folder: str = ""  # where its file lies
+    place: dict = field(default_factory=dict)  # of a part of a text, or of joined ones: where it is from
 
 
 @dataclass
@@ -42,19 +45,54 @@ class Listing:
     selected: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
+    size: int = 0  # bytes of all texts, each once, and of what is too long to be read
+    lost: int = 0  # bytes of them that no document has for want of length
+    cut: int = 0  # texts that were cut, into
+    parts: int = 0
+    joined: int = 0  # texts that were joined, to
+    joins: int = 0
+    seen: set[bytes] = field(default_factory=set, repr=False)
 
     def skip(self, reason: str, source: str) -> None:
         """Count what is left out."""
         self.skipped[str(reason)] += 1
         self.first.setdefault(str(reason), source)
 
+    def lose(self, reason: str, source: str, size: int) -> None:
+        """Count what is left out for want of length, and its bytes."""
+        self.skip(reason, source)
+        self.lost += size
+
+    def take(self, text: str, source: str, position: float, folder: str, place: dict | None = None) -> Document | None:
+        """A text as a document, or None, counted, where there was an equal one."""
+        digest = hashlib.sha256(text.encode()).digest()[:16]
+        if digest in self.seen:
+            self.skip("duplicate", source)
+            return None
+        self.seen.add(digest)
+        return Document(digest.hex(), text, source, position, folder, place or {})
+
+    def made(self) -> list[tuple[str, str]]:
+        """What came of texts that were out of bounds, and how much of all was lost."""
+        told = [("documents cut", f"{self.cut:,} into {self.parts:,}")] if self.cut else []
+        told += [("documents joined", f"{self.joined:,} to {self.joins:,}")] if self.joined else []
+        share = f"{self.lost / self.size:.1%} of {self.size / 1e6:,.1f} MB" if self.size else "nothing"
+        return [*told, ("text lost for want of length", share)]
+
     def left_out(self) -> list[tuple[str, int]]:
         """Why, and how many, the most frequent first."""
         return [(reason_and_first(reason, self.first), count) for reason, count in self.skipped.most_common()]
 
     def __str__(self) -> str:
-        lines = [f"{self.selected} of {self.found} documents selected"]
-        return "\n".join(lines + [f"  {count} left out: {reason}" for reason, count in self.left_out()])
+        selected = "{} documents selected of {} found" if self.cut or self.joins else "{} of {} documents selected"
+        lines = [selected.format(self.selected, self.found)]
+        lines += [f"  {count} left out: {reason}" for reason, count in self.left_out()]
+        return "\n".join(lines + [f"  {what}: {how}" for what, how in self.made()])
+
+
+def size_of(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def reason_and_first(reason: str, first: dict[str, str]) -> str:
@@ -110,21 +148,24 @@ def read_documents(
     """
     limit = None if max_tokens is None else max_tokens * BYTES_PER_TOKEN
     sizes = [_size(file) for file, _ in files]
-    total, before, seen, apart = max(1, sum(sizes)), 0, set(), Apart()
+    total, before, apart = max(1, sum(sizes)), 0, Apart()
     for (file, name), size in zip(files, sizes):
+        last = 0.0
         for number, text, share in read_texts(file, column, limit, apart):
             listing.found += 1
             source = name if number is None else f"{name}:{number}"
-            if isinstance(text, Unreadable):
+            if text is TOO_LONG:
+                there = int((share - last) * size)
+                listing.size += there
+                listing.lose(text, source, there)
+            elif isinstance(text, Unreadable):
                 listing.skip(text, source)
-                continue
-            digest = hashlib.sha256(text.encode()).digest()[:16]
-            if digest in seen:
-                listing.skip("duplicate", source)
-                continue
-            seen.add(digest)
-            position = (before + share * size) / total
-            yield Document(digest.hex(), text, source, position)
+            elif (
+                document := listing.take(text, source, (before + share * size) / total, str(file.parent))
+            ) is not None:
+                listing.size += size_of(text)
+                yield document
+            last = share
         before += size
 
 

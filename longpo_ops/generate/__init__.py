@@ -10,6 +10,7 @@ __all__, __getattr__, __dir__ = public_names(
     {
         "filters": ("Filters", "PublishedFilters"),
         "prompts": ("Prompts",),
-        "run": ("GenerateRun", "Result", "check", "generate", "generate_and_summarise", "select"),
+        "run": ("GenerateRun", "Result", "check", "generate", "generate_and_summarise"),
+        "selection": ("select",),
     },
 )

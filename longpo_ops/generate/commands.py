@@ -57,12 +57,17 @@ def generate(
     questions: Annotated[int | None, _of("questions", "Questions in the pool of a chunk")] = None,
     min_chunk: Annotated[int | None, _of("min_chunk", "Tokens", "half of the most")] = None,
     max_chunk: Annotated[int | None, _of("max_chunk", "Tokens", "length / 4, at most 30000")] = None,
-    min_document: Annotated[int | None, _of("min_document", "Documents must have more tokens", "length / 2")] = None,
+    min_document: Annotated[
+        int | None, _of("min_document", "Documents must have more tokens", "max_document / 2")
+    ] = None,
     max_document: Annotated[
         int | None,
         typer.Option(help="Tokens; what questions and answers leave, in the official recipe below the length."),
     ] = None,
     max_documents: Annotated[int | None, typer.Option(help="Stop after this many selected documents.")] = None,
+    join: Annotated[
+        str | None, typer.Option(help="short: documents that are too short are joined with others of their folder.")
+    ] = None,
     column: Annotated[str, typer.Option(help="Text column of JSON Lines and Parquet.")] = "text",
     answer_tokens: Annotated[int | None, _of("answer_tokens", "Longest answer")] = None,
     question_tokens: Annotated[int | None, _of("question_tokens", "Longest pool of questions")] = None,
@@ -133,7 +138,7 @@ def _list(run) -> None:
     """What would be asked about."""
     from ..documents.listing import Listing, find_files
     from .report import describe
-    from .run import select
+    from .selection import select
 
     listing, lengths = Listing(), {"document": [], "chunk": []}
     for task in select(run, find_files(run.documents), run.load_tokenizer(), listing):

@@ -9,6 +9,7 @@
 | else             | it is asked for again, once     | the chunk is left out                                  |
 | filtered by      | filters.Filters                 | filters.PublishedFilters                               |
 | `length` bounds  | document, questions and answers | the document                                           |
+| a longer text    | is cut                          | is left out                                            |
 
 Tests: tests/generate/test_run.py, tests/generate/test_official.py.
 """
@@ -51,14 +52,16 @@ class Parting:
         """The character (n,) at which each of the n tokens starts."""
         return self.chunker.starts(text)
 
-    def __call__(self, document: Document, starts: np.ndarray) -> Parted:
-        return Parted(document.text, len(starts), self.chunker.chunks(document.text, starts))
+    def __call__(self, document: Document, starts: np.ndarray, breaks=None, tokens: int | None = None) -> Parted:
+        """breaks: of a text that was cut, found already (chunks.Chunker); tokens: as a text of its own, `starts` by default."""
+        chunks = self.chunker.chunks(document.text, starts, breaks)
+        return Parted(document.text, len(starts) if tokens is None else tokens, chunks)
 
 
 class PublishedParting(Parting):
     """Gathers paragraphs, or sections of LaTeX, and joins what was gathered to the long input."""
 
-    def __call__(self, document: Document, starts: np.ndarray) -> Parted:
+    def __call__(self, document: Document, starts: np.ndarray, breaks=None, tokens: int | None = None) -> Parted:
         sections = is_latex(document.source) or LATEX.search(document.text) is not None
         gatherer = Gatherer(self.tokenizer, *self.bounds, sections=sections)
         text, chunks = gatherer.part(document.text)
@@ -67,12 +70,15 @@ class PublishedParting(Parting):
 
 @dataclass(frozen=True)
 class Maker:
-    """fits_answers: `length` holds questions and answers beside the document. asks_all: turns are drawn after asking."""
+    """fits_answers: `length` holds questions and answers beside the document. asks_all: turns are drawn after asking.
+    cuts: longer texts become several documents.
+    """
 
     parting: type[Parting]
     filters: type[Filters]
     fits_answers: bool
     asks_all: bool
+    cuts: bool
 
     def questions(self, pool: Completion, count: int) -> list[str] | str:
         """The questions of a list, or why it does not count. One of them is drawn: half of those wanted are choice enough,
@@ -90,6 +96,6 @@ class Maker:
 
 
 MAKERS = {
-    DEFAULT: Maker(Parting, Filters, fits_answers=True, asks_all=False),
-    OFFICIAL: Maker(PublishedParting, PublishedFilters, fits_answers=False, asks_all=True),
+    DEFAULT: Maker(Parting, Filters, fits_answers=True, asks_all=False, cuts=True),
+    OFFICIAL: Maker(PublishedParting, PublishedFilters, fits_answers=False, asks_all=True, cuts=False),
 }

@@ -58,6 +58,8 @@ def write_summary(result, pairs: Iterable[Pair], run) -> dict:
     counted["lengths"] = {kind: describe(values) for kind, values in summary["lengths"].items() if values}
     counted["listing"] = {"found": result.listing.found, "selected": result.listing.selected}
     counted["listing"] |= {"left_out": dict(result.listing.skipped), "first_left_out": result.listing.first}
+    sizes = ("cut", "parts", "joined", "joins", "size", "lost")
+    counted["listing"] |= {name: getattr(result.listing, name) for name in sizes}
     write_text(folder / "summary.json", json.dumps(counted, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_atomically(folder / "lengths.png", figure)
     first = list(islice(pairs, SHOWN_PAIRS))
@@ -80,7 +82,7 @@ def values_of(result, summary: dict) -> list[tuple[str, str]]:
     found += [(names.get(reason, f"turns left out: {reason}"), count) for reason, count in summary["left_out"].items()]
     found += [("requests now", tally.requests), ("tokens read now", tally.prompt_tokens)]
     found += [("of them from the prefix cache", tally.cached_tokens), ("tokens written now", tally.tokens)]
-    lines = [("recipe", summary["recipe"]), *((name, f"{value:,}") for name, value in found)]
+    lines = [("recipe", summary["recipe"]), *result.listing.made(), *((name, f"{value:,}") for name, value in found)]
     lines += [("much is lost", line) for line in summary.get("advice", ())]
     lines += [("tokens per second", f"{(tally.prompt_tokens + tally.tokens) / seconds:,.0f}")]
     lines += (

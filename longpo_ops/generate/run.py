@@ -17,15 +17,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import ChatFormat, join_context, read_pairs, tokenizer_fingerprint
-from ..documents.listing import Document, Listing, find_files, read_documents
-from ..documents.unreadable import TOO_LONG
+from ..documents.listing import Listing, find_files
 from ..engines import Engine, Request, Sampling, render
 from ..engines.concurrency import side_by_side
 from ..engines.fields import changed
@@ -34,13 +32,13 @@ from ..engines.settings import EngineSettings
 from ..pretrained import read_config
 from ..recipes import DEFAULT, fill, tell, title, warn
 from ..runs.journal import check_folder
-from .makers import MAKERS, Maker, Parted, Parting
+from .makers import MAKERS, Maker
 from .prompts import Prompts
 from .report import write_summary
+from .selection import select
 from .steps import Steps, Tally, Task
 from .store import Store
 
-TOO_SHORT = "shorter than wanted"
 OWN_CONTEXT = 30000  # tokens of the longest chunk: with its question and answer it fits the 32,768 of many models
 
 
@@ -51,14 +49,15 @@ class GenerateRun(EngineSettings):
     documents: folders, files, globs. length: tokens of the longest training sequence, document, questions and
     answers; in the official recipe a bound of the documents alone. recipe: "default" or "official". chunks: turns of a
     pair at most. questions: pool per chunk. min_chunk, max_chunk: tokens; by default a quarter of the length, at most
-    30,000, and half of that. min_document, max_document: tokens; by default more than half the length, and as many as
-    leave room for all questions and answers. temperature, top_p: of the questions; answer_temperature, answer_top_p: of
-    both answers. max_repeated: of chosen answers, max_repeated_rejected: of the others. prompts: folder with files of yours.
-    rope: of local engines while they read whole documents, short_rope: while they read chunks; default the model's own.
-    long_endpoints: servers that read the whole documents, where those at `endpoints` read chunks alone. reasoning_tokens:
-    what a thinking model may write before a list or an answer, on top of their tokens and of the length. judge: URL of a
-    server, with judge_model, the key in judge_key_variable and judge_options, or "self": it rates from 1 to 10 how faithful
-    chosen answers are to their chunks. min_faithfulness: turns with less are left out; None stores the ratings alone.
+    30,000, and half of that. min_document, max_document: tokens; by default as many as leave room for all questions and
+    answers, and more than half of that. join: "short" joins shorter documents of one folder. temperature, top_p: of the
+    questions; answer_temperature, answer_top_p: of both answers. max_repeated: of chosen answers, max_repeated_rejected:
+    of the others. prompts: folder with files of yours. rope: of local engines while they read whole documents, short_rope:
+    while they read chunks; default the model's own. long_endpoints: servers that read the whole documents, where those at
+    `endpoints` read chunks alone. reasoning_tokens: what a thinking model may write before a list or an answer, on top of
+    their tokens and of the length. judge: URL of a server, with judge_model, the key in judge_key_variable and
+    judge_options, or "self": it rates from 1 to 10 how faithful chosen answers are to their chunks. min_faithfulness: turns
+    with less are left out; None stores the ratings alone.
     """
 
     model: str  # again, as the first of those that may be given by position
@@ -73,6 +72,7 @@ class GenerateRun(EngineSettings):
     min_document: int | None = None
     max_document: int | None = None
     max_documents: int | None = None
+    join: str | None = None
     column: str = "text"
     answer_tokens: int | None = None
     question_tokens: int | None = None
@@ -112,6 +112,12 @@ class GenerateRun(EngineSettings):
             raise ValueError(f"min_faithfulness is {self.min_faithfulness}; expected 1 to 10, and a judge")
         if self.reasoning_tokens < 0:
             raise ValueError(f"reasoning_tokens is {self.reasoning_tokens}; expected a whole number of tokens, or 0")
+        if self.join not in (None, "short"):
+            raise ValueError(f"join is {self.join!r}; expected 'short', or None, which leaves short documents out")
+        if self.join and not self.maker.cuts:
+            raise ValueError(
+                f"join is {self.join!r}, and recipe {self.recipe!r} leaves short documents out; drop one of them"
+            )
         for kind in ("", "answer_"):
             drawn, mass = getattr(self, f"{kind}temperature"), getattr(self, f"{kind}top_p")
             if not 0 <= drawn < math.inf or not 0 < mass <= 1:
@@ -165,9 +171,9 @@ class GenerateRun(EngineSettings):
 
     def document_bounds(self) -> tuple[int, int]:
         """A document is selected if it has more tokens than the first and at most as many as the second."""
-        first = self.length // 2 if self.min_document is None else self.min_document
-        last = self.length - self._room() if self.maker.fits_answers else self.length - 1
-        return first, last if self.max_document is None else self.max_document
+        most = self.length - self._room() if self.maker.fits_answers else self.length - 1
+        last = most if self.max_document is None else self.max_document
+        return max(0, last // 2) if self.min_document is None else self.min_document, last
 
     def chunk_bounds(self) -> tuple[int, int]:
         """Least and most tokens of a chunk."""
@@ -237,42 +243,6 @@ class Result:
     def made(self) -> int:
         """Pairs."""
         return sum(outcome["pairs"] for outcome in self.outcomes)
-
-
-def select(
-    run: GenerateRun, files: list[tuple[Path, str]], tokenizer, listing: Listing, done=lambda document: False
-) -> Iterator[Task | float]:
-    """Stream the tasks of a run in the order of its documents; for a document that is done only its position."""
-    (first, last), part = run.document_bounds(), run.maker.parting(tokenizer, *run.chunk_bounds())
-    for document in read_documents(files, listing, run.column, last):
-        if listing.selected == run.max_documents:
-            return
-        found = None if done(document.id) else _parted(part, document, first, last)
-        if isinstance(found, str):
-            listing.skip(found, document.source)
-            continue
-        listing.selected += 1
-        position = max(document.position, listing.selected / (run.max_documents or float("inf")))
-        if found is None:
-            yield position
-            continue
-        chunks = found.chunks
-        if not run.maker.asks_all:
-            draw = random.Random(f"{run.seed}|{document.id}|chunks")
-            chunks = [chunks[i] for i in sorted(draw.sample(range(len(chunks)), min(run.chunks, len(chunks))))]
-        laid_out = dataclasses.replace(document, text=found.text)
-        yield Task(listing.selected, position, laid_out, found.tokens, tuple(chunks))
-
-
-def _parted(part: Parting, document: Document, first: int, last: int) -> Parted | str:
-    """A document as the recipe lays it out, or why it is left out."""
-    if len(document.text.encode()) <= first:  # a token takes a byte at least
-        return TOO_SHORT
-    starts = part.starts(document.text)
-    if not first < len(starts) <= last:
-        return TOO_SHORT if len(starts) <= first else TOO_LONG
-    parted = part(document, starts)
-    return parted if parted.chunks else "shorter than one chunk"
 
 
 def check(run: GenerateRun) -> None:

@@ -148,6 +148,7 @@ class Steps:
         spans = [[begin, end] for (begin, end, _), *_ in kept]
         provenance = self.about | {"source": document.source, "document_tokens": task.tokens, "chunks": spans}
         provenance |= {"faithfulness": [score for *_, score in kept]} if self.judged else {}
+        provenance |= document.place
         pair = Pair(document.id, document.text, tuple(turn for _, turn, *_ in kept), provenance)
         if self.reference_logps:
             pair = await work.with_logps(pair)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longpo_ops.documents import Chunker
-from longpo_ops.documents.chunks import find_breaks
+from longpo_ops.documents.structure import find_breaks
 
 
 def part(tokenizer, text: str, minimum: int, maximum: int) -> list[str]:

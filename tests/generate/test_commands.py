@@ -51,7 +51,10 @@ def test_one_command_makes_pairs_and_a_summary(tokenizer, documents, tmp_path):
         assert one.seen[0].body["top_k"] == 7 and len(one.seen) + len(two.seen) == 48
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["documents"], summary["pairs"], summary["turns"]) == (4, 4, 16)
-    assert summary["listing"] == {"found": 4, "selected": 4, "left_out": {}, "first_left_out": {}}
+    sizes = dict.fromkeys(("cut", "parts", "joined", "joins", "lost"), 0)
+    sizes["size"] = sum(file.stat().st_size for file in documents.iterdir())
+    assert summary["listing"] == {"found": 4, "selected": 4, "left_out": {}, "first_left_out": {}} | sizes
+    assert "text lost for want of length" in done.output and "0.0% of 0.0 MB" in (out / "summary.html").read_text()
     assert summary["lengths"]["document"]["number"] == 4 and summary["lengths"]["chunk"]["most"] <= 128
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "summary.html").read_text()

@@ -17,7 +17,7 @@ REASONS = {
         for name in ("apart", "layout", "office", "pdf", "readers", "refused", "unreadable")
     },
     "documents/listing.py": r'skip\("([a-z ]+)"',
-    "generate/run.py": r'(?:TOO_SHORT = "|else )"?([a-z ]{8,})"',
+    "generate/selection.py": r'(?:TOO_SHORT = "|REST = "|skip\(")([a-z ]{8,})"',
     "generate/steps.py": r'(?:counts\["|self\.fail\(failure, "|CUT = "|(?:else|score,) ")([a-z\- ]+)"',
     "generate/makers.py": r'"((?:questions: |unparsable )[a-z ]+)"',
     "generate/filters.py": r'return "([a-z\- ]+)"',

@@ -457,7 +457,7 @@ def test_no_key_no_address_and_no_path_of_this_machine_is_recorded(settings, tmp
         ({"documents": ("nowhere",)}, "no documents at nowhere"),
         ({"rope": {"rope_theta": 1e7}, "endpoints": ("http://h",)}, "vllm serve --hf-overrides"),
         ({"rope": {"rope_theta": 1e7}, "reference_logps": True}, "the reference keeps its own RoPE"),
-        ({"max_document": 300, "min_document": 290, "endpoints": ()}, "no document was selected. 0 of 4 documents"),
+        ({"max_document": 608, "min_document": 607, "endpoints": ()}, "no document was selected. 0 of 4 documents"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message, settings):
