@@ -39,7 +39,9 @@ TURNS = {
 }
 DOCUMENTS = {
     "longer than the target": "raise --length (now {length})",
-    "shorter than wanted": "lower --min-document (now {min_document}) or --length (now {length})",
+    "shorter than wanted": "join those of one folder (--join short), or lower --min-document (now {min_document}) or --length "
+    "(now {length})",
+    "rest of a cut document": "join it with others of its folder (--join short), or lower --min-document (now {min_document})",
     "shorter than one chunk": "lower --min-chunk (now {min_chunk})",
     "no text in column": "name the column of the texts with --column (now {column})",
 }
@@ -67,6 +69,16 @@ NEEDS_NONE = {
     "broken text encoding",
     "no valid JSON",
     "no JSON object",
+    # These say themselves what to do.
+    "DOCX or EPUB without a reader",
+    "PostScript",
+    "RTF",
+    "encrypted PDF",
+    "office file of another format",
+    "packed twice",
+    "roff source",
+    "packed file of more than 512 MiB",
+    "zip archive that unpacks to more than 512 MiB or 20",
 }
 
 

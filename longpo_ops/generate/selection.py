@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..documents.cutting import Cutter, Part, Piece, Rest, joined, pieces_of
 from ..documents.listing import BYTES_PER_TOKEN, LARGEST, Document, Listing, read_documents, size_of
-from ..documents.readers import TOO_LONG
+from ..documents.unreadable import TOO_LONG
 from .makers import Parted, Parting
 from .steps import Task
 
