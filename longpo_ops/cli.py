@@ -19,7 +19,7 @@ from . import launch
 from .demo.commands import demo
 from .doctor.commands import doctor
 from .engines import options
-from .evaluate.commands import evaluate
+from .evaluate.commands import Evaluate, evaluate
 from .evolve.commands import evolve
 from .generate.commands import generate, pairs
 from .memory.commands import plan
@@ -126,7 +126,7 @@ def train(
 app.command(name="demo")(demo)
 app.command(name="doctor")(doctor)
 app.command(name="plan")(plan)
-app.command(name="evaluate")(evaluate)
+app.command(name="evaluate", cls=Evaluate)(evaluate)
 app.command(name="evolve")(evolve)
 app.command(name="generate")(generate)
 app.add_typer(pairs, name="pairs")

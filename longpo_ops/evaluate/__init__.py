@@ -8,8 +8,9 @@ from ..lazy import public_names
 __all__, __getattr__, __dir__ = public_names(
     __name__,
     {
+        "comparison": ("Comparison", "compare"),
         "own": ("load_tasks",),
-        "report": ("Cell", "Scores"),
+        "report": ("Cell", "Mean", "Scores"),
         "run": ("EvaluateRun", "evaluate"),
         "samples": ("Sample", "score"),
         "sources": ("Texts",),

@@ -1,4 +1,4 @@
-"""`longpo evaluate`."""
+"""`longpo evaluate`, and `longpo evaluate compare`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ import typer
 
 from ..engines import options
 from ..runs import terminal
+
+
+class Evaluate(typer.core.TyperCommand):
+    """A command with options of its own, and beside them `compare A B`, which takes none of them."""
+
+    def make_context(self, info_name, args, parent=None, **extra):
+        if args[:1] == ["compare"]:
+            inner = typer.main.get_command(_COMPARE)
+            return inner.make_context(f"{info_name} compare", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
 
 
 def evaluate(
@@ -69,7 +79,10 @@ def evaluate(
     trust_remote_code: options.TrustRemoteCode = False,
     engine_option: options.EngineOptions = None,
 ) -> None:
-    """Measure a model by length and depth, or go on with an evaluation that was stopped."""
+    """Measure a model by length and depth, or go on with an evaluation that was stopped.
+
+    longpo evaluate compare A B: two evaluations' folders against each other.
+    """
     given = options.engine_fields(dict(locals()))
     given["judge_options"] = options.assignments("--judge-option", given.pop("judge_option"))
     from .own import load_tasks
@@ -103,13 +116,39 @@ def _names(given: list[str] | None) -> tuple[str, ...]:
 def _evaluate(run) -> None:
     from rich.markdown import Markdown
 
-    from .report import RESULTS, TABLES, markdown
+    from .report import RESULTS, TABLES
     from .run import evaluate as run_evaluation
+    from .tables import markdown
 
     with terminal.resumable(f"the answers are in {run.out}"), _progress() as progress:
         scores = run_evaluation(run, progress)
     terminal.console().print(Markdown(markdown(scores, picture=False)))
     typer.echo(f"see {run.out}/{TABLES} and {RESULTS}")
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluation.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Folder of another one.", metavar="B")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the same numbers.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """What evaluation B has more than A, sample by sample, and whether that shows."""
+    from rich.markdown import Markdown
+
+    from .comparison import compare as compare_runs
+    from .comparison import markdown
+
+    with terminal.wrong_usage():
+        found = compare_runs(first, second, seed)
+    if out is not None:
+        found.save(out)
+    terminal.console().print(Markdown(markdown(found)))
+    if out is not None:
+        typer.echo(f"see {out}")
+
+
+_COMPARE = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_COMPARE.command()(compare)
 
 
 @contextmanager

@@ -173,9 +173,10 @@ def check_tasks(tasks: Sequence[HarnessTask]) -> TaskManager:
 
 async def run_tasks(
     tasks: Sequence[HarnessTask], manager: TaskManager, model: EngineLM
-) -> tuple[dict[str, float], dict[str, dict], dict[str, dict]]:
+) -> tuple[dict[str, float], dict[str, dict], dict[str, dict], list[dict[str, Any]]]:
     """By the name of a task or group with what was asked of it -> its one number; all that the harness found (its
-    `results`), None for what is not finite, as after a failed request; the shots and the metric of the one number.
+    `results`), None for what is not finite, as after a failed request; of the one number its shots, metric, standard error
+    (None without) and questions; and a line of values.jsonl per question of a number that is the mean over its questions.
 
     Raises ValueError for data that cannot be loaded and for shots and metrics that a task does not have, before anything
     is asked.
@@ -183,18 +184,42 @@ async def run_tasks(
 
     def work() -> list[dict[str, Any]]:
         loaded = [_load(each, manager) for each in tasks]  # all of them, before the first is asked
-        given = dict(task_manager=manager, bootstrap_iters=1000, log_samples=False)
+        given = dict(task_manager=manager, bootstrap_iters=1000)
         return [simple_evaluate(model, tasks=each, **given) for each in loaded]
 
-    numbers, details, settings = {}, {}, {}
+    numbers, details, settings, kept = {}, {}, {}, []
     for each, found in zip(tasks, await asyncio.to_thread(work)):
         for name, values in found["results"].items():
-            label, (metric, number) = each.label(name), _main(values, each.metric)
+            label, (metric, filtered, number) = each.label(name), _main(values, each.metric)
             details[label] = {key: _finite(value) for key, value in values.items() if _is_number(value)}
             if number is not None:
                 numbers[label] = number
-                settings[label] = {"shots": _shots(name, found), "metric": metric}
-    return numbers, details, settings
+                lines = _lines(name, found, metric, filtered)
+                error = values.get(f"{metric}_stderr,{filtered}")
+                error = float(error) if _is_number(error) and math.isfinite(error) else None
+                settings[label] = {
+                    "shots": _shots(name, found),
+                    "metric": metric,
+                    "stderr": error,
+                    "questions": len(lines),
+                }
+                mean = math.fsum(line["value"] for line in lines) / max(1, len(lines))
+                if lines and math.isclose(mean, number, rel_tol=1e-9, abs_tol=1e-12):
+                    kept += [{"of": f"harness/{label}"} | line for line in lines]
+    return numbers, details, settings, kept
+
+
+def _lines(name: str, found: dict, metric: str, filtered: str) -> list[dict[str, Any]]:
+    """id, asked and value of every question of a task, or of all tasks of a group; value 0 where it is no number."""
+    parts = found.get("group_subtasks", {}).get(name)
+    if parts:
+        return [line for part in parts for line in _lines(part, found, metric, filtered)]
+    samples = [each for each in found.get("samples", {}).get(name, ()) if each.get("filter", filtered) == filtered]
+    return [
+        {"id": f"{name}/{each['doc_id']}", "asked": str(each.get("doc_hash", ""))[:16]}
+        | {"value": float(each[metric]) if _is_number(each.get(metric)) else 0.0}
+        for each in samples
+    ]
 
 
 def _load(asked: HarnessTask, manager: TaskManager) -> list:
@@ -250,18 +275,18 @@ def _shots(name: str, found: dict) -> int | None:
     return inside.pop() if len(inside) == 1 else None
 
 
-def _main(found: dict, wanted: str | None) -> tuple[str, float | None]:
-    """Which metric the one number of a task's results is, and it; results are named "metric,filter"."""
+def _main(found: dict, wanted: str | None) -> tuple[str, str, float | None]:
+    """Which metric and filter the one number of a task's results is, and it; results are named "metric,filter"."""
     metrics = {name: value for name, value in found.items() if "," in name and "_stderr," not in name}
     metrics = {name: float(value) for name, value in metrics.items() if _is_number(value) and math.isfinite(value)}
     for metric in MAIN if wanted is None else (wanted,):
         for name, value in metrics.items():
             if name.split(",")[0] == metric:
-                return metric, value
+                return *name.split(",", 1), value
     if wanted is not None or not metrics:
-        return "", None
+        return "", "", None
     name, value = next(iter(metrics.items()))
-    return name.split(",")[0], value
+    return *name.split(",", 1), value
 
 
 def _is_number(value: object) -> bool:

@@ -37,6 +37,7 @@ class MTBench:
     records: tuple[dict, ...]
     name: str = NAME
     judged: bool = True
+    tries: int = 1  # a rating that cannot be read is none, as published
 
     def check(self, room: int, counter: Counter, more: int = 0) -> None:
         """Raises ValueError where a conversation with its two answers and `more` tokens before each takes more than `room`."""
@@ -92,6 +93,12 @@ class MTBench:
     def parts(self, values: list) -> dict[str, list]:
         """What is averaged: all values, and those of each turn."""
         return {NAME: values} | {f"{NAME}/{turn}": values[i::2] for i, turn in enumerate(TURNS)}
+
+    def units(self, name: str, values: list) -> list[float]:
+        """Of a part: its values; of all of them a question's mean, as its two answers hang together."""
+        step = len(TURNS) if name == NAME else 1
+        groups = ([value for value in values[i : i + step] if value is not None] for i in range(0, len(values), step))
+        return [sum(group) / len(group) for group in groups if group]
 
 
 def read_mt_bench(file: Path) -> MTBench:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..documents.listing import Listing, find_files, read_documents
+from .intervals import Interval, of_numbers
 
 MOST = 700  # nats a token: exp of more is no float64
 
@@ -70,16 +71,25 @@ def _windows(texts: list[np.ndarray], length: int, most: int, begin: list[int]) 
     return Windows(length, ids, len({n for n, _ in places}), len(texts) - len({n for n, _ in places}))
 
 
-async def measure(windows: Windows, answers, tell) -> tuple[float | None, dict[str, int]]:
-    """-> the perplexity, None where every window failed; and the counts. tell(tokens) follows every window. A window fails
-    whose request does, as one with a log-prob that is none."""
+async def measure(windows: Windows, answers, tell) -> tuple[float | None, dict[str, int], dict[int, float]]:
+    """-> the perplexity, None where every window failed; the counts; and the nats a token of every window that did not fail, by
+    its number. tell(tokens) follows every window. A window fails whose request does, as one with a log-prob that is none."""
 
     async def score(item: tuple[int, np.ndarray]) -> float | None:
         found = await answers.score(f"perplexity/{windows.length}/{item[0]}", item[1])
         tell(windows.length)
         return None if found is None or found[0] < -MOST * (windows.length - 1) else found[0]
 
-    sums = [found for found in await answers.each(enumerate(windows.ids), score) if found is not None]
+    scored, tokens = await answers.each(enumerate(windows.ids), score), windows.length - 1
+    sums = [found for found in scored if found is not None]
     counts = {"windows": len(windows.ids), "failed": len(windows.ids) - len(sums)}
     counts |= {"texts": windows.texts, "shorter": windows.shorter}
-    return math.exp(-math.fsum(sums) / (len(sums) * (windows.length - 1))) if sums else None, counts
+    nats = {number: -found / tokens for number, found in enumerate(scored) if found is not None}
+    return math.exp(-math.fsum(sums) / (len(sums) * tokens)) if sums else None, counts, nats
+
+
+def interval_of_perplexity(nats: Sequence[float]) -> Interval | None:
+    """95 % of the perplexity of windows with so many nats a token: exp of the interval of their mean; None where a single
+    window, or numbers beyond float64, give none."""
+    found = of_numbers(nats)
+    return None if found is None or found[1] > MOST else (math.exp(found[0]), math.exp(found[1]))

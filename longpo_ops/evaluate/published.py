@@ -27,7 +27,7 @@ from .records import check_record, loads, read_lines, read_text
 from .samples import JUDGED, METRICS, Counter, Sample
 from .text import fill
 
-CHAT, CHAT_TOKENS = "longbench_chat", 1024
+CHAT, CHAT_TOKENS, CHAT_TRIES = "longbench_chat", 1024, 5
 LETTERS = "ABCD"
 MARKS = (
     re.compile(  # as published: of the marks around these some stay, such as an opening \u300a, whose closing one goes
@@ -110,6 +110,11 @@ class Published:
         """Whether answers are rated by a judge."""
         return self.name == CHAT
 
+    @property
+    def tries(self) -> int:
+        """How often a judge is asked for a rating that can be read."""
+        return CHAT_TRIES
+
     def judge_prompts(self, texts: Sequence[str | None]) -> list[tuple[str, str] | None]:
         """What the judge is asked about each record's answer, and its name in the journal."""
         return [
@@ -120,6 +125,10 @@ class Published:
     def parts(self, values: list) -> dict[str, list]:
         """What is averaged."""
         return {self.name: values}
+
+    def units(self, name: str, values: list) -> list[float]:
+        """Of a part: the values that do not hang together, of which its interval is made."""
+        return [value for value in values if value is not None]
 
     def sample(self, number: int, length: int, counter: Counter, prefill: bool = True) -> tuple[Sample, bool]:
         """-> a record's sample of at most `length` tokens, and whether its middle was cut out. prefill: whether the engine

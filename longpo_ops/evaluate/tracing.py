@@ -26,7 +26,7 @@ TEMPLATE = (
     "Question: Find all variables that are assigned the value {value} in the text above."
 )
 PREFILL = (
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the "
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the "
     "value {value}, they are: "
 )
 

@@ -90,13 +90,12 @@ def show_progress() -> Iterator[Callable[[str, float, str], None]]:
 
 
 def show_scores(console, result) -> None:
-    """Accuracy by length, and perplexity where it was measured, a line per model."""
-    from .results import by_length, four_digits, three_places
+    """Accuracy by length, of comparable and of local tasks, and perplexity where it was measured, a line per model."""
+    from .results import by_length, measures
 
-    for kind, write in (("accuracy", three_places), ("perplexity", four_digits)):
-        lengths, lines = by_length(result.rows, kind, write)
-        if lengths:
-            terminal.print_table(console, f"{kind} by tokens", ("", *lengths), lines)
+    for title, numbers, write in measures(result.rows):
+        lengths, lines = by_length(result.rows, numbers, write)
+        terminal.print_table(console, f"{title} by tokens, with 95 % intervals", ("", *lengths), lines)
 
 
 def show_costs(console, result) -> None:

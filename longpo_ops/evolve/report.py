@@ -22,7 +22,8 @@ from ..data import Pair, read_pairs
 from ..documents.listing import reason_and_first
 from ..runs.journal import write_atomically, write_text
 from ..runs.page import html_page, image_html, pair_html, printable, safe, shorten, told
-from .results import DASH, Result, by_length, four_digits, three_places
+from .results import DASH, Result, by_length, four_digits, measures, three_places
+from .results import told as told_number
 from .settings import Evolution, Round
 from .stages import PAIRS, TRAIN, Stage
 
@@ -125,7 +126,11 @@ def _status(stages: list[Stage], result: Result, out: Path) -> Text:
 
 
 def _measured(evolution: Evolution, result: Result) -> Iterator[Block]:
-    yield _by_length("Mean over the tasks, 0 to 1.", result.rows, "accuracy", three_places)
+    accuracies = [each for each in measures(result.rows) if each[0] != "perplexity"]
+    for title, numbers, write in accuracies:
+        kind = title.removeprefix("accuracy, ")
+        caption = f"Mean over the {kind}, 0 to 1, with its 95 % interval and the number of samples."
+        yield _by_length(caption, result.rows, numbers, write)
     yield Image("Accuracy by length of every model in the table", Path(evolution.out) / "accuracy.png")
     tasks = list(dict.fromkeys(task for row in result.rows for task in row["tasks"]))
     own = [task for task in tasks if not all(row["comparable"].get(task, True) for row in result.rows)]
@@ -133,26 +138,30 @@ def _measured(evolution: Evolution, result: Result) -> Iterator[Block]:
         yield Text(f"On local text or of your own making, so not comparable with published scores: {', '.join(own)}.")
     if len(tasks) > 1:
         yield _by_task(result.rows, tasks)
-    if any(row["perplexity"] for row in result.rows):
-        yield _by_length("Perplexity of held-out text.", result.rows, "perplexity", four_digits)
+    for _, numbers, write in measures(result.rows)[len(accuracies) :]:
+        yield _by_length("Perplexity of held-out text; n are windows.", result.rows, numbers, write)
     for kind, caption in (("harness", "lm-evaluation-harness."), ("published", "Published files.")):
         names = list(dict.fromkeys(name for row in result.rows for name in row[kind]))
         if names:
-            lines = [(row["label"], *(four_digits(row[kind].get(name)) for name in names)) for row in result.rows]
+            lines = [
+                (row["label"], *(told_number(row[kind].get(name), four_digits) for name in names))
+                for row in result.rows
+            ]
             yield Table(caption, ("", *names), lines)
 
 
-def _by_length(caption: str, rows: list[dict], kind: str, write: Callable[[float | None], str]) -> Table:
-    lengths, lines = by_length(rows, kind, write)
+def _by_length(caption: str, rows: list[dict], numbers: list[dict], write: Callable[[dict | None], str]) -> Table:
+    lengths, lines = by_length(rows, numbers, write)
     return Table(caption, ("tokens", *lengths), lines)
 
 
 def _by_task(rows: list[dict], tasks: list[str]) -> Table:
     """Of the longest inputs; the others are in the evaluations' own folders."""
-    found = {length for row in rows for length in row["accuracy"]}
+    found = {length for row in rows for cells in row["tasks"].values() for length in cells}
     longest = max(found)
-    read = [row for row in rows if longest in row["accuracy"]]
-    lines = [(task, *(three_places(row["tasks"].get(task, {}).get(longest)) for row in read)) for task in tasks]
+    read = [row for row in rows if any(longest in cells for cells in row["tasks"].values())]
+    cells = {task: [row["tasks"].get(task, {}).get(longest) for row in read] for task in tasks}
+    lines = [(task, *(told_number(cell, three_places) for cell in row)) for task, row in cells.items()]
     others = "" if len(found) == 1 else "; at shorter ones they are in the evaluations' own folders"
     return Table(f"Every task at {longest:,} tokens{others}.", ("", *(row["label"] for row in read)), lines)
 
@@ -322,33 +331,49 @@ def _plain(text: str) -> str:
 
 
 def draw_accuracy(rows: list[dict]) -> bytes:
-    """Accuracy against length, and perplexity where it was measured, as a PNG: a colour per round, untrained ones dashed."""
+    """Accuracy against length, of comparable and of local tasks, and perplexity where it was measured, with their intervals,
+    as a PNG: a colour per round, untrained ones dashed."""
     from matplotlib.figure import Figure
 
-    panels = [kind for kind in ("accuracy", "perplexity") if any(row[kind] for row in rows)]
+    panels = measures(rows)
     figure = Figure(figsize=(5.5 * max(1, len(panels)), 3.8), layout="constrained")
     rounds = list(dict.fromkeys(row["round"] for row in rows))
-    for axis, kind in zip(figure.subplots(1, max(1, len(panels)), squeeze=False).flat, panels):
-        found = sorted({length for row in rows for length in row[kind]})
-        for row in rows:
-            points = sorted(row[kind].items())
-            number = rounds.index(row["round"])
+    for axis, (title, numbers, _) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False).flat, panels):
+        found = sorted({length for each in numbers for length in each})
+        for row, each in zip(rows, numbers):
             style = {"base": "o-", "untrained": "s--", "after": "o-"}[row["row"]]
-            colour = "0.45" if row["row"] == "base" else f"C{number - 1}"
-            axis.plot(
-                [found.index(n) for n, _ in points], [v for _, v in points], style, color=colour, label=row["label"]
+            colour = "0.45" if row["row"] == "base" else f"C{rounds.index(row['round']) - 1}"
+            values, bars = _points(each)
+            axis.errorbar(
+                [found.index(n) for n in sorted(each)],
+                values,
+                yerr=bars,
+                fmt=style,
+                color=colour,
+                label=row["label"],
+                capsize=2,
+                elinewidth=0.8,
             )
         axis.set_xticks(range(len(found)), [_short(length) for length in found])
         axis.set_xlabel("tokens")
-        axis.set_title(kind, fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-        if kind == "accuracy":
+        if title != "perplexity":
             axis.set_ylim(-0.03, 1.03)
     if panels:
         figure.axes[0].legend(fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
     return data.getvalue()
+
+
+def _points(numbers: dict[int, dict]) -> tuple[list[float], list[list[float]]]:
+    """Values from the shortest on, and how far their intervals reach below and above; nowhere without one."""
+    found = [numbers[length] for length in sorted(numbers)]
+    intervals = [each["interval"] or (each["value"], each["value"]) for each in found]
+    below = [max(0.0, each["value"] - low) for each, (low, _) in zip(found, intervals)]
+    above = [max(0.0, high - each["value"]) for each, (_, high) in zip(found, intervals)]
+    return [each["value"] for each in found], [below, above]
 
 
 def _short(length: int) -> str:

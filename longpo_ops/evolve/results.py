@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from ..evaluate import Scores
+from ..evaluate.report import KINDS
 from ..runs.journal import write_atomically
 from .receipt import Cost
 from .settings import BASE, HARNESS, LAST, Bound, Evolution, Round, bound_length
@@ -26,8 +28,9 @@ class Result:
     """What there is so far.
 
     rows: the table, a dictionary per evaluated model: round (None for the base), row ("base", "untrained", "after"),
-    label, theta, accuracy and perplexity {length: number}, tasks {task: {length: number}}, harness and published {name:
-    number}, comparable {task: flag}; untrained is the model the round starts from. retention: per round and bound what was
+    label, theta, accuracy {"comparable" or "local": {length: number}}, perplexity {length: number}, tasks {task: {length:
+    number}}, harness and published {name: number}, comparable {task: flag}, where a number is {"value", "interval" (95 %, or
+    None), "samples" (or None)}; untrained is the model the round starts from. retention: per round and bound what was
     measured and whether it holds. stages: name, done, and cost (receipt.py). promoted: the model of the last round, as they
     are listed, whose bounds hold, whatever it started from; or the base. stopped: why the loop ended early, or None.
     recipes: of every round what its pairs and its training follow.
@@ -71,20 +74,21 @@ def recipe_of(each: Round, stages: Sequence[Stage]) -> str:
 
 
 def judge(evolution: Evolution, stage: Stage) -> list[dict]:
-    """The bounds of an evaluated round: measure, length, base, after, limit, holds. A number that is none never holds."""
+    """The bounds of an evaluated round: measure, length, base, after, limit, holds; of accuracy one for the comparable tasks
+    and one for the local ones, as there are. A number that is none never holds."""
     base, after = Scores.load(Path(evolution.out) / BASE / EVALUATE), Scores.load(stage.out)
     judged = []
     for bound in evolution.retention:
         length = None if bound.measure.startswith(HARNESS) else bound_length(bound, evolution.evaluation())
-        was, now = _measured(base, bound, length), _measured(after, bound, length)
-        lower = bound.measure != "perplexity"
-        limit = was - bound.within if lower else was * (1 + bound.within)
-        holds = now >= limit if lower else now <= limit
-        where = "" if length is None else f" at {length}"
-        judged.append(
-            {"round": stage.round.name, "measure": f"{bound.measure.removeprefix(HARNESS)}{where}", "base": was}
-            | {"after": now, "limit": limit, "side": "at least" if lower else "at most", "holds": bool(holds)}
-        )
+        for name, was, now in _measured(base, after, bound, length):
+            lower = bound.measure != "perplexity"
+            limit = was - bound.within if lower else was * (1 + bound.within)
+            holds = now >= limit if lower else now <= limit
+            where = "" if length is None else f" at {length}"
+            judged.append(
+                {"round": stage.round.name, "measure": f"{name}{where}", "base": was, "after": now}
+                | {"limit": limit, "side": "at least" if lower else "at most", "holds": bool(holds)}
+            )
     return judged
 
 
@@ -99,10 +103,32 @@ def why_stopped(judged: list[dict]) -> str | None:
     return f"round {judged[0]['round']!r} is not promoted: {'; '.join(broken)}" if broken else None
 
 
-def by_length(rows: list[dict], kind: str, write: Callable[[float | None], str]) -> tuple[list[str], list[tuple]]:
-    """The lengths at which any row has such a score, and a line per row."""
-    found = sorted({length for row in rows for length in row[kind]})
-    return [f"{n:,}" for n in found], [(row["label"], *(write(row[kind].get(n)) for n in found)) for row in rows]
+def measures(rows: list[dict]) -> list[tuple[str, list[dict], Callable[[dict | None], str]]]:
+    """What any row has by length: its title, every row's numbers, and how they are written. Comparable and local tasks have a
+    mean each."""
+    found = [
+        (f"accuracy, {kind} tasks", [row["accuracy"].get(kind, {}) for row in rows], three_places) for kind in KINDS
+    ]
+    found.append(("perplexity", [row["perplexity"] for row in rows], four_digits))
+    return [(title, numbers, partial(told, write=write)) for title, numbers, write in found if any(numbers)]
+
+
+def by_length(
+    rows: list[dict], numbers: list[dict], write: Callable[[dict | None], str]
+) -> tuple[list[str], list[tuple]]:
+    """The lengths at which any row has such a number, and a line per row."""
+    found = sorted({length for each in numbers for length in each})
+    lines = [(row["label"], *(write(each.get(n)) for n in found)) for row, each in zip(rows, numbers)]
+    return [f"{n:,}" for n in found], lines
+
+
+def told(number: dict | None, write: Callable[[float | None], str]) -> str:
+    """A number with its interval and its samples, as far as they are known; a dash for none."""
+    if number is None:
+        return DASH
+    interval, samples = number["interval"], number["samples"]
+    bar = f" ({write(interval[0])} to {write(interval[1])})" if interval else ""
+    return write(number["value"]) + bar + (f", n = {samples:,}" if samples else "")
 
 
 def three_places(value: float | None) -> str:
@@ -115,15 +141,43 @@ def four_digits(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
-def _measured(scores: Scores, bound: Bound, length: int | None) -> float:
+def _measured(base: Scores, after: Scores, bound: Bound, length: int | None) -> list[tuple[str, float, float]]:
+    """What a bound is about, by name, of both."""
+    name = bound.measure.removeprefix(HARNESS)
     try:
         if bound.measure == "accuracy":
-            return scores.accuracy(length)
-        return scores.perplexity[length] if length else scores.harness[bound.measure.removeprefix(HARNESS)]
+            kinds = [kind for kind in KINDS if kind in {*base.kinds(length), *after.kinds(length)}]
+            numbers = [[scores.accuracy(length, kind) for scores in (base, after)] for kind in kinds]
+            return [(f"accuracy, {kind} tasks", *pair) for kind, pair in zip(kinds, numbers)]
+        pair = [scores.perplexity[length] if length else scores.harness[name] for scores in (base, after)]
+        return [(name, *pair)]
     except KeyError:
         raise ValueError(
             f"retention: the evaluation has no {bound.measure}" + (f" at {length}" if length else "")
         ) from None
+
+
+def _number(value: float, interval: Sequence[float] | None, samples: int | None) -> dict:
+    return {"value": value, "interval": interval and list(interval), "samples": samples}
+
+
+def _of_kind(scores: Scores, kind: str, values: dict) -> dict:
+    """Numbers that are no cells, with their intervals and counts."""
+    found = {}
+    for name, value in values.items():
+        counts = scores.counts.get(name if kind == "published" else f"{kind}/{name}", {})
+        samples = next((counts[each] for each in ("windows", "questions", "samples") if counts.get(each)), None)
+        found[name] = _number(value, scores.intervals.get(f"{kind}/{name}"), samples)
+    return found
+
+
+def _means(scores: Scores) -> dict[str, dict[int, dict]]:
+    found: dict[str, dict[int, dict]] = {}
+    for length in scores.lengths():
+        for kind in scores.kinds(length):
+            mean = scores.mean(length, kind)
+            found.setdefault(kind, {})[length] = _number(mean.score, mean.interval, mean.samples)
+    return found
 
 
 def _row(stage: Stage) -> dict:
@@ -137,16 +191,19 @@ def _row(stage: Stage) -> dict:
         kind, label = "untrained", f"{name}: {', '.join([*start, *raised, 'untrained'])}"
     else:
         kind, label = "after", f"{name}: after"
-    found = sorted({length for cells in scores.tasks.values() for length in cells})
+    tasks = {
+        task: {n: _number(cell.score, cell.interval, cell.samples) for n, cell in cells.items()}
+        for task, cells in scores.tasks.items()
+    }
     return {
         "round": name,
         "row": kind,
         "label": label,
         "theta": theta,
-        "accuracy": {length: scores.accuracy(length) for length in found},
-        "tasks": {task: {n: cell.score for n, cell in cells.items()} for task, cells in scores.tasks.items()},
+        "accuracy": _means(scores),
+        "tasks": tasks,
         "comparable": {task: all(cell.comparable for cell in cells.values()) for task, cells in scores.tasks.items()},
-        "perplexity": dict(scores.perplexity),
-        "harness": dict(scores.harness),
-        "published": dict(scores.published),
+        "perplexity": _of_kind(scores, "perplexity", scores.perplexity),
+        "harness": _of_kind(scores, "harness", scores.harness),
+        "published": _of_kind(scores, "published", scores.published),
     }

@@ -48,7 +48,7 @@ def test_the_demo_shows_documents_a_pair_and_the_table_and_compares_methods(smal
         assert wanted in done.output, wanted
     results = json.loads((small / "results.json").read_text())
     assert [row["row"] for row in results["rows"]] == ["base", "untrained", "after"]
-    assert all(set(row["accuracy"]) == {"256", "1024"} for row in results["rows"])
+    assert all(set(row["accuracy"]["local"]) == {"256", "1024"} for row in results["rows"])
     rows = json.loads((small / "compare" / "results.json").read_text())
     assert {row["method"] for row in rows} == {"dpo", "sft_chosen"}
     last = {row["method"]: row for row in rows}

@@ -12,7 +12,7 @@ import torch
 
 from longpo_ops.evaluate import Scores, evaluate
 from longpo_ops.evaluate.perplexity import read_windows
-from longpo_ops.evaluate.report import markdown
+from longpo_ops.evaluate.tables import markdown
 
 
 def test_windows_are_stretches_of_one_text(world, tokenizer):

@@ -336,7 +336,11 @@ def test_a_judge_rates_chats(settings, chat, monkeypatch):
         scores = evaluate(settings(**given))
         assert scores.published == {"longbench_chat": pytest.approx(0.6)}
         assert scores.counts["longbench_chat"]["unjudged"] == 1 and "name a judge" not in str(scores.notes)
-        assert evaluate(settings(**given)).published == scores.published and len(rater.seen) == len(server.seen) == 3
+        assert evaluate(settings(**given)).published == scores.published and len(server.seen) == 3
+        assert len(rater.seen) == 2 + 5  # as published, five times at most; the next run asks nothing again
+        assert scores.counts["longbench_chat"]["rated again"] == 1
+        low, high = scores.intervals["published/longbench_chat"]
+        assert low < 0.6 < high
         prompts = [seen.body["messages"][0]["content"] for seen in rater.seen]
         assert all(seen.headers["authorization"] == "Bearer sk-judge" for seen in rater.seen)
         assert not any("authorization" in seen.headers for seen in server.seen)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
 import pytest
 
 from longpo_ops.evaluate import Cell, Scores
-from longpo_ops.evaluate.report import markdown, tenth
+from longpo_ops.evaluate.report import tenth
+from longpo_ops.evaluate.tables import markdown
 
 
 @pytest.fixture
 def scores() -> Scores:
-    cells = {128: Cell(0.5, 4, 1, False), 256: Cell(0.25, 4, 0, False)}
-    tasks = {"codes": cells, "vt": {128: Cell(1.0, 4)}}
+    cells = {128: Cell(0.5, 4, 1, False, 0, 0.5), 256: Cell(0.25, 4, 0, False, 0, 0.5)}
+    tasks = {"codes": cells, "vt": {128: Cell(1.0, 4, deviation=0.0)}}
     depths = {128: {0: Cell(1.0, 2), 9: Cell(0.0, 1)}, 256: {4: Cell(0.5, 2)}}
     counts = {"perplexity/128": {"windows": 3, "shorter": 2}, "math_find": {"samples": 2, "truncated": 1}}
     return Scores(
         tasks, depths, {128: 7.25}, {"mmlu": 0.625}, {"math_find": 0.5}, 12.0, counts, {"mmlu": {"acc,none": 0.625}},
         ("a note",), {"model": "m", "rope": None}, harness_settings={"mmlu": {"shots": 5, "metric": "acc"}},
+        intervals={"perplexity/128": (6.5, 8.0), "harness/mmlu": (0.5, 0.75)},
     )  # fmt: skip
 
 
@@ -43,8 +46,38 @@ def test_what_is_saved_is_read_back(scores, tmp_path):
         Scores.load(tmp_path / "nowhere")
 
 
-def test_accuracy_is_the_mean_over_the_tasks_of_a_length(scores):
-    assert scores.accuracy(128) == 0.75 and scores.accuracy(256) == 0.25 and scores.lengths() == [128, 256]
+def test_results_of_an_earlier_version_are_read_and_have_no_intervals(scores, tmp_path):
+    scores.save(tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    for name in ("means", "intervals", "state", "why"):
+        del found[name]
+    for cell in (cell for name in ("tasks", "depths") for row in found[name].values() for cell in row.values()):
+        del cell["deviation"], cell["interval"]
+    for complete, state in ((True, "finished"), (False, "")):
+        (tmp_path / "results.json").write_text(json.dumps(found | {"complete": complete}))
+        old = Scores.load(tmp_path)
+        assert old.state == state and old.tasks["vt"][128].interval is None and old.mean(128, "local").interval is None
+        assert ("Unfinished: it was stopped, or requests failed" in markdown(old)) != complete
+    (tmp_path / "results.json").write_text(json.dumps(found | {"state": "resting"}))
+    with pytest.raises(ValueError, match="its state is 'resting'"):
+        Scores.load(tmp_path)
+
+
+def test_comparable_and_local_tasks_have_a_mean_each(scores):
+    assert (scores.accuracy(128, "local"), scores.accuracy(128, "comparable"), scores.accuracy(256)) == (0.5, 1.0, 0.25)
+    assert (
+        scores.lengths() == [128, 256]
+        and scores.kinds(128) == ["comparable", "local"]
+        and scores.kinds(256) == ["local"]
+    )
+    with pytest.raises(
+        ValueError, match="accuracy at 128 tokens has two means, which are not averaged: name comparable or local"
+    ):
+        scores.accuracy(128)
+    with pytest.raises(KeyError, match="no comparable task was measured at 256"):
+        scores.mean(256, "comparable")
+    mean = scores.mean(128, "local")
+    assert (mean.tasks, mean.samples, mean.interval) == (1, 4, scores.tasks["codes"][128].interval)
     with pytest.raises(KeyError, match="512"):
         scores.accuracy(512)
 
@@ -52,20 +85,22 @@ def test_accuracy_is_the_mean_over_the_tasks_of_a_length(scores):
 def test_the_tables_say_what_is_not_comparable_what_failed_and_what_is_unfinished(scores):
     text = markdown(scores)
     for line in (
-        r"| codes \* | 50.0 (1 of 4 failed) | 25.0 |",
-        "| vt | 100.0 |  |",
-        "| **mean** | **75.0** | **25.0** |",
-        "| 128 | 7.250 | 3 windows, 2 shorter |",
-        "| mmlu | 5 | acc | 0.6250 |",
+        r"| codes \* | 50.0 (15.4 to 84.6), n = 4, 1 failed | 25.0 (1.8 to 73.2), n = 4 |",
+        "| vt | 100.0 (45.0 to 100.0), n = 4 |  |",
+        "| **mean of 1 comparable** | **100.0** (45.0 to 100.0), n = 4 |  |",
+        r"| **mean of 1 local** \* | **50.0** (15.4 to 84.6), n = 4 | **25.0** (1.8 to 73.2), n = 4 |",
+        "| 128 | 7.250 | 6.500 to 8.000 | 3 windows, 2 shorter |",
+        "| mmlu | 5 | acc | 0.6250 | 0.5000 to 0.7500 |  |",
         "| math_find | 50.0 | 2 samples, 1 truncated |",
         "* a note",
         "model: m  ",
     ):
         assert line in text.splitlines(), line
-    assert "not comparable with published scores" in text and "rope" not in text and "Unfinished" not in text
+    assert "not comparable with published scores" in text and "rope" not in text and "**" not in text.split("## ")[0]
     assert "![accuracy" in text and "![accuracy" not in markdown(scores, picture=False)
-    comparable = replace(scores, tasks={"vt": {128: Cell(1.0, 4)}}, complete=False)
-    assert "not comparable" not in markdown(comparable) and "Unfinished" in markdown(comparable)
+    comparable = replace(scores, tasks={"vt": {128: Cell(1.0, 4)}}, complete=False, state="stopped", why="Ctrl-C")
+    assert "not comparable" not in markdown(comparable) and "**Stopped: Ctrl-C." in markdown(comparable)
+    assert "| vt | 100.0, n = 4 |" in markdown(comparable)  # nothing is known of its spread
     unjudged = replace(scores, published={}, counts={"longbench_chat": {"truncated": 0, "unjudged": 3}})
     assert "| longbench_chat | unjudged | 3 unjudged |" in markdown(unjudged)
 

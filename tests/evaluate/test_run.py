@@ -17,7 +17,9 @@ from longpo_ops.engines import EngineStopped, Request, Sampling
 from longpo_ops.engines import server as server_engine
 from longpo_ops.engines.transformers import TransformersEngine
 from longpo_ops.evaluate import EvaluateRun, Scores, Texts, evaluate, load_tasks, make_samples
+from longpo_ops.evaluate.report import KILLED
 from longpo_ops.evaluate.samples import score
+from longpo_ops.runs.locks import Lock, holder
 from tests.processes import killed_once
 from tests.processes import run as run_process
 
@@ -106,6 +108,11 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(settings, world, tmp_pa
     assert run_killed(run, 12 + 4) == -signal.SIGKILL  # the windows are the shortest
     kept, total = asked(run), 2 * 12 + 12
     assert 12 + 4 <= kept < total
+    lock = Path(run.out) / "work/lock"  # results.json says that it runs, as the killed could not say anything else
+    assert json.loads((Path(run.out) / "results.json").read_text())["state"] == "running"
+    assert (Scores.load(run.out).state, Scores.load(run.out).why, holder(lock)) == ("stopped", KILLED, None)
+    with Lock(lock):
+        assert holder(lock).startswith("process ") and Scores.load(run.out).state == "running"
     calls, answer = [], TransformersEngine._answer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransformersEngine, "_answer", lambda *args: calls.append(1) or answer(*args))
@@ -169,7 +176,7 @@ def test_requests_that_fail_score_nothing_are_counted_and_asked_again(settings):
     cells = some.tasks["names"]
     assert (cells[96].failed, cells[160].failed, cells[96].samples) == (2, 1, 6)
     assert any("names at 96 tokens: 2 of 6 requests failed and score 0, last: " in note for note in some.notes)
-    assert "\x1b" not in str(some.notes) and "(2 of 6 failed)" in (Path(settings().out) / "results.md").read_text()
+    assert "\x1b" not in str(some.notes) and ", n = 6, 2 failed" in (Path(settings().out) / "results.md").read_text()
     with OpenAIServer() as server:
         whole = evaluate(settings(endpoints=(server.url,)))
         assert len(server.seen) == 3 and whole.notes == () and whole.tasks["names"][96].failed == 0
@@ -182,7 +189,8 @@ def test_an_engine_that_is_gone_leaves_finished_lengths_readable(settings):
             evaluate(run)
     partial = Scores.load(run.out)
     assert not partial.complete and partial.lengths() == [96] and asked(run) == 8
-    assert "Unfinished" in (Path(run.out) / "results.md").read_text()
+    assert partial.state == "stopped" and "no server has answered" in partial.why
+    assert "**Stopped: no server has answered" in (Path(run.out) / "results.md").read_text()
     with OpenAIServer() as server:
         assert evaluate(settings(endpoints=(server.url,))).complete and len(server.seen) == 4
 

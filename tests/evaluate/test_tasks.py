@@ -126,14 +126,14 @@ def test_variable_tracking_as_ruler_has_it():
     example, question = (asked + text for text in draft.prompt.split(asked)[1:])
     assert draft.prompt.startswith(asked) and re.search(r"[A-Z]{3}\n\n\Z", example)  # one empty line between them
     solved, _, told = example.partition(" Answer: According to the chain(s) of variable assignment in the text above, ")
-    value = re.search(r"5 variables are assigned the value (\d{5}), they are: ", told)
+    value = re.search(r"5 variables are assgined the value (\d{5}), they are: ", told)
     assert told[value.end() :].split() == chain(solved) and all(len(name) == 3 for name in chain(solved))
     assert len(draft.references) == 5 and all(re.fullmatch("[A-Z]{5}", name) for name in draft.references)
     told = re.findall(r"VAR (\w+) = ", question)
     assert tuple(told) == draft.references  # the chain runs down the text
     assert question.count("The grass is green.") == 50 and solved.count("The grass is green.") == 15
     assert re.fullmatch(
-        r" Answer: According to the chain\(s\) of variable assignment in the text above, 5 variables are assigned the "
+        r" Answer: According to the chain\(s\) of variable assignment in the text above, 5 variables are assgined the "
         r"value \d{5}, they are: ",
         draft.prefill,
     )

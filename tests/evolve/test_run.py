@@ -78,6 +78,12 @@ def begun(finished, out: Path, *stages: str) -> dict:
 # -- what comes out ----------------------------------------------------------------------------------------------------
 
 
+def shown(row: dict) -> list[str]:
+    """The means over the tasks as tables have them: all tasks here are local."""
+    numbers = row["accuracy"]["local"].values()
+    return ["{value:.3f} ({0:.3f} to {1:.3f}), n = {samples}".format(*each["interval"], **each) for each in numbers]
+
+
 def test_the_table_has_the_base_and_every_model_before_and_after(finished):
     settings, result = finished
     assert [(row["round"], row["row"]) for row in result.rows] == [
@@ -85,8 +91,8 @@ def test_the_table_has_the_base_and_every_model_before_and_after(finished):
         *[(name, row) for name in ("one", "two") for row in ("untrained", "after")],
     ]
     assert [row["theta"] for row in result.rows] == [1e4, 2e4, 2e4, 4e4, 4e4]
-    assert all(list(row["accuracy"]) == list(row["perplexity"]) == [128, 256] for row in result.rows)
-    measured = [tuple(row["perplexity"].values()) for row in result.rows]
+    assert all(list(row["accuracy"]["local"]) == list(row["perplexity"]) == [128, 256] for row in result.rows)
+    measured = [tuple(number["value"] for number in row["perplexity"].values()) for row in result.rows]
     assert len(set(measured)) == len(measured)  # every row is of another model
     assert result.stopped is None and result.promoted == f"{settings['out']}/two/train"
     assert [each["holds"] for each in result.retention] == [True] * 4
@@ -148,7 +154,7 @@ def test_the_report_is_one_file_that_loads_nothing(finished):
     sources = re.findall(r'src="([^"]{0,22})', page)
     assert len(sources) == 3 and set(sources) == {"data:image/png;base64,"}
     for row in result.rows:
-        cells = "".join(f'<td class="number">{value:.3f}</td>' for value in row["accuracy"].values())
+        cells = "".join(f'<td class="number">{value}</td>' for value in shown(row))
         assert f"<td>{row['label']}</td>{cells}" in page
     for said in ("Finished.", "one: perplexity at 128", "documents selected", "rewards/margins", "two/train", "<mark>"):
         assert said in page
@@ -164,7 +170,7 @@ def test_the_markdown_report_says_the_same_and_its_pictures_are_there(finished):
     assert pictures == ["accuracy.png", "one/train/training.png", "two/train/training.png"]
     assert all((out / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     for row in result.rows:
-        values = " | ".join(f"{value:.3f}" for value in row["accuracy"].values())
+        values = " | ".join(shown(row))
         assert f"| {row['label']} | {values} |" in text
 
 
@@ -185,7 +191,7 @@ def test_a_finished_run_prints_its_tables(config, finished):
     done = longpo("--config", config)
     assert done.exit_code == 0, done.output
     for row in finished[1].rows:
-        values = [f"{value:.3f}" for value in row["accuracy"].values()]
+        values = shown(row)
         assert re.search(r"\W+".join(map(re.escape, [row["label"], *values])), done.output)
     assert "report.html" in done.output and f"promoted: {finished[1].promoted}" in done.output
     assert "two/evaluate" in done.output and "peak memory, MiB" in done.output
