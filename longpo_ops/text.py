@@ -24,6 +24,7 @@ MARKS = (  # UTF-32's first: UTF-16's is the beginning of one of them
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+WIDE = r"\u2e80-\u9fff\uf900-\ufaff\uff00-\uff65"  # Chinese and Japanese, which have no spaces between words: a class's inside
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TURNING = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks, embeddings, overrides and isolates of direction
 NO_CHARACTER = "\ud800-\udfff"  # halves of surrogate pairs, and bytes of names that are no UTF-8

@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from ..text import WIDE as UNSPACED
 from .columns import glued, in_order
 from .margins import without_heads, without_numbers
 from .pdf import Line, Page, pages
@@ -29,7 +30,7 @@ from .unreadable import NO_LIMIT, TOO_LONG, Unreadable
 LIGATURES = str.maketrans({0xFB00 + i: form for i, form in enumerate(("ff", "fi", "fl", "ffi", "ffl", "st", "st"))})
 UNSEEN = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2060\ud800-\udfff\ue000-\uf8ff\ufeff\ufff0-\uffff]")
 SPACES = re.compile(r"[ \t\xa0\u2000-\u200a\u202f]+")
-WIDE = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uff65]")  # Chinese and Japanese: no spaces between words
+WIDE = re.compile(f"[{UNSPACED}]")
 WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 SENTENCE = re.compile(r"[.!?:;。！？：；][\"'”’»)\]]*$")
 BULLET = re.compile(r"[•◦▪▸►‣∙·*]\s")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from ..documents.chunks import WIDE
+from ..text import WIDE
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 WORD = re.compile(rf"\s*(?:[{WIDE}][\u3001\u3002\u300d\u300f\uff01\uff0c\uff1f]*|[^\s{WIDE}]+)")
