@@ -1,7 +1,8 @@
 """What the model is asked, and the phrase lists: files under prompts/RECIPE/ that a user can replace one by one.
 
 questions.txt        the request for a pool of questions; {count} stands for their number
-questions_again.txt  the same once more, where what came was no list; the official recipe asks once
+questions_again.txt  the same once more, where what came was no list; the official recipe asks once. A folder with
+                     questions.txt alone asks with that again
 questions_json.txt   goes behind either where the engine holds an answer to a JSON schema
 judge.txt            what a judge is asked; {text}, {question} and {answer} stand for what it judges; of all recipes
 lead_ins.txt         one way of putting a question per line; {question} stands for it
@@ -21,7 +22,7 @@ from ..text import read_text
 FOLDER = Path(__file__).with_name("prompts")
 JUDGE = "judge.txt"
 JUDGED = re.compile(r"\{(text|question|answer)\}")
-ASKING = ("questions.txt", "questions_again.txt", "questions_json.txt")
+ASKING = FIRST, AGAIN, JSON = ("questions.txt", "questions_again.txt", "questions_json.txt")
 NAMES = (*ASKING, "lead_ins.txt", "refusals.txt", JUDGE)
 
 
@@ -41,8 +42,11 @@ class Prompts:
         """Raises ValueError for a recipe that is none, a folder with none of the files or one that the recipe does not use,
         and a file that is empty or lacks its placeholder.
         """
-        own, shared = FOLDER / check_recipe(recipe), {JUDGE: FOLDER / JUDGE}
+        own = FOLDER / check_recipe(recipe)
         folder = own if folder is None else Path(folder)
+        shared = {JUDGE: FOLDER / JUDGE}
+        if (folder / FIRST).is_file() and (own / AGAIN).is_file():
+            shared[AGAIN] = folder / FIRST  # a wording of the user's is asked again as it is
         if not any((folder / name).is_file() for name in NAMES):
             raise ValueError(f"no prompt files in {folder}; expected any of {', '.join(NAMES)}")
         texts = {}

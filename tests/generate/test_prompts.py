@@ -40,6 +40,13 @@ def test_each_file_can_be_replaced_alone(tmp_path):
     assert all(lead_in.count("{question}") == 1 for lead_in in defaults.lead_ins) and len(defaults.lead_ins) > 5
 
 
+def test_a_wording_of_the_users_is_asked_again_as_it_is(tmp_path):
+    (tmp_path / "questions.txt").write_text("Ask {count}.")
+    assert Prompts.load(tmp_path).ask(4, again=True) == "Ask 4." != Prompts.load().ask(4, again=True)
+    (tmp_path / "questions_again.txt").write_text("Now ask {count}.")
+    assert Prompts.load(tmp_path).ask(4, again=True) == "Now ask 4."
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
