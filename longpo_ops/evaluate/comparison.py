@@ -38,7 +38,8 @@ TASK, MEAN, PERPLEXITY, HARNESS, PUBLISHED = "task", "mean", "perplexity", "harn
 class Row:
     """A number of both runs. what: its name. kind: "task", "mean", "perplexity", "harness" or "published". samples: pairs, or
     those of both runs where they are no pairs. difference: second less first, of a perplexity their ratio; interval: 95 % of
-    it, None where the samples do not tell. wins, losses, ties: pairs of which the second run's is better, worse, equal."""
+    it, None where the samples do not tell. wins, losses, ties: pairs of which the second run's is better, worse, equal.
+    more_is_better: of the number; None where that is not known, and then a win is more."""
 
     what: str
     kind: str
@@ -52,14 +53,18 @@ class Row:
     wins: int = 0
     losses: int = 0
     ties: int = 0
+    more_is_better: bool | None = True
 
     @property
     def verdict(self) -> str:
-        """What can be said of the second run."""
+        """What can be said of the second run: "better", "worse", or that nothing can; "more" or "less" where that is all."""
         nothing = 1.0 if self.kind == PERPLEXITY else 0.0
         if self.interval is None or self.interval[0] <= nothing <= self.interval[1]:
             return NONE
-        return "better" if (self.difference > nothing) != (self.kind == PERPLEXITY) else "worse"
+        more = self.difference > nothing
+        if self.more_is_better is None:
+            return "more" if more else "less"
+        return "better" if more == self.more_is_better else "worse"
 
 
 @dataclass(frozen=True)
@@ -199,12 +204,14 @@ class _Work:
         sides = paired([y - x for x, y in zip(*pairs)])
         return self._row(task, kind, length, *pairs, sides, True), sides
 
-    def _row(self, what, kind, length, first, second, sides, pairs, bounded=True) -> Row:
+    def _row(self, what, kind, length, first, second, sides, pairs, more: bool | None = True) -> Row:
         difference, interval = of_difference([sides], self.seed)
-        counts = _counts(first, second) if pairs else {}
+        counts = _counts(*((second, first) if more is False else (first, second))) if pairs else {}
         samples = len(first) if pairs else len(first) + len(second)
         means = (math.fsum(each) / len(each) for each in (first, second))
-        return Row(what, kind, length or None, *means, difference, interval, samples, pairs, **counts)
+        return Row(
+            what, kind, length or None, *means, difference, interval, samples, pairs, **counts, more_is_better=more
+        )
 
     def _mean(self, kind: str, length: int, found: list[tuple[Row, list[Side]]]) -> Row:
         rows = [row for row, _ in found]
@@ -237,20 +244,33 @@ class _Work:
             means = (math.exp(math.fsum(each) / len(each)) for each in nats)
             counts = _counts(nats[1], nats[0])  # less is better
             ratio = tuple(math.exp(each) for each in interval) if wide else None
-            yield Row("perplexity", PERPLEXITY, length, *means, math.exp(more), ratio, len(common), True, **counts)
+            yield Row(
+                "perplexity",
+                PERPLEXITY,
+                length,
+                *means,
+                math.exp(more),
+                ratio,
+                len(common),
+                True,
+                **counts,
+                more_is_better=False,
+            )
 
     def _harness(self) -> Iterator[Row]:
         first, second = (run.scores for run in self.runs)
         for task in self._both("harness", list(first.harness), list(second.harness)):
             a, b = (run.values.get(f"harness/{task}", {}) for run in self.runs)
+            settings = [scores.harness_settings.get(task, {}) for scores in (first, second)]
+            more = settings[0].get("more_is_better")
             same = a.keys() == b.keys() and all(a[each][1] == b[each][1] for each in a)
             if a and same:
                 pairs = [[each[name][0] for name in a] for each in (a, b)]
                 bounded = all(0 <= value <= 1 for each in pairs for value in each)
                 sides = paired([y - x for x, y in zip(*pairs)], bounded)
-                yield self._row(task, HARNESS, None, *pairs, sides, True)
+                yield self._row(task, HARNESS, 0, *pairs, sides, True, more)
                 continue
-            errors = [scores.harness_settings.get(task, {}).get("stderr") for scores in (first, second)]
+            errors = [each.get("stderr") for each in settings]
             means, interval = (first.harness[task], second.harness[task]), None
             if None not in errors and math.hypot(*errors) > 0:
                 half = Z * math.hypot(*errors)
@@ -258,7 +278,9 @@ class _Work:
             self.notes.append(
                 f"harness {task}: no values of the same single questions in both, compared by standard errors"
             )
-            yield Row(task, HARNESS, None, *means, means[1] - means[0], interval, len(a) + len(b), False)
+            samples = sum(each.get("questions", 0) for each in settings)
+            difference = means[1] - means[0]
+            yield Row(task, HARNESS, None, *means, difference, interval, samples, False, more_is_better=more)
 
     def _published(self) -> Iterator[Row]:
         first, second = ([name for name in run.scores.published if "/" not in name] for run in self.runs)
@@ -295,7 +317,7 @@ TITLES = {
     TASK: "Accuracy by task and length, in per cent",
     MEAN: "Means over the tasks, in per cent",
     PERPLEXITY: "Perplexity of held-out text, and its ratio",
-    HARNESS: "lm-evaluation-harness, in per cent",
+    HARNESS: "lm-evaluation-harness",
     PUBLISHED: "Published benchmarks, in per cent",
 }
 FOOT = (
@@ -325,9 +347,11 @@ def _line(row: Row) -> tuple[str, ...]:
         numbers = (f"{row.first:.3f}", f"{row.second:.3f}")
         told = f"{row.difference:.4f}" + (f" ({row.interval[0]:.4f} to {row.interval[1]:.4f})" if row.interval else "")
     else:
-        numbers = (f"{100 * row.first:.1f}", f"{100 * row.second:.1f}")
-        told = f"{100 * row.difference:+.1f}"
-        told += f" ({100 * row.interval[0]:+.1f} to {100 * row.interval[1]:+.1f})" if row.interval else ""
+        scale, places = (1, 4) if row.kind == HARNESS else (100, 1)
+        numbers = tuple(f"{scale * each:.{places}f}" for each in (row.first, row.second))
+        told = f"{scale * row.difference:+.{places}f}"
+        low, high = row.interval or (0.0, 0.0)
+        told += f" ({scale * low:+.{places}f} to {scale * high:+.{places}f})" if row.interval else ""
     counts = f"{row.wins}, {row.losses}, {row.ties}" if row.paired else "no pairs"
     length = "" if row.length is None else f"{row.length:,}"
     return (row.what, length, *numbers, told, counts, f"{row.samples:,}", row.verdict)

@@ -176,7 +176,8 @@ async def run_tasks(
 ) -> tuple[dict[str, float], dict[str, dict], dict[str, dict], list[dict[str, Any]]]:
     """By the name of a task or group with what was asked of it -> its one number; all that the harness found (its
     `results`), None for what is not finite, as after a failed request; of the one number its shots, metric, standard error
-    (None without) and questions; and a line of values.jsonl per question of a number that is the mean over its questions.
+    (None without), questions, and whether more is better (None where the task does not say); and a line of values.jsonl per
+    question of a number that is the mean over its questions.
 
     Raises ValueError for data that cannot be loaded and for shots and metrics that a task does not have, before anything
     is asked.
@@ -202,6 +203,7 @@ async def run_tasks(
                     "metric": metric,
                     "stderr": error,
                     "questions": len(lines),
+                    "more_is_better": found.get("higher_is_better", {}).get(name, {}).get(metric),
                 }
                 mean = math.fsum(line["value"] for line in lines) / max(1, len(lines))
                 if lines and math.isclose(mean, number, rel_tol=1e-9, abs_tol=1e-12):

@@ -186,7 +186,8 @@ class GenerateRun(EngineSettings):
         def around(instruction: str) -> int:
             return len(render(chat.tokenizer, Request(join_context("", instruction), None), chat.template_kwargs))
 
-        wordings = [prompts.ask(self.questions, again, schema) for again in (False, True) for schema in (False, True)]
+        schemas = (False,) if self.engine == "transformers" else (False, True)
+        wordings = [prompts.ask(self.questions, again, schema) for again in (False, True) for schema in schemas]
         asked = max(map(around, wordings)) + self.question_tokens
         answered = max(around(prompts.instruct(i, "")) for i in range(len(prompts.lead_ins)))
         judged = around(prompts.ask_judge("", "", "")) + JUDGE_TOKENS if self.judge == SELF else 0

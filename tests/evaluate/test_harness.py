@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from benchmarks.loop.openai_server import OpenAIServer, Reply
 from longpo_ops.engines.transformers import TransformersEngine
-from longpo_ops.evaluate import EvaluateRun, Scores, evaluate
+from longpo_ops.evaluate import EvaluateRun, Scores, compare, evaluate
+from longpo_ops.evaluate.kept import VALUES, read_lines
 from tests.engines import tiny
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
@@ -129,7 +131,26 @@ def test_numbers_are_those_of_the_packages_own_model(run, files, model):
             assert scores.details[task][name] == pytest.approx(value, rel=1e-4), (task, name)
     assert scores.harness["tiny_choice"] == truth["tiny_choice"]["acc,none"]
     assert 0 < scores.harness["tiny_greedy"] < 1  # greedy continuations are told from others
-    assert scores.counts == {} and scores.complete
+    assert "harness" not in scores.counts and scores.complete  # nothing failed, nothing was cut
+
+
+@installed
+def test_numbers_have_their_own_error_bars_and_questions_are_kept_to_be_compared(run, files, tmp_path):
+    scores = evaluate(run)
+    assert all(scores.counts[f"harness/{name}"] == {"questions": 6} for name in scores.harness)
+    assert scores.intervals
+    for name, (low, high) in scores.intervals.items():
+        task = name.removeprefix("harness/")
+        error = scores.details[task][f"{scores.harness_settings[task]['metric']}_stderr,none"]
+        assert (high - low) / 2 == pytest.approx(1.959964 * error)
+    kept = read_lines(Path(run.out) / VALUES, ("of", "id", "asked", "value"))
+    values = [line["value"] for line in kept if line["of"] == "harness/tiny_choice"]
+    assert len(values) == 6 and sum(values) / 6 == scores.harness["tiny_choice"]
+    assert not any("rolling" in line["of"] for line in kept)  # a perplexity is no mean over its questions
+    rows = {row.what: row for row in compare(run.out, shutil.copytree(run.out, tmp_path / "other")).rows}
+    assert (rows["tiny_choice"].paired, rows["tiny_choice"].ties, rows["tiny_rolling"].paired) == (True, 6, False)
+    assert (rows["tiny_choice"].more_is_better, rows["tiny_rolling"].more_is_better) == (True, False)
+    assert {row.verdict for row in rows.values()} == {"no difference can be shown"}
 
 
 @installed
@@ -215,7 +236,11 @@ def test_prompts_hold_so_many_shots_and_numbers_say_so(run, settings, shown, tok
         prompts = {tokenizer.decode(seen.body["prompt"]) for seen in server.seen if seen.body.get("echo")}
     counts = Counter(len(re.findall(r"Example \d is here:", prompt)) for prompt in prompts)
     assert counts == {3: 18, 0: 18, 2: 18}  # 6 questions of 3 choices; the group's tasks ask the same
-    assert scores.harness_settings == {
+    named = {
+        name: {each: settings[each] for each in ("shots", "metric")}
+        for name, settings in scores.harness_settings.items()
+    }
+    assert named == {
         "tiny_free:3:acc_norm": {"shots": 3, "metric": "acc_norm"}, "tiny_free": {"shots": 0, "metric": "acc"},
         "tiny_group:2:acc": {"shots": 2, "metric": "acc"}, "tiny_free:2:acc": {"shots": 2, "metric": "acc"},
         "tiny_more:2:acc": {"shots": 2, "metric": "acc"},
