@@ -313,9 +313,7 @@ def _counts(first: Sequence[float], second: Sequence[float]) -> dict[str, int]:
 
 # -- for people --------------------------------------------------------------------------------------------------------
 
-TITLES = {
-    TASK: "Accuracy by task and length, in per cent",
-    MEAN: "Means over the tasks, in per cent",
+OTHERS = {
     PERPLEXITY: "Perplexity of held-out text, and its ratio",
     HARNESS: "lm-evaluation-harness",
     PUBLISHED: "Published benchmarks, in per cent",
@@ -333,10 +331,13 @@ def markdown(found: Comparison) -> str:
 
     names = [f"{run['model'] or 'a model'} ({run['folder']})" for run in (found.first, found.second)]
     lines = ["# Comparison of two evaluations", "", FOOT.format(first=names[0], second=names[1]), ""]
-    head = ("", "tokens", "first", "second", "difference (95 %)", "wins, losses, ties", "n", "second is")
-    for kind, title in TITLES.items():
-        if rows := [_line(row) for row in found.rows if row.kind == kind]:
-            lines += [f"## {title}", "", *table(head, rows)]
+    head = ("", "first", "second", "difference (95 %)", "wins, losses, ties", "n", "second is")
+    tables = {}
+    for row in found.rows:
+        title = OTHERS.get(row.kind) or f"Accuracy at {row.length:,} tokens, in per cent"
+        tables.setdefault(title, []).append(_line(row))
+    for title, rows in tables.items():
+        lines += [f"## {title}", "", *table(head, rows)]
     for title, told in (("Not compared", found.left_out), ("Notes", found.notes)):
         lines += [f"## {title}", "", *(f"* {each}" for each in told), ""] if told else []
     return "\n".join(lines).rstrip() + "\n"
@@ -353,5 +354,5 @@ def _line(row: Row) -> tuple[str, ...]:
         low, high = row.interval or (0.0, 0.0)
         told += f" ({scale * low:+.{places}f} to {scale * high:+.{places}f})" if row.interval else ""
     counts = f"{row.wins}, {row.losses}, {row.ties}" if row.paired else "no pairs"
-    length = "" if row.length is None else f"{row.length:,}"
-    return (row.what, length, *numbers, told, counts, f"{row.samples:,}", row.verdict)
+    name = f"{row.length:,} tokens" if row.kind == PERPLEXITY else row.what
+    return (name, *numbers, told, counts, f"{row.samples:,}", row.verdict)

@@ -90,7 +90,7 @@ def _task_table(scores: Scores) -> list[str]:
             tasks = "/".join(dict.fromkeys(f"{mean.tasks}" for mean in there))
             name = f"**mean of {tasks} {kind}**{'' if kind == COMPARABLE else f' {MARK}'}"
             rows.append(
-                (name, *(f"**{_percent(m.score)}**{bar(m.interval)}, n = {m.samples:,}" if m else "" for m in means))
+                (name, *(f"**{_percent(m.score)}**{bar(m.interval)}, n={m.samples:,}" if m else "" for m in means))
             )
     lines = ["## Accuracy by length", "", "Per cent, the 95 % interval, and how many samples.", ""]
     lines += table(("task", *(f"{length:,}" for length in lengths)), rows)
@@ -103,7 +103,7 @@ def _cell(cell: Cell | None) -> str:
         return ""
     counts = {"failed": cell.failed, "cut off in reasoning": cell.cut}
     told = "".join(f", {count} {what}" for what, count in counts.items() if count)
-    return f"{_percent(cell.score)}{bar(cell.interval)}, n = {cell.samples:,}{told}"
+    return f"{_percent(cell.score)}{bar(cell.interval)}, n={cell.samples:,}{told}"
 
 
 def _harness(scores: Scores) -> list[tuple[str, ...]]:
@@ -155,7 +155,7 @@ def draw_heat_map(depths: dict[int, dict[int, Cell]]) -> bytes:
     axis = figure.subplots()
     image = axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     for row, column in zip(*np.nonzero(~np.isnan(values))):
-        told = f"{values[row, column]:.0f}\nn = {depths[lengths[column]][row].samples}"
+        told = f"{values[row, column]:.0f}\nn={depths[lengths[column]][row].samples}"
         axis.text(column, row, told, ha="center", va="center", fontsize=7)
     axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
     axis.set_yticks(range(TENTHS), [f"{10 * row} to {10 * row + 10} %" for row in range(TENTHS)])

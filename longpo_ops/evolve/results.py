@@ -128,7 +128,7 @@ def told(number: dict | None, write: Callable[[float | None], str]) -> str:
         return DASH
     interval, samples = number["interval"], number["samples"]
     bar = f" ({write(interval[0])} to {write(interval[1])})" if interval else ""
-    return write(number["value"]) + bar + (f", n = {samples:,}" if samples else "")
+    return write(number["value"]) + bar + (f", n={samples:,}" if samples else "")
 
 
 def three_places(value: float | None) -> str:

@@ -47,7 +47,7 @@ def test_an_answer_is_scored_without_its_reasoning(reply, score, cut, settings):
     told = "names at 160 tokens: 2 of 2 answers were cut off inside the model's reasoning and score 0: raise --reas"
     assert (told in str(scores.notes)) == bool(cut)
     table = (Path(run.out) / "results.md").read_text()
-    assert (", n = 2, 2 cut off in reasoning" in table) == bool(cut)
+    assert (", n=2, 2 cut off in reasoning" in table) == bool(cut)
     for record in records(run):
         assert (record["answer"] is None) == bool(cut) and record["score"] == score
         assert "think>" not in str(record["answer"]) or score == 1.0

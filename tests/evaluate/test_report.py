@@ -85,10 +85,10 @@ def test_comparable_and_local_tasks_have_a_mean_each(scores):
 def test_the_tables_say_what_is_not_comparable_what_failed_and_what_is_unfinished(scores):
     text = markdown(scores)
     for line in (
-        r"| codes \* | 50.0 (15.4 to 84.6), n = 4, 1 failed | 25.0 (1.8 to 73.2), n = 4 |",
-        "| vt | 100.0 (45.0 to 100.0), n = 4 |  |",
-        "| **mean of 1 comparable** | **100.0** (45.0 to 100.0), n = 4 |  |",
-        r"| **mean of 1 local** \* | **50.0** (15.4 to 84.6), n = 4 | **25.0** (1.8 to 73.2), n = 4 |",
+        r"| codes \* | 50.0 (15.4 to 84.6), n=4, 1 failed | 25.0 (1.8 to 73.2), n=4 |",
+        "| vt | 100.0 (45.0 to 100.0), n=4 |  |",
+        "| **mean of 1 comparable** | **100.0** (45.0 to 100.0), n=4 |  |",
+        r"| **mean of 1 local** \* | **50.0** (15.4 to 84.6), n=4 | **25.0** (1.8 to 73.2), n=4 |",
         "| 128 | 7.250 | 6.500 to 8.000 | 3 windows, 2 shorter |",
         "| mmlu | 5 | acc | 0.6250 | 0.5000 to 0.7500 |  |",
         "| math_find | 50.0 | 2 samples, 1 truncated |",
@@ -100,7 +100,7 @@ def test_the_tables_say_what_is_not_comparable_what_failed_and_what_is_unfinishe
     assert "![accuracy" in text and "![accuracy" not in markdown(scores, picture=False)
     comparable = replace(scores, tasks={"vt": {128: Cell(1.0, 4)}}, complete=False, state="stopped", why="Ctrl-C")
     assert "not comparable" not in markdown(comparable) and "**Stopped: Ctrl-C." in markdown(comparable)
-    assert "| vt | 100.0, n = 4 |" in markdown(comparable)  # nothing is known of its spread
+    assert "| vt | 100.0, n=4 |" in markdown(comparable)  # nothing is known of its spread
     unjudged = replace(scores, published={}, counts={"longbench_chat": {"truncated": 0, "unjudged": 3}})
     assert "| longbench_chat | unjudged | 3 unjudged |" in markdown(unjudged)
 

@@ -176,7 +176,7 @@ def test_requests_that_fail_score_nothing_are_counted_and_asked_again(settings):
     cells = some.tasks["names"]
     assert (cells[96].failed, cells[160].failed, cells[96].samples) == (2, 1, 6)
     assert any("names at 96 tokens: 2 of 6 requests failed and score 0, last: " in note for note in some.notes)
-    assert "\x1b" not in str(some.notes) and ", n = 6, 2 failed" in (Path(settings().out) / "results.md").read_text()
+    assert "\x1b" not in str(some.notes) and ", n=6, 2 failed" in (Path(settings().out) / "results.md").read_text()
     with OpenAIServer() as server:
         whole = evaluate(settings(endpoints=(server.url,)))
         assert len(server.seen) == 3 and whole.notes == () and whole.tasks["names"][96].failed == 0

@@ -81,7 +81,7 @@ def begun(finished, out: Path, *stages: str) -> dict:
 def shown(row: dict) -> list[str]:
     """The means over the tasks as tables have them: all tasks here are local."""
     numbers = row["accuracy"]["local"].values()
-    return ["{value:.3f} ({0:.3f} to {1:.3f}), n = {samples}".format(*each["interval"], **each) for each in numbers]
+    return ["{value:.3f} ({0:.3f} to {1:.3f}), n={samples}".format(*each["interval"], **each) for each in numbers]
 
 
 def test_the_table_has_the_base_and_every_model_before_and_after(finished):
