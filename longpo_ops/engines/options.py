@@ -15,6 +15,11 @@ EngineName = Annotated[str | None, typer.Option(help="transformers, vllm or serv
 Endpoints = Annotated[list[str] | None, typer.Option(help="URL of an OpenAI-compatible server, repeatable.")]
 ServedModel = Annotated[str | None, typer.Option(help="The model's name at the server; default the only one.")]
 KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the API key.")]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's name there; default the only one.")]
+JudgeKeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the judge's API key.")]
+JudgeOptions = Annotated[
+    list[str] | None, typer.Option(help="name=value, repeatable: of requests to the judge, as --engine-option.")
+]
 Concurrency = Annotated[int, typer.Option(help="Requests under way at once, per endpoint or vLLM rank.")]
 Timeout = Annotated[float, typer.Option(help="Seconds until a request counts as failed.")]
 Patience = Annotated[float, typer.Option(help="Seconds without any answer until the run stops.")]

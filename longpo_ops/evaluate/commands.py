@@ -59,13 +59,9 @@ def evaluate(
         int, typer.Option(help="Tokens that a thinking model may write before an answer, beside those of the answer.")
     ] = 0,
     judge: Annotated[str | None, typer.Option(help="URL of a server that rates the answers of chats.")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name there; default the only one.")] = None,
-    judge_key_variable: Annotated[
-        str, typer.Option(help="Environment variable that holds the judge's API key.")
-    ] = "JUDGE_API_KEY",
-    judge_option: Annotated[
-        list[str] | None, typer.Option(help="name=value, repeatable: of requests to the judge, as --engine-option.")
-    ] = None,
+    judge_model: options.JudgeModel = None,
+    judge_key_variable: options.JudgeKeyVariable = "JUDGE_API_KEY",
+    judge_option: options.JudgeOptions = None,
     engine: options.EngineName = None,
     endpoint: options.Endpoints = None,
     served_model: options.ServedModel = None,

@@ -99,13 +99,9 @@ def generate(
         str | None,
         typer.Option(help="URL of a server that rates how faithful chosen answers are to their chunks, or self."),
     ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name there; default the only one.")] = None,
-    judge_key_variable: Annotated[
-        str, typer.Option(help="Environment variable that holds the judge's API key.")
-    ] = "JUDGE_API_KEY",
-    judge_option: Annotated[
-        list[str] | None, typer.Option(help="name=value, repeatable: of requests to the judge, as --engine-option.")
-    ] = None,
+    judge_model: options.JudgeModel = None,
+    judge_key_variable: options.JudgeKeyVariable = "JUDGE_API_KEY",
+    judge_option: options.JudgeOptions = None,
     min_faithfulness: Annotated[
         float | None, typer.Option(help="With --judge: turns rated lower are left out; 1 to 10. Default: none are.")
     ] = None,
