@@ -3,7 +3,7 @@
 questions.txt        the request for a pool of questions; {count} stands for their number
 questions_again.txt  the same once more, where what came was no list; the official recipe asks once. A folder with
                      questions.txt alone asks with that again
-questions_json.txt   goes behind either where the engine holds an answer to a JSON schema
+questions_json.txt   goes behind the first where the engine holds an answer to a JSON schema
 judge.txt            what a judge is asked; {text}, {question} and {answer} stand for what it judges; of all recipes
 lead_ins.txt         one way of putting a question per line; {question} stands for it
 refusals.txt         one phrase of a refusal per line, compared without case

@@ -186,8 +186,10 @@ class GenerateRun(EngineSettings):
         def around(instruction: str) -> int:
             return len(render(chat.tokenizer, Request(join_context("", instruction), None), chat.template_kwargs))
 
-        schemas = (False,) if self.engine == "transformers" else (False, True)
-        wordings = [prompts.ask(self.questions, again, schema) for again in (False, True) for schema in schemas]
+        wordings = [
+            prompts.ask(self.questions, again=True),
+            prompts.ask(self.questions, schema=self.engine != "transformers"),
+        ]
         asked = max(map(around, wordings)) + self.question_tokens
         answered = max(around(prompts.instruct(i, "")) for i in range(len(prompts.lead_ins)))
         judged = around(prompts.ask_judge("", "", "")) + JUDGE_TOKENS if self.judge == SELF else 0

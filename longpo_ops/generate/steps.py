@@ -18,8 +18,9 @@ by random.Random("SEED|DOCUMENT|CHUNK"), turns by random.Random("SEED|DOCUMENT|t
 31 bits of the SHA-256 of "SEED|DOCUMENT|STEP", a pool's step being its chunk's number, with "again/" in front the second
 time.
 
-The second pool is begun for the model ("1."), where the engine can go on from that. An engine that is `structured` is given
-the JSON schema of a pool. Neither is done where the model may reason first.
+An engine that is `structured` is given the JSON schema of a pool, the first time: a small model that is held to JSON may
+write on until its tokens end. The second pool is asked for in words, and begun for the model ("1."), where the engine can go
+on from that. Neither is done where the model may reason first.
 
 A judge rates chosen answers that nothing else is wrong with, by the first engine that reads chunks, or one of its own.
 
@@ -264,7 +265,7 @@ class _DocumentWork:
             return Request(join_context(self.chunk(i), wording), sampling, schema=schema, prefill=prefill)
 
         engine = None if steps.thinks or steps.short is None else steps.short.engine
-        if engine is not None and engine.structured and steps.prompts.json:
+        if engine is not None and engine.structured and steps.prompts.json and not again:
             with suppress(NoSchema):
                 return await self.ask(step, request(list_schema(steps.questions)), steps.short)
         begun = BEGUN if again and engine is not None and engine.prefills else ""

@@ -270,6 +270,21 @@ def test_lists_come_as_json_where_a_server_holds_answers_to_a_schema(settings, t
     assert turns[1:] == turns[:-1]
 
 
+def test_json_that_ends_with_the_tokens_is_asked_for_once_more_in_words(settings):
+    """As of a small model that was never taught JSON."""
+
+    def behave(number, seen):
+        return said('{"questions": ["a a a a a', "length") if "response_format" in seen.body else None
+
+    with OpenAIServer(behave) as server:
+        result = generate(settings(endpoints=(server.url,), max_documents=1))
+        first, second = (
+            [body for body in lists(server) if ("response_format" in body) == held] for held in (True, False)
+        )
+    assert result.outcomes[0]["counts"] == {"lists read at the second asking": 4} and result.pairs == 1
+    assert len(first) == len(second) == 4 and all(message(body).endswith(AGAIN) for body in second)
+
+
 def test_a_refusal_after_an_answer_that_was_held_costs_that_request_alone(settings):
     def behave(number, seen):
         return Reply(400, {}) if number == 3 else None
