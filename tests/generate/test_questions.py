@@ -281,7 +281,7 @@ def test_json_that_ends_with_the_tokens_is_asked_for_once_more_in_words(settings
         first, second = (
             [body for body in lists(server) if ("response_format" in body) == held] for held in (True, False)
         )
-    assert result.outcomes[0]["counts"] == {"lists read at the second asking": 4} and result.pairs == 1
+    assert result.outcomes[0]["counts"] == {"lists read at the second asking": 4} and result.made == 1
     assert len(first) == len(second) == 4 and all(message(body).endswith(AGAIN) for body in second)
 
 
