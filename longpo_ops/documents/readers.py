@@ -135,7 +135,9 @@ def _text(stream, limit: int) -> str:
 
 
 def _html(stream, limit: int) -> str:
-    """As Markdown: headings, lists, tables and code keep their structure; scripts, styles and pictures go."""
+    """As Markdown: headings, lists, tables and code keep their structure; scripts, styles and pictures go, and spaces that
+    keep words on one line are plain ones.
+    """
     from bs4 import BeautifulSoup
     from markdownify import MarkdownConverter
 
@@ -153,7 +155,7 @@ def _html(stream, limit: int) -> str:
         tag.decompose()
     options = dict(heading_style="ATX", escape_asterisks=False, escape_underscores=False, escape_misc=False)
     text = MarkdownConverter(strip=["a", "img"], **options).convert_soup(soup)
-    return "\n".join(line.rstrip() for line in text.splitlines()).strip()
+    return "\n".join(line.rstrip() for line in text.replace("\xa0", " ").splitlines()).strip()
 
 
 FORMATS = {".html": _html, ".htm": _html, ".xhtml": _html}

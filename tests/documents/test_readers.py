@@ -38,7 +38,7 @@ def parquet(path: Path, **columns) -> None:
 
 
 HTML = """<html><head><title>t</title><style>x</style></head><body><nav>menu</nav><h2>Wind &amp; rain</h2>
-<p>The <b>wind</b> turns <a href="x">here</a>.</p><script>alert(1)</script><pre>a = 1\n\nb = 2</pre></body></html>"""
+<p>The <b>wind</b>&nbsp;turns <a href="x">here</a>.</p><script>alert(1)</script><pre>a = 1\n\nb = 2</pre></body></html>"""
 
 
 @pytest.mark.parametrize(
