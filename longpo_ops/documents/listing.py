@@ -152,7 +152,7 @@ def read_documents(
     sizes = [_size(file) for file, _ in files]
     total, before, apart = max(1, sum(sizes)), 0, Apart()
     for (file, name), size in zip(files, sizes):
-        last = 0.0
+        last, folder = 0.0, str(file.parent)
         for number, text, share in read_texts(file, column, limit, apart):
             listing.found += 1
             source = name if number is None else f"{name}:{number}"
@@ -162,9 +162,7 @@ def read_documents(
                 listing.lose(text, source, there)
             elif isinstance(text, Unreadable):
                 listing.skip(text, source)
-            elif (
-                document := listing.take(text, source, (before + share * size) / total, str(file.parent))
-            ) is not None:
+            elif (document := listing.take(text, source, (before + share * size) / total, folder)) is not None:
                 listing.size += document.size
                 yield document
             last = share

@@ -4,8 +4,8 @@
 
 A page is some thousand small objects that point at each other. The collector of cycles would go through all of them, and
 through what the program holds besides, again and again while the tree grows: it waits until the text is there, and the tree is
-taken apart by hand. markdownify asks of every tag whether it lies in a `pre`; bs4's general search for that takes longer than
-all else, so a tag here goes up by itself. Together a page takes half the time.
+taken apart by hand. markdownify asks of every tag whether it lies in a `pre`; bs4's general search for that is a third of
+the time, so a tag here goes up by itself. Together a page takes half to two thirds of the time.
 
 Not covered: pages whose text is made by scripts. Tests: tests/documents/test_readers.py.
 """
