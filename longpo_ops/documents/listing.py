@@ -34,6 +34,7 @@ class Document:
     source: str  # file below the given folder, on one line (text.one_line), and the record in it
     position: float = 0.0  # how much of all files lies before its end, 0 to 1
     folder: str = ""  # where its file lies
+    size: int = 0  # bytes in UTF-8
     place: dict = field(default_factory=dict)  # of a part of a text, or of joined ones: where it is from
 
 
@@ -65,12 +66,13 @@ class Listing:
 
     def take(self, text: str, source: str, position: float, folder: str, place: dict | None = None) -> Document | None:
         """A text as a document, or None, counted, where there was an equal one."""
-        digest = hashlib.sha256(text.encode()).digest()[:16]
+        data = text.encode()
+        digest = hashlib.sha256(data).digest()[:16]
         if digest in self.seen:
             self.skip("duplicate", source)
             return None
         self.seen.add(digest)
-        return Document(digest.hex(), text, source, position, folder, place or {})
+        return Document(digest.hex(), text, source, position, folder, len(data), place or {})
 
     def made(self) -> list[tuple[str, str]]:
         """What came of texts that were out of bounds, and how much of all was lost."""
@@ -150,7 +152,7 @@ def read_documents(
     sizes = [_size(file) for file, _ in files]
     total, before, apart = max(1, sum(sizes)), 0, Apart()
     for (file, name), size in zip(files, sizes):
-        last = 0.0
+        last, folder = 0.0, str(file.parent)
         for number, text, share in read_texts(file, column, limit, apart):
             listing.found += 1
             source = name if number is None else f"{name}:{number}"
@@ -160,10 +162,8 @@ def read_documents(
                 listing.lose(text, source, there)
             elif isinstance(text, Unreadable):
                 listing.skip(text, source)
-            elif (
-                document := listing.take(text, source, (before + share * size) / total, str(file.parent))
-            ) is not None:
-                listing.size += size_of(text)
+            elif (document := listing.take(text, source, (before + share * size) / total, folder)) is not None:
+                listing.size += document.size
                 yield document
             last = share
         before += size

@@ -87,7 +87,7 @@ def _checked(text: str, limit: int) -> str:
     if len(text) > limit:
         return TOO_LONG
     try:
-        text.encode()
+        _ = text.isascii() or text.encode()
     except UnicodeEncodeError:  # half a surrogate pair
         return Unreadable("broken text encoding")
     return text if text.strip() else EMPTY
@@ -135,11 +135,8 @@ def _text(stream, limit: int) -> str:
 
 
 def _html(stream, limit: int) -> str:
-    """As Markdown: headings, lists, tables and code keep their structure; scripts, styles and pictures go, and spaces that
-    keep words on one line are plain ones.
-    """
-    from bs4 import BeautifulSoup
-    from markdownify import MarkdownConverter
+    """As Markdown: headings, lists, tables and code keep their structure; scripts, styles and pictures go."""
+    from .markup import as_markdown
 
     data = _bytes(stream, min(NO_LIMIT, 8 * limit))  # markup may outweigh the text
     if data is None:
@@ -148,14 +145,7 @@ def _html(stream, limit: int) -> str:
     if encoding is None and b"\0" in data[:8192]:
         return BINARY
     page = data if encoding is None else _newlines(data, encoding)  # the parser takes UTF-32 for UTF-16
-    if isinstance(page, Unreadable):
-        return page
-    soup = BeautifulSoup(page, "html.parser")
-    for tag in soup(["script", "style", "noscript", "template", "head", "nav", "svg"]):
-        tag.decompose()
-    options = dict(heading_style="ATX", escape_asterisks=False, escape_underscores=False, escape_misc=False)
-    text = MarkdownConverter(strip=["a", "img"], **options).convert_soup(soup)
-    return "\n".join(line.rstrip() for line in text.replace("\xa0", " ").splitlines()).strip()
+    return page if isinstance(page, Unreadable) else as_markdown(page)
 
 
 FORMATS = {".html": _html, ".htm": _html, ".xhtml": _html}

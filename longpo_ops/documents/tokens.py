@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-PIECE, BATCH, AROUND, TRIES = 1 << 15, 32, 64, 8
+PIECE, BATCH, AROUND, TRIES = 1 << 12, 256, 64, 8
 LIKELY = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\S)|(?<=[\u3002\uff0c])(?=\w)")  # between words, lines, clauses
 
 

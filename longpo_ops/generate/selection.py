@@ -85,7 +85,7 @@ class _Selection:
             yield document, None
             return
         text = document.text
-        if size_of(text) <= self.first:  # a token takes a byte at least
+        if document.size <= self.first:  # a token takes a byte at least
             self.short(Piece(text, document.source), TOO_SHORT)
             return
         starts = self.part.starts(text)
@@ -94,7 +94,7 @@ class _Selection:
         elif len(starts) <= self.last:
             yield document, self.part(document, starts)
         elif self.cutter is None:
-            self.listing.lose(TOO_LONG, document.source, size_of(text))
+            self.listing.lose(TOO_LONG, document.source, document.size)
         else:
             parts = [*self.cutter.cut(text, starts)]
             number, count = 0, sum(isinstance(part, Part) for part in parts)
