@@ -7,6 +7,7 @@ Tests: tests/evaluate/test_report.py.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 
@@ -143,25 +144,31 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def draw_heat_map(depths: dict[int, dict[int, Cell]]) -> bytes:
     """Accuracy in per cent and its number of samples, a column per length, a row per tenth of the depth, as a PNG; white where
     nothing was asked."""
+    return _heat_map(tuple((length, tuple(depths[length].items())) for length in sorted(depths)))
+
+
+@functools.lru_cache(maxsize=1)  # it is saved more often than it changes
+def _heat_map(columns: tuple[tuple[int, tuple[tuple[int, Cell], ...]], ...]) -> bytes:
     import numpy as np
     from matplotlib.figure import Figure
 
-    lengths = sorted(depths)
-    values = np.full((TENTHS, len(lengths)), np.nan)
-    for column, length in enumerate(lengths):
-        for row, cell in depths[length].items():
+    lengths, values = [length for length, _ in columns], np.full((TENTHS, len(columns)), np.nan)
+    for column, (_, cells) in enumerate(columns):
+        for row, cell in cells:
             values[row, column] = 100 * cell.score
-    figure = Figure(figsize=(max(4.0, 1.5 + 0.9 * len(lengths)), 4.6), layout="constrained")
+    width = max(4.0, 1.5 + 0.9 * len(lengths))
+    figure = Figure(figsize=(width, 4.6))
     axis = figure.subplots()
+    figure.subplots_adjust(left=1.25 / width, right=1 - 0.95 / width, bottom=0.19, top=0.97)  # the same inches always
     image = axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     for row, column in zip(*np.nonzero(~np.isnan(values))):
-        told = f"{values[row, column]:.0f}\nn={depths[lengths[column]][row].samples}"
+        told = f"{values[row, column]:.0f}\nn={dict(columns[column][1])[row].samples}"
         axis.text(column, row, told, ha="center", va="center", fontsize=7)
     axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
     axis.set_yticks(range(TENTHS), [f"{10 * row} to {10 * row + 10} %" for row in range(TENTHS)])
     axis.set_xlabel("tokens")
     axis.set_ylabel("text before the needle")
-    figure.colorbar(image, label="accuracy, %")
+    figure.colorbar(image, figure.add_axes((1 - 0.8 / width, 0.19, 0.15 / width, 0.78)), label="accuracy, %")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()

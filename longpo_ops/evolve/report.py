@@ -10,8 +10,10 @@ Tests: tests/evolve/test_run.py.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -81,7 +83,7 @@ def write_report(evolution: Evolution, stages: list[Stage], result: Result) -> N
     out = Path(evolution.out)
     result.save(out / "results.json")
     if result.rows:
-        write_atomically(out / "accuracy.png", draw_accuracy(result.rows))
+        write_atomically(out / "accuracy.png", draw_accuracy(pickle.dumps(result.rows)))
     found = list(blocks(evolution, stages, result))
     write_text(out / "report.html", html(found))
     write_text(out / "report.md", markdown(found, out))
@@ -330,13 +332,17 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(printable(text).split()))
 
 
-def draw_accuracy(rows: list[dict]) -> bytes:
-    """Accuracy against length, of comparable and of local tasks, and perplexity where it was measured, with their intervals,
-    as a PNG: a colour per round, untrained ones dashed."""
+@functools.lru_cache(maxsize=1)  # a report is written more often than a model is measured
+def draw_accuracy(pickled: bytes) -> bytes:
+    """Accuracy of pickled rows against length, of comparable and of local tasks, and perplexity where it was measured, with
+    their intervals, as a PNG: a colour per round, untrained ones dashed."""
     from matplotlib.figure import Figure
 
+    rows = pickle.loads(pickled)
     panels = measures(rows)
-    figure = Figure(figsize=(5.5 * max(1, len(panels)), 3.8), layout="constrained")
+    width = 5.5 * max(1, len(panels))
+    figure = Figure(figsize=(width, 3.8))
+    figure.subplots_adjust(left=0.5 / width, right=1 - 0.1 / width, bottom=0.13, top=0.92, wspace=0.12)
     rounds = list(dict.fromkeys(row["round"] for row in rows))
     for axis, (title, numbers, _) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False).flat, panels):
         found = sorted({length for each in numbers for length in each})
@@ -356,7 +362,7 @@ def draw_accuracy(rows: list[dict]) -> bytes:
             )
         axis.set_xticks(range(len(found)), [_short(length) for length in found])
         axis.set_xlabel("tokens")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, y=1.0)
         axis.grid(alpha=0.3)
         if title != "perplexity":
             axis.set_ylim(-0.03, 1.03)

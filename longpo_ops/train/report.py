@@ -33,7 +33,7 @@ def draw_curves(history: list[dict], path: Path) -> None:
         for name in names:
             points = [(row["step"], row[name]) for row in history if name in row]
             axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else None)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, y=1.0)  # a place that is to be found costs a layout
         axis.set_xlabel("step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)

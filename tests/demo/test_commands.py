@@ -22,17 +22,17 @@ def small(monkeypatch, tmp_path):
         if file.name not in ("evolve.yaml", "compare.yaml"):
             (here / file.name).symlink_to(file)
     settings = yaml.safe_load((run.TINY / "evolve.yaml").read_text())
-    settings["evaluate"] |= {"samples": 3, "lengths": [256, 1024], "perplexity_lengths": [256]}
+    settings["evaluate"] |= {"samples": 2, "lengths": [256, 1024], "perplexity_lengths": [256]}
     settings["retention"] = [{"measure": "perplexity", "length": 256, "within": 5.0}]
     for each in settings["rounds"]:
         each["train"] |= {"gradient_accumulation_steps": 2, "save_steps": 2}
     (here / "evolve.yaml").write_text(yaml.safe_dump(settings))
     (here / "compare.yaml").write_text(
-        yaml.safe_dump({"steps": 4, "every": 4, "methods": {"dpo": 1e-4, "sft_chosen": 1e-3}})
+        yaml.safe_dump({"steps": 2, "every": 2, "methods": {"dpo": 1e-4, "sft_chosen": 1e-3}})
     )
     for module in (run, compare):
         monkeypatch.setattr(module, "TINY", here)
-    monkeypatch.setattr(text, "DOCUMENTS", {"documents-1k": (6, (1750, 2150)), "documents-2k": (2, (3600, 4400))})
+    monkeypatch.setattr(text, "DOCUMENTS", {"documents-1k": (4, (1750, 2150)), "documents-2k": (2, (3600, 4400))})
     return tmp_path / "out"
 
 
@@ -43,7 +43,7 @@ def demo(*arguments):
 def test_the_demo_shows_documents_a_pair_and_the_table_and_compares_methods(small):
     done = demo("--out", small, "--compare")
     assert done.exit_code == 0, done.output
-    shown = ("6 documents for 1,024 tokens", "chosen: The code", "rejected:", "theta 4000, untrained", "1k: after")
+    shown = ("4 documents for 1,024 tokens", "chosen: The code", "rejected:", "theta 4000, untrained", "1k: after")
     for wanted in (*shown, "perplexity by tokens", "1k/train", "sft_chosen", "in all"):
         assert wanted in done.output, wanted
     results = json.loads((small / "results.json").read_text())
@@ -52,7 +52,7 @@ def test_the_demo_shows_documents_a_pair_and_the_table_and_compares_methods(smal
     rows = json.loads((small / "compare" / "results.json").read_text())
     assert {row["method"] for row in rows} == {"dpo", "sft_chosen"}
     last = {row["method"]: row for row in rows}
-    assert last["dpo"]["step"] == last["sft_chosen"]["step"] == 4
+    assert last["dpo"]["step"] == last["sft_chosen"]["step"] == 2
     assert last["dpo"]["perplexity"] != last["sft_chosen"]["perplexity"]
     for figure in ("accuracy.png", "compare.png"):
         assert (small / figure).read_bytes().startswith(b"\x89PNG")

@@ -222,7 +222,7 @@ def test_compiled_code_sees_a_changed_map(broken):
     """Each change, and not the first alone, after which Dynamo takes a number for one that varies. Dynamo of torch 2.11
     cannot take an attribute of a module away, so the graph is never whole there."""
     (ids, answers), config = batch(), FAMILIES["gemma2 soft-cap"]()
-    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    config.num_hidden_layers, config.layer_types = 0, []  # which are half of what would be traced
     model, loss = attach(AutoModelForCausalLM.from_config(config)), preference(answers, backend="torch")
 
     def compute(hidden, head):

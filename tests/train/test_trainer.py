@@ -401,10 +401,10 @@ def test_two_hundred_pairs_are_learnt(tmp_path):
         pack_tokens=800,
         gradient_checkpointing=False,
         gradient_accumulation_steps=1,
-        num_train_epochs=12,
-        learning_rate=3e-3,
-        warmup_steps=10,
-        logging_steps=8,
+        num_train_epochs=6,
+        learning_rate=6e-3,
+        warmup_steps=5,
+        logging_steps=4,
     )
     trainer.train()
     log = [row for row in trainer.state.log_history if "rewards/margins" in row]
