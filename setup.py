@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "longpo_ops/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 
 TRAIN = ["accelerate>=1.1", "datasets", "matplotlib", "peft", "pyyaml", "typer"]
-GENERATE = ["beautifulsoup4", "datasets", "httpx", "markdownify", "matplotlib", "pypdfium2", "rich", "typer"]
+GENERATE = ["datasets", "html-to-markdown>=3.21,<4", "httpx", "matplotlib", "pypdfium2", "rich", "typer"]
 OFFICE = ["markitdown[docx]"]
 MEMORY = ["matplotlib", "rich", "torchao>=0.18", "typer"]
 BENCH = ["cut-cross-entropy", "matplotlib", "psutil"]

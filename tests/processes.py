@@ -10,11 +10,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +33,26 @@ PRELOADED = (
 )
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(list(PRELOADED))
+
+
+SMALL_FILES = """# What a run begins with on whose disk no file grows beyond {0} bytes
+import resource, sys
+sys.dont_write_bytecode = True  # Python would take half a module, left by one run, for a whole one in the next
+resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
+"""
+
+
+@contextmanager
+def small_files(nbytes: int) -> Iterator[None]:
+    """No file grows beyond: the system refuses (EFBIG), in the middle of it, as it does on a full disk."""
+    before, writes = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = writes
 
 
 class Started:

@@ -1,63 +1,73 @@
-"""HTML to Markdown: headings, lists, tables and code keep their structure; scripts, styles and pictures go,
-and spaces that keep words on one line are plain ones.
+"""HTML to Markdown: headings, lists, tables and code keep their structure; scripts, styles, menus and pictures go, and
+spaces that keep words on one line are plain ones.
 
-    page --html.parser--> tree --without GONE--> markdownify --> text
+    bytes --decode_page--> page --html-to-markdown--> text
 
-A page is some thousand small objects that point at each other. The collector of cycles would go through all of them, and
-through what the program holds besides, again and again while the tree grows: it waits until the text is there, and the tree is
-taken apart by hand. markdownify asks of every tag whether it lies in a `pre`; bs4's general search for that is a third of
-the time, so a tag here goes up by itself. Together a page takes half to two thirds of the time.
-
-Not covered: pages whose text is made by scripts. Tests: tests/documents/test_readers.py.
+What a page says of its encoding is believed with the meaning that browsers give it; a page that says nothing is UTF-8.
+Not covered: pages whose text is made by scripts; numbered lines of code. Tests: tests/documents/test_markup.py.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 
-from bs4 import BeautifulSoup, Tag
-from markdownify import MarkdownConverter
+from html_to_markdown import ConversionOptions, PreprocessingOptions, convert
 
-GONE = frozenset(("script", "style", "noscript", "template", "head", "nav", "svg"))
-PARSER = {"features": "html.parser", "store_line_numbers": False, "multi_valued_attributes": None}
-OPTIONS = {"heading_style": "ATX", "escape_asterisks": False, "escape_underscores": False, "escape_misc": False}
+from ..text import marked_encoding
+from .unreadable import BINARY, Unreadable
+
+DEEP = Unreadable("HTML nested more than 1,024 deep")
+NOT_DECLARED = Unreadable("HTML that is neither UTF-8 nor what it declares")
+HEAD = 1024  # bytes in which a page declares its encoding
+DECLARED = re.compile(rb"""(?:<\?xml[^>]{1,80}encoding|<meta[^>]{1,200}charset)\s*=\s*["']?\s*([\w.:-]{2,40})""", re.I)
+BROWSERS = (  # what a browser takes for what is declared: the larger encoding that holds it
+    dict.fromkeys(("iso-8859-1", "latin1", "latin-1", "us-ascii", "ascii"), "cp1252")
+    | dict.fromkeys(("gb2312", "gbk", "x-gbk"), "gb18030")
+    | {"shift_jis": "cp932", "x-sjis": "cp932", "euc-kr": "cp949", "ks_c_5601-1987": "cp949", "big5": "big5hkscs"}
+    | {"iso-8859-9": "cp1254", "iso-8859-11": "cp874", "tis-620": "cp874", "utf-16": "utf-8", "utf-32": "utf-8"}
+)
+XML = re.compile(r"\s*(?:<\?xml|<!DOCTYPE[^>]*XHTML)", re.I)
+CLOSED = re.compile(  # <title/> ends itself in XHTML, in HTML it does not
+    r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)([A-Za-z][\w:.-]*)([^<>]*)/>"
+)
+OPTIONS = ConversionOptions(
+    bullets="*+-",
+    skip_images=True,
+    strip_tags=["a"],  # their text stays
+    exclude_selectors=["nav", "noscript", "template", "svg"],
+    hidden_content="reachable",
+    compact_tables=True,
+    autolinks=False,
+    expand_abbreviations=False,
+    include_blockquote_citations=False,
+    extract_metadata=False,
+    tier_strategy="tier2",  # the thorough way
+    preprocessing=PreprocessingOptions(enabled=False),  # which guesses what is no content
+)
 
 
-class Element(Tag):
-    """A tag that finds a parent of a name quickly."""
-
-    def find_parent(self, name=None, *rest, **more):
-        """As bs4's."""
-        if not isinstance(name, str) or rest or more:
-            return super().find_parent(name, *rest, **more)
-        parent = self.parent
-        while parent is not None and parent.name != name:
-            parent = parent.parent
-        return parent
-
-
-def as_markdown(page: bytes | str) -> str:
-    """The text of a page. Raises what the parser raises, RecursionError for tags that are nested too deep among it."""
-    with _collector_waits():
-        soup = BeautifulSoup(page, element_classes={Tag: Element}, **PARSER)
+def decode_page(data: bytes) -> str:
+    """The characters of a page: by its byte-order mark, what it declares, or UTF-8. An Unreadable where they are none."""
+    encoding = marked_encoding(data)
+    if encoding is None:
+        if b"\0" in data[:8192]:
+            return BINARY
+        declared = DECLARED.search(data[:HEAD])
+        name = declared[1].decode().lower() if declared else "utf-8"
+        encoding = BROWSERS.get(name, name)
+    for one in (encoding, "utf-8"):
         try:
-            for tag in [tag for tag in soup.descendants if tag.name in GONE]:
-                tag.decompose()
-            text = MarkdownConverter(strip=["a", "img"], **OPTIONS).convert_soup(soup)
-        finally:
-            soup.decompose()
-    return "\n".join(line.rstrip() for line in text.replace("\xa0", " ").splitlines()).strip()
+            return data.decode(one)
+        except (LookupError, UnicodeDecodeError):
+            continue
+    return NOT_DECLARED
 
 
-@contextmanager
-def _collector_waits() -> Iterator[None]:
-    """No search for cycles meanwhile."""
-    searches = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if searches:
-            gc.enable()
+def as_markdown(page: str) -> str:
+    """The text of a page; an Unreadable where its tags are nested too deep to be read whole."""
+    if XML.match(page):
+        page = CLOSED.sub(r"<\1\2></\1>", page)
+    found = convert(page, OPTIONS)
+    if any(str(warning.kind) == "depth_limit_exceeded" for warning in found.warnings):
+        return DEEP
+    return "\n".join(line.rstrip() for line in found.content.replace("\xa0", " ").splitlines()).strip()

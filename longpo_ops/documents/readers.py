@@ -4,7 +4,7 @@ Any other suffix is read as plain text, unless the first bytes say PDF or what r
 its bytes. Whatever fails gives an `Unreadable` in the text's place, never an exception. PDF, DOCX and EPUB are read in a
 process of their own (apart.py). Memory: one text, or a group of Parquet records; compressed files are read no further than
 the limit, so a small file cannot unpack into a huge one. Not covered: pictures of text, encodings other than UTF-8, and
-UTF-16 and UTF-32 with their byte-order marks.
+UTF-16 and UTF-32 with their byte-order marks (an HTML page may declare its own).
 """
 
 from __future__ import annotations
@@ -119,12 +119,8 @@ def _decode(data: bytes) -> str:
     encoding = marked_encoding(data)
     if encoding is None and b"\0" in data[:8192]:
         return BINARY
-    return _newlines(data, encoding or "utf-8")
-
-
-def _newlines(data: bytes, encoding: str) -> str:
     try:
-        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        return data.decode(encoding or "utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         return BINARY if b"\0" in data else Unreadable("not UTF-8")
 
@@ -136,15 +132,10 @@ def _text(stream, limit: int) -> str:
 
 def _html(stream, limit: int) -> str:
     """As Markdown: headings, lists, tables and code keep their structure; scripts, styles and pictures go."""
-    from .markup import as_markdown
+    from .markup import as_markdown, decode_page
 
     data = _bytes(stream, min(NO_LIMIT, 8 * limit))  # markup may outweigh the text
-    if data is None:
-        return TOO_LONG
-    encoding = marked_encoding(data)
-    if encoding is None and b"\0" in data[:8192]:
-        return BINARY
-    page = data if encoding is None else _newlines(data, encoding)  # the parser takes UTF-32 for UTF-16
+    page = TOO_LONG if data is None else decode_page(data)
     return page if isinstance(page, Unreadable) else as_markdown(page)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 
 from longpo_ops.documents import Listing, find_files, read_documents
 from longpo_ops.documents.layout import NO_TEXT
-from longpo_ops.documents.markup import as_markdown
 from longpo_ops.documents.refused import PACKED
 from tests.documents.writing import pdf
 
@@ -66,23 +64,6 @@ def test_a_file_is_one_document(name, data, expected, tmp_path):
     (tmp_path / name).write_bytes(data)
     (document,), listing = read(tmp_path)
     assert (document.text, document.source, listing.skipped) == (expected, name, {})
-
-
-def test_html_is_what_the_parser_and_markdownify_make_of_it():
-    from bs4 import BeautifulSoup
-    from markdownify import MarkdownConverter
-
-    page = """<body><div class="a  b"><pre class="a b">x\n\n\n<b>y</b><p>in\n\n\n</p></pre></div>
-        <ol start="3"><li>c<li>d<ul><li>e</ul></ol>
-        <svg><script>s</script></svg><table><tr><th colspan=2>h</th></tr><tr><td>1<td>2</table>&copy; <p><i>open<nav>n"""
-    soup = BeautifulSoup(page, "html.parser")
-    for tag in soup(["script", "svg", "nav"]):
-        tag.decompose()
-    plain = MarkdownConverter(heading_style="ATX", escape_asterisks=False, escape_underscores=False).convert_soup(soup)
-    assert as_markdown(page) == "\n".join(map(str.rstrip, plain.splitlines())).strip()
-    with pytest.raises(RecursionError):
-        as_markdown("<b>" * 5000)
-    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])

@@ -20,7 +20,7 @@ from longpo_ops.generate import GenerateRun, generate, generate_and_summarise
 from longpo_ops.generate.report import values_of
 from longpo_ops.runs.journal import Shard
 from tests.engines import tiny
-from tests.processes import Started
+from tests.processes import SMALL_FILES, Started
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -54,9 +54,6 @@ def begin(run: GenerateRun, before: str = "", **kwargs) -> Started:
         "from longpo_ops.generate import GenerateRun, generate\n"
         "settings = json.loads(sys.argv[1])\n"
         "settings['documents'], settings['endpoints'] = tuple(settings['documents']), tuple(settings['endpoints'])\n"
-        "if limit := settings.pop('file_limit', 0):\n"
-        "    import resource\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
         "try:\n"
         "    generate(GenerateRun(**settings))\n"
         "except (OSError, ValueError) as error:\n"
@@ -322,7 +319,7 @@ def test_a_torn_journal_and_a_kill_before_the_receipt_lose_nothing(settings, who
 def test_a_full_disk_stops_with_a_message_and_loses_nothing(full, settings, whole, tmp_path):
     limit = 6_000 if full == "journal" else (whole / "pairs-00000.jsonl").stat().st_size - 1  # no file grows beyond
     with OpenAIServer() as server:
-        process = begin(settings(endpoints=(server.url,)), file_limit=limit)
+        process = begin(settings(endpoints=(server.url,)), SMALL_FILES.format(limit))
         _, error = process.communicate()
         assert process.returncode == 1 and "OSError" in error and "File too large" in error
         kept = (tmp_path / "pairs/work/00000.journal").read_bytes()

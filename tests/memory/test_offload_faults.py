@@ -1,9 +1,7 @@
 """Budgets too small, hosts and disks that fail, processes that are killed: clear errors, weights intact, no files left."""
 
 import os
-import resource
 import signal
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,20 +9,10 @@ import torch
 from longpo_ops.memory import offload_activations
 from longpo_ops.memory.tiers import available_host_bytes
 
-from ..processes import Started, run
+from ..processes import Started, run, small_files
 from .models import INPUT_BYTES, LAYERS, PAGE, PAGES, make_ids, make_model, plain_step, same, step
 
 INPUT = PAGES * PAGE
-
-
-@contextmanager
-def limit(what, value):
-    soft, hard = resource.getrlimit(what)
-    resource.setrlimit(what, (value, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(what, (soft, hard))
 
 
 def weights(model):
@@ -122,7 +110,7 @@ print('fine')
 def test_a_full_disk_is_refused_before_anything_is_computed(tmp_path):
     model, before = make_model(), weights(make_model())
     with offload_activations(model, host_bytes=INPUT, spill_dir=tmp_path, page_bytes=PAGE) as handle:
-        with limit(resource.RLIMIT_FSIZE, 2 * INPUT), pytest.raises(OSError, match="Free space or give another"):
+        with small_files(2 * INPUT), pytest.raises(OSError, match="Free space or give another"):
             step(model)
         assert handle.used_bytes == 0 and same(weights(model), before)
         assert same(step(model), plain_step(make_model()))
@@ -132,7 +120,7 @@ def test_a_disk_that_fails_while_writing(tmp_path):
     model, before = make_model(), weights(make_model())
     with offload_activations(model, host_bytes=INPUT, spill_dir=tmp_path, page_bytes=PAGE) as handle:
         expected = step(model)  # the space is allocated from here on: what fails now is the writing
-        with limit(resource.RLIMIT_FSIZE, 2 * INPUT), pytest.raises(OSError, match="clear the gradients"):
+        with small_files(2 * INPUT), pytest.raises(OSError, match="clear the gradients"):
             step(model)
         handle._offloader.mover.workers.submit(int).result()
         assert same(weights(model), before)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +16,9 @@ from safetensors.torch import save_file
 
 from longpo_ops.runs.disk import ADVICE, told, writing
 from longpo_ops.runs.journal import write_atomically
+from tests.processes import small_files
 
 TENSORS = {"a": torch.zeros(2**18)}  # 1 MiB
-
-
-@contextmanager
-def small_files(nbytes: int = 2**16):
-    """No file grows beyond: the system refuses (EFBIG), in the middle of it, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 WRITERS = {
@@ -46,7 +34,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_library_tells_the_systems_number_and_a_path(writer, tmp_path):
-    with pytest.raises(OSError) as refusal, small_files(), writing(tmp_path):
+    with pytest.raises(OSError) as refusal, small_files(2**16), writing(tmp_path):
         WRITERS[writer](tmp_path)
     assert refusal.value.errno == errno.EFBIG and str(refusal.value.filename).startswith(str(tmp_path))
     assert "raise the limit of a file's size (ulimit -f)" in told(refusal.value)
@@ -71,7 +59,7 @@ def test_an_error_behind_a_librarys_own_is_found(tmp_path):
 
 def test_a_place_beside_others_is_named_only_where_the_system_says_the_same_there(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 2**16)
-    with pytest.raises(OSError) as refusal, small_files(), writing(tmp_path, elsewhere=True):
+    with pytest.raises(OSError) as refusal, small_files(2**16), writing(tmp_path, elsewhere=True):
         (tmp_path / "a.txt").write_text("x" * 2**20)
     assert refusal.value.errno == errno.EFBIG and refusal.value.filename == str(tmp_path)
     expected = (

@@ -21,7 +21,7 @@ from longpo_ops.train.checkpoints import (
     write_manifest,
 )
 
-from ..processes import CLI, killed_in, longpo
+from ..processes import CLI, SMALL_FILES, killed_in, longpo
 from ..processes import run as run_process
 from .tiny import run_settings, run_tiny, text_pairs, write_home, write_lines
 
@@ -110,9 +110,6 @@ def test_a_run_that_is_killed_at_every_stage_ends_with_the_same_bytes(home, tmp_
     assert left(killed) == before
 
 
-SMALL = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
-
-
 @pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors"])
 def test_a_disk_that_refuses_is_told_and_the_run_goes_on_to_the_same_bytes(home, tmp_path, file):
     """torch tells of no reason, safetensors in words of its own; here the system refuses in the middle of a file."""
@@ -120,7 +117,7 @@ def test_a_disk_that_refuses_is_told_and_the_run_goes_on_to_the_same_bytes(home,
     size = (tmp_path / "whole/checkpoint-5" / file).stat().st_size
     settings = run_settings(home, tmp_path / "out", **STEPS)
     arguments = ["train", *(f"--set={name}={json.dumps(value)}" for name, value in settings.items())]
-    done = run_process(SMALL.format(size - 1) + CLI, *arguments)
+    done = run_process(SMALL_FILES.format(size - 1) + CLI, *arguments)
     said = f"error: {tmp_path}/out/.partial: File too large; its whole checkpoints are in {tmp_path}/out; raise the limit of"
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert not (tmp_path / "out/.partial").exists()  # its half would take the room
