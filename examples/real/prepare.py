@@ -37,7 +37,7 @@ LISTS = (
     "note",
     "status",
 )  # files that are lists of names, not prose
-SHORT, LONG = range(4_000, 9_000), range(20_000, 60_000)  # characters of a text, and of a manual that is cut
+SHORT, LONG = range(4_000, 7_000), range(16_000, 32_000)  # characters of a text, and of a manual that is cut
 NUMBER, OF_PACKAGES, HELD_OUT = 20, 10, 4  # documents, how many of them packages give, and texts besides
 PARAGRAPH = 80  # characters; what is shorter may stand anywhere
 

@@ -4,7 +4,7 @@ spaces that keep words on one line are plain ones.
     bytes --decode_page--> page --html-to-markdown--> text
 
 What a page says of its encoding is believed with the meaning that browsers give it; a page that says nothing is UTF-8.
-Not covered: pages whose text is made by scripts; numbered lines of code. Tests: tests/documents/test_markup.py.
+Not covered: pages whose text is made by scripts; encodings that are guessed. Tests: tests/documents/test_markup.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from html_to_markdown import ConversionOptions, PreprocessingOptions, convert
 from ..text import marked_encoding
 from .unreadable import BINARY, Unreadable
 
-DEEP = Unreadable("HTML nested more than 1,024 deep")
-NOT_DECLARED = Unreadable("HTML that is neither UTF-8 nor what it declares")
+DEEP = Unreadable("HTML nested too deep: save it as text first")
+UNKNOWN = Unreadable("HTML in an unknown encoding: save it as UTF-8 first")
 HEAD = 1024  # bytes in which a page declares its encoding
 DECLARED = re.compile(rb"""(?:<\?xml[^>]{1,80}encoding|<meta[^>]{1,200}charset)\s*=\s*["']?\s*([\w.:-]{2,40})""", re.I)
 BROWSERS = (  # what a browser takes for what is declared: the larger encoding that holds it
@@ -60,7 +60,7 @@ def decode_page(data: bytes) -> str:
             return data.decode(one)
         except (LookupError, UnicodeDecodeError):
             continue
-    return NOT_DECLARED
+    return UNKNOWN
 
 
 def as_markdown(page: str) -> str:

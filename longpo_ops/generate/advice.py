@@ -71,6 +71,8 @@ NEEDS_NONE = {
     "no JSON object",
     # These say themselves what to do.
     "DOCX or EPUB without a reader",
+    "HTML in an unknown encoding",
+    "HTML nested too deep",
     "PostScript",
     "RTF",
     "encrypted PDF",

@@ -133,6 +133,7 @@ def generate(
 def _list(run) -> None:
     """What would be asked about."""
     from ..documents.listing import Listing, find_files
+    from .advice import advice
     from .report import describe
     from .selection import select
 
@@ -141,6 +142,8 @@ def _list(run) -> None:
         lengths["document"].append(task.tokens)
         lengths["chunk"] += [tokens for *_, tokens in task.chunks]
     typer.echo(str(listing))
+    for line in advice("documents", listing.selected, listing.skipped, run.now()):
+        typer.echo(f"  {line}")
     for kind, values in lengths.items():
         table = describe(values) if values else {"number": 0}
         terminal.print_values((f"{kind} tokens, {name}", f"{value:,}") for name, value in table.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longpo_ops.documents import Listing, find_files, read_documents
-from longpo_ops.documents.markup import DEEP, NOT_DECLARED, as_markdown, decode_page
+from longpo_ops.documents.markup import DEEP, UNKNOWN, as_markdown, decode_page
 
 CASES = {
     "headings": ("<h1>One</h1><h2>Two <code>x</code></h2><p>text", "# One\n\n## Two `x`\n\ntext"),
@@ -72,10 +72,10 @@ def test_a_page_is_what_it_declares_or_utf8(page, encoding):
 
 
 def test_a_page_of_an_unknown_encoding_is_refused_by_name(tmp_path):
-    assert decode_page("<p>Dünen".encode("latin-1")) is NOT_DECLARED
+    assert decode_page("<p>Dünen".encode("latin-1")) is UNKNOWN
     (tmp_path / "a.html").write_bytes("<meta charset=utf-8><p>中文".encode("gb18030"))
     (tmp_path / "b.html").write_text("<div>" * 5000 + "word")
     (tmp_path / "c.html").write_bytes("<meta charset=euc-jp><p>風車".encode("euc-jp"))
     listing = Listing()
     (document,) = read_documents(find_files([tmp_path]), listing)
-    assert (document.text, listing.skipped) == ("風車", {NOT_DECLARED: 1, DEEP: 1})
+    assert (document.text, listing.skipped) == ("風車", {UNKNOWN: 1, DEEP: 1})

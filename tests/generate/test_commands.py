@@ -72,6 +72,14 @@ def test_a_dry_run_lists_and_asks_nobody(tokenizer, documents, tmp_path):
     assert not (tmp_path / "pairs").exists()
 
 
+def test_a_dry_run_says_what_would_keep_more(tokenizer, documents, tmp_path):
+    done = call(*arguments(tokenizer, documents, tmp_path / "pairs", "--min-document", 900, "--dry-run"))
+    told = re.sub(r"\s+", " ", done.output)
+    assert (
+        '4 of 4 documents were lost to "shorter than wanted": join those of one folder (--join short), or lower' in told
+    )
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -14,7 +14,7 @@ DOC = (PACKAGE.parent / "docs/generate.md").read_text()
 REASONS = {
     **{
         f"documents/{name}.py": r'(?:Unreadable\(f?"|TOO_LONG, BINARY, EMPTY = Unreadable\(")([a-zA-Z0-9\- ]+)'
-        for name in ("apart", "layout", "office", "pdf", "readers", "refused", "unreadable")
+        for name in ("apart", "layout", "markup", "office", "pdf", "readers", "refused", "unreadable")
     },
     "documents/listing.py": r'skip\("([a-z ]+)"',
     "generate/selection.py": r'(?:TOO_SHORT = "|REST = "|skip\(")([a-z ]{8,})"',
