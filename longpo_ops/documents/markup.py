@@ -3,7 +3,8 @@ spaces that keep words on one line are plain ones.
 
     bytes --decode_page--> page --html-to-markdown--> text
 
-What a page says of its encoding is believed with the meaning that browsers give it; a page that says nothing is UTF-8.
+A page whose bytes are UTF-8 is UTF-8, whatever it declares; another is what it declares, with the meaning that browsers give
+the name. Bytes of ASCII alone may be letters of another alphabet in escapes, so there its declaration comes first.
 Not covered: pages whose text is made by scripts; encodings that are guessed. Tests: tests/documents/test_markup.py.
 """
 
@@ -47,17 +48,16 @@ OPTIONS = ConversionOptions(
 
 
 def decode_page(data: bytes) -> str:
-    """The characters of a page: by its byte-order mark, what it declares, or UTF-8. An Unreadable where they are none."""
-    encoding = marked_encoding(data)
-    if encoding is None:
-        if b"\0" in data[:8192]:
-            return BINARY
-        declared = DECLARED.search(data[:HEAD])
-        name = declared[1].decode().lower() if declared else "utf-8"
-        encoding = BROWSERS.get(name, name)
-    for one in (encoding, "utf-8"):
+    """The characters of a page: by its byte-order mark, as UTF-8, or by what it declares. An Unreadable where they are none."""
+    marked = marked_encoding(data)
+    if marked is None and b"\0" in data[:8192]:
+        return BINARY
+    declared = DECLARED.search(data[:HEAD])
+    name = declared[1].decode().lower() if declared else "utf-8"
+    likely = ("utf-8", BROWSERS.get(name, name))
+    for encoding in (marked,) if marked else reversed(likely) if data.isascii() else likely:
         try:
-            return data.decode(one)
+            return data.decode(encoding)
         except (LookupError, UnicodeDecodeError):
             continue
     return UNKNOWN

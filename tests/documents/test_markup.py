@@ -64,10 +64,11 @@ def test_tags_nested_too_deep_are_refused_and_not_read_in_part():
         ('<?xml version="1.0" encoding="koi8-r"?><p>ветер', "koi8-r"),
         ("<meta charset=unknown><p>中文", "utf-8"),
         ("<meta charset=ascii-not><p>中文", "utf-8"),
-        ("<meta charset=big5><p>中文", "utf-8"),  # what it declares is not so
+        ("<meta charset=gb2312><p>中文文字", "utf-8"),  # what it declares is not so, and would have letters, too
+        ("<meta charset=iso-2022-jp><p>風車", "iso-2022-jp"),  # bytes of ASCII
     ],
 )
-def test_a_page_is_what_it_declares_or_utf8(page, encoding):
+def test_a_page_is_utf8_or_what_it_declares(page, encoding):
     assert decode_page(page.encode(encoding)) == page
 
 
