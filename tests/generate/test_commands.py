@@ -73,7 +73,9 @@ def test_a_dry_run_lists_and_asks_nobody(tokenizer, documents, tmp_path):
 
 
 def test_a_dry_run_says_what_would_keep_more(tokenizer, documents, tmp_path):
-    done = call(*arguments(tokenizer, documents, tmp_path / "pairs", "--min-document", 900, "--dry-run"))
+    more = ("--length", 2048, "--min-document", 1500, "--endpoint", "http://127.0.0.1:9", "--dry-run")
+    done = call(*arguments(tokenizer, documents, tmp_path / "pairs", *more))
+    assert done.exit_code == 0, done.output
     told = re.sub(r"\s+", " ", done.output)
     assert (
         '4 of 4 documents were lost to "shorter than wanted": join those of one folder (--join short), or lower' in told
