@@ -1,7 +1,7 @@
 // The products of a chunk of n rows with the head, float32 or bfloat16 operands, float32 results:
 //
 //   logits_                z  (n, V)  = h (n, H) W^T (H, V)
-//   hidden_gradient_       dh (n, H)  = dz (n, V) W (V, H)
+//   hidden_gradient_       dh (n, H)  = dz (n, V) W (V, H)             or dz (n, K) times K rows of W, which are named
 //   add_weight_gradient_   dw (V, H) += dz^T (V, n) h (n, H)       = with `first`
 //
 // torch's own products return bfloat16 from bfloat16, and reach 85 % of the processor's rate on a few hundred rows. The
@@ -100,20 +100,27 @@ void turn(const uint32_t* in, int64_t rows, int64_t columns, int64_t pitch, uint
   }
 }
 
-// (rows, columns) -> words (rows / pair, columns); a last row alone is paired with zeros.
-template <class T>
-void pack(const T* in, int64_t rows, int64_t columns, int64_t pitch, uint32_t* out, int64_t out_pitch) {
-  for (int64_t k = 0; k < rows; k += kPair<T>, in += kPair<T> * pitch, out += out_pitch) {
+// (rows, columns) -> words (rows / pair, columns); a last row alone is paired with zeros. `row` says where row k is.
+template <class Row>
+void pack_rows(const Row& row, int64_t rows, int64_t columns, uint32_t* out, int64_t out_pitch) {
+  using T = std::remove_const_t<std::remove_pointer_t<decltype(row(0))>>;
+  for (int64_t k = 0; k < rows; k += kPair<T>, out += out_pitch) {
     if constexpr (kPair<T> == 1) {
-      std::memcpy(out, in, columns * sizeof(T));
+      std::memcpy(out, row(k), columns * sizeof(T));
       continue;
     }
-    const auto* even = reinterpret_cast<const uint16_t*>(in);
-    const auto* odd = even + pitch;
+    const bool paired = k + 1 < rows;
+    const auto* even = reinterpret_cast<const uint16_t*>(row(k));
+    const auto* odd = reinterpret_cast<const uint16_t*>(row(paired ? k + 1 : k));
     for (int64_t j = 0; j < columns; ++j) {
-      out[j] = even[j] | (k + 1 < rows ? static_cast<uint32_t>(odd[j]) << 16 : 0);
+      out[j] = even[j] | (paired ? static_cast<uint32_t>(odd[j]) << 16 : 0);
     }
   }
+}
+
+template <class T>
+void pack(const T* in, int64_t rows, int64_t columns, int64_t pitch, uint32_t* out, int64_t out_pitch) {
+  pack_rows([=](int64_t k) { return in + k * pitch; }, rows, columns, out, out_pitch);
 }
 
 // (rows, columns <= kColumns) -> words (columns, rows / pair)
@@ -188,12 +195,34 @@ std::vector<T> odd_column(const Matrix<T>& dz) {
   return pairs;
 }
 
+// The rows of the head that dz's columns meet: all of them, or those that are named.
+struct MetRows {
+  Tensor kept;  // (K,) int64, or undefined
+  const int64_t* named = nullptr;
+
+  MetRows(const std::optional<Tensor>& columns, int64_t count, int64_t rows) {
+    if (!columns.has_value()) {
+      TORCH_CHECK_VALUE(count == rows, "dz must have as many columns as weight has rows, got ", count, " and ", rows);
+      return;
+    }
+    TORCH_CHECK_VALUE(columns->scalar_type() == at::kLong && columns->numel() == count, "columns must name ", count,
+                      " rows of weight as int64, got ", columns->sizes(), " ", columns->scalar_type());
+    kept = columns->contiguous();
+    named = kept.const_data_ptr<int64_t>();
+    TORCH_CHECK_VALUE(std::all_of(named, named + count, [=](int64_t j) { return 0 <= j && j < rows; }),
+                      "columns must lie in [0, ", rows, ")");
+  }
+  int64_t operator()(int64_t k) const {
+    return named == nullptr ? k : named[k];
+  }
+};
+
 // A task is kColumns of H for all rows, or for a part of them where threads outnumber the columns' blocks.
 template <class T>
-void hidden_gradient(const Tensor& logits_gradient, const Tensor& weight, const Tensor& out) {
+void hidden_gradient(const Tensor& logits_gradient, const Tensor& weight, const std::optional<Tensor>& columns_met,
+                     const Tensor& out) {
   const Matrix<T> dz(logits_gradient, "dz"), w(weight, "weight");
-  TORCH_CHECK_VALUE(dz.columns == w.rows, "dz ", logits_gradient.sizes(), " must have as many columns as weight ",
-                    weight.sizes(), " has rows");
+  const MetRows met(columns_met, dz.columns, w.rows);
   const Result dh(out, dz.rows, w.columns, "out");
   const int64_t panels = blocks(w.columns, kColumns), even = dz.columns / kPair<T> * kPair<T>;
   const int64_t wanted = blocks(at::get_num_threads(), std::max<int64_t>(1, panels));
@@ -206,7 +235,8 @@ void hidden_gradient(const Tensor& logits_gradient, const Tensor& weight, const 
         const int64_t column = task / parts * kColumns, row = task % parts * part;
         const int64_t columns = std::min(kColumns, w.columns - column);
         if (task == begin || row == 0) {
-          pack(w.data + k * w.pitch + column, std::min(depth, w.rows - k), columns, w.pitch, packed.data(), kColumns);
+          pack_rows([&](int64_t i) { return w.data + met(k + i) * w.pitch + column; }, std::min(depth, dz.columns - k),
+                    columns, packed.data(), kColumns);
         }
         multiply(a + row * a_pitch, a_pitch, packed.data(), dh.data + row * dh.pitch + column, dh.pitch,
                  std::min(part, dz.rows - row), columns, depth, k > 0);
@@ -322,9 +352,10 @@ TORCH_LIBRARY_FRAGMENT(longpo_cpu, m) {
   m.def("logits_(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()", [](const Tensor& h, const Tensor& w, Tensor z) {
     h.scalar_type() == at::kBFloat16 ? logits<BFloat16>(h, w, z) : logits<float>(h, w, z);
   });
-  m.def("hidden_gradient_(Tensor dz, Tensor weight, Tensor(a!) out) -> ()",
-        [](const Tensor& dz, const Tensor& w, Tensor dh) {
-          dz.scalar_type() == at::kBFloat16 ? hidden_gradient<BFloat16>(dz, w, dh) : hidden_gradient<float>(dz, w, dh);
+  m.def("hidden_gradient_(Tensor dz, Tensor weight, Tensor? columns, Tensor(a!) out) -> ()",
+        [](const Tensor& dz, const Tensor& w, const std::optional<Tensor>& columns, Tensor dh) {
+          dz.scalar_type() == at::kBFloat16 ? hidden_gradient<BFloat16>(dz, w, columns, dh)
+                                            : hidden_gradient<float>(dz, w, columns, dh);
         });
   m.def("add_weight_gradient_(Tensor(a!) dw, Tensor dz, Tensor hidden, bool first) -> ()",
         [](Tensor dw, const Tensor& dz, const Tensor& h, bool first) {

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def cached_library(name: str, sources: list[Path], command: list[str]) -> Path:
             f"cannot write {path}: {error}; set LONGPO_OPS_CACHE to a folder that can be written"
         ) from error
     return path
+
+
+def kept_once(path: Path, make: Callable[[], str]) -> str:
+    """The text of a file of the cache, which the first process makes. Raises BuildError or OSError where it cannot be kept."""
+    if not path.exists():
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have made it meanwhile
+                with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                    made = Path(folder) / path.name
+                    made.write_text(make(), encoding="utf-8")
+                    os.replace(made, path)
+    return path.read_text(encoding="utf-8")
 
 
 def compile_cpu(destination: Path) -> Path:

@@ -9,8 +9,10 @@ bias that is not float32.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .build import load_cpu
+from .sparse import EPSILON, FLOOR, GROUPS, LEAST_ROWS, MOST, Kept, sparse_gradient
 from .tiles import NOTHING, _narrow
 
 
@@ -44,6 +46,16 @@ class CpuTiles:
             _narrow(z, dtype) if need_student else None,
             _narrow(z_teacher, dtype) if need_teacher else None,
         )
+
+    def sparse_gradient(self, dz, products):
+        return sparse_gradient(dz, products, self.keep_columns_)
+
+    def keep_columns_(self, dz: Tensor) -> Kept | None:
+        if dz.shape[0] < LEAST_ROWS:
+            return None
+        columns, sums, shares = self._ops.keep_columns_(dz, EPSILON, FLOOR, MOST, GROUPS)
+        kept = columns.shape[0]
+        return None if kept == dz.shape[1] else Kept(dz[:, :kept], columns, sums, shares)
 
     def segment_sums(self, values, segments, out):
         self._ops.segment_sums(values, segments, out)

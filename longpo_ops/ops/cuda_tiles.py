@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .build import BuildError, cached_library, source_folder
+from .sparse import keep_columns_, sparse_gradient
 from .tiles import NOTHING, LogitMap, Tiles, TorchTiles, _narrow
 
 TARGETS = {"compute_80": ["sm_80", "compute_80"], "compute_90a": ["sm_90a"], "compute_100a": ["sm_100a"]}
@@ -132,6 +133,9 @@ class CudaTiles:
 
     def divergence_(self, *arguments):
         return _divergence_tiles().divergence_(*arguments)
+
+    def sparse_gradient(self, dz, products):
+        return sparse_gradient(dz, products, keep_columns_)
 
     def segment_sums(self, values, segments, out):
         values, segments = values.double().contiguous(), segments.contiguous()

@@ -28,7 +28,8 @@ def make_head(weight: Tensor, bias: Tensor | None, options: Options, backend: st
     dtype = options.compute_dtype
     tiles = choose_backend(weight.device, dtype, backend or None)
     native = multiplies_natively(weight, dtype, tiles.name)
-    limit = rows_per_chunk(options.workspace_bytes, weight, dtype, native=native, blocks=tiles.name == "torch")
+    forms = {"native": native, "blocks": tiles.name == "torch", "sparse": options.sparse}
+    limit = rows_per_chunk(options.workspace_bytes, weight, dtype, **forms)
     return HeadSweep(weight, bias, tiles, options, max(1, min(limit, rows)))
 
 

@@ -4,9 +4,14 @@
     dh = dZ W         (n, H)
     dW += dZ^T h      (V, H)   accumulated in float32
 
+and dh of some of dZ's columns, which meet as many rows of W (sparse.py).
+
 CUDA with 16-bit operands: the vendor's products with a float32 result. CPU with the C++ back-end: csrc/cpu/products.cpp for
-float32, and for bfloat16 where the processor multiplies it. Elsewhere torch's products, 16-bit inputs in float32 (a bf16
-product runs at 0.3 GFLOP/s on AVX2) with a weight upcast block by block of UPCAST_BYTES.
+bfloat16 where the processor multiplies it, and for float32 each product by that or by torch's, whichever this processor is
+faster with (fastest.py). Elsewhere torch's products, 16-bit inputs in float32 (a bf16 product runs at 0.3 GFLOP/s on AVX2)
+with a weight upcast block by block of UPCAST_BYTES.
+
+Tests: tests/ops/test_products.py, tests/ops/test_fastest.py.
 """
 
 from __future__ import annotations
@@ -16,8 +21,11 @@ import functools
 import torch
 from torch import Tensor
 
+from .fastest import HEAD, HIDDEN, LOGITS, products_by_blocks
+
 UPCAST_BYTES = 8 << 20
 SLICE_BYTES = 4 << 20  # of a float32 weight per product on a CPU: 190 instead of 167 GFLOP/s at 384 rows, two threads
+SOME_ROWS = 32  # below this torch's products on a CPU may add in chains as long as the depth: csrc/cpu's blocks never do
 FEW_ROWS = 4  # below this the CPU's products add one number after another: ten times the rounding error at V = 128K
 
 
@@ -62,28 +70,31 @@ class Products:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, backend: str = "torch"):
         self.native = multiplies_natively(weight, dtype, backend)
+        self.by_blocks = products_by_blocks(dtype) if self.native else ()  # those of csrc/cpu
         self.dtype = operand_dtype(weight.device, dtype, self.native)
         self.tile_dtype = result_dtype(dtype)
         self.blockwise = weight.device.type == "cpu" and weight.dtype.itemsize < self.dtype.itemsize
         self.weight = weight if self.blockwise else weight.to(self.dtype)
         self.wide = self.dtype != self.tile_dtype  # 16-bit operands, float32 results
 
-    def _blocks(self):
-        """Row blocks of the weight, in the operands' dtype."""
+    def _by_blocks(self, product: str, rows: int) -> bool:
+        return product in self.by_blocks or (self.native and rows < SOME_ROWS)
+
+    def _blocks(self, columns: Tensor | None = None):
+        """Row blocks of the weight in the operands' dtype, of all rows or of those that are named: which of them, and they."""
         vocab, width = self.weight.shape
-        if not self.blockwise:
-            rows = max(1, SLICE_BYTES // (width * self.dtype.itemsize)) if self.weight.device.type == "cpu" else vocab
-            yield from ((slice(i, i + rows), self.weight[i : i + rows]) for i in range(0, vocab, rows))
-            return
-        rows = max(1, UPCAST_BYTES // (width * self.dtype.itemsize))
-        buffer = self.weight.new_empty(min(rows, vocab), width, dtype=self.dtype)
-        for start in range(0, vocab, rows):
-            block = self.weight[start : start + rows]
-            yield slice(start, start + rows), buffer[: block.shape[0]].copy_(block)
+        count = vocab if columns is None else columns.shape[0]
+        on_cpu = self.weight.device.type == "cpu"
+        rows = max(1, (UPCAST_BYTES if self.blockwise else SLICE_BYTES) // (width * self.dtype.itemsize)) if on_cpu else count
+        buffer = self.weight.new_empty(min(rows, count), width, dtype=self.dtype) if self.blockwise else None
+        for start in range(0, count, max(1, rows)):
+            block = slice(start, start + rows)
+            named = self.weight[block] if columns is None else self.weight.index_select(0, columns[block])
+            yield block, buffer[: named.shape[0]].copy_(named) if self.blockwise else named
 
     def logits_(self, h: Tensor, out: Tensor) -> Tensor:
         """h (n, H) -> out (n, V) in tile_dtype."""
-        if self.native:
+        if self._by_blocks(LOGITS, h.shape[0]):
             torch.ops.longpo_cpu.logits_(h, self.weight, out)
             return out
         if self.wide:
@@ -94,26 +105,27 @@ class Products:
             torch.mm(h, weight.t(), out=z[:, columns])
         return out if z is out else out.copy_(z[:n])
 
-    def hidden_gradient(self, dz: Tensor) -> Tensor:
-        """dz (n, V) -> (n, H) in the operands' dtype or in float32."""
-        if self.native:
+    def hidden_gradient(self, dz: Tensor, columns: Tensor | None = None) -> Tensor:
+        """dz (n, V) -> (n, H) in the operands' dtype or in float32; with columns (K,) dz (n, K) meets those rows of W."""
+        if self._by_blocks(HIDDEN, dz.shape[0]):
             dh = torch.empty(dz.shape[0], self.weight.shape[1])
-            torch.ops.longpo_cpu.hidden_gradient_(dz, self.weight, dh)
+            torch.ops.longpo_cpu.hidden_gradient_(dz, self.weight, columns, dh)
             return dh
         dz, n = _enough(dz), dz.shape[0]
-        if not self.blockwise:
+        if not self.blockwise and columns is None:
             return (dz @ self.weight)[:n]
         dh = dz.new_zeros(dz.shape[0], self.weight.shape[1])
-        for columns, weight in self._blocks():
-            dh.addmm_(dz[:, columns], weight)
+        for block, weight in self._blocks(columns):
+            dh.addmm_(dz[:, block], weight)
         return dh[:n]
 
     def add_weight_gradient_(self, dw: Tensor, dz: Tensor, h: Tensor, first: bool = False) -> None:
         """dw (V, H) in tile_dtype += dz^T h; with `first` dw holds nothing yet, and a pass over it less is made."""
-        dz, beta = dz if self.native else dz.t(), float(not first)
-        if self.native:
+        if self._by_blocks(HEAD, dz.shape[0]):
             torch.ops.longpo_cpu.add_weight_gradient_(dw, dz, h, first)
-        elif not self.wide:
+            return
+        dz, beta = dz.t(), float(not first)
+        if not self.wide:
             torch.addmm(dw, dz, h, beta=beta, out=dw)
         elif _addmm_takes_float32(dz.device, dz.dtype):
             torch.ops.aten.addmm.dtype_out(dw, dz, h, torch.float32, beta=beta, out=dw)

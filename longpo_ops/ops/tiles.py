@@ -43,10 +43,15 @@ Tests: tests/ops/test_cpu_tiles.py.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .sparse import keep_columns_, sparse_gradient
+
+if TYPE_CHECKING:
+    from .products import Products
 
 BLOCK_BYTES = 1 << 20  # of the PyTorch form on a CPU: its caches hold them
 BLOCK_SHARE = 16  # of a tile per block elsewhere: what a launch costs, an H200 reads 20 MB in
@@ -163,6 +168,10 @@ class Tiles(Protocol):
         """-> values (n,), and where needed kappa * d value / dz and kappa * d value / dz_teacher, (n, V) in `dtype`,
         each in its tile's memory. Both tiles may be overwritten; kappa (n,) is not multiplied into the values."""
 
+    def sparse_gradient(self, dz: Tensor, products: Products) -> Tensor:
+        """dz (n, V), as the functions above return it -> (n, H) as products.hidden_gradient does, from the columns that
+        matter (sparse.py); dz is overwritten."""
+
     def segment_sums(self, values: Tensor, segments: Tensor, out: Tensor) -> None:
         """out (K,) float64 += the sums of values (n,) by segments (n,) int64; -1 belongs nowhere. Bitwise repeatable."""
 
@@ -249,6 +258,9 @@ class TorchTiles:
             _narrow(z, dtype) if need_student else None,
             _narrow(z_teacher, dtype) if need_teacher else None,
         )
+
+    def sparse_gradient(self, dz, products):
+        return sparse_gradient(dz, products, keep_columns_)
 
     def segment_sums(self, values, segments, out):
         numbers = torch.arange(out.shape[0], device=out.device)[:, None]  # (K, 1) against (1, n): K n numbers at a time

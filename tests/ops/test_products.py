@@ -136,4 +136,4 @@ def test_wrong_operands_are_refused():
             ops.add_weight_gradient_(*arguments, False)
     for arguments in ((h, w, torch.empty(3, 4)), (h[:, :3], w[:3], torch.empty(3, 5)), (h[:, :3], w[:3].float(), h)):
         with pytest.raises(ValueError):
-            ops.hidden_gradient_(*arguments)
+            ops.hidden_gradient_(*arguments[:2], None, arguments[2])

@@ -1,0 +1,98 @@
+"""Which float32 products of a CPU are csrc/cpu's and which torch's: measured once for a processor, then remembered.
+
+    logits   Z = h W^T          hidden   dh = dZ W          head   dW += dZ^T h
+
+Neither is the faster one everywhere: the library behind torch's products reaches 0.95 of an Intel processor's rate on some
+hundred rows, where csrc/cpu's blocks reach 0.8, and on others it is the other way round, product by product. So at the first use
+with a number of threads each is timed both ways on ROWS rows (some 50 ms), and the answer is kept beside the compiled library,
+for this processor, torch and number of threads, so that later processes compute the same bits. Where the folder cannot be
+written, each process measures by itself. LONGPO_OPS_PRODUCTS=blocks or torch forces one for all three; blocks gives the same
+bits with any number of threads.
+
+Tests: tests/ops/test_fastest.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..kinds import check_choice
+from .build import BuildError, cache_folder, kept_once
+
+LOGITS, HIDDEN, HEAD = PRODUCTS = ("logits", "hidden", "head")
+VARIABLE, FORMS = "LONGPO_OPS_PRODUCTS", ("blocks", "torch")
+ROWS, VOCAB, WIDTH = 128, 1024, 512
+ROUNDS = 5  # of both forms in turn; the least time of each counts
+
+
+def products_by_blocks(dtype: torch.dtype) -> tuple[str, ...]:
+    """The products that csrc/cpu computes for operands of this dtype; torch's of 16 bits would round their results.
+
+    Raises ValueError for a LONGPO_OPS_PRODUCTS that is neither blocks nor torch."""
+    if dtype != torch.float32:
+        return PRODUCTS
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        return PRODUCTS if check_choice(VARIABLE, forced, FORMS) == "blocks" else ()
+    return _remembered(torch.get_num_threads())
+
+
+@functools.cache
+def _remembered(threads: int) -> tuple[str, ...]:
+    def found() -> str:
+        return json.dumps({"threads": threads, "by_blocks": measure()})
+
+    try:
+        told = json.loads(kept_once(file(threads), found))
+    except (BuildError, OSError, ValueError):
+        told = json.loads(found())
+    return tuple(name for name in PRODUCTS if name in told["by_blocks"])
+
+
+def file(threads: int) -> Path:
+    """Where the answer for this processor is kept."""
+    known = (_processor(), torch.__version__, torch.backends.cpu.get_cpu_capability(), threads, ROWS, VOCAB, WIDTH)
+    return cache_folder() / f"products-{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}.json"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "; ".join(sorted({x for x in lines if x.startswith(("model name", "cpu family", "model\t", "stepping"))}))
+
+
+def measure() -> list[str]:
+    """The products that are faster by blocks."""
+    least: dict[tuple[str, int], float] = {}
+    forms = _forms()
+    for rnd in range(ROUNDS + 1):
+        for name, pair in forms.items():
+            for form, run in enumerate(pair):
+                start = time.perf_counter()
+                run()
+                if rnd:  # the first one compiles
+                    least[name, form] = min(time.perf_counter() - start, least.get((name, form), float("inf")))
+    return [name for name in PRODUCTS if least[name, 0] < least[name, 1]]
+
+
+def _forms() -> dict[str, tuple[Callable, Callable]]:
+    """name -> the product by blocks, and torch's."""
+    ops = torch.ops.longpo_cpu
+    h, w, z = torch.ones(ROWS, WIDTH), torch.ones(VOCAB, WIDTH), torch.ones(ROWS, VOCAB)
+    dh, dw = torch.empty(ROWS, WIDTH), torch.zeros(VOCAB, WIDTH)
+    return {
+        LOGITS: (lambda: ops.logits_(h, w, z), lambda: torch.mm(h, w.t(), out=z)),
+        HIDDEN: (lambda: ops.hidden_gradient_(z, w, None, dh), lambda: torch.mm(z, w, out=dh)),
+        HEAD: (lambda: ops.add_weight_gradient_(dw, z, h, False), lambda: torch.addmm(dw, z.t(), h, out=dw)),
+    }
