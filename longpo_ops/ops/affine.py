@@ -89,6 +89,7 @@ def rows_op(
     softcap: float,
     workspace_bytes: int,
     compute_dtype: torch.dtype,
+    sparse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """asked: of entropy, S and what is predicted. -> logps, entropies, logsumexps, S, predicted; (0,) for what is not."""
@@ -203,13 +204,13 @@ def _rows_backward(ctx, *grads):
     nothing = hidden.new_empty(0, dtype=result_dtype(weight.dtype))
     upstream = [nothing if g is None else g.contiguous() for g in grads[:4]]
     if all(g is None for g in grads[:4]):
-        return (None,) * 12
+        return (None,) * 13
     if grads[0] is None:
         upstream[0] = torch.zeros_like(next(g for g in grads[:4] if g is not None))
-    need = list(ctx.needs_input_grad[:3])
-    *options, backend = ctx.options
-    found = rows_backward_op(upstream, hidden, weight, bias, classes, labels, *options, need, backend)
-    return *(g if needed else None for g, needed in zip(found, need, strict=True)), *[None] * 9
+    need = ctx.needs_input_grad[:3]
+    *options, sparse, backend = ctx.options
+    found = rows_backward_op(upstream, hidden, weight, bias, classes, labels, *options, [*need, sparse], backend)
+    return *(g if needed else None for g, needed in zip(found, need, strict=True)), *[None] * 10
 
 
 rows_op.register_autograd(_rows_backward, setup_context=_rows_setup)

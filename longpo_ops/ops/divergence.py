@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kinds import check_choice, check_number, check_object, check_tensor
+from ..kinds import check_choice, check_flag, check_number, check_object, check_tensor
 from ..parallel import alike, group_named
 from .checks import (
     check_backend,
@@ -34,7 +34,7 @@ from .dispatch import choose_backend
 from .operators import deliver, refuse_create_graph, scale_, scaled
 from .products import Products, result_dtype, row_major
 from .rows import WINDOW, sizes, to_device
-from .sweep import float16_scale, row_unit, rows_per_chunk
+from .sweep import float16_scale, hidden_gradient, row_unit, rows_per_chunk
 from .tiles import Divergence, LogitMap, empty_tile
 
 KINDS = ("forward", "reverse", "jsd")
@@ -59,6 +59,7 @@ def linear_kl(
     teacher_scale: float | None = None,
     teacher_softcap: float | None = None,
     workspace_bytes: int | None = None,
+    sparse_hidden_gradient: bool = False,
     backend: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -71,6 +72,7 @@ def linear_kl(
     scale, softcap: of the student's logits, and the teacher's unless teacher_scale, teacher_softcap are given.
     Gradients reach student and teacher tensors that require one; detach the teacher for distillation. With "none", backward
     recomputes. The two heads may differ in hidden size, not in V; all tensors share one dtype, or autocast is on.
+    sparse_hidden_gradient: of student and teacher, as in fused_preference_loss.
     group: ranks that hold the other rows. hidden, teacher_hidden, mask and row_weights are this rank's rows, any number of
         them, even none. The sum or mean is that over the rows of all ranks, the same on each; its gradient is this rank's
         share, as with shards in packed_preference_loss: FSDP and DDP average, so multiply by the world size. Rows that do
@@ -112,7 +114,8 @@ def linear_kl(
     wider = weight if weight.shape[1] >= teacher_weight.shape[1] else teacher_weight
     scratch = check_workspace(workspace_bytes, wider, dtype, tiles=2)
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    options = (kind, beta, *student_map, *teacher_map, scratch, dtype, backend)
+    sparse = check_flag("sparse_hidden_gradient", sparse_hidden_gradient)
+    options = (kind, beta, *student_map, *teacher_map, scratch, dtype, sparse, backend)
     if reduction == "none":
         values = _values_op(*heads, mask, *options)
         return values if row_weights is None else values * row_weights.to(values.device)
@@ -147,8 +150,9 @@ def _weight_of_rows(n: int, mask: Tensor | None, weights: Tensor | None) -> Tens
 class _Side:
     """Student or teacher: its products, map, gradients and one tile."""
 
-    def __init__(self, hidden, weight, bias, map, dtype, rows, need, backend):
-        self.hidden, self.products = hidden, Products(weight, dtype, backend)
+    def __init__(self, hidden, weight, bias, map, dtype, rows, need, tiles, sparse):
+        self.hidden, self.products, self.tiles = hidden, Products(weight, dtype, tiles.name), tiles
+        self.sparse = sparse
         self.map = LogitMap(bias if bias is None else bias.contiguous(), *map)
         self.need = any(need)
         self.tile = empty_tile(rows, weight.shape[0], weight.device, self.products.tile_dtype)
@@ -163,16 +167,17 @@ class _Side:
         return self.products.logits_(self.h, self.tile[: index.shape[0]])
 
     def gather(self, index: Tensor, dz: Tensor) -> None:
-        if self.dh is not None:
-            self.dh.index_copy_(0, index, self.products.hidden_gradient(dz).to(self.dh.dtype))
         if self.dw is not None:
             self.products.add_weight_gradient_(self.dw, dz, self.h)
         if self.db is not None:
             self.db.add_(dz.sum(0, dtype=self.tile.dtype))
+        if self.dh is not None:  # last: a sparse one overwrites dz
+            dh = hidden_gradient(dz, self.products, self.tiles, self.sparse)
+            self.dh.index_copy_(0, index, dh.to(self.dh.dtype))
 
 
 def _sweep(
-    heads, mask, weights, total, kind, beta, student_map, teacher_map, scratch, dtype, backend, need, values=None
+    heads, mask, weights, total, kind, beta, student_map, teacher_map, scratch, dtype, sparse, backend, need, values=None
 ):  # fmt: skip
     """-> sum_t kappa_t * value_t in float64, the two sides with its gradients, and their scale. kappa is weights (N,), or 1
     each, over total (), or 0 where that is 0; rows without mask or weight are never read. `values` (N,) takes each row's."""
@@ -181,10 +186,10 @@ def _sweep(
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
         tiles = choose_backend(weight.device, dtype, backend or None, divergence=True)
         wider = weight if weight.shape[1] >= teacher_weight.shape[1] else teacher_weight
-        fit = rows_per_chunk(scratch, wider, dtype, tiles=2, blocks=tiles.name == "torch")
+        fit = rows_per_chunk(scratch, wider, dtype, tiles=2, blocks=tiles.name == "torch", sparse=sparse)
         rows, unit = max(1, min(fit, n)), row_unit(weight.device)
-        student = _Side(hidden, weight, bias, student_map, dtype, rows, need[:3], tiles.name)
-        teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_map, dtype, rows, need[3:], tiles.name)
+        student = _Side(hidden, weight, bias, student_map, dtype, rows, need[:3], tiles, sparse)
+        teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_map, dtype, rows, need[3:], tiles, sparse)
         mask, weights = (None if t is None else t.cpu() for t in (mask, weights))
         total = to_device(total, weight.device, torch.float64)
         kappa_scale = torch.where(total != 0, 1 / total, 0.0)
@@ -229,8 +234,8 @@ def _divergence_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None,
     teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
     mask: Tensor | None, weights: Tensor | None, total: Tensor, group: str, kind: str, beta: float, scale: float,
-    softcap: float, teacher_scale: float, teacher_softcap: float, scratch: int, dtype: torch.dtype, backend: str,
-    need: list[bool],
+    softcap: float, teacher_scale: float, teacher_softcap: float, scratch: int, dtype: torch.dtype, sparse: bool,
+    backend: str, need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> sum_t weight_t / total * value_t, over all ranks of the group of that name, if any; the gradients of this one's
     rows by the six head tensors (empty where not needed), their scales."""
@@ -238,7 +243,7 @@ def _divergence_op(
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     maps = (scale, softcap), (teacher_scale, teacher_softcap)
     summed, student, teacher, grad_scale = _sweep(
-        heads, mask, weights, total, kind, beta, *maps, scratch, dtype, backend, need
+        heads, mask, weights, total, kind, beta, *maps, scratch, dtype, sparse, backend, need
     )
     if group:
         dist.all_reduce(summed, group=group_named(group))
@@ -282,14 +287,14 @@ def _values_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None,
     teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
     mask: Tensor | None, kind: str, beta: float, scale: float, softcap: float, teacher_scale: float,
-    teacher_softcap: float, scratch: int, dtype: torch.dtype, backend: str,
+    teacher_softcap: float, scratch: int, dtype: torch.dtype, sparse: bool, backend: str,
 ) -> Tensor:
     """-> (N,) values, 0 where masked out."""
     # fmt: on
     heads = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     values = torch.zeros(hidden.shape[0], device=hidden.device, dtype=result_dtype(weight.dtype))
     maps, one, need = ((scale, softcap), (teacher_scale, teacher_softcap)), torch.ones(()), [False] * 6
-    _sweep(heads, mask, None, one, kind, beta, *maps, scratch, dtype, backend, need, values)
+    _sweep(heads, mask, None, one, kind, beta, *maps, scratch, dtype, sparse, backend, need, values)
     return values
 
 
@@ -311,7 +316,7 @@ def _values_backward(ctx, grad):
         _, *grads, grad_scale = _divergence_op(*heads, mask, grad.contiguous(), torch.ones(()), "", *ctx.options, need)
         factors = 1 / grad_scale
         head = [scale_(g, factors[i]) if need[i] else None for i, g in enumerate(grads)]
-    return *head, *[None] * 10
+    return *head, *[None] * 11
 
 
 _values_op.register_autograd(_values_backward, setup_context=_values_setup)

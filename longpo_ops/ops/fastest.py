@@ -2,12 +2,11 @@
 
     logits   Z = h W^T          hidden   dh = dZ W          head   dW += dZ^T h
 
-Neither is the faster one everywhere: the library behind torch's products reaches 0.95 of an Intel processor's rate on some
-hundred rows, where csrc/cpu's blocks reach 0.8, and on others it is the other way round, product by product. So at the first use
-with a number of threads each is timed both ways on ROWS rows (some 50 ms), and the answer is kept beside the compiled library,
-for this processor, torch and number of threads, so that later processes compute the same bits. Where the folder cannot be
-written, each process measures by itself. LONGPO_OPS_PRODUCTS=blocks or torch forces one for all three; blocks gives the same
-bits with any number of threads.
+Neither is the faster one everywhere: it differs between processors, and between the three. So at the first use with a number of
+threads each is timed both ways on ROWS rows (some 50 ms), and the answer is kept beside the compiled library, for this
+processor, torch and number of threads: later processes compute the same bits. Where that folder cannot be written, each process
+measures by itself. LONGPO_OPS_PRODUCTS=blocks or torch forces one for all three; blocks gives the same bits with any number of
+threads.
 
 Tests: tests/ops/test_fastest.py.
 """

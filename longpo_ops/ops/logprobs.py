@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kinds import check_number, refusal
+from ..kinds import check_flag, check_number, refusal
 from ..parallel import Shards
 from .affine import cross_entropy_op, rows_op
 from .batch import Batch
@@ -63,13 +63,15 @@ def linear_logprobs(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
     workspace_bytes: int | None = None,
+    sparse_hidden_gradient: bool = False,
     backend: str | None = None,
 ) -> Tensor | RowOutputs:
     """-> (N,) log-probs of the labels, float32 (float64 for float64 inputs), 0 where labels == ignore_index.
 
     Row t of hidden predicts labels[t]: nothing is shifted. hidden and weight share one of float32, bfloat16, float16,
     float64, or autocast is on. Gradients reach hidden, weight and bias, exact for any upstream gradient; ignored rows are
-    never read. Labels on the host cost no synchronisation. workspace_bytes, backend: as in fused_preference_loss.
+    never read. Labels on the host cost no synchronisation. workspace_bytes, sparse_hidden_gradient, backend: as in
+    fused_preference_loss.
 
     outputs: of "entropy", "logsumexp" and "predicted"; with any, a RowOutputs comes instead. Gradients reach the inputs
         through entropy and logsumexp, too, exact for any upstream gradients; what is predicted has none. The entropy is the
@@ -85,7 +87,8 @@ def linear_logprobs(
     ignore_index, backend = check_ignore_index(ignore_index), check_backend(backend)
     dtype = compute_dtype(hidden, weight)
     scratch = check_workspace(workspace_bytes, weight, dtype)
-    options = (ignore_index, *logit_map(scale, softcap, temperature), scratch, dtype, backend)
+    sparse = check_flag("sparse_hidden_gradient", sparse_hidden_gradient)
+    options = (ignore_index, *logit_map(scale, softcap, temperature), scratch, dtype, sparse, backend)
     if not _check_outputs(outputs, weight):
         return logps_op(hidden, weight, bias, labels, *options)
     asked = ["entropy" in outputs, False, "predicted" in outputs]
@@ -123,6 +126,7 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    sparse_hidden_gradient: bool = False,
     backend: str | None = None,
     shards: Shards | None = None,
 ) -> Tensor:
@@ -163,11 +167,12 @@ def linear_cross_entropy(
     dtype = compute_dtype(hidden, weight)
     scratch = check_workspace(workspace_bytes, weight, dtype)
     options = (*logit_map(scale, softcap, temperature), scratch, dtype)
+    sparse = check_flag("sparse_hidden_gradient", sparse_hidden_gradient)
     classes = None if class_weights is None else class_weights.detach()
     of_label = None if classes is None else classes.cpu()[labels.clamp(0, len(classes) - 1)].double()  # (N,) c_y
     spread = None if classes is None else classes.to(weight.device)
     if reduction == "none":
-        head = (hidden, weight, bias), labels, (ignore_index, *options, backend)
+        head = (hidden, weight, bias), labels, (ignore_index, *options, sparse, backend)
         losses = _each_row(*head, spread, of_label, smoothing, squared)
         return losses if row_weights is None else losses * row_weights
 
@@ -177,6 +182,7 @@ def linear_cross_entropy(
     total = _total(weights, labelled, reduction)
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    need.append(sparse)
     if smoothing or squared:
         wide = rows.double()
         each = (weights.double() * (1 - smoothing), total), (wide * (smoothing / len(weight)), total)

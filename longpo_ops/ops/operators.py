@@ -226,6 +226,7 @@ def logps_op(
     softcap: float,
     workspace_bytes: int,
     compute_dtype: torch.dtype,
+    sparse: bool,
     backend: str,
 ) -> Tensor:
     options = Options(scale, softcap, workspace_bytes, compute_dtype, False, False, False)
@@ -291,10 +292,10 @@ def _logps_setup(ctx, inputs, output):
 def _logps_backward(ctx, grad):
     refuse_create_graph()
     hidden, weight, bias, labels = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:3])
-    *options, backend = ctx.options
-    grads = logps_backward_op(grad.contiguous(), hidden, weight, bias, labels, *options, need, backend)
-    return *(g if needed else None for g, needed in zip(grads, need, strict=True)), *[None] * 7
+    need = ctx.needs_input_grad[:3]
+    *options, sparse, backend = ctx.options
+    grads = logps_backward_op(grad.contiguous(), hidden, weight, bias, labels, *options, [*need, sparse], backend)
+    return *(g if needed else None for g, needed in zip(grads, need, strict=True)), *[None] * 8
 
 
 logps_op.register_autograd(_logps_backward, setup_context=_logps_setup)

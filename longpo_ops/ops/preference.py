@@ -86,6 +86,7 @@ def fused_preference_loss(
     scale: float = 1.0,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    sparse_hidden_gradient: bool = False,
     reuse_hidden: bool = False,
     backend: str | None = None,
 ) -> PreferenceOutput:
@@ -107,6 +108,9 @@ def fused_preference_loss(
     softcap, scale: logits are softcap * tanh(scale * (h W^T + bias) / softcap), or scale * (h W^T + bias).
     workspace_bytes: scratch beyond inputs, delivered gradients and the float32 head gradient; default 64 MiB on CPU,
         2.75 GiB on CUDA. The same for any length and batch.
+    sparse_hidden_gradient: hidden gradients from the columns of the vocabulary that matter: less work on a trained model's
+        states, off by less than rounding the logits' gradient to bfloat16; the loss and the head's gradient stay exact
+        (docs/mathematics.md#a-sparse-hidden-gradient). On CUDA with a back-end other than triton the host waits once a chunk.
     reuse_hidden: write the hidden gradients over the hidden states, whose values are then gone (not under torch.compile).
     backend: torch, cpu, triton or cuda; default: explain_backend().
 
@@ -145,6 +149,7 @@ def fused_preference_loss(
         ignore_index=ignore_index,
         map=logit_map(scale, softcap),
         workspace_bytes=workspace_bytes,
+        sparse=sparse_hidden_gradient,
         reuse_hidden=reuse_hidden,
         backend=backend,
     )
@@ -169,6 +174,7 @@ def packed_preference_loss(
     scale: float = 1.0,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    sparse_hidden_gradient: bool = False,
     reuse_hidden: bool = False,
     correct_tokens: bool = False,
     backend: str | None = None,
@@ -205,7 +211,7 @@ def packed_preference_loss(
     groups = _check_pairs(objective, num_chosen, r, rejected_pair, ref_chosen_logps, ref_rejected_logps, num_pairs)
     out = _packed(
         hidden, weight, labels, sequences, groups, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
-        reuse_hidden, correct_tokens, backend, shards,
+        sparse_hidden_gradient, reuse_hidden, correct_tokens, backend, shards,
     )  # fmt: skip
     return _of_pairs(out, num_chosen)
 
@@ -228,6 +234,7 @@ def packed_objective_loss(
     scale: float = 1.0,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    sparse_hidden_gradient: bool = False,
     reuse_hidden: bool = False,
     correct_tokens: bool = False,
     backend: str | None = None,
@@ -256,14 +263,14 @@ def packed_objective_loss(
     given = _Groups(objective, count, groups, roles, refs, _check_total("denominator", denominator, count))
     out = _packed(
         hidden, weight, labels, sequences, given, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
-        reuse_hidden, correct_tokens, backend, shards,
+        sparse_hidden_gradient, reuse_hidden, correct_tokens, backend, shards,
     )  # fmt: skip
     return ObjectiveOutput(*out)
 
 
 def _packed(
     hidden, weight, labels, sequences, groups, nll_weights, bias, softcap, scale, ignore_index, workspace_bytes,
-    reuse_hidden, correct_tokens, backend, shards,
+    sparse_hidden_gradient, reuse_hidden, correct_tokens, backend, shards,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The numbers of an ObjectiveOutput, from flat rows."""
     check_head(hidden, weight, bias)
@@ -287,6 +294,7 @@ def _packed(
         ignore_index=check_ignore_index(ignore_index),
         map=logit_map(scale, softcap),
         workspace_bytes=workspace_bytes,
+        sparse=sparse_hidden_gradient,
         reuse_hidden=reuse_hidden,
         correct=check_flag("correct_tokens", correct_tokens),
         backend=backend,
@@ -363,12 +371,13 @@ def _token_means(nll_labels: Tensor | None, shift: bool, ignore_index: int) -> T
 
 def _run(
     *, hiddens, weight, bias, answers, segments, nll, nll_weights, groups, shift, ignore_index, map, workspace_bytes,
-    reuse_hidden, backend, ranks="", correct=False,
+    sparse, reuse_hidden, backend, ranks="", correct=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = compute_dtype(hiddens[0], weight, "hidden" if len(hiddens) == 1 else "chosen_hidden")
     backend, reuse_hidden = check_backend(backend), check_flag("reuse_hidden", reuse_hidden)
     grad = torch.is_grad_enabled()
     need = [grad and any(t is not None and t.requires_grad for t in some) for some in (hiddens, [weight], [bias])]
+    need.append(check_flag("sparse_hidden_gradient", sparse))
     options = Options(*map, check_workspace(workspace_bytes, weight, dtype), dtype, *need)
     nll_total = torch.full((), groups.total, dtype=torch.float64)
     objective = groups.objective

@@ -8,9 +8,9 @@ Of a trained model's row nearly all of softmax lies in a few tokens. Of a chunk 
     c_g   = sum over rows t of group g of sign(r_t) / s_t dz_tD            GROUPS groups of neighbouring rows
     dh_t  = sum over kept j of dz_tj W_j  +  r_t / rho_g  c_g W_D,         rho_g = sum over t in g of |r_t| / s_t
 
-The second term puts what row t loses where the rows beside it lose theirs: exact where their dropped parts are multiples of each
-other, and sums of rows are always kept. docs/mathematics.md has the derivation and the bound, docs/measured.md what is lost: on
-real states less than by rounding dZ to bfloat16. Where more than MOST of the columns matter (flat distributions), or a number is
+The second term puts what row t loses where the rows beside it lose theirs: exact where their dropped parts are multiples of
+each other, and sums of rows are always kept. docs/mathematics.md has the derivation and the bound, docs/measured.md what is
+lost: on real states less than by rounding dZ to bfloat16. Where more than MOST of the columns matter (flat distributions), or a number is
 not finite, all are taken: the product is then the exact one.
 
 Operations: 2 n K H for K kept columns, and 2 GROUPS V H; dz is read twice. Scratch: GROUPS V numbers, and a block of the rows
@@ -47,7 +47,10 @@ class Kept(NamedTuple):
 
     def gradient(self, products: Products) -> Tensor:
         """(n, H) in the operands' dtype or in float32."""
-        dh, of_groups = products.hidden_gradient(self.dz, self.columns), products.hidden_gradient(self.sums.to(self.dz.dtype))
+        dh, of_groups = (
+            products.hidden_gradient(self.dz, self.columns),
+            products.hidden_gradient(self.sums.to(self.dz.dtype)),
+        )
         size = group_size(dh.shape[0])
         for group, rows, shares in zip(of_groups, dh.split(size), self.shares.to(dh.dtype).split(size), strict=False):
             rows.addr_(shares, group)

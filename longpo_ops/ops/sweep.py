@@ -193,12 +193,16 @@ class HeadSweep:
         if self.db is not None:
             self.db.add_(dz.sum(0, dtype=self.dtype))
         if self.options.need_hidden:  # last: with reuse_hidden this overwrites what h may be a view of
-            sparse = self.options.sparse
-            chunk.write(self.tiles.sparse_gradient(dz, self.products) if sparse else self.products.hidden_gradient(dz))
+            chunk.write(hidden_gradient(dz, self.products, self.tiles, self.options.sparse))
 
     def weight_gradient(self) -> Tensor | None:
         """(V, H) in the tile's dtype; zeros where no row had a weight."""
         return self.dw if self.dw is None or self.gathered else self.dw.zero_()
+
+
+def hidden_gradient(dz: Tensor, products: Products, tiles: Tiles, sparse: bool) -> Tensor:
+    """dz (n, V) -> (n, H); a sparse one overwrites dz."""
+    return tiles.sparse_gradient(dz, products) if sparse else products.hidden_gradient(dz)
 
 
 class Groups(NamedTuple):

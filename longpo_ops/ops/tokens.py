@@ -64,6 +64,7 @@ def fused_token_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    sparse_hidden_gradient: bool = False,
     backend: str | None = None,
 ) -> TokenOutput:
     """A loss of each row's log-prob, with gradients in hidden states, weight and bias. Row t predicts labels[t].
@@ -101,6 +102,7 @@ def fused_token_loss(
         total = torch.where(labels != ignore_index, weights[0], 0.0).sum(dtype=torch.float64)
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    need.append(check_flag("sparse_hidden_gradient", sparse_hidden_gradient))
     given, asked = [numbers[name].detach() for name in names], check_flag("entropies", entropies)
     objective_of_op = ",".join(names), objective.name, objective.parameters(), asked
     loss, logps, found, *_ = token_sweep_op(
