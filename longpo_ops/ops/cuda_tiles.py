@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from .build import BuildError, cached_library, source_folder
-from .sparse import keep_columns_, sparse_gradient
 from .tiles import NOTHING, LogitMap, Tiles, TorchTiles, _narrow
 
 TARGETS = {"compute_80": ["sm_80", "compute_80"], "compute_90a": ["sm_90a"], "compute_100a": ["sm_100a"]}
@@ -99,6 +98,7 @@ class CudaTiles:
 
     name = "cuda"
     linear_logps = None
+    sparse_gradient = None
 
     def __init__(self, library: ctypes.CDLL | None = None):
         self._library = library or load_cuda()
@@ -133,9 +133,6 @@ class CudaTiles:
 
     def divergence_(self, *arguments):
         return _divergence_tiles().divergence_(*arguments)
-
-    def sparse_gradient(self, dz, products):
-        return sparse_gradient(dz, products, keep_columns_)
 
     def segment_sums(self, values, segments, out):
         values, segments = values.double().contiguous(), segments.contiguous()

@@ -10,8 +10,8 @@ Of a trained model's row nearly all of softmax lies in a few tokens. Of a chunk 
 
 The second term puts what row t loses where the rows beside it lose theirs: exact where their dropped parts are multiples of
 each other, and sums of rows are always kept. docs/mathematics.md has the derivation and the bound, docs/measured.md what is
-lost: on real states less than by rounding dZ to bfloat16. Where more than MOST of the columns matter (flat distributions), or a number is
-not finite, all are taken: the product is then the exact one.
+lost: on real states less than by rounding dZ to bfloat16. Where more than MOST of the columns matter (flat distributions), or a
+number is not finite, all are taken: the product is then the exact one.
 
 Operations: 2 n K H for K kept columns, and 2 GROUPS V H; dz is read twice. Scratch: GROUPS V numbers, and a block of the rows
 of W that are kept; the kept columns lie where dz lay. The head's gradient is not touched: Adam would enlarge what is left out.
@@ -62,12 +62,6 @@ def group_size(rows: int) -> int:
     return -(-rows // GROUPS)
 
 
-def sparse_gradient(dz: Tensor, products: Products, keep: Callable[[Tensor], Kept | None]) -> Tensor:
-    """dz (n, V) -> (n, H), from the columns that `keep` keeps in dz's memory, or all where it keeps all."""
-    kept = keep(dz)
-    return products.hidden_gradient(dz) if kept is None else kept.gradient(products)
-
-
 def keep_columns_(dz: Tensor) -> Kept | None:
     """dz (n, V) of any float dtype -> what is kept of it, written over it; None, and dz as it was, where all columns matter."""
     n, vocab = dz.shape
@@ -96,10 +90,16 @@ def keep_columns_(dz: Tensor) -> Kept | None:
     return Kept(dz[:, : columns.shape[0]], columns, sums, shares)
 
 
+def sparse_gradient(dz: Tensor, products: Products, keep: Callable[[Tensor], Kept | None] = keep_columns_) -> Tensor:
+    """dz (n, V) -> (n, H), from the columns that `keep` keeps in dz's memory, or all where it keeps all."""
+    kept = keep(dz)
+    return products.hidden_gradient(dz) if kept is None else kept.gradient(products)
+
+
 def _inverse_tail(size: Tensor) -> Tensor:
     """|dz| (r, V) -> (r,) 1 / s_t, 0 for rows of zeros."""
     top = size.amax(1)
-    squares = size.double().square_().sum(1) - top.double().square()
+    squares = size.double().square().sum(1) - top.double().square()
     tail = torch.maximum(squares.clamp_(min=0).sqrt_().to(top.dtype), FLOOR * top)
     return torch.where(top != 0, 1 / tail, 0.0)
 

@@ -32,7 +32,7 @@ from ..parallel import Shards
 from .objective import Answers, Objective, decide
 from .products import SLICE_BYTES, UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, to_device, windows
-from .sparse import GROUPS
+from .sparse import GROUPS, sparse_gradient
 from .tiles import BLOCK_BYTES, BLOCK_SHARE, NOTHING, Beside, LogitMap, Tiles, empty_tile, predictions
 
 # On CUDA 2.75 GiB: 4,096 rows of the widest common heads, V = 151,936 at H = 4,096 (2.51 GiB) and V = 152,064 at H = 8,192
@@ -202,7 +202,9 @@ class HeadSweep:
 
 def hidden_gradient(dz: Tensor, products: Products, tiles: Tiles, sparse: bool) -> Tensor:
     """dz (n, V) -> (n, H); a sparse one overwrites dz."""
-    return tiles.sparse_gradient(dz, products) if sparse else products.hidden_gradient(dz)
+    if not sparse:
+        return products.hidden_gradient(dz)
+    return (tiles.sparse_gradient or sparse_gradient)(dz, products)
 
 
 class Groups(NamedTuple):

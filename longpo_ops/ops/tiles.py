@@ -48,8 +48,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .sparse import keep_columns_, sparse_gradient
-
 if TYPE_CHECKING:
     from .products import Products
 
@@ -129,7 +127,8 @@ class Divergence(NamedTuple):
 
 
 class Tiles(Protocol):
-    """A back-end. `linear_logps` is optional (None): log-probs of rows straight from hidden states, without a tile."""
+    """A back-end. Two are optional (None): `linear_logps`, log-probs of rows straight from hidden states, without a tile, and
+    `sparse_gradient`, in whose place sparse.py has a PyTorch form."""
 
     name: str
 
@@ -208,6 +207,7 @@ class TorchTiles:
 
     name = "torch"
     linear_logps = None
+    sparse_gradient = None
 
     def logps(self, z, labels, map, beside=NOTHING):
         logps, stats = z.new_empty(z.shape[0]), z.new_zeros(z.shape[0], beside.columns)
@@ -258,9 +258,6 @@ class TorchTiles:
             _narrow(z, dtype) if need_student else None,
             _narrow(z_teacher, dtype) if need_teacher else None,
         )
-
-    def sparse_gradient(self, dz, products):
-        return sparse_gradient(dz, products, keep_columns_)
 
     def segment_sums(self, values, segments, out):
         numbers = torch.arange(out.shape[0], device=out.device)[:, None]  # (K, 1) against (1, n): K n numbers at a time

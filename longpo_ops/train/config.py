@@ -48,7 +48,8 @@ class LongPOConfig(TrainingArguments):
     separate: the sequences of a pair one by one through the model's own attention, each paying for the prefix itself, instead
         of packed: same loss and metrics. So is trained, whatever is set, what shared-prefix attention does not take.
     constraint_weight: weight of the KL term of sft_constraint (default 0.1) and sft_constraint_official (0.01).
-    workspace_bytes: scratch of the loss (fused_preference_loss).
+    workspace_bytes, sparse_hidden_gradient: scratch of the loss; its hidden gradient from the columns that matter
+        (fused_preference_loss).
     memory: tiling, offload and optimizer, the fields of memory.settings.Memory. Default: none of them, transformers' optimizer.
         With states, and with fit, `optim` is one of memory.optimizer.OPTIMS: AdamW or RMSprop with an exact float32 master.
     fit: "auto" lets the planner choose them for the longest pack and this machine; output_dir/memory.json keeps what it chose
@@ -90,6 +91,7 @@ class LongPOConfig(TrainingArguments):
     separate: bool = field(default=False, metadata={"help": "sequences one by one, by the model's own attention"})
     constraint_weight: float | None = field(default=None, metadata={"help": "weight of the KL term of a constraint"})
     workspace_bytes: int | None = field(default=None, metadata={"help": "scratch bytes of the loss"})
+    sparse_hidden_gradient: bool = field(default=False, metadata={"help": "the loss skips columns that hardly matter"})
     memory: dict | None = field(default=None, metadata={"help": "settings of memory/settings.py, as JSON"})
     fit: str = field(default="off", metadata={"help": "auto: choose memory settings that fit this machine"})
 

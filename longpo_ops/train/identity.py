@@ -59,6 +59,7 @@ DECIDING = {
     ),
     "config": (
         *("objective", "objective_options", "constraint_weight", "pack_tokens", "target_length", "separate"),
+        "sparse_hidden_gradient",
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
         *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
         *("bf16", "fp16", "tf32", "neftune_noise_alpha", "seed", "data_seed", "ignore_data_skip"),
@@ -68,7 +69,7 @@ DECIDING = {
 # None: of a method without a reference, of a plan that is not made yet, or of an earlier version
 DERIVED = ("reference_from", "memory")
 EARLIER = {  # of earlier versions, which had no choice
-    **{"nll_tokens": "contents", "template_kwargs": None, "separate": False},
+    **{"nll_tokens": "contents", "template_kwargs": None, "separate": False, "sparse_hidden_gradient": False},
     **{"lora_dropout": 0.0, "lora_target_parameters": None, "use_rslora": False, "quantization": "none"},
 }
 RENAMED = {"lora_targets": "lora_target_modules"}

@@ -355,6 +355,7 @@ class LongPOTrainer(RanksTrainer):
             objective=self.objective,
             denominator=num_pairs,
             workspace_bytes=self.args.workspace_bytes,
+            sparse_hidden_gradient=self.args.sparse_hidden_gradient,
             correct_tokens=True,
             shards=shards,
         )
@@ -377,14 +378,15 @@ class LongPOTrainer(RanksTrainer):
         return out.loss, metrics | {name: total(share * num_pairs, batch.num_pairs) for name, share in pairs.items()}
 
     def _supervised(self, hidden: Tensor, head, pack: Pack, references, num_pairs: float, shards: Shards | None):
-        batch, scratch = pack.batch, self.args.workspace_bytes
+        batch = pack.batch
         nll = head(
             hidden,
             batch.labels,
             loss=linear_cross_entropy,
             row_weights=batch.nll_weights,
             reduction="sum",
-            workspace_bytes=scratch,
+            workspace_bytes=self.args.workspace_bytes,
+            sparse_hidden_gradient=self.args.sparse_hidden_gradient,
             shards=shards,
         )
         metrics = {"nll_loss": total(nll, batch.num_pairs)}
@@ -416,6 +418,7 @@ class LongPOTrainer(RanksTrainer):
                 row_weights=weights.to(student.device),
                 reduction="sum",
                 workspace_bytes=self.args.workspace_bytes,
+                sparse_hidden_gradient=self.args.sparse_hidden_gradient,
                 group=self.sequence_group,
                 **map,
             ),
