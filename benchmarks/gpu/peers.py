@@ -104,17 +104,22 @@ def _without_trainer() -> Iterator[None]:
         del sys.modules[TRAINER]
 
 
-def _trl() -> Run:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+def trl_head() -> Run:
+    """TRL's fused head, as its trainers call it: hidden (N, H), weight (V, H), labels (N,) -> log-probs (N,), float32."""
+    from trl.kernels import ChunkedLogProbFunction
 
     columns = 32_768  # of a tile, as its trainers choose
+    return lambda hidden, weight, labels: ChunkedLogProbFunction.apply(
+        hidden, weight, None, labels, 1.0, columns, None, 1.0, ("log_probs",)
+    )[0]
+
+
+def _trl() -> Run:
+    head = trl_head()
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         with _without_trainer():
-            logps = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, columns, None, 1.0, ("log_probs",))[
-                0
-            ]
-            loss = -logps.sum() / labels.numel()
+            loss = -head(hidden, weight, labels).sum() / labels.numel()
             loss.backward()
         return loss.detach()
 

@@ -50,6 +50,7 @@ CASES = {
         Case("ce-8k-bf16", "cross_entropy", 8192, 1024, 32000, "bfloat16", long=True),
         Case("longpo", "preference", 2048, 1024, 32000, threads=(2,), objective="longpo", answers=200, nll=True),
         Case("dpo", "preference", 2048, 1024, 32000, threads=(2,), objective="dpo", answers=200),
+        Case("dpo-bf16", "preference", 2048, 1024, 32000, "bfloat16", (2,), objective="dpo", answers=200, long=True),
         Case("kl", "kl", 1024, 1024, 32000, threads=(2,)),
         Case("big-vocabulary", "cross_entropy", 1024, 512, 128256, threads=(2,), long=True),
         Case("tiny", "cross_entropy", 48, 32, 500, threads=(1,), long=True),
@@ -65,6 +66,7 @@ CASES = {
             nll=True,
             long=True,
         ),
+        Case("tiny-dpo", "preference", 32, 32, 500, threads=(1,), objective="dpo", answers=8, long=True),
         Case("tiny-kl", "kl", 24, 32, 500, threads=(1,), long=True),
     )
 }

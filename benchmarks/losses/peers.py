@@ -1,7 +1,7 @@
 """Who is compared: for each op, functions of a case and its inputs that return the loss.
 
 Ours is called through its public functions, once per back-end that this machine can run. A peer that is not installed
-raises ImportError, which the table reports. Peers on a GPU are in gpu/peers.py.
+raises ImportError, which the table reports. LOGPS has those that deliver log-probs. Peers on a GPU are in gpu/peers.py.
 
 Tests: tests/benchmarks/losses/test_run.py.
 """
@@ -9,6 +9,8 @@ Tests: tests/benchmarks/losses/test_run.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +18,23 @@ from torch import Tensor
 
 import longpo_ops
 
+from ..gpu.peers import trl_head
 from .cases import IGNORE, Case, Inputs
 
 Candidate = Callable[[Case, Inputs], Tensor]
+Logps = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, H), weight (V, H), labels (N,) -> log-probs (N,)
 NAIVE = "naive"
+TRL = "TRL"
+CCE = "CCE torch_compile"
 OURS = "longpo_ops"
 
 
 def candidates(case: Case) -> dict[str, Candidate]:
     """By name, plain PyTorch first: the others are judged by its errors."""
-    return {
-        name: candidate
-        for name, candidate in TABLE[case.op].items()
-        if name != UPCAST or case.torch_dtype.itemsize == 2
-    }
+    absent = {UPCAST} if case.torch_dtype.itemsize > 2 else set()
+    if case.nll:  # TRL's trainer scores one sequence of labels: no NLL over more of them beside the preference
+        absent.add(TRL)
+    return {name: candidate for name, candidate in TABLE[case.op].items() if name not in absent}
 
 
 def ours(name: str) -> bool:
@@ -60,6 +65,11 @@ def cce(case: Case, x: Inputs) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x["hidden"], x["weight"], x["labels"], impl="torch_compile")
+
+
+def trl(case: Case, x: Inputs) -> Tensor:
+    """The loss of its SFTTrainer behind the model's body."""
+    return -trl_head()(x["hidden"], x["weight"], x["labels"]).mean()
 
 
 def our_cross_entropy(backend: str) -> Candidate:
@@ -101,6 +111,30 @@ def preference_formula(case: Case, x: Inputs, chosen: Tensor, rejected: Tensor) 
         labelled = x["nll_labels"][:, 1:] != IGNORE
         loss = 0.01 * loss - (chosen.where(labelled, 0.0).sum(1) / labelled.sum(1)).mean()
     return loss
+
+
+def trl_preference(case: Case, x: Inputs) -> Tensor:
+    """As its DPOTrainer: both sequences as one batch through the head it gives to models, which on a CPU scores every
+    position and then drops the prompts'. Without the entropies and other numbers that the trainer logs."""
+    from trl.trainer import add_fused_lm_head
+
+    sides = ("chosen", "rejected")
+    model = _Scored(torch.cat([x[f"{side}_hidden"] for side in sides]), x["weight"])
+    add_fused_lm_head(model)
+    labels = torch.cat([x[f"{side}_labels"] for side in sides])
+    return preference_formula(case, x, *model.forward(labels=labels, fused_lm_head=True).log_probs.chunk(2))
+
+
+class _Scored:
+    """What TRL's head asks of a model whose body has delivered hidden (B, T, H)."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        self.config = SimpleNamespace()
+        self.config.get_text_config = lambda: self.config
+        self.base_model = lambda **options: SimpleNamespace(last_hidden_state=hidden)
+        self.get_output_embeddings = lambda: SimpleNamespace(weight=weight, bias=None)
+
+    def forward(self): ...
 
 
 def our_preference(backend: str) -> Candidate:
@@ -147,10 +181,32 @@ TABLE: dict[str, dict[str, Candidate]] = {
     for op, plain, call in (
         (
             "cross_entropy",
-            {NAIVE: naive, UPCAST: upcast, "torch chunked": torch_chunked, "CCE torch_compile": cce},
+            {NAIVE: naive, UPCAST: upcast, "torch chunked": torch_chunked, TRL: trl, CCE: cce},
             our_cross_entropy,
         ),
-        ("preference", {NAIVE: naive_preference}, our_preference),
+        ("preference", {NAIVE: naive_preference, TRL: trl_preference}, our_preference),
         ("kl", {NAIVE: naive_kl}, our_kl),
     )
 }
+
+
+# -- log-probs ---------------------------------------------------------------------------------------------------------
+
+
+def _naive_logps(upcast: bool) -> Logps:
+    up = (lambda x: x.float()) if upcast else (lambda x: x)
+    return lambda hidden, weight, labels: _gathered(F.linear(up(hidden), up(weight)), labels)
+
+
+def _cce_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="torch_compile")
+
+
+LOGPS: dict[str, Logps] = {
+    NAIVE: _naive_logps(False),
+    UPCAST: _naive_logps(True),
+    TRL: lambda hidden, weight, labels: trl_head()(hidden, weight, labels),
+    CCE: _cce_logps,
+} | {f"{OURS} ({backend})": partial(longpo_ops.linear_logprobs, backend=backend) for backend in BACKENDS}

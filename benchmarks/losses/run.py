@@ -4,6 +4,7 @@
     python -m benchmarks.losses.run --all                the long ones too
     python -m benchmarks.losses.run ce-2k kl --rounds 3  some cases; rounds alternate between candidates, for a noisy machine
     python -m benchmarks.losses.run --out FOLDER         where results go (benchmarks/results)
+    python -m benchmarks.losses.run ce-2k --tokens       without the errors of summed log-probs (sums.py)
 
 `results/README.md` shows the latest table of each class of host between markers. Of CPUs: `make gpu-check` measures
 GPUs.
@@ -19,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ from ..stamp import RESULTS, host_class, stamp
 from .cases import CASES, Case, make
 from .measurement import MEASURED, Order, measure, sizes
 from .peers import candidates, ours
+from .sums import LENGTHS
+from .sums import measure as measure_sums
 from .truth import truth
 
 LIMIT = {False: 6.0, True: 60.0}  # seconds of timed runs of one measurement, by whether long cases are run
@@ -39,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="visits of each candidate, in alternation")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each visit")
     parser.add_argument("--threads", type=int, help="only this many threads")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=LENGTHS, help="of sequences whose log-probs are summed"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     unknown = [name for name in options.cases if name not in CASES]
@@ -47,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.cases or [
         name for name, case in CASES.items() if not name.startswith("tiny") and (options.all or not case.long)
     ]
-    start, rows = time.monotonic(), []
+    start, rows, sums = time.monotonic(), [], Sums(options.tokens)
     long = options.all or bool(options.cases)
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(folder, "inductor")))  # compile once, not per process
@@ -55,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             case = CASES[name]
             truths = write_truths(case, Path(folder))
             for threads in [options.threads] if options.threads else case.threads if long else case.threads[-1:]:
-                rows += measure_case(case, threads, options, LIMIT[long], truths)
+                rows += sums.beside(case, measure_case(case, threads, options, LIMIT[long], truths))
                 report = stamp(took_s=round(time.monotonic() - start), load=os.getloadavg(), rows=rows)
                 path = write(report, options.out)  # each time: what was measured outlives an interruption
     print(table(rows))
@@ -87,6 +94,26 @@ def measure_case(case: Case, threads: int, options, limit: float, truths: dict[s
     return [shape | {"threads": threads, "candidate": name} | row for name, row in rows.items()]
 
 
+class Sums:
+    """The errors of summed log-probs, measured once for each dtype and candidate."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths, self.found = lengths, {}
+
+    def beside(self, case: Case, rows: list[dict]) -> list[dict]:
+        """The rows; those that were measured and deliver log-probs of a head's rows have sums: tokens -> nats."""
+        asked = self.lengths and case.op != "kl"
+        names = [row["candidate"] for row in rows if asked and row["status"] == MEASURED]
+        missing = [name for name in names if (case.dtype, name) not in self.found]
+        if missing:
+            told = measure_sums(case.dtype, missing, self.lengths, rows[0]["threads"])
+            self.found |= {(case.dtype, name): told.get(name, {}) for name in missing}
+        return [
+            row | {"sums": self.found[case.dtype, row["candidate"]]} if row["candidate"] in names else row
+            for row in rows
+        ]
+
+
 def together(before: dict | None, now: dict) -> dict:
     if before is None or "seconds" not in before or "seconds" not in now:
         return now
@@ -98,7 +125,17 @@ def together(before: dict | None, now: dict) -> dict:
 # -- what is shown ---------------------------------------------------------------------------------------------------
 
 
-COLUMNS = ("case", "N, H, V, dtype", "threads", "candidate", "seconds", "best peer / this", "extra MiB", "errors")
+COLUMNS = (
+    "case",
+    "N, H, V, dtype",
+    "threads",
+    "candidate",
+    "seconds",
+    "best peer / this",
+    "extra MiB",
+    "errors",
+    "sums off by",
+)
 
 
 def table(rows: list[dict]) -> str:
@@ -108,7 +145,7 @@ def table(rows: list[dict]) -> str:
         shape = f"{row['N']}, {row['H']}, {row['V']}, {row['dtype']}"
         lead = f"| {row['case']} | {shape} | {row['threads']} | {row['candidate']} |"
         if row["status"] != MEASURED:
-            lines.append(f"{lead} {row['status'].replace('|', '/')} | | | |")
+            lines.append(f"{lead} {row['status'].replace('|', '/')} | | | | |")
             continue
         peers = [r["median_s"] for r in rows if _rivals(r, row)]
         ratio = f"{min(peers) / row['median_s']:.2f}" if peers else ""
@@ -116,9 +153,13 @@ def table(rows: list[dict]) -> str:
         gradients = max(error for name, error in row["errors"].items() if name != "loss")
         lines.append(
             f"{lead} {row['median_s']:.3g}{smaller} | {ratio} | {row['extra_bytes'] / 2**20:.0f} "
-            f"| {row['errors']['loss']:.0e}, {gradients:.0e} |"
+            f"| {row['errors']['loss']:.0e}, {gradients:.0e} | {_nats(row.get('sums', {}))} |"
         )
     return "\n".join(lines)
+
+
+def _nats(sums: dict[str, float]) -> str:
+    return ", ".join(f"{nats:.2g} of {int(tokens):,}" for tokens, nats in sums.items())
 
 
 def _rivals(other: dict, row: dict) -> bool:
@@ -150,6 +191,8 @@ comes from.
   part of it.
 * errors: of the loss, and the largest of the gradients, against float64, over the truth's largest value; gradients on a
   sample of rows.
+* sums off by: nats by which the log-probs of 512 and of 8,192 tokens, summed, differ from float64 on average (sums.py): inputs
+  of the row's dtype, logits with a standard deviation of 3, likely labels.
 """
 
 

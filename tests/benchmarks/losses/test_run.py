@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from benchmarks.losses import run as runner
 from benchmarks.losses.cases import CASES, make
 from benchmarks.losses.measurement import MEASURED, Order, perform, verdict
-from benchmarks.losses.peers import NAIVE, OURS, candidates, ours
+from benchmarks.losses.peers import NAIVE, OURS, TRL, candidates, ours
 from benchmarks.losses.truth import truth
 from benchmarks.measure import Peak
 from benchmarks.stamp import ROOT
@@ -25,7 +26,8 @@ TINY = ("tiny", "tiny-preference", "tiny-kl")
 def report(tmp_path_factory) -> tuple[dict, str, str]:
     """JSON, README and output of a run of one case in its own processes."""
     out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "benchmarks.losses.run", "tiny-preference", "--repeats", "2", "--out", str(out)]
+    options = ["--repeats", "2", "--tokens", "16", "32", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.losses.run", "tiny-preference", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = out.glob("*.json")
@@ -45,8 +47,9 @@ def test_a_case_runs_from_the_command_line(report):
     for name in (NAIVE, f"{OURS} (torch)"):
         assert rows[name]["status"] == MEASURED
         assert len(rows[name]["seconds"]) == 2 and min(rows[name]["seconds"]) > 0
+        assert set(rows[name]["sums"]) == {"16", "32"} and max(rows[name]["sums"].values()) < 1e-2
     table = runner.table(content["rows"])
-    assert table in printed and table in readme
+    assert " of 32 |" in table and table in printed and table in readme
 
 
 def test_a_report_says_where_and_with_what(report):
@@ -90,6 +93,20 @@ def _float64_loss(case, inputs):
         ref_rejected_logps=inputs["ref_rejected_logps"],
         nll_labels=inputs["nll_labels"],
     )[0]
+
+
+@pytest.mark.parametrize("name", ("tiny", "tiny-dpo"))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_trl_is_right(name, dtype, tmp_path, monkeypatch):
+    """Its fused head, and DPO through what its DPOTrainer calls, against the truth."""
+    pytest.importorskip("trl")
+    monkeypatch.setitem(CASES, name, replace(CASES[name], dtype=dtype))
+    assert TRL in candidates(CASES[name]) and TRL not in candidates(
+        CASES["tiny-preference"]
+    )  # an NLL beside it has none
+    plain = order(name, tmp_path)
+    result = perform(replace(plain, candidate=TRL, yardstick=perform(plain)["errors"]))
+    assert result["status"] == MEASURED and result["extra_bytes"] >= 0, result
 
 
 @pytest.mark.parametrize("name", TINY)
