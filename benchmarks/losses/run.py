@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import torch
 
 from ..stamp import RESULTS, host_class, stamp
 from .cases import CASES, Case, make
-from .measurement import MEASURED, Order, measure, sizes
+from .measurement import MEASURED, Order, measure, sizes, timings
 from .peers import candidates, ours
 from .truth import truth
 
@@ -90,9 +89,7 @@ def measure_case(case: Case, threads: int, options, limit: float, truths: dict[s
 def together(before: dict | None, now: dict) -> dict:
     if before is None or "seconds" not in before or "seconds" not in now:
         return now
-    seconds = before["seconds"] + now["seconds"]
-    extra = max(before["extra_bytes"], now["extra_bytes"])
-    return now | {"seconds": seconds, "median_s": statistics.median(seconds), "extra_bytes": extra}
+    return now | timings(*(before[name] + now[name] for name in ("seconds", "extra_bytes_runs")))
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------
@@ -150,6 +147,9 @@ comes from.
   part of it.
 * errors: of the loss, and the largest of the gradients, against float64, over the truth's largest value; gradients on a
   sample of rows.
+
+`python -m benchmarks.compare OLD.json NEW.json` says what got slower, larger or less exact from one file of a host to the
+next, beyond the noise of the repeats in both, and which targets the new one misses.
 """
 
 

@@ -45,6 +45,10 @@ def test_a_case_runs_from_the_command_line(report):
     for name in (NAIVE, f"{OURS} (torch)"):
         assert rows[name]["status"] == MEASURED
         assert len(rows[name]["seconds"]) == 2 and min(rows[name]["seconds"]) > 0
+        assert (
+            len(rows[name]["extra_bytes_runs"]) == 2
+            and max(rows[name]["extra_bytes_runs"]) == rows[name]["extra_bytes"]
+        )
     table = runner.table(content["rows"])
     assert table in printed and table in readme
 
