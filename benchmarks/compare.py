@@ -194,9 +194,9 @@ def beyond(changes: list[Change]) -> list[Change]:
 
 
 def missed_targets(report: dict) -> list[str]:
-    """The targets that a report states and does not reach, in words: `targets` of all rows, or `target` of one."""
+    """What a report does not reach of its targets, in words: `targets` of all rows, `target` of one, or what it says itself."""
     status = report.get("status", "")
-    missed = [status] if status.startswith(BAD) else []
+    missed = [*report.get("missed", ()), *([status] if status.startswith(BAD) else ())]
     for row in report.get("rows", ()):
         about = _called(row)
         if row.get("within_targets") is False:
