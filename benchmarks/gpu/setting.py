@@ -148,6 +148,7 @@ def measure(setting: Setting, run: Callable, prepare: Callable = lambda: None) -
         "milliseconds": statistics.median(times) * 1e3,
         "fastest_milliseconds": min(times) * 1e3,
         "repeats": len(times),
+        "milliseconds_runs": [round(each * 1e3, 4) for each in times],
         "peak_extra_bytes": peak,
     }
 

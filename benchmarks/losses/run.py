@@ -7,7 +7,7 @@
     python -m benchmarks.losses.run ce-2k --tokens       without the errors of summed log-probs (sums.py)
 
 `results/README.md` shows the latest table of each class of host between markers. Of CPUs: `make gpu-check` measures
-GPUs.
+GPUs. Exit status 1 where our results are wrong, or the C++ back-end misses a target (`missed` in the JSON).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -27,12 +26,17 @@ import torch
 
 from ..stamp import RESULTS, host_class, stamp
 from .cases import CASES, Case, make
-from .measurement import MEASURED, Order, measure, sizes
-from .peers import candidates, ours
+from .measurement import MEASURED, Order, measure, sizes, timings
+from .peers import OURS, candidates, ours
 from .sums import LENGTHS
 from .sums import measure as measure_sums
 from .truth import truth
 
+TIMES = {
+    "float32": 1.0,
+    "bfloat16": 3.0,
+}  # faster than the best peer, at least; 1.0 where the processor multiplies bfloat16
+SCRATCH = 64 << 20  # bytes beyond inputs, delivered gradients and the float32 gradient of the head, at most
 LIMIT = {False: 6.0, True: 60.0}  # seconds of timed runs of one measurement, by whether long cases are run
 
 
@@ -64,10 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
             for threads in [options.threads] if options.threads else case.threads if long else case.threads[-1:]:
                 rows += sums.beside(case, measure_case(case, threads, options, LIMIT[long], truths))
                 report = stamp(took_s=round(time.monotonic() - start), load=os.getloadavg(), rows=rows)
+                report["missed"] = missed(rows, report["hardware"]["features"])
                 path = write(report, options.out)  # each time: what was measured outlives an interruption
     print(table(rows))
-    print(f"\n{report['took_s']} s; {path.name}")
-    return int(any(ours(row["candidate"]) and row["status"].startswith("wrong") for row in rows))
+    print("\n".join(["", *report["missed"], f"{report['took_s']} s; {path.name}"]))
+    wrong = any(ours(row["candidate"]) and row["status"].startswith("wrong") for row in rows)
+    return int(wrong or bool(report["missed"]))
 
 
 def write_truths(case: Case, folder: Path) -> dict[str, str]:
@@ -117,9 +123,26 @@ class Sums:
 def together(before: dict | None, now: dict) -> dict:
     if before is None or "seconds" not in before or "seconds" not in now:
         return now
-    seconds = before["seconds"] + now["seconds"]
-    extra = max(before["extra_bytes"], now["extra_bytes"])
-    return now | {"seconds": seconds, "median_s": statistics.median(seconds), "extra_bytes": extra}
+    return now | timings(*(before[name] + now[name] for name in ("seconds", "extra_bytes_runs")))
+
+
+def missed(rows: list[dict], features: list[str]) -> list[str]:
+    """The targets that our C++ back-end, which a CPU gets, does not reach on a processor with these features, in words."""
+    native, found = {"avx512_bf16", "amx_bf16"} & {*features}, []
+    for row in rows:
+        if row["candidate"] != f"{OURS} (cpu)" or row["status"] != MEASURED or row["case"].startswith("tiny"):
+            continue
+        about = f"{row['case']}, {row['threads']} threads"
+        peers = [each["median_s"] for each in rows if _rivals(each, row)]
+        times, least = min(peers) / row["median_s"] if peers else None, 1.0 if native else TIMES[row["dtype"]]
+        if times is not None and times < least:
+            found.append(f"{about}: {times:.2f} times as fast as the best peer, at least {least} required")
+        summed = 4 * row["V"] * row["H"] if row["dtype"] == "bfloat16" else 0
+        if row["extra_bytes"] - summed > SCRATCH:
+            found.append(
+                f"{about}: {(row['extra_bytes'] - summed) >> 20} MiB of scratch, at most {SCRATCH >> 20} required"
+            )
+    return found
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------
@@ -193,6 +216,9 @@ comes from.
   sample of rows.
 * sums off by: nats by which the log-probs of 512 and of 8,192 tokens, summed, differ from float64 on average (sums.py): inputs
   of the row's dtype, logits with a standard deviation of 3, likely labels.
+
+`python -m benchmarks.compare OLD.json NEW.json` says what got slower, larger or less exact from one file of a host to the
+next, beyond the noise of the repeats in both, and which targets the new one misses.
 """
 
 

@@ -85,6 +85,11 @@ def student(freedom: int) -> float:
     return math.tan(low) * math.sqrt(freedom)
 
 
+def chance(t: float, freedom: int) -> float:
+    """That Student's t of so many degrees of freedom is as far from 0 as t, on either side."""
+    return max(0.0, 1 - _within(math.atan(abs(t) / math.sqrt(freedom)), freedom))
+
+
 def _within(angle: float, freedom: int) -> float:
     """The share between -t and t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
     odd, cosine = freedom % 2, math.cos(angle)

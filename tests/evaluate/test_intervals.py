@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from longpo_ops.evaluate.intervals import of_difference, of_numbers, of_scores, paired, spread, student, unpaired
+from longpo_ops.evaluate.intervals import (
+    chance,
+    of_difference,
+    of_numbers,
+    of_scores,
+    paired,
+    spread,
+    student,
+    unpaired,
+)
 
 
 def interval(values):
@@ -54,6 +63,14 @@ def test_the_interval_of_a_mean_over_tasks_is_that_of_its_samples_within_their_t
 )
 def test_student(freedom, value):
     assert student(freedom) == pytest.approx(value, abs=5e-4)
+    assert chance(value, freedom) == chance(-value, freedom) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_the_chance_of_a_far_t():
+    """By the tables: two degrees of freedom 31.599, four 8.610, ten 4.587, each 1 in 1,000."""
+    for freedom, t in ((1, 636.619), (2, 31.599), (4, 8.610), (10, 4.587)):
+        assert chance(t, freedom) == pytest.approx(1e-3, rel=2e-3)
+    assert chance(0.0, 3) == 1.0 and 0 <= chance(1e9, 50) < 1e-12
 
 
 def test_numbers_without_bounds():

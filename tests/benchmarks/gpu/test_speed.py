@@ -74,6 +74,7 @@ def test_timed_rows_say_what_they_are_measured_against(rehearsal):
     for row in losses:
         assert row["tflops"] > 0 and row["loss"] > 0
         assert row["peak_extra_bytes"] is None  # the CPU's is not measured here
+        assert len(row["milliseconds_runs"]) == row["repeats"]
         assert row["delivered_gradient_bytes"] > 0
         assert abs(row["loss_difference"]) < 1e-5 and row["hidden_gradient_error"] < 1e-5
         assert row["what"] == "fused_preference_loss" or row["head_gradient_error"] < 1e-5

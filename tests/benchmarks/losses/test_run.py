@@ -15,7 +15,7 @@ from benchmarks.losses.measurement import MEASURED, Order, perform, verdict
 from benchmarks.losses.peers import NAIVE, OURS, TRL, candidates, ours
 from benchmarks.losses.truth import truth
 from benchmarks.measure import Peak
-from benchmarks.stamp import ROOT
+from benchmarks.stamp import RESULTS, ROOT
 from longpo_ops.ops import truth as full
 
 MIB = 1 << 20
@@ -48,6 +48,10 @@ def test_a_case_runs_from_the_command_line(report):
         assert rows[name]["status"] == MEASURED
         assert len(rows[name]["seconds"]) == 2 and min(rows[name]["seconds"]) > 0
         assert set(rows[name]["sums"]) == {"16", "32"} and max(rows[name]["sums"].values()) < 1e-2
+        assert (
+            len(rows[name]["extra_bytes_runs"]) == 2
+            and max(rows[name]["extra_bytes_runs"]) == rows[name]["extra_bytes"]
+        )
     table = runner.table(content["rows"])
     assert " of 32 |" in table and table in printed and table in readme
 
@@ -150,6 +154,21 @@ def test_a_wrong_result_is_shown_without_a_time():
     lines = runner.table(rows).splitlines()
     assert "wrong: loss is off" in lines[3]
     assert "| 2.00 |" in lines[4] and ours(rows[2]["candidate"])  # 2.0 s of the best peer over 1.0 s
+
+
+def test_what_misses_a_target_is_told():
+    """Filed results reach theirs; a C++ back-end as slow as the best peer does not where bfloat16 is not multiplied."""
+    for path in RESULTS.glob("*-cpu-*.json"):
+        report = json.loads(path.read_text())
+        assert runner.missed(report["rows"], report["hardware"]["features"]) == [], path.name
+    common = {"case": "ce-2k", "threads": 2, "rows": 8, "N": 8, "H": 2, "V": 3, "status": MEASURED, "dtype": "bfloat16"}
+    peer = common | {"candidate": NAIVE, "median_s": 2.0, "extra_bytes": 1 << 40}
+    row = common | {"candidate": f"{OURS} (cpu)", "median_s": 1.0, "extra_bytes": 64 * MIB + 24}
+    assert runner.missed([peer, row], ["avx2", "amx_bf16"]) == []
+    told = "ce-2k, 2 threads: 2.00 times as fast as the best peer, at least 3.0 required"
+    assert runner.missed([peer, row], ["avx2"]) == [told]
+    (told,) = runner.missed([peer, row | {"dtype": "float32", "extra_bytes": 66 * MIB}], ["avx2"])
+    assert told == "ce-2k, 2 threads: 66 MiB of scratch, at most 64 required"
 
 
 def test_the_readme_keeps_what_is_outside_the_markers():
