@@ -2,9 +2,10 @@
 
 cross_entropy   hidden (N, H), weight (V, H), labels (N,): mean NLL
 preference      one pair of (1, T, H) sequences, answers at their ends; with nll the NLL over the whole chosen sequence
+                with states: a real model's on real texts (states.py); with frozen: the head gets no gradient
 kl              hidden and teacher_hidden (N, H), weight and teacher_weight (V, H): mean KL(student || teacher)
 
-Weights are N(0, 1/H) and hidden states N(0, 1), so logits have the spread of a model's; memory is that of the inputs.
+Else weights are N(0, 1/H) and hidden states N(0, 1), so logits have the spread of a model's; memory is that of the inputs.
 
 Tests: tests/benchmarks/losses/test_run.py.
 """
@@ -15,6 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from . import states
 
 IGNORE = -100
 
@@ -31,6 +34,8 @@ class Case:
     objective: str = ""  # of a preference: longpo or dpo
     answers: int = 0  # answer tokens of each sequence
     nll: bool = False
+    states: str = ""  # a kind of states.py, whose head decides width and vocab
+    frozen: bool = False
     long: bool = False  # left out of the five-minute run
 
     @property
@@ -48,6 +53,17 @@ CASES = {
         Case("ce-8k", "cross_entropy", 8192, 1024, 32000, long=True),
         Case("ce-2k-bf16", "cross_entropy", 2048, 1024, 32000, "bfloat16"),
         Case("ce-8k-bf16", "cross_entropy", 8192, 1024, 32000, "bfloat16", long=True),
+        *(
+            Case(name, "cross_entropy", rows, 576, 49152, threads=(2,), states=kind, frozen=frozen, long=True)
+            for name, rows, kind, frozen in (
+                ("prose-2k", 2048, "prose", False),
+                ("prose-8k", 8192, "prose", False),
+                ("prose-2k-frozen", 2048, "prose", True),
+                ("prose-8k-frozen", 8192, "prose", True),
+                ("code-2k", 2048, "code", False),
+                ("flat-2k", 2048, "flat", False),
+            )
+        ),
         Case("longpo", "preference", 2048, 1024, 32000, threads=(2,), objective="longpo", answers=200, nll=True),
         Case("dpo", "preference", 2048, 1024, 32000, threads=(2,), objective="dpo", answers=200),
         Case("dpo-bf16", "preference", 2048, 1024, 32000, "bfloat16", (2,), objective="dpo", answers=200, long=True),
@@ -95,7 +111,7 @@ class Inputs:
 
 
 def make(case: Case) -> Inputs:
-    """The inputs of a case, the same in every process."""
+    """The inputs of a case, the same in every process. Raises ImportError where a real model's states cannot be had."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, spread: float = 1.0) -> Tensor:
@@ -104,6 +120,8 @@ def make(case: Case) -> Inputs:
     def labels(*shape: int) -> Tensor:
         return torch.randint(case.vocab, shape, generator=random)
 
+    if case.states:
+        return _real(case)
     head = (case.vocab, case.width)
     weight = normal(*head, spread=case.width**-0.5)
     if case.op == "cross_entropy":
@@ -125,6 +143,15 @@ def make(case: Case) -> Inputs:
         if case.nll:
             tensors["nll_labels"] = tokens["chosen"]
         leaves = ("chosen_hidden", "rejected_hidden", "weight")
+    for name in leaves:
+        tensors[name].requires_grad_()
+    return Inputs(tensors, leaves)
+
+
+def _real(case: Case) -> Inputs:
+    hidden, weight, labels = states.load(case.states)
+    tensors = {"hidden": hidden[: case.rows], "weight": weight, "labels": labels[: case.rows]}
+    leaves = ("hidden",) if case.frozen else ("hidden", "weight")
     for name in leaves:
         tensors[name].requires_grad_()
     return Inputs(tensors, leaves)

@@ -27,6 +27,7 @@ NAIVE = "naive"
 TRL = "TRL"
 CCE = "CCE torch_compile"
 OURS = "longpo_ops"
+SPARSE = f"{OURS} (cpu, sparse)"
 
 
 def candidates(case: Case) -> dict[str, Candidate]:
@@ -34,6 +35,8 @@ def candidates(case: Case) -> dict[str, Candidate]:
     absent = {UPCAST} if case.torch_dtype.itemsize > 2 else set()
     if case.nll:  # TRL's trainer scores one sequence of labels: no NLL over more of them beside the preference
         absent.add(TRL)
+    if not case.states:  # random states are no trained model's, whose columns differ
+        absent.add(SPARSE)
     return {name: candidate for name, candidate in TABLE[case.op].items() if name not in absent}
 
 
@@ -72,8 +75,10 @@ def trl(case: Case, x: Inputs) -> Tensor:
     return -trl_head()(x["hidden"], x["weight"], x["labels"]).mean()
 
 
-def our_cross_entropy(backend: str) -> Candidate:
-    return lambda case, x: longpo_ops.linear_cross_entropy(x["hidden"], x["weight"], x["labels"], backend=backend)
+def our_cross_entropy(backend: str, sparse: bool = False) -> Candidate:
+    return lambda case, x: longpo_ops.linear_cross_entropy(
+        x["hidden"], x["weight"], x["labels"], backend=backend, sparse_hidden_gradient=sparse
+    )
 
 
 # -- preference ------------------------------------------------------------------------------------------------------
@@ -177,7 +182,9 @@ def our_kl(backend: str) -> Candidate:
 UPCAST = "naive, inputs upcast"
 BACKENDS = ("torch", "cpu")
 TABLE: dict[str, dict[str, Candidate]] = {
-    op: plain | {f"{OURS} ({backend})": call(backend) for backend in BACKENDS}
+    op: plain
+    | {f"{OURS} ({backend})": call(backend) for backend in BACKENDS}
+    | ({SPARSE: our_cross_entropy("cpu", sparse=True)} if op == "cross_entropy" else {})
     for op, plain, call in (
         (
             "cross_entropy",

@@ -5,7 +5,8 @@ With g_t = dL / d logp_t and the logsumexp of every row known, any piece of the 
     dz[t, j] = g_t (1[j == y_t] - p_tj)                       log-probs
     dz[t, j] = p_tj (log p_tj - log q_tj - KL_t) / N          KL(student || teacher)
 
-so d hidden[rows] = dz[rows, :] W and d weight[columns] = dz[:, columns]^T hidden cost little beside the 2 N H V
+and of a real model's states, how far each of those rows is off where dz is rounded to bfloat16: what a sparse hidden gradient
+may be off by. So d hidden[rows] = dz[rows, :] W and d weight[columns] = dz[:, columns]^T hidden cost little beside the 2 N H V
 operations of the logsumexps, where a whole float64 pass would cost 6 N H V. Memory: BLOCK rows of logits, the hidden
 states and the weight, in float64.
 
@@ -25,12 +26,15 @@ from .peers import preference_formula, token_labels
 
 BLOCK = 256
 SAMPLE = 64
+REAL_SAMPLE = 512  # of a real model's rows: their 99th percentile is asked for
+ROWS, ROUNDED = "hidden by rows", "hidden by rows, dz in bfloat16"
 
 
 class Truth(NamedTuple):
     loss: float
     rows: dict[str, Tensor]  # leaf -> which of its rows
     gradients: dict[str, Tensor]  # leaf -> float64 gradient of those rows
+    rounded: float | None = None  # 99th percentile over hidden's rows, of a real model's states
 
     def errors(self, loss: float, gradients: dict[str, Tensor]) -> dict[str, float]:
         """Largest difference over the truth's largest value: of the loss, and of each leaf's sampled gradient."""
@@ -38,7 +42,15 @@ class Truth(NamedTuple):
         for name, true in self.gradients.items():
             difference = gradients[name][self.rows[name]].double() - true
             out[name] = float(difference.abs().max() / true.abs().max())  # NaN stays NaN
+        if self.rounded is not None:
+            found = gradients["hidden"][self.rows["hidden"]]
+            out |= {ROWS: by_rows(found, self.gradients["hidden"]), ROUNDED: self.rounded}
         return out
+
+
+def by_rows(found: Tensor, true: Tensor) -> float:
+    """The 99th percentile of how far a row is off, relative to its length."""
+    return float(((found.double() - true).norm(dim=1) / true.norm(dim=1)).quantile(0.99))
 
 
 @torch.no_grad()
@@ -67,7 +79,11 @@ def _log_probs(case: Case, x: Inputs) -> Truth:
         p = (states[rows] @ weight[columns].T - log_sum[rows, None]).exp()
         return slopes[rows, None] * ((labels[rows, None] == columns).double() - p)
 
-    return _sampled(loss, dz, hidden, states, weight, labels)
+    truth = _sampled(loss, dz, hidden, states, weight, labels, REAL_SAMPLE if case.states else SAMPLE)
+    if not case.states:
+        return truth
+    rounded = dz(truth.rows["hidden"], torch.arange(len(weight))).bfloat16().double() @ weight
+    return truth._replace(rounded=by_rows(rounded, truth.gradients["hidden"]))
 
 
 def _divergence(x: Inputs) -> Truth:
@@ -96,11 +112,12 @@ def _sampled(
     states: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     labels: Tensor | None,  # (N,)
+    sample: int = SAMPLE,
 ) -> Truth:
     rows, gradients, start = {}, {}, 0
     everything, vocab = torch.arange(len(states)), torch.arange(len(weight))
     for name, part in hidden.items():
-        rows[name] = _spread(len(part))
+        rows[name] = _spread(len(part), sample)
         gradients[name] = dz(rows[name] + start, vocab) @ weight
         start += len(part)
     columns = _spread(len(weight))
@@ -111,6 +128,6 @@ def _sampled(
     return Truth(float(loss), rows, gradients)
 
 
-def _spread(count: int) -> Tensor:
-    """Up to SAMPLE positions over 0..count - 1, both ends among them."""
-    return torch.linspace(0, count - 1, min(SAMPLE, count)).round().long()
+def _spread(count: int, sample: int = SAMPLE) -> Tensor:
+    """Up to `sample` positions over 0..count - 1, both ends among them."""
+    return torch.linspace(0, count - 1, min(sample, count)).round().long()
