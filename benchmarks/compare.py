@@ -5,9 +5,9 @@
 
 Any JSON of benchmarks.losses.run, benchmarks.gpu.check or benchmarks/training is read in one way. A number is told by its name
 (time: seconds, milliseconds; memory: bytes with peak or extra; error), by the names on the way to it and by those that its row
-has of itself (case, candidate, N, ...). Its repeats are a list of numbers under its name or NAME_runs, or a list of runs under
-`rounds` or SIDE_rounds. A median and a fastest run out of at least four count as three runs: the fastest, the median, and one
-as far above.
+has of itself (case, candidate, N, ...). Its repeats are a list of numbers under its name or NAME_runs, or better the rounds
+under `rounds`, SIDE_rounds or NAME_rounds, each a new process: runs of one are alike, so a round counts once, by their mean. A
+median and a fastest run out of at least four count as three runs: the fastest, the median, and one as far above.
 
 The rule. Of a number's n and m repeats, both at least two, as logarithms x:
 
@@ -20,9 +20,8 @@ far too narrow, and ranges of two and two lie apart by chance once in three. Rel
 short times, hence logarithms; an outlier, which in timings is a slow run, hides a change rather than makes one.
 
 A number that a file has once is not judged: no noise is known of it. The greatest changes among such are shown. Not covered:
-noise that a file has not seen. Runs of one process do not know how processes differ, nor runs of one hour how hours do
-(--rounds, of benchmarks.losses.run and benchmarks/training, puts new processes between them). Rates, and ratios of numbers
-that are compared themselves, are left out.
+noise that a file has not seen. Runs of one process do not know how processes differ (ask for --rounds), nor runs of one hour
+how hours do. Rates, and ratios of numbers that are compared themselves, are left out.
 
 Tests: tests/benchmarks/test_compare.py.
 """
@@ -64,6 +63,7 @@ NAMES = (  # what a row is called by
 )
 GOOD, BAD = ("measured", "passed"), ("wrong", "failed")  # how a status begins
 AT_LEAST = ("faster", "share_of_one_copy")  # targets that are no upper limit
+ONCE, OF_RUNS, OF_ROUNDS = range(3)  # what a value is one of; where a file has several, the last counts
 SHOWN = 5  # of numbers that are not judged
 
 Place = tuple[str, ...]
@@ -95,12 +95,12 @@ class Change(NamedTuple):
 
 def numbers(report: dict) -> dict[Place, Number]:
     """The measurements of a report by their places, what they are of first: files have sides and kinds in either order."""
-    found: dict[Place, dict[bool, Number]] = {}
-    for way, value, repeated in _walk(report, ()):
+    found: dict[Place, dict[int, Number]] = {}
+    for way, value, seen in _walk(report, ()):
         at, kind = _kind(way)
         if kind and math.isfinite(value):
             place = (*way[:at], *way[at + 1 :], way[at])
-            found.setdefault(place, {}).setdefault(repeated, Number(place, kind, [])).values.append(value)
+            found.setdefault(place, {}).setdefault(seen, Number(place, kind, [])).values.append(value)
     return {place: each[max(each)] for place, each in found.items()}
 
 
@@ -114,35 +114,37 @@ def _kind(way: Place) -> tuple[int, str | None]:
     return 0, None
 
 
-def _walk(node, place: Place, repeated: bool = False) -> Iterator[tuple[Place, float, bool]]:
-    """-> place, value, and whether it is one of some repeats."""
+def _walk(node, place: Place, seen: int = ONCE) -> Iterator[tuple[Place, float, int]]:
+    """-> place, value, and what it is one of."""
     if isinstance(node, dict):
-        if not repeated:
+        if seen == ONCE:
             place = (*place, *(f"{node[name]}" for name in NAMES if _names(node.get(name))))
             place = (*place, *(f"{name}={value}" for name, value in node.get("shape", {}).items() if place))
         for key, value in node.items():
             if key not in ABOUT and not (key in NAMES and _names(value)) and (place or isinstance(value, dict | list)):
-                name = re.sub("(_runs|_?rounds)$", "", key)
-                yield from _walk(value, (*place, *filter(None, [name])), repeated or key.endswith("rounds"))
+                way = (*place, *filter(None, [re.sub("(_runs|_?rounds)$", "", key)]))
+                if key.endswith("_rounds"):
+                    value = [statistics.fmean(each) if isinstance(each, list) else each for each in value]
+                yield from _walk(value, way, OF_ROUNDS if key.endswith("rounds") else seen)
         yield from _few(node, place)
     elif isinstance(node, list):
-        alike = repeated or not any(isinstance(value, dict | list) for value in node)
+        alike = seen or not any(isinstance(value, dict | list) for value in node)
         for index, value in enumerate(node):
             named = alike or any(name in value for name in NAMES)
-            yield from _walk(value, place if named else (*place, f"{index}"), alike)
+            yield from _walk(value, place if named else (*place, f"{index}"), max(seen, OF_RUNS) if alike else ONCE)
     elif isinstance(node, int | float) and not isinstance(node, bool):
-        yield place, float(node), repeated
+        yield place, float(node), seen
 
 
 def _names(value) -> bool:
     return isinstance(value, str | int) and value != ""
 
 
-def _few(node: dict, place: Place) -> Iterator[tuple[Place, float, bool]]:
+def _few(node: dict, place: Place) -> Iterator[tuple[Place, float, int]]:
     """The three runs that a median and a fastest stand for."""
     if node.get("repeats", 0) >= 4 and "milliseconds_runs" not in node:
         middle, fastest = node["milliseconds"], node["fastest_milliseconds"]
-        yield from (((*place, "milliseconds"), value, True) for value in (fastest, middle, middle**2 / fastest))
+        yield from (((*place, "milliseconds"), value, OF_RUNS) for value in (fastest, middle, middle**2 / fastest))
 
 
 def statuses(report: dict) -> dict[str, str]:

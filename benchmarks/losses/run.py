@@ -128,7 +128,9 @@ class Sums:
 def together(before: dict | None, now: dict) -> dict:
     if before is None or "seconds" not in before or "seconds" not in now:
         return now
-    return now | timings(*(before[name] + now[name] for name in ("seconds", "extra_bytes_runs")))
+    rounds = [*before.get("seconds_rounds", [before["seconds"]]), now["seconds"]]
+    all_runs = timings(*(before[name] + now[name] for name in ("seconds", "extra_bytes_runs")))
+    return now | all_runs | {"seconds_rounds": rounds}
 
 
 def missed(rows: list[dict], features: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from benchmarks.compare import LEVEL, Number, beyond, compare, main, missed_targets, numbers, report_of
+from benchmarks.losses.run import together
 from benchmarks.stamp import RESULTS
 
 FILES = sorted(path.name for path in RESULTS.glob("*.json") if '"hardware"' in path.read_text())
@@ -99,6 +100,16 @@ def test_a_median_and_a_fastest_run_stand_for_no_more_runs_than_three():
     (few,) = numbers({"rows": [row | {"repeats": 2}]}).values()
     (runs,) = numbers({"rows": [row | {"milliseconds_runs": [9.8, 9.9, 10.0, 10.4]}]}).values()
     assert few.values == [10.0] and runs.values == [9.8, 9.9, 10.0, 10.4]
+
+
+def test_runs_of_one_process_count_once():
+    """Of two rounds whose own runs are tight: what differs between processes is noise, too."""
+    before, now = ({"seconds": each, "extra_bytes_runs": [8, 8]} for each in ([1.0, 1.01], [1.3, 1.31]))
+    row = {"case": "ce"} | together(together(None, before), now)
+    report = lambda row: {"rows": [row]}  # noqa: E731
+    assert numbers(report(row))["rows", "ce", "seconds"].values == pytest.approx([1.005, 1.305])
+    assert row["seconds"] == [1.0, 1.01, 1.3, 1.31] and row["extra_bytes_runs"] == [8] * 4 and row["extra_bytes"] == 8
+    assert together(row, now)["seconds_rounds"] == [[1.0, 1.01], [1.3, 1.31], [1.3, 1.31]]
 
 
 def test_what_is_no_longer_right_or_misses_its_target_is_worse():
