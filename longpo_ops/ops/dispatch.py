@@ -21,6 +21,7 @@ import warnings
 import torch
 
 from ..kinds import FLOATS, check_choice, refusal
+from .fastest import explain_products
 from .tiles import Tiles, TorchTiles
 
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
@@ -123,7 +124,9 @@ def _choose(device_type: str, dtype: torch.dtype, forced: str | None) -> Tiles:
 
 def explain_backend(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:
     """A few lines: which back-end runs inputs of `dtype` on `device` (default: CUDA if there is one), and why the others
-    do not. Loads (and if need be compiles) what it asks about. Raises ValueError for what is no device."""
+    do not; on a CPU also which float32 products are the back-end's own and which torch's (fastest.py).
+
+    Loads (and if need be compiles) what it asks about. Raises ValueError for what is no device."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except (RuntimeError, TypeError, ValueError, OverflowError):
@@ -142,7 +145,7 @@ def explain_backend(device: torch.device | str | None = None, dtype: torch.dtype
     ]
     for name in NAMES:
         if name == chosen:
-            note = reasons[name] or "runs"
+            note = reasons[name] or ("runs" if name != "cpu" else f"runs, float32 with {explain_products()}")
         else:
             note = reasons[name] or ("usable, after the chosen one" if name in order else "usable, opt-in")
         lines.append(f"  {name:7s}{note}")

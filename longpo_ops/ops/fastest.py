@@ -45,6 +45,16 @@ def products_by_blocks(dtype: torch.dtype) -> tuple[str, ...]:
     return _remembered(torch.get_num_threads())
 
 
+def explain_products() -> str:
+    """Which form each product takes with the threads of now, in words."""
+    own = products_by_blocks(torch.float32)
+    others = [name for name in PRODUCTS if name not in own]
+    told = [
+        f"{whose} products ({', '.join(names)})" for whose, names in (("its own", own), ("torch's", others)) if names
+    ]
+    return " and ".join(told) + (f" ({VARIABLE})" if os.environ.get(VARIABLE) else "")
+
+
 @functools.cache
 def _remembered(threads: int) -> tuple[str, ...]:
     def found() -> str:

@@ -37,12 +37,14 @@ from longpo_ops import (
     linear_logprobs,
 )
 from longpo_ops.memory.trace import Ledger
-from longpo_ops.ops import divergence
+from longpo_ops.ops import divergence, fastest
 from longpo_ops.ops.batch import Batch
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.operators import run_sweep
+from longpo_ops.ops.sparse import GROUPS, keep_columns_
 from longpo_ops.ops.sweep import Options, default_workspace, workspace_of
 from tests.meta import add_products_on_meta
+from tests.ops.test_sparse import gradient, peaked
 
 EXACT = torch.__version__.startswith("2.13.")
 N, H, V = 96, 32, 1000
@@ -56,7 +58,8 @@ PRODUCTS = {  # operator -> its left factor, its right one, and which dimension 
     "longpo_cpu::hidden_gradient_": (0, 1, 1),
     "longpo_cpu::add_weight_gradient_": (1, 2, 1),
 }
-NO_PRODUCTS = ("logps", "gradient_", "logps_gradient_", "divergence_", "segment_sums", "multiplies", "large_pages")
+ROW_FUNCTIONS = ("logps", "gradient_", "logps_gradient_", "divergence_", "segment_sums", "keep_columns_")
+NO_PRODUCTS = (*ROW_FUNCTIONS, "multiplies", "large_pages")
 
 
 class Count(Ledger):
@@ -220,7 +223,8 @@ def count(case: Case, backend: str) -> tuple[int, tuple[int, int]]:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_costs_on_a_cpu(name, backend):
+def test_costs_on_a_cpu(name, backend, monkeypatch):
+    monkeypatch.setenv(fastest.VARIABLE, "blocks")  # whatever is faster here
     expected = getattr(COSTS[name], backend)
     if expected is None:
         pytest.skip("its products depend on the processor")
@@ -230,6 +234,23 @@ def test_costs_on_a_cpu(name, backend):
     assert products == COSTS[name].products * H * V
     if EXACT:
         assert rest == expected, f'"{name}", {backend}: operators and scratch'
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_sparse_hidden_gradient_costs_the_columns_that_are_kept(backend):
+    """And the sums of groups, which meet all of the head."""
+    torch.manual_seed(0)
+    states = peaked()
+    hidden, weight, bias, tokens = states
+    kept = keep_columns_(gradient(states)).columns.shape[0]
+    choose_backend(torch.device("cpu"), torch.float32, backend)
+    for leaf in (hidden, weight):
+        leaf.requires_grad_()
+    with Count([hidden, weight], lambda x: False) as told:
+        options = {"bias": bias, "backend": backend, "sparse_hidden_gradient": True}
+        linear_cross_entropy(hidden, weight, tokens, **options).backward()
+    (rows, width), vocab = hidden.shape, len(weight)
+    assert kept < vocab / 2 and told.products == (4 * rows * vocab + 2 * rows * kept + 2 * GROUPS * vocab) * width
 
 
 # ---- the PyTorch form on the meta device, which stands for a GPU of any memory ----------------------------------------
@@ -248,7 +269,9 @@ def cross_entropy_on_meta(hidden, weight, softcap, scratch):
 def divergence_on_meta(hidden, weight, softcap, scratch, kind="jsd"):
     maps, need = ((1.0, softcap), (1.0, softcap)), [True, True, False] * 2
     heads = (hidden, weight, None) * 2
-    return divergence._sweep(heads, None, None, torch.ones(()), kind, 0.5, *maps, scratch, weight.dtype, "torch", need)
+    return divergence._sweep(
+        heads, None, None, torch.ones(()), kind, 0.5, *maps, scratch, weight.dtype, False, "torch", need
+    )
 
 
 ON_META = {  # sweep, dtype, soft-cap -> operators and scratch; products are 6 N H V, 12 where both sides of a divergence learn

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from longpo_ops import explain_backend
 from longpo_ops.ops import fastest
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.products import Products
@@ -67,6 +68,13 @@ def test_forced(monkeypatch):
     with pytest.raises(ValueError, match=r"LONGPO_OPS_PRODUCTS='mkl'.*blocks, torch"):
         asked()
     assert fastest.products_by_blocks(torch.bfloat16) == fastest.PRODUCTS
+
+
+def test_it_is_told(monkeypatch):
+    monkeypatch.setenv(fastest.VARIABLE, "torch")
+    assert "runs, float32 with torch's products (logits, hidden, head) (LONGPO_OPS_PRODUCTS)" in explain_backend("cpu")
+    monkeypatch.setattr(fastest, "products_by_blocks", lambda dtype: (fastest.HEAD,))
+    assert "its own products (head) and torch's products (logits, hidden)" in fastest.explain_products()
 
 
 def test_both_forms_are_the_products(monkeypatch):
