@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longpo_ops.memory import offload_activations
-from longpo_ops.memory.tiers import available_host_bytes
+from longpo_ops.memory.host_memory import available_host_bytes
 
 from ..processes import Started, run, small_files
 from .models import INPUT_BYTES, LAYERS, PAGE, PAGES, make_ids, make_model, plain_step, same, step
