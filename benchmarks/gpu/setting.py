@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from longpo_ops.memory.tiers import available_host_bytes
+from longpo_ops.memory.host_memory import available_host_bytes
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.tiles import Tiles
 

@@ -42,8 +42,8 @@ SETTINGS = {  # name -> offload's tier (None: plain checkpointing), tiled, atten
 }
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what repeatable() needs, and as much as there is without it
 REQUIRED = 0.5  # of plain checkpointing's peak, on a CPU, with disk as the far tier
-SLOWDOWN = 1.03  # on a GPU, of offload to the host against keeping all on the device, at
-LONG = 65536  # tokens and up
+SLOWDOWN = 1.02  # on a GPU, of offload to the host against keeping all on the device, at
+LONG = 32768  # tokens and up
 RATE = 0.9  # on a GPU, of one large pinned copy's rate
 COMPARED = (  # by make gpu-check (benchmarks/gpu/steps.py), in one process: the first keeps what the others offload
     "checkpointing + tiles",

@@ -39,12 +39,12 @@ from torch import nn
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.data.layout import PairSpans, SharedPrefixLayout
+from longpo_ops.memory.host_memory import available_host_bytes
 from longpo_ops.memory.optimizer import PIECE, AdamW
 from longpo_ops.memory.plan import GIB, Machine, Plan, Settings, Work, predict
 from longpo_ops.memory.search import placed
 from longpo_ops.memory.settings import Memory, machine_here
 from longpo_ops.memory.structure import first_layers, weights_of
-from longpo_ops.memory.tiers import available_host_bytes
 from longpo_ops.memory.times import attention_pairs
 from longpo_ops.memory.trace import read_config, trace
 from longpo_ops.ops.head import attach

@@ -30,11 +30,11 @@ from torch import nn
 
 from ..attention import explain_attention, use_shared_prefix
 from ..data import ChatFormat, Pair, TokenizedPair
+from ..memory.host_memory import available_host_bytes, gib
 from ..memory.offload import offload_activations
 from ..memory.plan import Plan
 from ..memory.plan_report import describe_settings
 from ..memory.search import NothingFits
-from ..memory.tiers import available_host_bytes, gib
 from ..memory.tiling import tile_layers
 from ..ops.dispatch import explain_backend
 from ..ops.head import attach, detach

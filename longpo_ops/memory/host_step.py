@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from longpo_ops.memory.tiers import Lane, free_page, gib, make_page
+from longpo_ops.memory.host_memory import free_slab, gib, make_slab
+from longpo_ops.memory.tiers import Lane
 
 
 class Crossing(NamedTuple):
@@ -51,12 +52,11 @@ class HostSteps:
         close.atexit = False  # the end of the process frees them, and CUDA may be gone by then
         for _ in range(2):
             try:
-                self.rooms.append(make_page(nbytes, lane.pinned))
+                self.rooms.append(make_slab(nbytes, lane.pinned))
             except (OSError, RuntimeError) as error:
                 raise MemoryError(
                     f"the host refused {gib(nbytes)} of {'page-locked ' * lane.pinned}memory, through which weights cross to "
-                    f"step on it ({error}): free host memory or raise the limit of locked memory (ulimit -l), or keep master "
-                    "and states on the device with host=False"
+                    f"step on it ({error}): free host memory, or keep master and states on the device with host=False"
                 ) from error
 
     def run(self, crossings: Iterable[Crossing]) -> None:
@@ -100,4 +100,4 @@ def _aligned(nbytes: int) -> int:
 
 def _free(rooms: list[Tensor], pinned: bool) -> None:
     while rooms:
-        free_page(rooms.pop(), pinned)
+        free_slab(rooms.pop(), pinned)

@@ -32,20 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 from longpo_ops.kinds import check_choice, check_flag, check_object, check_whole
 from longpo_ops.memory.attention_outputs import recall_contexts
+from longpo_ops.memory.host_memory import available_host_bytes, gib, processes_here
 from longpo_ops.memory.quantise import CODECS, Exact
 from longpo_ops.memory.stored import Move, Mover, Stored
-from longpo_ops.memory.tiers import (
-    DEVICE,
-    DISK,
-    HOST,
-    PAGE,
-    HostPages,
-    SpillPages,
-    available_host_bytes,
-    gib,
-    lane_of,
-    processes_here,
-)
+from longpo_ops.memory.tiers import DEVICE, DISK, HOST, PAGE, HostPages, SpillPages, lane_of
 
 log = logging.getLogger("longpo_ops.memory")
 
@@ -257,8 +247,7 @@ class OffloadHandle:
 
     @property
     def host_bytes(self) -> int:
-        host = self._offloader.mover.host
-        return host.made * host.page_bytes
+        return self._offloader.mover.host.nbytes
 
     @property
     def disk_bytes(self) -> int:
@@ -315,9 +304,9 @@ def offload_activations(
     device_bytes: of layer inputs that stay on the device. host_bytes: of the machine's memory to use, page-locked for a GPU, by
     all of the run's processes on it, each of which takes its share (LOCAL_WORLD_SIZE), as it does of the space in spill_dir;
     default four fifths of what is available. More than is available is taken at its word, with a warning, as the memory of
-    a guest may grow when it is used; pages are made when a forward pass first needs them. spill_dir: folder for what the
-    host does not hold; its disk should be local. store: "exact", or "int8" for half the bytes of bfloat16 at an error of
-    1/254 of the largest of 128 neighbours.
+    a guest may grow when it is used. It is taken when a forward pass first needs it, in steps of a 64th, 1 GiB at most.
+    spill_dir: folder for what the host does not hold; its disk should be local. store: "exact", or "int8" for half the bytes
+    of bfloat16 at an error of 1/254 of the largest of 128 neighbours.
     save_attention: also stores attention outputs and logsumexps, exactly, as far as host and disk have room beside the
     inputs, first layers first; the backward of those layers does not run the attention forward again. For kernels that are
     one PyTorch operator: flash, cuDNN and memory-efficient attention, CPU flash, the flash-attn package.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from longpo_ops.kinds import check_whole
+from longpo_ops.memory.host_memory import gib
 from longpo_ops.memory.plan import (
     Machine,
     Plan,
@@ -24,7 +25,6 @@ from longpo_ops.memory.plan import (
     predict,
     traced,
 )
-from longpo_ops.memory.tiers import gib
 from longpo_ops.memory.tiling import ROWS, explain_tiling
 
 LOSSY = {"nothing": "", "states": "8-bit optimizer states", "all": "8-bit optimizer states and layer inputs"}

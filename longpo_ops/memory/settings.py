@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from longpo_ops.memory import optimizer, plan
+from longpo_ops.memory.host_memory import available_host_bytes, processes_here
 from longpo_ops.memory.offload import OffloadHandle, offload_activations
 from longpo_ops.memory.quantise import CODECS
-from longpo_ops.memory.tiers import available_host_bytes, processes_here
 from longpo_ops.memory.tiling import tile_layers
 from longpo_ops.runs.validate import check_kinds
 

@@ -1,37 +1,38 @@
-"""Where offloaded bytes go: pages of host memory and pages of a nameless file, and the lane that copies them.
+"""Where offloaded bytes go: pages of host memory and of a nameless file, reached by a lane that copies.
 
     device tensor --lane--> host pages                       pinned, if the device is a GPU
     device tensor --lane--> one staging page --thread--> pages of the spill file
 
 A tensor of n bytes takes ceil(n / page) pages, whatever its shape: pages are reused across layers, steps and sequence
-lengths and never fragment, and at most one page per tensor is not full. Pinning page by page avoids the powers of two
-that PyTorch's own pinned allocator rounds to. Memory: what has been reserved at most, up to the budget, until close().
+lengths and never fragment, and at most one page per tensor is not full. Host pages are views of slabs (host_memory.py), which
+PyTorch's own pinned allocator would round to powers of two. Memory: what has been reserved at most, in whole slabs, up to the
+budget, until close().
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
+import itertools
 import os
+import resource
 import shutil
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
+from longpo_ops.memory.host_memory import free_slab, gib, make_slab
+
 RETRY = "Weights and optimizer are as before the step: clear the gradients and take the step again"
 DEVICE, HOST, DISK = "device", "host", "disk"  # the tiers: a page belongs to one of the last two
 PAGE = 16 << 20  # large enough for full copy and disk rates, small beside a checkpoint of gigabytes
-
-
-def gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.3g} GiB" if nbytes >= 2**27 else f"{nbytes / 2**20:.3g} MiB"
+SLAB = 1 << 30  # at most: a host of 2 TiB takes 2,048, where 65,530 mappings are the end of a process
 
 
 # --- lanes: how copies are ordered against the computation ------------------------------------------------------------
@@ -154,67 +155,57 @@ class Pages:
 
 class HostPages(Pages):
     """Pages of host memory within a budget in bytes, page-locked for a lane that wants it. sharers: processes of this machine
-    that have the same budget, with this one."""
+    that have the same budget, with this one.
+
+    They are views of slabs of a 64th of the budget, 1 GiB at most: small beside the budget, and few. Page p is in slab
+    p // slab_pages. A slab with a page in use outlives close().
+    """
 
     def __init__(self, page_bytes: int, budget: int, lane: Lane, sharers: int = 1):
         super().__init__(page_bytes)
         self.budget, self.lane, self.sharers = budget, lane, sharers
-        self._memory: dict[int, Tensor] = {}
+        self.slab_pages = max(1, min(SLAB, budget // 64) // page_bytes)
+        self._slabs: dict[
+            int, tuple[Tensor, Iterator[int]]
+        ] = {}  # with a count of its pages that came back after close()
+
+    @property
+    def nbytes(self) -> int:
+        """What all slabs take."""
+        return sum(slab.numel() for slab, _ in tuple(self._slabs.values()))
 
     def room(self) -> int:
         return self.budget // self.page_bytes - self.used
 
     def view(self, page: int, nbytes: int) -> Tensor:
-        return self._memory[page][:nbytes]
+        number, within = divmod(page, self.slab_pages)
+        return self._slabs[number][0].narrow(0, within * self.page_bytes, nbytes)
 
     def _make(self, pages: int) -> None:
-        for done in range(pages):
+        while pages > 0:
+            count = min(self.slab_pages, max(pages, self.budget // self.page_bytes - self.made))
             try:
-                memory = make_page(self.page_bytes, self.lane.pinned)
+                slab = make_slab(count * self.page_bytes, self.lane.pinned)
             except (OSError, RuntimeError) as error:
-                missing = (pages - done) * self.page_bytes
                 raise MemoryError(
-                    f"the host gave {gib(len(self._memory) * self.page_bytes)} of offload memory and refused the next "
-                    f"{gib(missing)} ({error}): lower host_bytes from {gib(self.budget * self.sharers)} and raise device_bytes "
-                    "or give a spill_dir"
+                    f"the host gave {gib(self.nbytes)} of offload memory and refused the next "
+                    f"{gib(max(pages, count) * self.page_bytes)} ({error}): lower host_bytes from "
+                    f"{gib(self.budget * self.sharers)} and raise device_bytes or give a spill_dir"
                 ) from error
-            self._memory[self.made] = memory
-            self._free.append(self.made)
-            self.made += 1
+            number = len(self._slabs)
+            self._slabs[number] = slab, itertools.count(1)
+            self._free.extend(range(number * self.slab_pages, number * self.slab_pages + count))
+            self.made, pages = self.made + count, pages - count
 
     def _drop(self) -> None:
         self.lane.drain()
         while self._free:
-            free_page(self._memory.pop(self._free.popleft()), self.lane.pinned)
+            number = self._free.popleft() // self.slab_pages
             self.made -= 1
-
-
-def make_page(nbytes: int, pinned: bool) -> Tensor:
-    """(nbytes,) uint8, straight from the system, so that freeing gives it back at once."""
-    page = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
-    if pinned:
-        _check_cuda(int(torch.cuda.cudart().cudaHostRegister(page.data_ptr(), nbytes, 0)))
-    return page
-
-
-def free_page(page: Tensor, pinned: bool) -> None:
-    if pinned:
-        _check_cuda(int(torch.cuda.cudart().cudaHostUnregister(page.data_ptr())))
-
-
-def _check_cuda(code: int) -> None:
-    """Raises for a call of the runtime that was refused, and leaves nothing of it behind."""
-    if code:
-        _clear_cuda_error()
-        torch.cuda.check_error(code)
-
-
-def _clear_cuda_error() -> None:
-    """The runtime keeps a refusal as this thread's last error, and torch asks for that after each launch: the next kernel
-    would fail for it. torch has no binding of cudaGetLastError, and a library opened by name need not be the runtime that
-    torch is linked with. So a kernel is launched here, whose check reads the error and thereby clears it."""
-    with suppress(RuntimeError):
-        torch.ones((), device="cuda")
+            slab, back = self._slabs[number]
+            if next(back) * self.page_bytes == slab.numel():  # of all threads that give pages back, one comes last
+                del self._slabs[number]
+                free_slab(slab, self.lane.pinned)
 
 
 class SpillPages(Pages):
@@ -281,11 +272,13 @@ class SpillPages(Pages):
             self.made = 0
 
     def _failure(self, error: OSError) -> OSError:
-        free = shutil.disk_usage(self.folder).free
+        free, limit = shutil.disk_usage(self.folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        small = f"; files of this process may have {gib(limit)}: raise the limit (ulimit -f unlimited)"
+        known = small if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY else ""
         return OSError(
             error.errno,
-            f"the spill file in {self.folder} failed: {error.strerror}; {gib(free)} are free there. Free space or give "
-            f"another spill_dir. {RETRY}",
+            f"the spill file in {self.folder} failed: {error.strerror}{known}; {gib(free)} are free there. Free space or "
+            f"give another spill_dir. {RETRY}",
             str(self.folder),
         )
 
@@ -294,10 +287,11 @@ class Staging:
     """A few pages, beside the budget, that bytes pass through on their way between device and disk."""
 
     def __init__(self, count: int, page_bytes: int, lane: Lane):
-        self._lane, self._count = lane, count
+        self._lane, self._slab = lane, make_slab(count * page_bytes, lane.pinned)
+        self._all = self._slab.split(page_bytes)
         self._pages: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(count):
-            self._pages.put(make_page(page_bytes, lane.pinned))
+        for page in self._all:
+            self._pages.put(page)
 
     @contextmanager
     def page(self) -> Iterator[Tensor]:
@@ -308,27 +302,6 @@ class Staging:
             self._pages.put(page)
 
     def close(self) -> None:
-        for _ in range(self._count):
-            free_page(self._pages.get(), self._lane.pinned)
-
-
-def processes_here() -> int:
-    """Processes of this run on this machine, as launchers say it; all of the group's where none does."""
-    told = os.environ.get("LOCAL_WORLD_SIZE")
-    return int(told) if told else torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def available_host_bytes() -> int:
-    """Host memory that can be taken without swapping, the limit of a container included. 2^62 where it is unknown."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 1 << 62
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())  # "max" without a limit
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-        return min(free, limit - int((group / "memory.current").read_text()) + int(cache))
-    except (OSError, ValueError, KeyError):
-        return free
+        for _ in self._all:
+            self._pages.get()
+        free_slab(self._slab, self._lane.pinned)

@@ -40,11 +40,11 @@ from ..attention.rope import forget_lengths
 from ..data import TokenizedPair, packed_length
 from ..memory import plan, search
 from ..memory.adapters import Adapters, scheme_of
+from ..memory.host_memory import processes_here
 from ..memory.mesh import ONE_CARD, Mesh
 from ..memory.optimizer import check_optim
 from ..memory.sequences import Sequences
 from ..memory.settings import Memory, machine_here
-from ..memory.tiers import processes_here
 from ..ops.head import attach
 from ..ops.head_weight import read_head
 from ..ops.sweep import default_workspace

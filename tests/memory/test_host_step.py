@@ -190,7 +190,7 @@ def test_a_host_without_memory_for_the_rooms_is_refused_before_anything_moves(mo
         raise RuntimeError("CUDA error: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(host_step, "make_page", refuses)
+        patch.setattr(host_step, "make_slab", refuses)
         with pytest.raises(MemoryError, match=r"refused 0.0\d+ MiB of memory.*out of memory.*host=False"):
             ours.step()
     assert same([p.detach() for p in model.parameters()], before)
@@ -200,9 +200,9 @@ def test_a_host_without_memory_for_the_rooms_is_refused_before_anything_moves(mo
 
 def test_rooms_are_shared_and_freed_with_the_optimizer(monkeypatch):
     made, freed = [], []
-    monkeypatch.setattr(host_step, "free_page", lambda page, pinned: freed.append(page.data_ptr()))
-    make_page = host_step.make_page
-    monkeypatch.setattr(host_step, "make_page", lambda *args: made.append(args[0]) or make_page(*args))
+    monkeypatch.setattr(host_step, "free_slab", lambda slab, pinned: freed.append(slab.data_ptr()))
+    make_slab = host_step.make_slab
+    monkeypatch.setattr(host_step, "make_slab", lambda *args: made.append(args[0]) or make_slab(*args))
     model = network()
     ours = AdamW(model.parameters(), lr=1e-3, host=True)
     assert not made  # before the first step

@@ -102,8 +102,8 @@ def test_recomputed_layers_are_bitwise_the_same(tmp_path):
 
 
 def test_pages_are_reused_across_steps_and_lengths(monkeypatch):
-    made, make_page = [], tiers.make_page
-    monkeypatch.setattr(tiers, "make_page", lambda *args: made.append(args) or make_page(*args))
+    made, make_slab = [], tiers.make_slab
+    monkeypatch.setattr(tiers, "make_slab", lambda *args: made.append(args) or make_slab(*args))
     model = make_model()
     with attach(model) as handle:
         for length in (LENGTH, 17, 31, LENGTH, 5):
@@ -113,8 +113,8 @@ def test_pages_are_reused_across_steps_and_lengths(monkeypatch):
 
 
 def test_all_pages_can_be_made_ahead(monkeypatch):
-    made, make_page = [], tiers.make_page
-    monkeypatch.setattr(tiers, "make_page", lambda *args: made.append(args) or make_page(*args))
+    made, make_slab = [], tiers.make_slab
+    monkeypatch.setattr(tiers, "make_slab", lambda *args: made.append(args) or make_slab(*args))
     model = make_model()
     with attach(model, host=HOST_ALL + 2 * PAGE) as handle:
         handle.reserve()

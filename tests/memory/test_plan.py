@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from longpo_ops.attention import use_shared_prefix
 from longpo_ops.memory import offload_activations, place, tile_layers
+from longpo_ops.memory.host_memory import gib
 from longpo_ops.memory.optimizer import OPTIMS, PIECE, AdamW
 from longpo_ops.memory.pieces import BLOCK
 from longpo_ops.memory.plan import (
@@ -24,7 +25,6 @@ from longpo_ops.memory.plan import (
     weights_of,
 )
 from longpo_ops.memory.search import fit, longest, lossy_offers, placed
-from longpo_ops.memory.tiers import gib
 from longpo_ops.memory.times import attention_pairs
 from longpo_ops.memory.trace import carried_models, read_config, trace
 from longpo_ops.ops.head import attach

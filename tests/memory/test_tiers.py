@@ -1,7 +1,7 @@
 """Pages, the spill file, and block-scaled 8-bit storage."""
 
-import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +15,7 @@ from longpo_ops.memory.tiers import (
     HostPages,
     Lane,
     SpillPages,
-    available_host_bytes,
-    free_page,
     lane_of,
-    make_page,
-    processes_here,
 )
 
 PAGE = 4096
@@ -35,6 +31,39 @@ def test_host_pages_are_taken_again_before_new_ones_are_made():
     assert pages.made == 10 and pages.used == 6
 
 
+def test_pages_of_a_slab_are_apart_and_stay_within_the_budget():
+    """A budget of 150 pages is made of slabs of two. The one that is in use beyond closing goes with its last page."""
+    pages = HostPages(PAGE, 151 * PAGE + 5, Lane())
+    numbers = pages.take(5)
+    assert (pages.slab_pages, pages.made, pages.used, pages.nbytes) == (2, 6, 5, 6 * PAGE)
+    numbers += pages.take(pages.room())
+    assert pages.made == pages.used == 151 and pages.nbytes == 151 * PAGE and pages.room() == 0
+    for fill, number in enumerate(numbers):
+        pages.view(number, PAGE).fill_(fill)
+    assert [pages.view(number, PAGE).unique().tolist() for number in numbers] == [[fill] for fill in range(151)]
+    pages.give(numbers[1:])
+    pages.close()
+    assert (pages.made, pages.used, pages.nbytes) == (1, 1, 2 * PAGE) and not pages.view(numbers[0], PAGE).any()
+    pages.give(numbers[:1])
+    assert (pages.made, pages.nbytes) == (0, 0)
+
+
+def test_more_than_the_budget_is_made_where_it_is_asked_for():
+    """A layer's input may be larger than the first one's, by which places were found."""
+    pages = HostPages(PAGE, 2 * PAGE, Lane())
+    assert len(set(pages.take(5))) == 5 and pages.nbytes == 5 * PAGE and pages.room() == -3
+
+
+def test_pages_that_come_back_in_threads_are_freed_once():
+    pages = HostPages(PAGE, 128 * PAGE, Lane())
+    numbers = pages.take(128)
+    pages.close()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: pages.give([number]), numbers))
+    pages.close()  # what a thread found another had already taken
+    assert (pages.made, pages.nbytes) == (0, 0)
+
+
 def test_host_pages_in_use_outlive_closing():
     pages = HostPages(PAGE, 3 * PAGE, Lane())
     one, two = pages.take(2)
@@ -44,70 +73,6 @@ def test_host_pages_in_use_outlive_closing():
     assert pages.made == 1 and pages.view(one, PAGE).unique().tolist() == [7]
     pages.give([one])
     assert pages.made == 0
-
-
-class Runtime:
-    """A CUDA runtime that refuses all but the first `pages` pages, and keeps the refusal as its last error, as CUDA does."""
-
-    def __init__(self, pages=0, frees=True):
-        self.pages, self.frees, self.last, self.launches = pages, frees, 0, 0
-
-    def cudaHostRegister(self, address, nbytes, flags):
-        self.pages -= 1
-        return 0 if self.pages >= 0 else self.refuse()
-
-    def cudaHostUnregister(self, address):
-        return 0 if self.frees else self.refuse()
-
-    def refuse(self):
-        self.last = 2
-        return 2
-
-    def launch(self, *size, device):
-        """What torch does after each launch: it asks for the last error, which clears it, and raises it."""
-        assert device == "cuda"
-        self.launches += 1
-        last, self.last = self.last, 0
-        if last:
-            raise RuntimeError("an error of another call")
-
-    def check_error(self, code):
-        assert self.last == 0  # cleared before anything is raised
-        raise RuntimeError(f"CUDA error: out of memory ({code})")
-
-
-def run_on(monkeypatch, runtime) -> Runtime:
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "check_error", runtime.check_error)
-    monkeypatch.setattr(tiers.torch, "ones", runtime.launch)
-    return runtime
-
-
-class PinnedLane(Lane):
-    pinned = True
-
-
-def test_a_refused_page_leaves_no_error_for_the_next_launch(monkeypatch):
-    runtime = run_on(monkeypatch, Runtime(pages=1))
-    pages = HostPages(PAGE, 10 * PAGE, PinnedLane())
-    with pytest.raises(MemoryError) as refused:
-        pages.take(3)
-    assert str(refused.value) == (
-        "the host gave 0.00391 MiB of offload memory and refused the next 0.00781 MiB (CUDA error: out of memory (2)): lower "
-        "host_bytes from 0.0391 MiB and raise device_bytes or give a spill_dir"
-    )
-    assert (runtime.last, runtime.launches) == (0, 1)
-    pages.close()
-    assert runtime.launches == 1  # what is not refused launches nothing
-
-
-def test_a_page_that_cannot_be_unlocked_leaves_no_error_for_the_next_launch(monkeypatch):
-    runtime = run_on(monkeypatch, Runtime(pages=1, frees=False))
-    page = make_page(PAGE, True)
-    assert runtime.launches == 0
-    with pytest.raises(RuntimeError, match="CUDA error"):
-        free_page(page, True)
-    assert (runtime.last, runtime.launches) == (0, 1)
 
 
 def test_spill_file_has_no_name_and_keeps_pages_apart(tmp_path):
@@ -142,13 +107,6 @@ def test_processes_share_what_is_free_on_the_disk(tmp_path, monkeypatch):
     assert pages.room() == 3 + 2
 
 
-def test_processes_here_are_those_of_the_launcher(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert processes_here() == 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert processes_here() == 8
-
-
 def test_refuses_a_folder_that_takes_no_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="spill_dir"):
@@ -158,11 +116,6 @@ def test_refuses_a_folder_that_takes_no_file(tmp_path):
 def test_refuses_other_devices():
     with pytest.raises(ValueError, match="xpu"):
         lane_of(torch.device("xpu"))
-
-
-def test_available_memory_is_that_of_this_machine():
-    with mmap.mmap(-1, PAGE):
-        assert PAGE < available_host_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @given(
