@@ -94,8 +94,11 @@ class Products:
             torch.mm(h, weight.t(), out=z[:, columns])
         return out if z is out else out.copy_(z[:n])
 
-    def hidden_gradient(self, dz: Tensor) -> Tensor:
-        """dz (n, V) -> (n, H) in the operands' dtype or in float32."""
+    def hidden_gradient(self, dz: Tensor, wide: bool = False) -> Tensor:
+        """dz (n, V) -> (n, H) in the operands' dtype or in float32; `wide`: in tile_dtype."""
+        if wide and self.wide:
+            dh = dz.new_empty(dz.shape[0], self.weight.shape[1], dtype=self.tile_dtype)
+            return torch.ops.aten.mm.dtype_out(dz, self.weight, self.tile_dtype, out=dh)
         if self.native:
             dh = torch.empty(dz.shape[0], self.weight.shape[1])
             torch.ops.longpo_cpu.hidden_gradient_(dz, self.weight, dh)

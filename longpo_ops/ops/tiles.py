@@ -124,7 +124,8 @@ class Divergence(NamedTuple):
 
 
 class Tiles(Protocol):
-    """A back-end. `linear_logps` is optional (None): log-probs of rows straight from hidden states, without a tile."""
+    """A back-end. Optional (None): `linear_logps`, log-probs of rows straight from hidden states, without a tile, and
+    `scaled_exps`, 16-bit exponentials in place of one (exponentials.py)."""
 
     name: str
 
@@ -198,7 +199,7 @@ class TorchTiles:
     """The PyTorch form: every device, float32 and float64, block by block."""
 
     name = "torch"
-    linear_logps = None
+    linear_logps = scaled_exps = None
 
     def logps(self, z, labels, map, beside=NOTHING):
         logps, stats = z.new_empty(z.shape[0]), z.new_zeros(z.shape[0], beside.columns)

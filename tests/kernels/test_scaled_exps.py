@@ -11,6 +11,8 @@ import os
 import pytest
 import torch
 
+import longpo_ops
+
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported, in a process of its own", allow_module_level=True)
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
@@ -18,6 +20,9 @@ if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true"
 
 from longpo_ops.kernels.launch import MatmulConfig, scaled_exps_config
 from longpo_ops.kernels.scaled_exps import REACH, scaled_exps
+from longpo_ops.kernels.tiles import ScaledTiles
+from longpo_ops.ops import operators
+from longpo_ops.ops.sweep import workspace_of
 from longpo_ops.ops.tiles import LogitMap, TorchTiles
 from tests.budget import check_budget
 
@@ -194,3 +199,118 @@ def test_bad_input_is_named(changes, message):
     inputs = {"hidden": torch.randn(3, 8), "weight": torch.randn(9, 8), "labels": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         scaled_exps(**inputs | {"map": LogitMap(), "out": torch.empty(3, 9, dtype=torch.bfloat16)} | changes)
+
+
+# ---- the sweep that keeps them -----------------------------------------------------------------------------------------
+
+
+class Rounded(TorchTiles):
+    """The PyTorch form with gradients in 8 bits, as a GPU multiplies them."""
+
+    def gradient_(self, *arguments):
+        return super().gradient_(*arguments).bfloat16().float()
+
+    def logps_gradient_(self, *arguments):
+        logps, dz = super().logps_gradient_(*arguments)
+        return logps, dz.bfloat16().float()
+
+
+class Counting(ScaledTiles):
+    """Counts the chunks that keep exponentials."""
+
+    def __init__(self):
+        self.chunks = 0
+
+    def scaled_exps(self, *arguments):
+        self.chunks += 1
+        return scaled_exps(*arguments)
+
+
+def loss_and_gradients(loss, tensors: dict, tiles, monkeypatch) -> dict:
+    """loss(**tensors) with these tiles -> by name the loss, (1,), and every gradient."""
+    leaves = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "choose_backend", lambda *_: tiles)
+        value = loss(**leaves)
+        value.backward()
+    return {"loss": value.detach()[None]} | {name: t.grad for name, t in leaves.items() if t.grad is not None}
+
+
+def check_loss(loss, tensors: dict, monkeypatch) -> int:
+    """Against float64, by the budget beside 8-bit gradients -> chunks that kept exponentials."""
+    exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    truth = loss_and_gradients(loss, exact, TORCH, monkeypatch)
+    plain = loss_and_gradients(loss, tensors, Rounded(), monkeypatch)
+    tiles = Counting()
+    ours = loss_and_gradients(loss, tensors, tiles, monkeypatch)
+    assert ours.keys() == truth.keys()
+    for name, true in truth.items():
+        check_budget(name, ours[name], plain[name], true, draws=True)
+    return tiles.chunks
+
+
+def head_inputs(n: int = 40, V: int = 150, H: int = 24, frozen: tuple[str, ...] = ()) -> tuple[dict, torch.Tensor]:
+    hidden, weight, labels, bias = operands(n, V, H, torch.float32)
+    labels[::7] = -100
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias}
+    return {name: t.clone().requires_grad_(name not in frozen) for name, t in tensors.items()}, labels
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "scale": 1.5}])
+@pytest.mark.parametrize("frozen", [("bias",), ("bias", "weight"), ("bias", "hidden")])
+def test_a_cross_entropy_in_several_chunks(frozen, options, monkeypatch):
+    tensors, labels = head_inputs(frozen=frozen)
+    room = workspace_of(12, tensors["weight"], torch.float32)
+
+    def loss(hidden, weight, bias):
+        return longpo_ops.linear_cross_entropy(hidden, weight, labels, bias=bias, workspace_bytes=room, **options)
+
+    assert check_loss(loss, tensors, monkeypatch) == 3
+
+
+def test_log_probs_with_any_upstream_gradient(monkeypatch):
+    tensors, labels = head_inputs(frozen=("bias",))
+    upstream = torch.linspace(-1, 2, len(labels))
+
+    def loss(hidden, weight, bias):
+        logps = longpo_ops.linear_logprobs(hidden, weight, labels, bias=bias)
+        return (logps * upstream).sum()
+
+    assert check_loss(loss, tensors, monkeypatch) == 1
+
+
+def test_pairs_are_scored_wait_and_are_pushed(monkeypatch):
+    _, weight, _, _ = operands(1, 150, 24, torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    tensors = {name: torch.randn(2, 10, 24, generator=generator) for name in ("chosen", "rejected")} | {
+        "weight": weight
+    }
+    ids = torch.randint(150, (2, 2, 10), generator=generator)
+    answers = torch.where(torch.arange(10) >= 6, ids, -100)
+    refs = torch.tensor([-20.0, -22.0])
+
+    def loss(chosen, rejected, weight):
+        return longpo_ops.fused_preference_loss(
+            chosen, rejected, weight, answers[0], answers[1], ref_chosen_logps=refs, ref_rejected_logps=refs - 1,
+            nll_labels=ids[0], objective=longpo_ops.LongPO(beta=0.5, preference_weight=1.0),
+        ).loss  # fmt: skip
+
+    assert check_loss(loss, {name: t.requires_grad_() for name, t in tensors.items()}, monkeypatch) == 2
+
+
+def test_what_needs_logits_takes_the_tile(monkeypatch):
+    tensors, labels = head_inputs()
+
+    def with_bias(hidden, weight, bias):
+        return longpo_ops.linear_cross_entropy(hidden, weight, labels, bias=bias)
+
+    def smoothed(hidden, weight, bias):
+        return (
+            longpo_ops.linear_cross_entropy(hidden, weight, labels, label_smoothing=0.1, z_loss_weight=1e-3)
+            + 0 * bias[0]
+        )
+
+    def entropy(hidden, weight, bias):
+        return longpo_ops.linear_logprobs(hidden, weight, labels, outputs=("entropy",))[1].nansum() + 0 * bias[0]
+
+    assert [check_loss(loss, tensors, monkeypatch) for loss in (with_bias, smoothed, entropy)] == [0, 0, 0]
