@@ -125,6 +125,19 @@ def test_large_logits(large):
     assert found.logps.min() < -REACH.value < -1e-3 < found.logps.max()
 
 
+def test_a_large_offset_costs_no_digits():
+    """Logits of 1e4 and eighths, exact in float32, so that nothing but l - K ln 2 can lose any; tiles of three offsets."""
+    generator = torch.Generator().manual_seed(8)
+    hidden, weight = torch.ones(8, 16), torch.zeros(150, 16)
+    weight[:, 0], weight[:, 1] = 1e4, torch.randint(-20, 20, (150,), generator=generator) / 8
+    weight[64:128, 1] += 50
+    weight[128:, 1] += 53
+    labels = torch.tensor([3, 40, 63, 7, 64, 100, 130, 149])
+    found = check(hidden, weight, labels, LogitMap())
+    exact = (hidden.double() @ weight.double().T).log_softmax(1).gather(1, labels[:, None])[:, 0]
+    assert (found.logps - exact).abs().max() < 1e-5
+
+
 def test_all_tiles_out_of_reach_but_the_labels():
     hidden, weight, labels, bias = operands(20, 400, 32, spread=1.0)
     labels.fill_(10)
