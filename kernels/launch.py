@@ -32,6 +32,7 @@ class MatmulConfig(NamedTuple):
     stages: int
     descriptors: bool  # tensor descriptors (TMA) instead of pointers
     flatten: bool = True  # the loops over vocab and inner run as one pipeline
+    parts: int = 1  # in which scaled_exps takes a tile's columns, 1 or 2
 
 
 # Row kernels use no tensor cores and few bytes of shared memory: one choice serves every architecture. Registers are
@@ -65,6 +66,16 @@ LINEAR_LOGPS = {
     120: (_AMPERE, _AMPERE, _EXACT),  # no tcgen05
 }
 
+# Tiles of scaled_exps, whose epilogue stores: half of a tile's columns at a time, or 128 x 256 spills and its staging does
+# not fit. The same with a bias and soft-cap.
+SCALED_EXPS = {
+    80: _AMPERE._replace(parts=2),
+    90: _HOPPER._replace(stages=4, parts=2),
+    100: _BLACKWELL._replace(stages=4, parts=2),
+    120: _AMPERE._replace(parts=2),
+}
+_ELEMENTWISE = MatmulConfig(128, 64, 32, 8, 8, 4, False)  # rows or columns that are not 16-byte units
+
 
 def row_config(V: int, tight: bool, long: RowConfig = ROW) -> RowConfig:
     """For rows of V columns; `tight`: with a bias, a soft-cap, float32 results, unaligned rows, what is asked for beside
@@ -74,12 +85,21 @@ def row_config(V: int, tight: bool, long: RowConfig = ROW) -> RowConfig:
     return RowConfig(block, warps) if warps <= 32 else long
 
 
-def linear_logps_config(capability: int, dtype: torch.dtype, mapped: bool) -> MatmulConfig:
-    """The newest architecture of the table that is not newer than the device."""
+def linear_logps_config(capability: int, dtype: torch.dtype, mapped: bool, aligned: bool = True) -> MatmulConfig:
+    """The newest architecture of the table that is not newer than the device; sm_80's, whatever it is, for rows that are not
+    `aligned`: single elements instead of 16-byte units spill in the larger tiles."""
+    capability = capability if aligned else 80
     plain, with_map, exact = LINEAR_LOGPS[max(key for key in LINEAR_LOGPS if key <= capability)]
     if dtype == torch.float32:
         return exact
     return with_map if mapped else plain
+
+
+def scaled_exps_config(capability: int, dtype: torch.dtype, mapped: bool, aligned: bool = True) -> MatmulConfig:
+    """The newest architecture of the table that is not newer than the device."""
+    if dtype == torch.float32:
+        return _EXACT
+    return SCALED_EXPS[max(key for key in SCALED_EXPS if key <= capability)] if aligned else _ELEMENTWISE
 
 
 def is_mapped(map) -> bool:

@@ -5,7 +5,7 @@ Products of hidden states and head are not among them: longpo_ops/ops/products.p
 Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
 """
 
-from longpo_ops.kernels import divergence, linear_logps, row_epilogue, segment_sums
+from longpo_ops.kernels import divergence, linear_logps, row_epilogue, scaled_exps, segment_sums
 
 
 class TritonTiles:
@@ -19,3 +19,11 @@ class TritonTiles:
     segment_sums = staticmethod(segment_sums.segment_sums)
     linear_logps = staticmethod(linear_logps.linear_logps)
     sparse_gradient = None
+    scaled_exps = None
+
+
+class ScaledTiles(TritonTiles):
+    """The same with bfloat16 exponentials in place of a tile whose log-probs and their gradients are all that is asked for."""
+
+    name = "scaled"
+    scaled_exps = staticmethod(scaled_exps.scaled_exps)

@@ -26,8 +26,9 @@ from longpo_ops.ops.sweep import workspace_of
 from longpo_ops.ops.tiles import LOG_SUM, MEAN, PREDICTED, TOTAL, Beside, Divergence, LogitMap, Tiles, TorchTiles
 
 from ..budget import judge, worst
+from . import exponentials
 from .rows import Row, unavailable
-from .setting import Setting
+from .setting import OPT_IN, Setting
 
 PLAIN = TorchTiles()
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # the first is worth most
@@ -454,6 +455,8 @@ def tiles(setting: Setting) -> Iterator[Row]:
             yield unavailable("tiles", backend, "all", found)
         else:
             yield from tile_rows(found, setting)
+            if backend == "triton":
+                yield from exponentials.rows(setting, MAPS, SECONDS)
 
 
 def public(setting: Setting) -> Iterator[Row]:
@@ -465,3 +468,8 @@ def public(setting: Setting) -> Iterator[Row]:
         for backend, tiles in found.items():
             if not isinstance(tiles, str):
                 yield from _Public(setting, backend, dtype).rows()
+                if backend == "triton" and dtype == torch.bfloat16:
+                    ours = _Public(
+                        setting, OPT_IN, dtype
+                    ).rows()  # without a bias that takes a gradient, which needs logits
+                    yield from (row for row in ours if row.what in ("fused_preference_loss", "fused_policy_loss"))

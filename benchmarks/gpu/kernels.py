@@ -1,4 +1,4 @@
-"""What the loss is made of: tile functions beside a copy, scoring and the sweep's products beside torch.mm, workspaces.
+"""What the loss is made of: tile functions beside a copy, scoring and products beside torch.mm, workspaces.
 
 Bytes of a tile function are the least that can move: a float32 tile read once, 16-bit gradients written once. Scoring is
 2NHV. Ceilings are speed.py's.
@@ -15,11 +15,11 @@ import torch
 
 import longpo_ops
 from longpo_ops.ops.products import Products
-from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles
+from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles, empty_tile
 
 from .correctness import LOGPROB_LIMIT
 from .rows import Row, unavailable
-from .setting import GIB, Setting, measure, measure_seconds
+from .setting import GIB, OPT_IN, Setting, measure, measure_seconds
 from .speed import (
     RATE,
     SETUP,
@@ -168,10 +168,36 @@ def _products(setting: Setting, vocab: int) -> Iterator[Row]:
         yield Row(f"product: {name}", f"n={n} H={width} V={vocab}", compute, "", seconds, taken)
 
 
+# ---- exponentials in place of logits ------------------------------------------------------------------------------------
+
+
+def _exps(size: Size, seed: int) -> dict:
+    """The logits' product whose epilogue writes exponentials, at the rows of a chunk, if its log-probs are right."""
+    setting = size.setting
+    inputs, true = Inputs(size, seed), truth(size, seed)
+    tiles = setting.backend(OPT_IN)
+    n = chunk_rows(setting, size.vocab, size.rows)
+    hidden, weight = inputs.hidden.detach()[:n], inputs.weight.detach()
+    labels, room = inputs.labels[:n].to(hidden.device), empty_tile(n, size.vocab, hidden.device, torch.bfloat16)
+    run = functools.partial(tiles.scaled_exps, hidden, weight, labels, LogitMap(), room)
+    told = {"logp_difference": (difference := float((run().logps - true.logps[:n]).abs().max()))}
+    if not difference <= LOGPROB_LIMIT:
+        return told | {"status": f"failed: log-probs are up to {difference:.2g} off, allowed {LOGPROB_LIMIT}"}
+    return told | against_matmul(setting, size.vocab, 2.0 * n * setting.width * size.vocab, run)
+
+
+def _exponentials(size: Size) -> Iterator[Row]:
+    case = f"n={chunk_rows(size.setting, size.vocab, size.rows)} H={size.setting.width} V={size.vocab}"
+    if isinstance(tiles := size.setting.backend(OPT_IN), str):
+        yield unavailable("scaled_exps", OPT_IN, case, tiles)
+    else:
+        yield Row("scaled_exps", case, functools.partial(_exps, size), OPT_IN, size.seconds(0.2), size.bytes(4 * GIB))
+
+
 def rows(setting: Setting) -> Iterator[Row]:
     vocab = setting.vocabularies[0]
     some = Size(setting, vocab, setting.rows // 4)
     yield from _tile_functions(setting, vocab)
-    yield from with_truth(some, _scoring(some))
+    yield from with_truth(some, (*_scoring(some), *_exponentials(some)))
     yield from _products(setting, vocab)
     yield from (preference(some, workspace=workspace) for workspace in WORKSPACES)

@@ -20,7 +20,8 @@ from longpo_ops.ops.tiles import Tiles
 from ..budget import DRAWS
 
 BACKENDS = ("triton", "cuda", "torch")  # those that only a GPU can judge first
-ON_GPU_ONLY = ("triton", "cuda")
+OPT_IN = "scaled"  # a candidate: bfloat16 alone, and the triton back-end but for its chunks
+ON_GPU_ONLY = ("triton", "cuda", OPT_IN)
 NO_GPU = "skipped: no GPU"
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -60,17 +61,18 @@ class Setting:
 
     def backends(self) -> Iterator[tuple[str, Tiles | Elsewhere | str]]:
         """-> name and its tiles, or in words why there are none."""
-        for name in BACKENDS:
-            if self.elsewhere:
-                yield name, Elsewhere(name, name == "triton" or None)
-                continue
-            if name in ON_GPU_ONLY and not self.on_gpu:
-                yield name, NO_GPU
-                continue
-            try:
-                yield name, choose_backend(self.device, self.dtype, name)
-            except ValueError as error:
-                yield name, f"failed: {error}"
+        return ((name, self.backend(name)) for name in BACKENDS)
+
+    def backend(self, name: str) -> Tiles | Elsewhere | str:
+        """Its tiles, or in words why there are none."""
+        if self.elsewhere:
+            return Elsewhere(name, name == "triton" or None)
+        if name in ON_GPU_ONLY and not self.on_gpu:
+            return NO_GPU
+        try:
+            return choose_backend(self.device, self.dtype, name)
+        except ValueError as error:
+            return f"failed: {error}"
 
 
 H100 = Setting(

@@ -30,7 +30,7 @@ from longpo_ops.ops.sweep import row_unit, rows_per_chunk
 
 from .peers import PEERS, Peer, Run, backwards
 from .rows import Row, perform, unavailable
-from .setting import GIB, Setting, measure, measure_seconds
+from .setting import GIB, OPT_IN, Setting, measure, measure_seconds
 from .tables import failed
 
 RATE = 600e12  # operations a second that are planned with
@@ -270,11 +270,11 @@ def preference(size: Size, backend: str | None = None, workspace: int | None = N
     return _our_row("fused_preference_loss", size, compute, backend, workspace)
 
 
-def cross_entropy(size: Size, workspace: int | None = None) -> Row:
-    """Ours, on the back-end that a user gets, with the default workspace or another."""
-    ours = backwards(functools.partial(longpo_ops.linear_cross_entropy, workspace_bytes=workspace))
-    compute = functools.partial(_cross_entropy, size, lambda: ours)
-    return _our_row("linear_cross_entropy", size, compute, None, workspace)
+def cross_entropy(size: Size, workspace: int | None = None, backend: str | None = None) -> Row:
+    """Ours, on a back-end or on the one that a user gets, with the default workspace or another."""
+    loss = functools.partial(longpo_ops.linear_cross_entropy, workspace_bytes=workspace, backend=backend)
+    compute = functools.partial(_cross_entropy, size, lambda: backwards(loss))
+    return _our_row("linear_cross_entropy", size, compute, backend, workspace)
 
 
 def _our_row(what: str, size: Size, compute: Callable, backend: str | None, workspace: int | None) -> Row:
@@ -317,6 +317,11 @@ def _ours(size: Size) -> Iterator[Row]:
         else:
             yield preference(size, backend)
     yield cross_entropy(size)
+    tiles = size.setting.backend(OPT_IN)
+    if isinstance(tiles, str):
+        yield unavailable("linear_cross_entropy", OPT_IN, size.case, tiles)
+    else:
+        yield cross_entropy(size, backend=OPT_IN)
 
 
 def with_truth(size: Size, rows: Iterable[Row]) -> Iterator[Row]:

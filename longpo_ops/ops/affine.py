@@ -170,7 +170,7 @@ def rows_backward_op(
             if all(w is None for w in weights[1:]):
                 head.visit(chunk, of_chunk.logp.to(head.dtype))
                 continue
-            _, held = head.score(chunk, beside)
+            _, held = head.score(chunk, beside, affine=True)
             head.push(held, of_chunk.coefficients(held.stats, total), classes)
         found = (dh, head.weight_gradient(), head.db)
         dh, dw, db = (None if g is None else scale_(g, 1 / grad_scale) for g in found)
@@ -290,7 +290,7 @@ class _Visit:
         if self.head.options.compute_dtype == torch.float16:
             grad_scale = self._float16_scale()
         for chunk in self._chunks():
-            logps, held = self.head.score(chunk, self.beside)
+            logps, held = self.head.score(chunk, self.beside, affine=True)
             self._add(chunk, logps, held.stats)
             coefficients = self._weights(chunk, held.stats, grad_scale).coefficients(held.stats, self.total)
             self.head.push(held, coefficients, self.classes)

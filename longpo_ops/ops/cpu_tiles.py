@@ -21,7 +21,7 @@ class CpuTiles:
     contract, before anything is written."""
 
     name = "cpu"
-    linear_logps = None
+    linear_logps = scaled_exps = None
 
     def __init__(self):
         load_cpu()

@@ -97,8 +97,7 @@ class CudaTiles:
     """Rows by hand-written CUDA. Raises BuildError where nothing can be compiled, RuntimeError when a launch fails."""
 
     name = "cuda"
-    linear_logps = None
-    sparse_gradient = None
+    linear_logps = scaled_exps = sparse_gradient = None
 
     def __init__(self, library: ctypes.CDLL | None = None):
         self._library = library or load_cuda()

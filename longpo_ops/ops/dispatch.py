@@ -4,6 +4,8 @@
     cpu      C++ (csrc/cpu), CPU, float32 tiles
     triton   Triton (kernels/), CUDA
     cuda     CUDA C++ (csrc/cuda), CUDA
+    scaled   triton with bfloat16 exponentials in place of a float32 tile (exponentials.py), CUDA, bfloat16; opt-in until
+             gpu-check has found it faster
 
 All of them tell what is asked for beside a log-prob (tiles.Beside) and write gradients of the affine family, from a tile of
 logits: Triton's log-probs straight from hidden states, which make no tile, know neither entropies nor what is predicted.
@@ -25,7 +27,7 @@ from .fastest import explain_products
 from .tiles import Tiles, TorchTiles
 
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
-NAMES = ("torch", "cpu", "triton", "cuda")
+NAMES = ("torch", "cpu", "triton", "cuda", "scaled")
 
 
 class Unusable(Exception):
@@ -42,7 +44,7 @@ def _load(name: str) -> Tiles:
     from .build import BuildError
 
     try:
-        return {"cpu": _load_cpu, "triton": _load_triton, "cuda": _load_cuda}[name]()
+        return {"cpu": _load_cpu, "triton": _load_triton, "cuda": _load_cuda, "scaled": _load_scaled}[name]()
     except BuildError as error:
         raise Unusable(str(error)) from error
 
@@ -65,6 +67,13 @@ def _load_triton() -> Tiles:
     return TritonTiles()
 
 
+def _load_scaled() -> Tiles:
+    _load_triton()
+    from longpo_ops.kernels.tiles import ScaledTiles
+
+    return ScaledTiles()
+
+
 def _load_cuda() -> Tiles:
     from .cuda_tiles import CudaTiles
 
@@ -73,11 +82,13 @@ def _load_cuda() -> Tiles:
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why that back-end cannot run these inputs, or None."""
-    home = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(name, device.type)
+    home = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "scaled": "cuda"}.get(name, device.type)
     if home != device.type:
         return f"it runs on {home} tensors, these are on {device.type}"
     if dtype == torch.float64 and name != "torch":
         return "float64 runs on the torch back-end only"
+    if name == "scaled" and dtype != torch.bfloat16:
+        return f"its exponentials are bfloat16's, whose exponents reach far enough; these inputs are {dtype}"
     try:
         _load(name)
     except Unusable as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..parallel import Shards, alike, group_named
 from .batch import Batch, check_rows_labels, checked, digest_of, token_stretches
 from .dispatch import choose_backend
+from .exponentials import ExpsSweep
 from .products import multiplies_natively, result_dtype
 from .rows import WINDOW, Stretch, to_device, windows
 from .sweep import HeadSweep, Options, Result, float16_scale, rows_per_chunk, sweep
@@ -30,7 +31,8 @@ def make_head(weight: Tensor, bias: Tensor | None, options: Options, backend: st
     native = multiplies_natively(weight, dtype, tiles.name)
     forms = {"native": native, "blocks": tiles.name == "torch", "sparse": options.sparse}
     limit = rows_per_chunk(options.workspace_bytes, weight, dtype, **forms)
-    return HeadSweep(weight, bias, tiles, options, max(1, min(limit, rows)))
+    sweeper = HeadSweep if tiles.scaled_exps is None else ExpsSweep
+    return sweeper(weight, bias, tiles, options, max(1, min(limit, rows)))
 
 
 def run_sweep(

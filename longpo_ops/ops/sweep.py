@@ -168,8 +168,8 @@ class HeadSweep:
         h, labels = chunk.hidden(self.products.dtype), to_device(chunk.labels(), self.device)
         return self.tiles.linear_logps(h, weight, labels, self.map)
 
-    def score(self, chunk: Chunk, beside: Beside = NOTHING) -> tuple[Tensor, Held]:
-        """(n,) log-probs, and the tile they came from."""
+    def score(self, chunk: Chunk, beside: Beside = NOTHING, affine: bool = False) -> tuple[Tensor, Held]:
+        """(n,) log-probs, and the tile they came from; `affine`: for a gradient of the affine family."""
         h, labels, z = self._logits(chunk)
         logps, stats = self.tiles.logps(z, labels, self.map, beside)
         return logps, Held(chunk, h, labels, z, stats)

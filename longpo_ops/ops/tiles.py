@@ -127,8 +127,8 @@ class Divergence(NamedTuple):
 
 
 class Tiles(Protocol):
-    """A back-end. Two are optional (None): `linear_logps`, log-probs of rows straight from hidden states, without a tile, and
-    `sparse_gradient`, in whose place sparse.py has a PyTorch form."""
+    """A back-end. Optional (None): `linear_logps`, log-probs of rows straight from hidden states, without a tile, `scaled_exps`,
+    16-bit exponentials in place of one (exponentials.py), and `sparse_gradient`, in whose place sparse.py has a PyTorch form."""
 
     name: str
 
@@ -206,8 +206,7 @@ class TorchTiles:
     """The PyTorch form: every device, float32 and float64, block by block."""
 
     name = "torch"
-    linear_logps = None
-    sparse_gradient = None
+    linear_logps = scaled_exps = sparse_gradient = None
 
     def logps(self, z, labels, map, beside=NOTHING):
         logps, stats = z.new_empty(z.shape[0]), z.new_zeros(z.shape[0], beside.columns)

@@ -26,9 +26,10 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from longpo_ops.kernels.divergence import KINDS, divergence_kernel
-from longpo_ops.kernels.launch import PAIR, ROW, linear_logps_config, row_config
+from longpo_ops.kernels.launch import PAIR, ROW, MatmulConfig, linear_logps_config, row_config, scaled_exps_config
 from longpo_ops.kernels.linear_logps import join_kernel, partial_kernel
 from longpo_ops.kernels.row_epilogue import row_kernel
+from longpo_ops.kernels.scaled_exps import exps_kernel, finish_kernel, offset_kernel, scaled_exps
 from longpo_ops.kernels.segment_sums import BLOCK as SEGMENT_BLOCK
 from longpo_ops.kernels.segment_sums import segment_kernel
 from longpo_ops.kernels.tiles import TritonTiles
@@ -73,9 +74,15 @@ REGISTERS = {
     "linear: bf16, mapped": (232, 160, 212),
     "linear: fp16, mapped": (232, 160, 212),
     "linear: bf16, unaligned, mapped": (255, 226, 225),
-    "linear: fp32, mapped": (168, 168, 152),
+    "linear: fp32, mapped": (168, 168, 158),
     "linear: fp32, tf32": (128, 96, 96),
     "linear: join": (30, 32, 29),
+    "exps: bf16": (208, 217, 230),
+    "exps: bf16, mapped": (210, 246, 255),
+    "exps: bf16, unaligned, mapped": (215, 196, 163),
+    "exps: fp32, mapped": (168, 168, 163),
+    "exps: offsets": (30, 30, 32),
+    "exps: finish": (46, 56, 42),
     "segment sums": (64, 72, 72),
 }
 
@@ -146,7 +153,21 @@ def divergence_case(kind, mapped, dtype, student=True, teacher=True) -> Case:
 
 
 def linear_case(architecture, dtype, mapped, aligned=True, precision="ieee", flatten=True) -> Case:
-    config = linear_logps_config(architecture if aligned else 80, FLOATS[dtype], mapped)
+    arguments, config = product_arguments(linear_logps_config, architecture, dtype, mapped, aligned, precision)
+    return Case(partial_kernel, arguments | {"FLATTEN": flatten}, config.warps, config.stages)
+
+
+def exps_case(architecture, dtype, mapped, aligned=True) -> Case:
+    arguments, config = product_arguments(scaled_exps_config, architecture, dtype, mapped, aligned, "ieee")
+    out = f"tensordesc<bf16[{config.rows}, {config.vocab // config.parts}]>" if config.descriptors else "*bf16:16"
+    arguments |= {"offsets_ptr": "*fp32:16", "out": out, "out_pitch": "i32:16"}
+    return Case(
+        exps_kernel, arguments | {"FLATTEN": config.flatten, "PARTS": config.parts}, config.warps, config.stages
+    )
+
+
+def product_arguments(choose, architecture, dtype, mapped, aligned, precision) -> tuple[dict, MatmulConfig]:
+    config = choose(architecture, FLOATS[dtype], mapped, aligned)
     unit = ":16" if aligned else ""
     arguments = dict.fromkeys(("hidden", "weight"), f"*{dtype}{unit}")
     if config.descriptors:
@@ -159,10 +180,22 @@ def linear_case(architecture, dtype, mapped, aligned=True, precision="ieee", fla
     arguments |= {"hidden_pitch": f"i32{unit}", "weight_pitch": f"i32{unit}", "inner": "fp32", "cap": "fp32"}
     arguments |= {"HAS_BIAS": mapped, "CAPPED": mapped, "DESCRIPTORS": config.descriptors, "PRECISION": precision}
     arguments |= {"ROWS": config.rows, "VOCAB": config.vocab, "INNER": config.inner, "GROUP": config.group}
-    arguments |= {"FLATTEN": flatten}
-    return Case(partial_kernel, arguments, config.warps, config.stages)
+    return arguments, config
 
 
+OFFSET = {f"{name}_ptr": "*bf16:16" for name in ("hidden", "weight", "bias")} | {"labels_ptr": "*i64:16"}
+OFFSET |= {
+    "offsets_ptr": "*fp32:16",
+    "label_logits_ptr": "*fp32:16",
+    "H": "i32:16",
+    "hidden_pitch": "i32:16",
+    "weight_pitch": "i32:16",
+    "inner": "fp32",
+}
+OFFSET |= {"cap": "fp32", "HAS_BIAS": True, "CAPPED": True, "BLOCK": 1024}
+FINISHED = ("offsets", "peaks", "sums", "label_logits", "logps", "stats", "totals")
+FINISH = {f"{name}_ptr": "*fp32:16" for name in FINISHED} | {"out_ptr": "*bf16:16", "labels_ptr": "*i64:16"}
+FINISH |= {"n": "i32", "V": "i32:16", "out_pitch": "i32:16", "cap": "fp32", "CAPPED": True, "ROWS": 16, "TILES": 64}
 SEGMENT = {"values_ptr": "*fp32:16", "segments_ptr": "*i64:16", "out_ptr": "*fp64:16", "n": "i32"}
 JOIN = {f"{name}_ptr": "*fp32:16" for name in ("peaks", "sums", "label_logits", "logps", "stats")}
 LONG, KEPT = 128256, 32000  # columns
@@ -207,6 +240,14 @@ CASES = {
     "linear: fp32, mapped": lambda a: linear_case(a, "fp32", True),
     "linear: fp32, tf32": lambda a: linear_case(a, "fp32", False, precision="tf32"),
     "linear: join": lambda _: Case(join_kernel, JOIN | {"n": "i32", "splits": "i32", "ROWS": 128}, 4, 3),
+    "exps: bf16": lambda a: exps_case(a, "bf16", False),
+    "exps: bf16, mapped": lambda a: exps_case(a, "bf16", True),
+    "exps: bf16, unaligned, mapped": lambda a: exps_case(a, "bf16", True, aligned=False),
+    "exps: fp32, mapped": lambda a: exps_case(a, "fp32", True),
+    "exps: offsets": lambda _: Case(offset_kernel, OFFSET, 4),
+    "exps: finish": lambda a: Case(
+        finish_kernel, FINISH | {"VOCAB": scaled_exps_config(a, torch.bfloat16, False).vocab}, 4
+    ),
     "segment sums": lambda _: Case(segment_kernel, SEGMENT | {"BLOCK": SEGMENT_BLOCK}, 8),
 }
 
@@ -239,7 +280,7 @@ def test_budget(name, architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name.startswith("linear") and name[8:12] in ("bf16", "fp16")]
+    "name", [name for name in CASES if name.split(": ")[0] in ("linear", "exps") and re.search("bf16|fp16", name)]
 )
 def test_products_run_on_tensor_cores(name, architecture):
     ptx = compiled(name, architecture).ptx
@@ -272,7 +313,13 @@ def test_a_barrier_stands_between_loads_and_narrow_stores(name, architecture):
 
 
 @pytest.mark.parametrize(
-    "name", ["rows: both, long, bf16", "divergence: jsd, bf16, mapped", "linear: bf16, unaligned, mapped"]
+    "name",
+    [
+        "rows: both, long, bf16",
+        "divergence: jsd, bf16, mapped",
+        "linear: bf16, unaligned, mapped",
+        "exps: bf16, unaligned, mapped",
+    ],
 )
 def test_row_offsets_are_64_bit(name):
     """Pitches are 32-bit arguments here: they must be widened before anything is multiplied with them."""
@@ -306,6 +353,8 @@ def launch_all(n: int, V: int = 4096, H: int = 64) -> None:
     tiles.logps_gradient_(z, labels, g, maps[0], torch.bfloat16)
     tiles.divergence_(z, z_teacher, g, Divergence("jsd"), *maps, torch.bfloat16, True, True)
     tiles.linear_logps(torch.empty(n, H).bfloat16(), torch.empty(V, H).bfloat16(), labels, maps[0])
+    exps = torch.empty(n, V, dtype=torch.bfloat16)
+    scaled_exps(torch.empty(n, H).bfloat16(), torch.empty(V, H).bfloat16(), labels, maps[0], exps)
     tiles.segment_sums(g, labels, torch.zeros(n, dtype=torch.float64))
 
 
@@ -314,4 +363,4 @@ def test_the_number_of_rows_compiles_nothing_anew(variants):
     for n in (1, 15, 16, 130, 4096 // 8):
         launch_all(n)
         counts.append(len(variants))
-    assert counts == [9] * len(counts)  # five of rows, divergence, segments, and two of linear_logps
+    assert counts == [12] * len(counts)  # five of rows, divergence, segments, two of linear_logps, three of scaled_exps

@@ -24,7 +24,8 @@ if Version(version("numpy")) >= Version("2.5") and Version(version("triton")) < 
     pytest.fail(f"{found}: expected numpy below 2.5 for these tests", pytrace=False)
 
 from longpo_ops.kernels.launch import MatmulConfig, linear_logps_config, row_config
-from longpo_ops.kernels.linear_logps import _splits, linear_logps, search
+from longpo_ops.kernels.linear_logps import linear_logps, search
+from longpo_ops.kernels.products import _splits
 from longpo_ops.kernels.tiles import TritonTiles
 from longpo_ops.ops.tiles import Divergence, LogitMap, TorchTiles
 from longpo_ops.ops.truth import divergence as plain_divergence

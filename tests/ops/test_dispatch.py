@@ -55,6 +55,13 @@ def test_the_variable_reaches_the_ops(monkeypatch):
         linear_logprobs(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]))
 
 
+def test_exponentials_are_refused_but_for_bfloat16():
+    with pytest.raises(ValueError, match="backend='scaled' cannot run here: it runs on cuda tensors"):
+        dispatch.choose_backend(CPU, torch.bfloat16, "scaled")
+    reason = dispatch._refusal("scaled", torch.device("cuda"), torch.float16)
+    assert "bfloat16" in reason and "these inputs are torch.float16" in reason
+
+
 def test_without_a_compiler_it_warns_once_and_goes_on(without_compiler):
     with pytest.warns(UserWarning, match="'cpu' is not used on cpu: no C.. compiler"):
         assert dispatch.choose_backend(CPU, torch.float32).name == "torch"

@@ -39,7 +39,10 @@ def test_the_loss_is_timed_on_every_backend_and_at_every_size(rehearsal):
     rows, sizes = rehearsal["loss"], len(REHEARSAL.vocabularies) + 1  # and the longer one of the first
     ours = {backend: statuses(rows, what="fused_preference_loss", backend=backend) for backend in BACKENDS}
     assert ours == {"triton": {NO_GPU: sizes}, "cuda": {NO_GPU: sizes}, "torch": {"measured": sizes}}
-    assert statuses(rows, what="linear_cross_entropy") == {"measured": sizes + 2}  # two at the other workspace
+    assert statuses(rows, what="linear_cross_entropy", backend="") == {
+        "measured": sizes + 2
+    }  # two at the other workspace
+    assert statuses(rows, what="linear_cross_entropy", backend="scaled") == {NO_GPU: sizes}
     assert statuses(rows, what="ceiling: matmul") == {"measured": 2 + 1}
     assert statuses(rows, what="ceiling: copy") == {"measured": 1}
 
@@ -62,6 +65,7 @@ def test_the_parts_are_timed_on_every_backend(rehearsal):
         assert statuses(rows, what=f"product: {product}") == {"measured": 1}
     assert statuses(rows, what="fused_preference_loss") == {"measured": len(kernels.WORKSPACES)}
     assert statuses(rows, what="torch.mm") == {"measured": 1}
+    assert statuses(rows, what="scaled_exps", backend="scaled") == {NO_GPU: 1}
     assert all(row["logp_difference"] < 1e-5 for row in rows if row["what"].startswith("linear_") and "tflops" in row)
 
 
@@ -111,12 +115,13 @@ def test_the_questions_cost_what_they_may(setting):
 def test_rows_come_in_order_of_worth_and_pytorch_s_backend_is_not_timed():
     rows = [row for row in speed.rows(H100) if row.seconds]
     first = [(row.what, row.backend) for row in rows if row.case.startswith("N=4096 H=4096 V=128256")]
-    assert first[:3] == [
+    assert first[:4] == [
         ("fused_preference_loss", "triton"),
         ("fused_preference_loss", "cuda"),
         ("linear_cross_entropy", ""),
+        ("linear_cross_entropy", "scaled"),  # the candidate for the default, beside it
     ]
-    assert [what for what, _ in first[4:8]] == ["naive PyTorch", "TRL", "Liger", "CCE"]
+    assert [what for what, _ in first[5:9]] == ["naive PyTorch", "TRL", "Liger", "CCE"]
     order = list(dict.fromkeys(row.case.partition(" workspace")[0] for row in rows if row.case.startswith("N=")))
     assert order == [f"N={n} H=4096 V={v}" for n, v in ((4096, 128256), (65536, 128256), (4096, 32000), (4096, 151936))]
     assert not [row for question in (speed, kernels) for row in question.rows(H100) if row.backend == "torch"]
