@@ -1,4 +1,4 @@
-"""benchmarks/training/trl_dpo.py at a tiny size: all trainers agree with each other and with float64, and a difference shows."""
+"""benchmarks/training/trl_dpo.py at a tiny size: all trainers agree with each other and with float64, a difference shows."""
 
 import json
 import shutil
