@@ -19,11 +19,15 @@ from .stamp import ROOT
 
 
 def fresh(
-    module: str, *arguments: str, seconds: float | None = None, environment: dict[str, str] | None = None
+    module: str,
+    *arguments: str,
+    seconds: float | None = None,
+    environment: dict[str, str] | None = None,
+    python: str = sys.executable,
 ) -> dict:
-    """The JSON that a module prints last, run in a fresh process. Raises RuntimeError with the last line of its failure,
-    and subprocess.TimeoutExpired after so many seconds."""
-    command, surroundings = [sys.executable, "-m", module, *arguments], os.environ | (environment or {})
+    """The JSON that a module prints last, run in a fresh process, by the interpreter of another environment where one is named.
+    Raises RuntimeError with the last line of its failure, and subprocess.TimeoutExpired after so many seconds."""
+    command, surroundings = [python, "-m", module, *arguments], os.environ | (environment or {})
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=surroundings)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])

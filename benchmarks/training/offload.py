@@ -2,6 +2,7 @@
 
     python -m benchmarks.training.offload                     the 8-layer model at 32K tokens, on this machine's CPU or GPU
     python -m benchmarks.training.offload --tokens 65536 --window 0 --layers 4 --width 4096 --rows 8192     on a GPU
+    python -m benchmarks.training.offload --only-peers          plain checkpointing and others' offload alone (offload_peers.py)
 
 One process per setting: forward of the model's body, backward from a random gradient; a short step first, so that
 code loaded on first use does not count. Peaks are beyond weights and their gradients, which are there in every setting.
@@ -9,7 +10,8 @@ CPU: resident bytes, with an allocator that gives large blocks back when they ar
 heap is measured. GPU: allocated device bytes, host bytes beside them. Gradients must be bitwise those of plain
 checkpointing where only offload is on; with tiling they are compared in norm. On a GPU they are those of one more step,
 by kernels that repeat themselves. Attention is windowed by default, so that 32K tokens take a minute on a CPU; all
-settings share it.
+settings share it. Others' offload is a row beside ours, with whether its gradients are plain checkpointing's to the bit (an
+environment of its own may have other products); one that cannot run says why.
 """
 
 from __future__ import annotations
@@ -19,18 +21,21 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from longpo_ops.memory.tiers import PAGE, HostPages, lane_of
 
 from ..measure import Peak, fresh
-from ..stamp import RESULTS, host_class, stamp
+from ..stamp import RESULTS, ROOT, host_class, stamp
+from .offload_peers import PEERS, attach, counted
 
 SETTINGS = {  # name -> offload's tier (None: plain checkpointing), tiled, attention saved
     "checkpointing": (None, False, False),
@@ -74,12 +79,13 @@ def perform(shape: Shape, setting: str) -> dict:
     from longpo_ops.memory import offload_activations, tile_layers
 
     torch.set_num_threads(shape.threads)
-    tier, tiled, save_attention = SETTINGS[setting]
+    tier, tiled, save_attention = SETTINGS.get(setting, (None, False, False))
     model = make_model(shape)
     use_shared_prefix(model)
     ids = torch.randint(64, (1, shape.tokens), device=shape.device)
     upstream = torch.randn(1, shape.tokens, shape.width, device=shape.device, dtype=model.dtype)
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    around, moved = attach(setting, model)
     if tiled:
         tile_layers(model, rows=shape.rows)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +96,8 @@ def perform(shape: Shape, setting: str) -> dict:
         seconds, peak = [], 0
 
         def step(rows: int) -> None:
-            model.model(ids[:, :rows], use_cache=False).last_hidden_state.backward(upstream[:, :rows])
+            with around:
+                model.model(ids[:, :rows], use_cache=False).last_hidden_state.backward(upstream[:, :rows])
             if shape.device != "cpu":
                 torch.cuda.synchronize()
 
@@ -106,6 +113,7 @@ def perform(shape: Shape, setting: str) -> dict:
             with repeatable():
                 step(shape.tokens)
         result = {"peak_bytes": peak, "seconds": seconds[-1], "gradients": digest(model), "norm": norm(model)}
+        result |= counted(moved)
         if handle:
             out = [move.nbytes for move in handle.moves if move.what == "out"][-shape.layers :]
             result |= {"host_bytes": handle.host_bytes, "disk_bytes": handle.disk_bytes}
@@ -180,16 +188,46 @@ def norm(model) -> float:
     return float(torch.stack([p.grad.double().norm() for p in model.model.parameters()]).norm())
 
 
-def measure(shape: Shape, setting: str, seconds: float | None = None) -> dict:
+def measure(shape: Shape, setting: str, seconds: float | None = None, python: str = sys.executable) -> dict:
     """One setting, in a process of its own."""
     order = json.dumps([asdict(shape), setting])
     heap = {"MALLOC_MMAP_THRESHOLD_": str(1 << 22), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
     try:
-        return fresh("benchmarks.training.offload", "--order", order, seconds=seconds, environment=heap | CUBLAS)
+        environment = heap | CUBLAS
+        return fresh(
+            "benchmarks.training.offload", "--order", order, seconds=seconds, environment=environment, python=python
+        )
     except RuntimeError as error:
         raise RuntimeError(f"{setting}: {error}") from None
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{setting}: no result within {seconds:.0f} s") from None
+
+
+def measure_peer(shape: Shape, name: str, plain: dict, python: Path) -> dict:
+    """A peer's row beside plain checkpointing's: {"status"} alone where it cannot be had or moves nothing. python: of the
+    environment of those that need one of their own."""
+    own = PEERS[name].own_environment
+    if own and not python.exists():
+        return {"status": "not installed: requirements/offload.txt says how"}
+    try:
+        result = measure(shape, name, python=str(python) if own else sys.executable)
+    except RuntimeError as error:
+        return {"status": f"failed: {error}".replace(f"{name}: ", "", 1)}
+    if "status" in result:
+        return {"status": result["status"]}
+    same = result["gradients"] == plain["gradients"]
+    times, share = (result[key] / plain[key] for key in ("seconds", "peak_bytes"))
+    error = abs(result["norm"] / plain["norm"] - 1)
+    return result | {"times": times, "share": share, "same_bits": same, "norm_error": error}
+
+
+def told(name: str, row: dict) -> str:
+    """A peer's line."""
+    if "status" in row:
+        return f"{name:42} {row['status']}"
+    peak, seconds = row["peak_bytes"] / 2**20, row["seconds"]
+    bits = "same bits" if row["same_bits"] else f"norm off by {row['norm_error']:.0e}"
+    return f"{name:42} peak {peak:8.0f} MiB ({row['share']:4.2f})   {seconds:7.2f} s ({row['times']:4.2f})   {bits}"
 
 
 def copy_rates(device: str, nbytes: int = 1 << 30, page_bytes: int = PAGE) -> dict:
@@ -261,25 +299,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="the last one is timed, the peak is that of all")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--only-peers", action="store_true", help="plain checkpointing and others' offload")
+    parser.add_argument("--python", type=Path, default=ROOT / ".venv-offload/bin/python", help="that has the peers")
     parser.add_argument("--order", help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
-    order = given.pop("order")
+    order, python, only_peers = given.pop("order"), given.pop("python"), given.pop("only_peers")
     if order:
         fields, setting = json.loads(order)
         print(json.dumps(perform(Shape(**fields), setting)))
         return
     shape = Shape(**given)
-    rates, results = copy_rates(shape.device), {}
+    rates, results, peers = {} if only_peers else copy_rates(shape.device), {}, {}
     print("  ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items()))
-    for setting in settings_for(shape):
+    for setting in settings_for(shape)[: 1 if only_peers else None]:
         results[setting] = measure(shape, setting)
         peak, seconds = results[setting]["peak_bytes"], results[setting]["seconds"]
         share = peak / results["checkpointing"]["peak_bytes"]
         print(f"{setting:42} peak {peak / 2**20:8.0f} MiB ({share:4.2f})   {seconds:7.2f} s", flush=True)
-    status = verdict(results, rates, shape)
+    for name in PEERS:
+        peers[name] = measure_peer(shape, name, results["checkpointing"], python)
+        print(told(name, peers[name]), flush=True)
+    status = "passed" if only_peers else verdict(results, rates, shape)
     print(status)
-    report = stamp(shape=asdict(shape), status=status, bytes_per_second=rates, results=results)
-    path = RESULTS / f"{report['date'][:10]}-offload-{host_class()}.json"
+    report = stamp(shape=asdict(shape), status=status, bytes_per_second=rates, results=results, peers=peers)
+    path = RESULTS / f"{report['date'][:10]}-offload-{'peers-' * only_peers}{host_class()}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     if status != "passed":

@@ -112,8 +112,8 @@ class Products:
         return out if z is out else out.copy_(z[:n])
 
     def hidden_gradient(self, dz: Tensor, columns: Tensor | None = None, wide: bool = False) -> Tensor:
-        """dz (n, V) -> (n, H) in the operands' dtype or in float32; with columns (K,) dz (n, K) meets those rows of W; `wide`: of
-        16-bit operands in tile_dtype, of all columns."""
+        """dz (n, V) -> (n, H) in the operands' dtype or in float32; with columns (K,) dz (n, K) meets those rows of W;
+        `wide`: of all columns, in tile_dtype."""
         if wide and self.wide:
             dh = dz.new_empty(dz.shape[0], self.weight.shape[1], dtype=self.tile_dtype)
             return torch.ops.aten.mm.dtype_out(dz, self.weight, self.tile_dtype, out=dh)

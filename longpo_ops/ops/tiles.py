@@ -127,8 +127,9 @@ class Divergence(NamedTuple):
 
 
 class Tiles(Protocol):
-    """A back-end. Optional (None): `linear_logps`, log-probs of rows straight from hidden states, without a tile, `scaled_exps`,
-    16-bit exponentials in place of one (exponentials.py), and `sparse_gradient`, in whose place sparse.py has a PyTorch form."""
+    """A back-end. Optional (None): `linear_logps`, log-probs of rows straight from hidden states, without a tile,
+    `scaled_exps`, 16-bit exponentials in place of one (exponentials.py), and `sparse_gradient`, in whose place sparse.py has
+    a PyTorch form."""
 
     name: str
 
