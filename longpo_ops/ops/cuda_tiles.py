@@ -134,7 +134,7 @@ class CudaTiles:
     def divergence_(self, *arguments):
         return _divergence_tiles().divergence_(*arguments)
 
-    def sparse_gradient(self, dz, products):
+    def sparse_gradient(self, dz, products, rule):
         return sparse_gradient(dz, products, keep_columns_)
 
     def segment_sums(self, values, segments, out):
