@@ -66,7 +66,8 @@ test-parallel: $(STAMP)
 	$(PYTEST) $(RANKS)
 
 test-interpreter: $(STAMP)
-	TRITON_INTERPRET=1 $(PYTEST) --dist load tests/kernels/test_interpreter.py tests/kernels/test_scaled_exps.py
+	TRITON_INTERPRET=1 $(PYTEST) --dist load tests/kernels/test_interpreter.py \
+		tests/kernels/test_scaled_exps.py tests/kernels/test_sparse.py
 
 # Two files, each in one process.
 test-compile: $(STAMP)

@@ -2,10 +2,10 @@
 
 Products of hidden states and head are not among them: longpo_ops/ops/products.py.
 
-Tests: tests/kernels/test_interpreter.py, tests/kernels/test_compile.py.
+Tests: tests/kernels/test_interpreter.py, tests/kernels/test_sparse.py, tests/kernels/test_compile.py.
 """
 
-from longpo_ops.kernels import divergence, linear_logps, row_epilogue, scaled_exps, segment_sums
+from longpo_ops.kernels import divergence, linear_logps, row_epilogue, scaled_exps, segment_sums, sparse
 
 
 class TritonTiles:
@@ -18,7 +18,7 @@ class TritonTiles:
     divergence_ = staticmethod(divergence.divergence_)
     segment_sums = staticmethod(segment_sums.segment_sums)
     linear_logps = staticmethod(linear_logps.linear_logps)
-    sparse_gradient = None
+    sparse_gradient = staticmethod(sparse.sparse_gradient)
     scaled_exps = None
 
 

@@ -47,7 +47,7 @@ class CpuTiles:
             _narrow(z_teacher, dtype) if need_teacher else None,
         )
 
-    def sparse_gradient(self, dz, products):
+    def sparse_gradient(self, dz, products, rule):
         return sparse_gradient(dz, products, self.keep_columns_)
 
     def keep_columns_(self, dz: Tensor) -> Kept | None:

@@ -34,7 +34,7 @@ from .dispatch import choose_backend
 from .operators import deliver, refuse_create_graph, scale_, scaled
 from .products import Products, result_dtype, row_major
 from .rows import WINDOW, sizes, to_device
-from .sweep import float16_scale, hidden_gradient, row_unit, rows_per_chunk
+from .sweep import float16_scale, hidden_gradient, row_unit, rows_per_chunk, sparse_bytes
 from .tiles import Divergence, LogitMap, empty_tile
 
 KINDS = ("forward", "reverse", "jsd")
@@ -186,7 +186,8 @@ def _sweep(
     with torch.autocast(weight.device.type, enabled=False), torch.no_grad():
         tiles = choose_backend(weight.device, dtype, backend or None, divergence=True)
         wider = weight if weight.shape[1] >= teacher_weight.shape[1] else teacher_weight
-        fit = rows_per_chunk(scratch, wider, dtype, tiles=2, blocks=tiles.name == "torch", sparse=sparse)
+        room = sparse_bytes(wider, dtype, tiles) if sparse else 0
+        fit = rows_per_chunk(scratch, wider, dtype, tiles=2, blocks=tiles.name == "torch", sparse=room)
         rows, unit = max(1, min(fit, n)), row_unit(weight.device)
         student = _Side(hidden, weight, bias, student_map, dtype, rows, need[:3], tiles, sparse)
         teacher = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_map, dtype, rows, need[3:], tiles, sparse)

@@ -18,7 +18,7 @@ from .dispatch import choose_backend
 from .exponentials import ExpsSweep
 from .products import multiplies_natively, result_dtype
 from .rows import WINDOW, Stretch, to_device, windows
-from .sweep import HeadSweep, Options, Result, float16_scale, rows_per_chunk, sweep
+from .sweep import HeadSweep, Options, Result, float16_scale, rows_per_chunk, sparse_bytes, sweep
 
 SCALE_BLOCK = 1 << 20  # elements
 WHOLE = "labels, sequences, weights, groups and the objective"  # what all ranks of a group hold
@@ -29,8 +29,8 @@ def make_head(weight: Tensor, bias: Tensor | None, options: Options, backend: st
     dtype = options.compute_dtype
     tiles = choose_backend(weight.device, dtype, backend or None)
     native = multiplies_natively(weight, dtype, tiles.name)
-    forms = {"native": native, "blocks": tiles.name == "torch", "sparse": options.sparse}
-    limit = rows_per_chunk(options.workspace_bytes, weight, dtype, **forms)
+    sparse = sparse_bytes(weight, dtype, tiles) if options.sparse else 0
+    limit = rows_per_chunk(options.workspace_bytes, weight, dtype, 1, native, tiles.name == "torch", sparse)
     sweeper = HeadSweep if tiles.scaled_exps is None else ExpsSweep
     return sweeper(weight, bias, tiles, options, max(1, min(limit, rows)))
 

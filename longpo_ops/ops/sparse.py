@@ -37,6 +37,19 @@ GROUPS = 8
 LEAST_ROWS = 64  # of a chunk: W is read once more for the groups' sums
 
 
+class Rule(NamedTuple):
+    """The numbers above, for forms that cannot import them (kernels/)."""
+
+    epsilon: float = EPSILON
+    floor: float = FLOOR
+    most: float = MOST
+    groups: int = GROUPS
+    least_rows: int = LEAST_ROWS
+
+
+RULE = Rule()
+
+
 class Kept(NamedTuple):
     """What stands for dz (n, V)."""
 

@@ -32,7 +32,7 @@ from ..parallel import Shards
 from .objective import Answers, Objective, decide
 from .products import SLICE_BYTES, UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, to_device, windows
-from .sparse import GROUPS, sparse_gradient
+from .sparse import GROUPS, MOST, RULE, sparse_gradient
 from .tiles import BLOCK_BYTES, BLOCK_SHARE, NOTHING, Beside, LogitMap, Tiles, empty_tile, predictions
 
 # On CUDA 2.75 GiB: 4,096 rows of the widest common heads, V = 151,936 at H = 4,096 (2.51 GiB) and V = 152,064 at H = 8,192
@@ -47,27 +47,27 @@ def default_workspace(device: torch.device) -> int:
 
 
 def scratch_bytes(
-    weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bool = False, blocks: bool = False, sparse: bool = False
+    weight: Tensor, dtype: torch.dtype, tiles: int = 1, native: bool = False, blocks: bool = False, sparse: int = 0
 ) -> tuple[int, int]:
     """-> fixed bytes, bytes per row: a row costs `tiles` logits rows, its hidden state gathered and converted, and its
     hidden gradient; fixed are the blocks of the tile functions, the host's window of labels and the block of a 16-bit
     weight that a CPU upcasts, unless its products are `native`. `blocks`: the tile functions are the PyTorch form, which
-    on other devices than a CPU makes six blocks of a share of the tile. `sparse`: what a sparse hidden gradient takes."""
+    on other devices than a CPU makes six blocks of a share of the tile. `sparse`: bytes of a sparse hidden gradient."""
     vocab, width = weight.shape
     on_cpu, wide = weight.device.type == "cpu", 8 if dtype == torch.float64 else 4
     upcast = UPCAST_BYTES if on_cpu and weight.dtype.itemsize == 2 and not native else 0
-    fixed = 6 * tiles * max(BLOCK_BYTES, vocab * wide) + 64 * WINDOW + tiles * upcast
-    if sparse:
-        fixed += sparse_bytes(weight, wide, on_cpu)
+    fixed = 6 * tiles * max(BLOCK_BYTES, vocab * wide) + 64 * WINDOW + tiles * upcast + sparse
     shares = 6 * vocab * wide // BLOCK_SHARE if blocks and not on_cpu else 0
     return fixed, tiles * (vocab * wide + shares + width * (2 * dtype.itemsize + 2 * wide) + 64)
 
 
-def sparse_bytes(weight: Tensor, wide: int, on_cpu: bool) -> int:
-    """The sums of groups, which columns are dropped, and rows of the head that are gathered: on a CPU a block at a time."""
-    vocab, width = weight.shape
-    gathered = SLICE_BYTES if on_cpu else vocab * width * weight.element_size()
-    return (GROUPS + 2) * vocab * wide + 8 * vocab + GROUPS * width * wide + gathered
+def sparse_bytes(weight: Tensor, dtype: torch.dtype, tiles: Tiles) -> int:
+    """Of a sparse hidden gradient: the sums of groups, which columns are dropped, and the rows of the head that are gathered,
+    on a CPU a block at a time; Triton's product gathers none."""
+    (vocab, width), wide = weight.shape, 8 if dtype == torch.float64 else 4
+    gathered = SLICE_BYTES if weight.device.type == "cpu" else int(MOST * vocab) * width * weight.element_size()
+    kept = (GROUPS + 2) * vocab * wide + 8 * vocab + GROUPS * width * wide
+    return kept + (0 if tiles.name in ("triton", "scaled") else gathered)
 
 
 def workspace_of(rows: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:
@@ -83,7 +83,7 @@ def rows_per_chunk(
     tiles: int = 1,
     native: bool = False,
     blocks: bool = False,
-    sparse: bool = False,
+    sparse: int = 0,
 ) -> int:
     """Rows whose scratch fits in workspace_bytes, at least 1; a multiple of the device's row_unit where that many fit."""
     fixed, row = scratch_bytes(weight, dtype, tiles, native, blocks, sparse)
@@ -204,7 +204,9 @@ def hidden_gradient(dz: Tensor, products: Products, tiles: Tiles, sparse: bool) 
     """dz (n, V) -> (n, H); a sparse one overwrites dz."""
     if not sparse:
         return products.hidden_gradient(dz)
-    return (tiles.sparse_gradient or sparse_gradient)(dz, products)
+    if tiles.sparse_gradient is None:
+        return sparse_gradient(dz, products)
+    return tiles.sparse_gradient(dz, products, RULE)
 
 
 class Groups(NamedTuple):

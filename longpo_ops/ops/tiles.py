@@ -50,6 +50,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .products import Products
+    from .sparse import Rule
 
 BLOCK_BYTES = 1 << 20  # of the PyTorch form on a CPU: its caches hold them
 BLOCK_SHARE = 16  # of a tile per block elsewhere: what a launch costs, an H200 reads 20 MB in
@@ -168,9 +169,9 @@ class Tiles(Protocol):
         """-> values (n,), and where needed kappa * d value / dz and kappa * d value / dz_teacher, (n, V) in `dtype`,
         each in its tile's memory. Both tiles may be overwritten; kappa (n,) is not multiplied into the values."""
 
-    def sparse_gradient(self, dz: Tensor, products: Products) -> Tensor:
+    def sparse_gradient(self, dz: Tensor, products: Products, rule: Rule) -> Tensor:
         """dz (n, V), as the functions above return it -> (n, H) as products.hidden_gradient does, from the columns that
-        matter (sparse.py); dz is overwritten."""
+        matter (sparse.py); dz is overwritten, with all of z's memory."""
 
     def segment_sums(self, values: Tensor, segments: Tensor, out: Tensor) -> None:
         """out (K,) float64 += the sums of values (n,) by segments (n,) int64; -1 belongs nowhere. Bitwise repeatable."""
