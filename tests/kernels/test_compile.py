@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from longpo_ops.kernels import sparse
 from longpo_ops.kernels.divergence import KINDS, divergence_kernel
 from longpo_ops.kernels.launch import PAIR, ROW, MatmulConfig, linear_logps_config, row_config, scaled_exps_config
 from longpo_ops.kernels.linear_logps import join_kernel, partial_kernel
@@ -33,6 +34,7 @@ from longpo_ops.kernels.scaled_exps import exps_kernel, finish_kernel, offset_ke
 from longpo_ops.kernels.segment_sums import BLOCK as SEGMENT_BLOCK
 from longpo_ops.kernels.segment_sums import segment_kernel
 from longpo_ops.kernels.tiles import TritonTiles
+from longpo_ops.ops.sparse import RULE
 from longpo_ops.ops.tiles import Beside, Divergence, LogitMap
 
 ARCHITECTURES = (80, 90, 100)
@@ -83,6 +85,13 @@ REGISTERS = {
     "exps: fp32, mapped": (168, 168, 163),
     "exps: offsets": (30, 30, 32),
     "exps: finish": (46, 56, 42),
+    "sparse: scales": (56, 62, 56),
+    "sparse: peaks": (64, 64, 66),
+    "sparse: list": (62, 64, 64),
+    "sparse: rest": (93, 96, 95),
+    "sparse: sums": (106, 89, 91),
+    "sparse: product, bf16": (158, 246, 156),
+    "sparse: product, fp32": (96, 96, 94),
     "segment sums": (64, 72, 72),
 }
 
@@ -166,6 +175,24 @@ def exps_case(architecture, dtype, mapped, aligned=True) -> Case:
     )
 
 
+def sparse_case(kernel, warps, dtype="bf16", stages=1, **constants) -> Case:
+    """A kernel of kernels/sparse.py: dz and what is made in its dtype, 32-bit numbers beside."""
+    own = {"dz_ptr", "weight_ptr", "sums_ptr", "of_groups_ptr", "dh_ptr"}
+    whole = {"columns_ptr", "places_ptr", "count_ptr"}
+    arguments = {
+        name: f"*{dtype}:16" if name in own else "*i32:16" if name in whole else "*fp32:16" for name in kernel.arg_names
+    }
+    arguments |= dict.fromkeys(("n", "size", "most"), "i32") | dict.fromkeys(("floor", "epsilon"), "fp32")
+    arguments |= dict.fromkeys(("V", "H", "pitch", "shift", "dz_pitch", "weight_pitch"), "i32:16")
+    return Case(kernel, arguments | constants, warps, stages)
+
+
+def sparse_product_case(config, dtype) -> Case:
+    constants = {"GATHER": dtype == "fp32", "PRECISION": "ieee"}
+    constants |= {"ROWS": config.rows, "UNITS": config.units, "INNER": config.inner, "GROUP": config.group}
+    return sparse_case(sparse.product_kernel, config.warps, dtype, config.stages, **constants)
+
+
 def product_arguments(choose, architecture, dtype, mapped, aligned, precision) -> tuple[dict, MatmulConfig]:
     config = choose(architecture, FLOATS[dtype], mapped, aligned)
     unit = ":16" if aligned else ""
@@ -198,6 +225,7 @@ FINISH = {f"{name}_ptr": "*fp32:16" for name in FINISHED} | {"out_ptr": "*bf16:1
 FINISH |= {"n": "i32", "V": "i32:16", "out_pitch": "i32:16", "cap": "fp32", "CAPPED": True, "ROWS": 16, "TILES": 64}
 SEGMENT = {"values_ptr": "*fp32:16", "segments_ptr": "*i64:16", "out_ptr": "*fp64:16", "n": "i32"}
 JOIN = {f"{name}_ptr": "*fp32:16" for name in ("peaks", "sums", "label_logits", "logps", "stats")}
+DOWN = {"ROWS": sparse.COLUMNS[0], "COLUMNS": sparse.COLUMNS[1]}
 LONG, KEPT = 128256, 32000  # columns
 ALL = ("mean", "total", "predicted")
 
@@ -248,6 +276,15 @@ CASES = {
     "exps: finish": lambda a: Case(
         finish_kernel, FINISH | {"VOCAB": scaled_exps_config(a, torch.bfloat16, False).vocab}, 4
     ),
+    "sparse: scales": lambda _: sparse_case(sparse.scale_kernel, sparse.SCALES[1], BLOCK=sparse.SCALES[0]),
+    "sparse: peaks": lambda _: sparse_case(sparse.peak_kernel, sparse.COLUMNS[2], **DOWN),
+    "sparse: list": lambda _: sparse_case(sparse.list_kernel, sparse.LIST[1], BLOCK=sparse.LIST[0]),
+    "sparse: rest": lambda _: sparse_case(
+        sparse.rest_kernel, sparse.REST[2], MOVE=True, ROWS=sparse.REST[0], BLOCK=sparse.REST[1]
+    ),
+    "sparse: sums": lambda _: sparse_case(sparse.sums_kernel, sparse.COLUMNS[2], **DOWN),
+    "sparse: product, bf16": lambda a: sparse_product_case(sparse.PRODUCTS[a], "bf16"),
+    "sparse: product, fp32": lambda _: sparse_product_case(sparse.EXACT, "fp32"),
     "segment sums": lambda _: Case(segment_kernel, SEGMENT | {"BLOCK": SEGMENT_BLOCK}, 8),
 }
 
@@ -288,6 +325,11 @@ def test_products_run_on_tensor_cores(name, architecture):
     bulk = "cp.async.bulk.tensor" in ptx  # TMA
     assert bulk == (architecture >= 90 and "unaligned" not in name)
     assert bulk or "unaligned" in name or "cp.async.cg" in ptx
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sparse_product_runs_on_tensor_cores(architecture):
+    assert MATRIX[architecture] in compiled("sparse: product, bf16", architecture).ptx
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -355,6 +397,8 @@ def launch_all(n: int, V: int = 4096, H: int = 64) -> None:
     tiles.linear_logps(torch.empty(n, H).bfloat16(), torch.empty(V, H).bfloat16(), labels, maps[0])
     exps = torch.empty(n, V, dtype=torch.bfloat16)
     scaled_exps(torch.empty(n, H).bfloat16(), torch.empty(V, H).bfloat16(), labels, maps[0], exps)
+    dz, weight = z.view(torch.bfloat16)[:, :V], torch.empty(V, H).bfloat16()
+    sparse.product(dz, sparse.keep_columns_(dz, RULE), weight, torch.empty(RULE.groups, H).bfloat16())
     tiles.segment_sums(g, labels, torch.zeros(n, dtype=torch.float64))
 
 
@@ -363,4 +407,5 @@ def test_the_number_of_rows_compiles_nothing_anew(variants):
     for n in (1, 15, 16, 130, 4096 // 8):
         launch_all(n)
         counts.append(len(variants))
-    assert counts == [12] * len(counts)  # five of rows, divergence, segments, two of linear_logps, three of scaled_exps
+    # five of rows, divergence, segments, two of linear_logps, three of scaled_exps, six of the sparse hidden gradient
+    assert counts == [18] * len(counts)
