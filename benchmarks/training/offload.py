@@ -212,7 +212,7 @@ def measure_peer(shape: Shape, name: str, plain: dict, python: Path) -> dict:
     try:
         result = measure(shape, name, python=str(python) if own else sys.executable)
     except RuntimeError as error:
-        return {"status": f"failed: {error}"}
+        return {"status": f"failed: {error}".replace(f"{name}: ", "", 1)}
     if "status" in result:
         return {"status": result["status"]}
     same = result["gradients"] == plain["gradients"]
