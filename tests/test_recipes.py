@@ -47,7 +47,7 @@ def test_every_setting_that_decides_is_judged():
         "constraint_weight",
     }
     own |= {"bf16", "fp16", "tf32", "ignore_data_skip", "accelerator_config"}  # of the machine, and of other methods
-    own |= {"separate"}  # of the model: same losses
+    own |= {"separate", "sparse_hidden_gradient"}  # of the model: same losses; off where it is not asked for
     assert {*DECIDING["run"], *DECIDING["config"]} - set(train) == own
     numbers = {f.name for f in fields(GenerateRun) if f.default is None} - {"prompts", "rope", "max_documents"}
     numbers -= {"judge_model", "judge_options"}  # of a judge, which is a change by itself

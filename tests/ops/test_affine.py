@@ -328,7 +328,7 @@ def test_opcheck(dtype):
     hidden, weight, bias = small_leaves(dtype)
     options = (-100, 1.0, 3.0, 64 << 20, dtype)
     for classes, asked in ((None, [True, False, True]), (torch.rand(11), [False, True, False])):
-        torch.library.opcheck(affine.rows_op, (hidden, weight, bias, classes, LABELS, asked, *options, "torch"))
+        torch.library.opcheck(affine.rows_op, (hidden, weight, bias, classes, LABELS, asked, *options, False, "torch"))
     plain = [t.detach() for t in (hidden, weight, bias)]
     upstream, nothing = torch.randn(12), torch.empty(0)
     for given in ([upstream, upstream, nothing, nothing], [upstream, nothing, nothing, nothing]):

@@ -174,13 +174,13 @@ def test_opcheck_sweep():
 def test_opcheck_log_probs_and_divergence(dtype):
     hidden, weight, bias = leaves(dtype)
     options = (1.0, 3.0, 64 << 20, dtype)
-    torch.library.opcheck(operators.logps_op, (hidden, weight, bias, LABELS, -100, *options, "torch"))
+    torch.library.opcheck(operators.logps_op, (hidden, weight, bias, LABELS, -100, *options, False, "torch"))
     plain = [t.detach() for t in (hidden, weight, bias)]
     torch.library.opcheck(
         operators.logps_backward_op, (ROWS, *plain, LABELS, -100, *options, [True, False, True], "torch")
     )
     heads = (hidden, weight, bias, *plain[:2], None)
-    rest = ("jsd", 0.5, 1.0, 0.0, 1.0, 2.0, 64 << 20, dtype, "torch")
+    rest = ("jsd", 0.5, 1.0, 0.0, 1.0, 2.0, 64 << 20, dtype, False, "torch")
     torch.library.opcheck(divergence._values_op, (*heads, LABELS >= 0, *rest))
     need = [True, True, True, False, False, False]
     torch.library.opcheck(

@@ -187,7 +187,7 @@ def test_a_divergence_does_not_wait_for_numbers_of_the_host(dtype, monkeypatch):
     scratch, maps = workspace_of(20, heads[1], dtype, 2), ((1.0, 0.0), (1.0, 0.0))
     numbers = torch.arange(50) % 3 > 0, torch.rand(50), torch.ones(())
     with Transfers() as transfers:
-        divergence._sweep(heads, *numbers, "jsd", 0.5, *maps, scratch, dtype, "torch", [True, True, False] * 2)
+        divergence._sweep(heads, *numbers, "jsd", 0.5, *maps, scratch, dtype, False, "torch", [True, True, False] * 2)
     assert transfers.wrong == [] and transfers.made > 0
 
 
