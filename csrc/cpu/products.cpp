@@ -224,6 +224,9 @@ void hidden_gradient(const Tensor& logits_gradient, const Tensor& weight, const 
   const Matrix<T> dz(logits_gradient, "dz"), w(weight, "weight");
   const MetRows met(columns_met, dz.columns, w.rows);
   const Result dh(out, dz.rows, w.columns, "out");
+  if (dz.columns == 0) {  // a sum of nothing: no block product would write it
+    out.zero_();
+  }
   const int64_t panels = blocks(w.columns, kColumns), even = dz.columns / kPair<T> * kPair<T>;
   const int64_t wanted = blocks(at::get_num_threads(), std::max<int64_t>(1, panels));
   const int64_t part = kRows * blocks(blocks(dz.rows, kRows), wanted), parts = part > 0 ? blocks(dz.rows, part) : 0;

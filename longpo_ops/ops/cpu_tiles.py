@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .build import load_cpu
-from .sparse import EPSILON, FLOOR, GROUPS, LEAST_ROWS, MOST, Kept, sparse_gradient
+from .sparse import RULE, Kept, sparse_gradient
 from .tiles import NOTHING, _narrow
 
 
@@ -51,9 +51,9 @@ class CpuTiles:
         return sparse_gradient(dz, products, self.keep_columns_)
 
     def keep_columns_(self, dz: Tensor) -> Kept | None:
-        if dz.shape[0] < LEAST_ROWS:
+        if dz.shape[0] < RULE.least_rows:
             return None
-        columns, sums, shares = self._ops.keep_columns_(dz, EPSILON, FLOOR, MOST, GROUPS)
+        columns, sums, shares = self._ops.keep_columns_(dz, *RULE[:4])
         kept = columns.shape[0]
         return None if kept == dz.shape[1] else Kept(dz[:, :kept], columns, sums, shares)
 

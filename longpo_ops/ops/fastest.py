@@ -83,15 +83,15 @@ def _processor() -> str:
 
 def measure() -> list[str]:
     """The products that are faster by blocks."""
-    least: dict[tuple[str, int], float] = {}
-    forms = _forms()
-    for rnd in range(ROUNDS + 1):
-        for name, pair in forms.items():
-            for form, run in enumerate(pair):
+    runs = {(name, form): run for name, pair in _forms().items() for form, run in enumerate(pair)}
+    least = dict.fromkeys(runs, float("inf"))
+    with torch.autocast("cpu", enabled=False):
+        for number in range(ROUNDS + 1):
+            for key, run in runs.items():
                 start = time.perf_counter()
                 run()
-                if rnd:  # the first one compiles
-                    least[name, form] = min(time.perf_counter() - start, least.get((name, form), float("inf")))
+                if number:  # the first one compiles
+                    least[key] = min(time.perf_counter() - start, least[key])
     return [name for name in PRODUCTS if least[name, 0] < least[name, 1]]
 
 

@@ -25,9 +25,7 @@ from .fastest import HEAD, HIDDEN, LOGITS, products_by_blocks
 
 UPCAST_BYTES = 8 << 20
 SLICE_BYTES = 4 << 20  # of a float32 weight per product on a CPU: 190 instead of 167 GFLOP/s at 384 rows, two threads
-SOME_ROWS = (
-    32  # below this torch's products on a CPU may add in chains as long as the depth: csrc/cpu's blocks never do
-)
+SOME_ROWS = 32  # below this torch's products on a CPU may add in one chain as long as the depth; csrc/cpu's never do
 FEW_ROWS = 4  # below this the CPU's products add one number after another: ten times the rounding error at V = 128K
 
 
@@ -87,13 +85,10 @@ class Products:
         vocab, width = self.weight.shape
         count = vocab if columns is None else columns.shape[0]
         on_cpu = self.weight.device.type == "cpu"
-        rows = (
-            max(1, (UPCAST_BYTES if self.blockwise else SLICE_BYTES) // (width * self.dtype.itemsize))
-            if on_cpu
-            else count
-        )
+        room = UPCAST_BYTES if self.blockwise else SLICE_BYTES
+        rows = max(1, room // (width * self.dtype.itemsize)) if on_cpu else max(1, count)
         buffer = self.weight.new_empty(min(rows, count), width, dtype=self.dtype) if self.blockwise else None
-        for start in range(0, count, max(1, rows)):
+        for start in range(0, count, rows):
             block = slice(start, start + rows)
             named = self.weight[block] if columns is None else self.weight.index_select(0, columns[block])
             yield block, buffer[: named.shape[0]].copy_(named) if self.blockwise else named

@@ -3,17 +3,17 @@
 Of a trained model's row nearly all of softmax lies in a few tokens. Of a chunk dz (n, V), with D the columns that are dropped:
 
     s_t   = |dz_t without its largest number|           the row's own scale; the label's 1 - p would hide a flat tail
-    D     = columns with max_t |dz_tj| / s_t <= EPSILON
+    D     = columns with max_t |dz_tj| / s_t <= epsilon
     r_t   = sum of dz_tj over D                          what the row loses
-    c_g   = sum over rows t of group g of sign(r_t) / s_t dz_tD            GROUPS groups of neighbouring rows
+    c_g   = sum over rows t of group g of sign(r_t) / s_t dz_tD            8 groups of neighbouring rows
     dh_t  = sum over kept j of dz_tj W_j  +  r_t / rho_g  c_g W_D,         rho_g = sum over t in g of |r_t| / s_t
 
 The second term puts what row t loses where the rows beside it lose theirs: exact where their dropped parts are multiples of
 each other, and sums of rows are always kept. docs/mathematics.md has the derivation and the bound, docs/measured.md what is
-lost: on real states less than by rounding dZ to bfloat16. Where more than MOST of the columns matter (flat distributions), or a
+lost: on real states less than by rounding dZ to bfloat16. Where more than 0.6 of the columns matter (flat distributions), or a
 number is not finite, all are taken: the product is then the exact one.
 
-Operations: 2 n K H for K kept columns, and 2 GROUPS V H; dz is read twice. Scratch: GROUPS V numbers, and a block of the rows
+Operations: 2 n K H for K kept columns, and 16 V H; dz is read twice. Scratch: 8 V numbers, and a block of the rows
 of W that are kept; the kept columns lie where dz lay. The head's gradient is not touched: Adam would enlarge what is left out.
 
 Tests: tests/ops/test_sparse.py.
@@ -30,21 +30,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .products import Products
 
-EPSILON = 2.0**-12
-FLOOR = 2.0**-20  # of a row's largest number: a scale for rows that have nothing else
-MOST = 0.6  # of the columns: gathering rows of W and the rest cost what more would save
-GROUPS = 8
-LEAST_ROWS = 64  # of a chunk: W is read once more for the groups' sums
-
 
 class Rule(NamedTuple):
-    """The numbers above, for forms that cannot import them (kernels/)."""
+    """Which columns are kept, the same for every form."""
 
-    epsilon: float = EPSILON
-    floor: float = FLOOR
-    most: float = MOST
-    groups: int = GROUPS
-    least_rows: int = LEAST_ROWS
+    epsilon: float = 2.0**-12
+    floor: float = 2.0**-20  # of a row's largest number: a scale for rows that have nothing else
+    most: float = 0.6  # of the columns: gathering rows of W and the rest cost what more would save
+    groups: int = 8
+    least_rows: int = 64  # of a chunk: W is read once more for the groups' sums
 
 
 RULE = Rule()
@@ -55,15 +49,13 @@ class Kept(NamedTuple):
 
     dz: Tensor  # (n, K) the kept columns, in the memory of dz
     columns: Tensor  # (K,) int64, increasing
-    sums: Tensor  # (GROUPS, V) c_g, 0 in kept columns
+    sums: Tensor  # (G, V) c_g, 0 in kept columns
     shares: Tensor  # (n,) r_t / rho_g
 
     def gradient(self, products: Products) -> Tensor:
         """(n, H) in the operands' dtype or in float32."""
-        dh, of_groups = (
-            products.hidden_gradient(self.dz, self.columns),
-            products.hidden_gradient(self.sums.to(self.dz.dtype)),
-        )
+        dh = products.hidden_gradient(self.dz, self.columns)
+        of_groups = products.hidden_gradient(self.sums.to(self.dz.dtype))
         size = group_size(dh.shape[0])
         for group, rows, shares in zip(of_groups, dh.split(size), self.shares.to(dh.dtype).split(size), strict=False):
             rows.addr_(shares, group)
@@ -72,13 +64,13 @@ class Kept(NamedTuple):
 
 def group_size(rows: int) -> int:
     """Of a chunk: the rows of one group; the last ones may have fewer, or none."""
-    return -(-rows // GROUPS)
+    return -(-rows // RULE.groups)
 
 
 def keep_columns_(dz: Tensor) -> Kept | None:
     """dz (n, V) of any float dtype -> what is kept of it, written over it; None, and dz as it was, where all columns matter."""
     n, vocab = dz.shape
-    if n < LEAST_ROWS:
+    if n < RULE.least_rows:
         return None
     wide = torch.promote_types(dz.dtype, torch.float32)
     inverse, peaks = dz.new_empty(n, dtype=wide), dz.new_zeros(vocab, dtype=wide)
@@ -86,11 +78,11 @@ def keep_columns_(dz: Tensor) -> Kept | None:
         size = dz[rows].to(wide).abs()
         inverse[rows] = _inverse_tail(size)
         peaks = torch.maximum(peaks, size.mul_(inverse[rows, None]).amax(0))
-    columns = (peaks > EPSILON).nonzero().squeeze(1)
-    if columns.shape[0] > MOST * vocab or not bool(peaks.isfinite().all()):
+    columns = (peaks > RULE.epsilon).nonzero().squeeze(1)
+    if columns.shape[0] > RULE.most * vocab or not bool(peaks.isfinite().all()):
         return None
     dropped = torch.ones_like(peaks).index_fill_(0, columns, 0.0)
-    sums, shares = dz.new_zeros(GROUPS, vocab, dtype=wide), dz.new_empty(n, dtype=wide)
+    sums, shares = dz.new_zeros(RULE.groups, vocab, dtype=wide), dz.new_empty(n, dtype=wide)
     for group, start in enumerate(range(0, n, group_size(n))):
         members = slice(start, min(start + group_size(n), n))
         for rows in _blocks(dz, members.start, members.stop):
@@ -113,7 +105,7 @@ def _inverse_tail(size: Tensor) -> Tensor:
     """|dz| (r, V) -> (r,) 1 / s_t, 0 for rows of zeros."""
     top = size.amax(1)
     squares = size.double().square().sum(1) - top.double().square()
-    tail = torch.maximum(squares.clamp_(min=0).sqrt_().to(top.dtype), FLOOR * top)
+    tail = torch.maximum(squares.clamp_(min=0).sqrt_().to(top.dtype), RULE.floor * top)
     return torch.where(top != 0, 1 / tail, 0.0)
 
 

@@ -32,7 +32,7 @@ from ..parallel import Shards
 from .objective import Answers, Objective, decide
 from .products import SLICE_BYTES, UPCAST_BYTES, Products, is_row_major
 from .rows import WINDOW, Chunk, Stretch, chunks, to_device, windows
-from .sparse import GROUPS, MOST, RULE, sparse_gradient
+from .sparse import RULE, sparse_gradient
 from .tiles import BLOCK_BYTES, BLOCK_SHARE, NOTHING, Beside, LogitMap, Tiles, empty_tile, predictions
 
 # On CUDA 2.75 GiB: 4,096 rows of the widest common heads, V = 151,936 at H = 4,096 (2.51 GiB) and V = 152,064 at H = 8,192
@@ -65,9 +65,11 @@ def sparse_bytes(weight: Tensor, dtype: torch.dtype, tiles: Tiles) -> int:
     """Of a sparse hidden gradient: the sums of groups, which columns are dropped, and the rows of the head that are gathered,
     on a CPU a block at a time; Triton's product gathers none."""
     (vocab, width), wide = weight.shape, 8 if dtype == torch.float64 else 4
-    gathered = SLICE_BYTES if weight.device.type == "cpu" else int(MOST * vocab) * width * weight.element_size()
-    kept = (GROUPS + 2) * vocab * wide + 8 * vocab + GROUPS * width * wide
-    return kept + (0 if tiles.name in ("triton", "scaled") else gathered)
+    sums = (RULE.groups + 2) * vocab * wide + 8 * vocab + RULE.groups * width * wide
+    if weight.device.type == "cpu":
+        return sums + SLICE_BYTES
+    gathers = tiles.sparse_gradient is None
+    return sums + (int(RULE.most * vocab) * width * weight.element_size() if gathers else 0)
 
 
 def workspace_of(rows: int, weight: Tensor, dtype: torch.dtype, tiles: int = 1) -> int:

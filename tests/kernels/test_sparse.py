@@ -23,14 +23,14 @@ if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true"
 from longpo_ops.kernels import sparse as kernels
 from longpo_ops.ops import products as products_module
 from longpo_ops.ops.products import Products
-from longpo_ops.ops.sparse import LEAST_ROWS, RULE, Kept, group_size, keep_columns_
+from longpo_ops.ops.sparse import RULE, Kept, group_size, keep_columns_
 from longpo_ops.ops.tiles import LogitMap, TorchTiles
 from tests.budget import check_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # numpy on NaN and infinities
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
-    (LEAST_ROWS, 640, 32, torch.float32),
+    (RULE.least_rows, 640, 32, torch.float32),
     (70, 701, 24, torch.bfloat16),
     (131, 333, 40, torch.float32),
     (131, 333, 40, torch.bfloat16),
@@ -195,7 +195,7 @@ def test_offsets_beyond_2_to_the_31(head):
 
 def test_few_rows_and_columns_that_are_no_neighbours_get_the_dense_product(head):
     products = head(333, 24, torch.float32)
-    dz = gradient_tile(LEAST_ROWS - 1, 333, torch.float32)
+    dz = gradient_tile(RULE.least_rows - 1, 333, torch.float32)
     assert torch.equal(kernels.sparse_gradient(dz, products, RULE), products.hidden_gradient(dz))
     dz = gradient_tile(70, 333, torch.float32)
     products.weight = products.weight.t().contiguous().t()

@@ -41,7 +41,7 @@ from longpo_ops.ops import divergence, fastest
 from longpo_ops.ops.batch import Batch
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.operators import run_sweep
-from longpo_ops.ops.sparse import GROUPS, keep_columns_
+from longpo_ops.ops.sparse import RULE, keep_columns_
 from longpo_ops.ops.sweep import Options, default_workspace, workspace_of
 from tests.meta import add_products_on_meta
 from tests.ops.test_sparse import gradient, peaked
@@ -250,7 +250,7 @@ def test_a_sparse_hidden_gradient_costs_the_columns_that_are_kept(backend):
         options = {"bias": bias, "backend": backend, "sparse_hidden_gradient": True}
         linear_cross_entropy(hidden, weight, tokens, **options).backward()
     (rows, width), vocab = hidden.shape, len(weight)
-    assert kept < vocab / 2 and told.products == (4 * rows * vocab + 2 * rows * kept + 2 * GROUPS * vocab) * width
+    assert kept < vocab / 2 and told.products == (4 * rows * vocab + 2 * rows * kept + 2 * RULE.groups * vocab) * width
 
 
 # ---- the PyTorch form on the meta device, which stands for a GPU of any memory ----------------------------------------

@@ -6,7 +6,7 @@ import torch
 import longpo_ops
 from longpo_ops.ops.dispatch import choose_backend
 from longpo_ops.ops.products import Products
-from longpo_ops.ops.sparse import GROUPS, LEAST_ROWS, MOST, keep_columns_, sparse_gradient
+from longpo_ops.ops.sparse import RULE, keep_columns_, sparse_gradient
 
 N, V, H = 150, 3001, 48
 CHOSEN = dict(objective=longpo_ops.DPO(beta=0.1))
@@ -74,7 +74,7 @@ def test_each_row_loses_less_than_by_rounding_to_bfloat16(tiles, weights):
         found = keep(tiles, dz)
         kept.append(found.columns.shape[0] / V)
         sparse.append(worst(found.gradient(products), truth))
-    assert 0 < max(kept) < MOST
+    assert 0 < max(kept) < RULE.most
     assert sum(sparse) <= sum(rounded)
 
 
@@ -82,7 +82,7 @@ def test_both_forms_keep_the_same():
     cpu = choose_backend(torch.device("cpu"), torch.float32)
     if cpu.name != "cpu":
         pytest.skip("the C++ back-end is not here")
-    for dtype, n in ((torch.float32, N), (torch.bfloat16, N), (torch.float32, LEAST_ROWS + 1)):
+    for dtype, n in ((torch.float32, N), (torch.bfloat16, N), (torch.float32, RULE.least_rows + 1)):
         dz = gradient(peaked(n), torch.randn(n)).to(dtype)
         pitch = torch.zeros(n, 2 * V, dtype=dtype)[:, :V]  # as 16 bits lie in a float32 tile
         pitch.copy_(dz)
@@ -102,7 +102,7 @@ def test_what_stands_for_dropped_columns(tiles):
     alike = dz[:1] * torch.randn(N, 1)
     truth = alike.double() @ weight.double()
     found = keep(tiles, alike.clone())
-    assert found.columns.shape[0] < MOST * V
+    assert found.columns.shape[0] < RULE.most * V
     assert apart(found.gradient(Products(weight, torch.float32, tiles.name)), truth).max() < 1e-5
 
 
@@ -118,9 +118,19 @@ def test_rows_of_zeros_and_of_one_number(tiles):
     torch.testing.assert_close(found[5].double(), truth[5], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["blocks", "torch"])
+def test_a_chunk_of_zeros(tiles, monkeypatch, form):
+    """A clipped policy's: no column matters, and the memory that the gradient is made in holds other numbers."""
+    monkeypatch.setenv("LONGPO_OPS_PRODUCTS", form)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(7.0))
+    products = Products(torch.randn(V, H), torch.float32, tiles.name)
+    assert (sparse_gradient(torch.zeros(N, V), products, lambda x: keep(tiles, x)) == 0).all()
+
+
 @pytest.mark.parametrize("case", ["flat", "half of them flat", "few rows", "NaN", "inf"])
 def test_all_columns_where_they_matter(tiles, case):
-    states = flat() if case == "flat" else peaked(LEAST_ROWS - 1 if case == "few rows" else N)
+    states = flat() if case == "flat" else peaked(RULE.least_rows - 1 if case == "few rows" else N)
     dz = gradient(states)
     if case == "half of them flat":
         dz[N // 2 :] = gradient(flat())[N // 2 :]
@@ -152,7 +162,7 @@ def test_wrong_tensors_are_refused():
         pytest.skip("the C++ back-end is not here")
     for dz in (torch.randn(3, 4).double(), torch.randn(4, 3).t(), torch.randn(5)):
         with pytest.raises(ValueError, match="dz must be"):
-            torch.ops.longpo_cpu.keep_columns_(dz, 0.1, 0.1, 0.6, GROUPS)
+            torch.ops.longpo_cpu.keep_columns_(dz, 0.1, 0.1, 0.6, 8)
     with pytest.raises(ValueError, match=r"columns must lie in \[0, 4\)"):
         torch.ops.longpo_cpu.hidden_gradient_(
             torch.randn(2, 1), torch.randn(4, 3), torch.tensor([4]), torch.empty(2, 3)
