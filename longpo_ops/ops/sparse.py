@@ -9,8 +9,8 @@ Of a trained model's row nearly all of softmax lies in a few tokens. Of a chunk 
     dh_t  = sum over kept j of dz_tj W_j  +  r_t / rho_g  c_g W_D,         rho_g = sum over t in g of |r_t| / s_t
 
 The second term puts what row t loses where the rows beside it lose theirs: exact where their dropped parts are multiples of
-each other, and sums of rows are always kept. docs/mathematics.md has the derivation and the bound, docs/measured.md what is
-lost: on real states less than by rounding dZ to bfloat16. Where more than 0.6 of the columns matter (flat distributions), or a
+each other, and sums of rows are always kept. docs/mathematics.md has the derivation, the bound and what is lost: on real
+states less than by rounding dZ to bfloat16. Where more than 0.6 of the columns matter (flat distributions), or a
 number is not finite, all are taken: the product is then the exact one.
 
 Operations: 2 n K H for K kept columns, and 16 V H; dz is read twice. Scratch: 8 V numbers, and a block of the rows

@@ -60,6 +60,7 @@ FINITE = ABOVE_ZERO | {"zero", "float zero", "negative", "negative float", "very
 RIGHT = {  # the groups of VALUES that an argument takes
     "shift": {"flag"},
     "reuse_hidden": {"flag"},
+    "sparse_hidden_gradient": {"flag"},
     "correct_tokens": {"flag"},
     "average": {"flag"},
     "softcap": ABOVE_ZERO | {"nothing"},
@@ -104,7 +105,8 @@ def hidden(rows, width=H):
 
 
 def ids(*shape):
-    return torch.randint(V, shape)
+    """No two labels in a row are alike, so that no ignore_index takes all of an answer's."""
+    return (torch.arange(math.prod(shape)) % V).view(shape)
 
 
 def preference_head(weight, bias, softcap, scale, **arguments):
@@ -113,6 +115,7 @@ def preference_head(weight, bias, softcap, scale, **arguments):
 
 
 OPTIONS = {"softcap": 5.0, "scale": 1.0, "workspace_bytes": 1 << 26, "backend": "torch", "bias": torch.randn(V)}
+OPTIONS["sparse_hidden_gradient"] = False
 LABELLED = {"ignore_index": -100} | OPTIONS
 REFERENCES = {"ref_chosen_logps": torch.zeros(B), "ref_rejected_logps": torch.zeros(B)}
 PAIRS = {"rejected_pair": torch.arange(B), "num_pairs": 2, "reuse_hidden": False} | REFERENCES | LABELLED
