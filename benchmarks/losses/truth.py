@@ -37,9 +37,11 @@ class Truth(NamedTuple):
     rounded: float | None = None  # 99th percentile over hidden's rows, of a real model's states
 
     def errors(self, loss: float, gradients: dict[str, Tensor]) -> dict[str, float]:
-        """Largest difference over the truth's largest value: of the loss, and of each leaf's sampled gradient."""
+        """Largest difference over the truth's largest value: of the loss, and of the sampled gradient of each leaf that has
+        one (a frozen head has none)."""
         out = {"loss": abs(loss - self.loss) / abs(self.loss)}
-        for name, true in self.gradients.items():
+        for name in gradients.keys() & self.gradients.keys():
+            true = self.gradients[name]
             difference = gradients[name][self.rows[name]].double() - true
             out[name] = float(difference.abs().max() / true.abs().max())  # NaN stays NaN
         if self.rounded is not None:

@@ -3,7 +3,7 @@
     logits   Z = h W^T          hidden   dh = dZ W          head   dW += dZ^T h
 
 Neither is the faster one everywhere: it differs between processors, and between the three. So at the first use with a number of
-threads each is timed both ways on ROWS rows (some 50 ms), and the answer is kept beside the compiled library, for this
+threads each is timed both ways on ROWS rows (a tenth of a second), and the answer is kept beside the compiled library, for this
 processor, torch and number of threads: later processes compute the same bits. Where that folder cannot be written, each process
 measures by itself. LONGPO_OPS_PRODUCTS=blocks or torch forces one for all three; blocks gives the same bits with any number of
 threads.
@@ -29,7 +29,7 @@ from .build import BuildError, cache_folder, kept_once
 
 LOGITS, HIDDEN, HEAD = PRODUCTS = ("logits", "hidden", "head")
 VARIABLE, FORMS = "LONGPO_OPS_PRODUCTS", ("blocks", "torch")
-ROWS, VOCAB, WIDTH = 128, 1024, 512
+ROWS, VOCAB, WIDTH = 256, 1024, 512  # half of the rows were not enough to tell logits apart in each of three tries
 ROUNDS = 5  # of both forms in turn; the least time of each counts
 
 

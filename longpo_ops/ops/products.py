@@ -87,11 +87,15 @@ class Products:
         on_cpu = self.weight.device.type == "cpu"
         room = UPCAST_BYTES if self.blockwise else SLICE_BYTES
         rows = max(1, room // (width * self.dtype.itemsize)) if on_cpu else max(1, count)
-        buffer = self.weight.new_empty(min(rows, count), width, dtype=self.dtype) if self.blockwise else None
+        shape = min(rows, count), width
+        wide = self.weight.new_empty(shape, dtype=self.dtype) if self.blockwise else None
+        gathered = None if columns is None else self.weight.new_empty(shape)  # one for all blocks
         for start in range(0, count, rows):
-            block = slice(start, start + rows)
-            named = self.weight[block] if columns is None else self.weight.index_select(0, columns[block])
-            yield block, buffer[: named.shape[0]].copy_(named) if self.blockwise else named
+            block = slice(start, min(start + rows, count))
+            weight = self.weight[block] if columns is None else gathered[: block.stop - start]
+            if columns is not None:
+                torch.index_select(self.weight, 0, columns[block], out=weight)
+            yield block, wide[: weight.shape[0]].copy_(weight) if self.blockwise else weight
 
     def logits_(self, h: Tensor, out: Tensor) -> Tensor:
         """h (n, H) -> out (n, V) in tile_dtype."""

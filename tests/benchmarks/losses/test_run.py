@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from benchmarks.losses import run as runner
+from benchmarks.losses import states
 from benchmarks.losses.cases import CASES, make
 from benchmarks.losses.measurement import MEASURED, Order, perform, verdict
-from benchmarks.losses.peers import NAIVE, OURS, TRL, candidates, ours
-from benchmarks.losses.truth import truth
+from benchmarks.losses.peers import NAIVE, OURS, SPARSE, TRL, candidates, ours
+from benchmarks.losses.truth import ROUNDED, ROWS, truth
 from benchmarks.measure import Peak
 from benchmarks.stamp import RESULTS, ROOT
 from longpo_ops.ops import truth as full
@@ -97,6 +98,21 @@ def _float64_loss(case, inputs):
         ref_rejected_logps=inputs["ref_rejected_logps"],
         nll_labels=inputs["nll_labels"],
     )[0]
+
+
+def test_a_frozen_head_and_rows_by_themselves(tmp_path, monkeypatch):
+    """As with a real model's states: the head gets no gradient, and a sparse hidden gradient is judged row by row."""
+    case = replace(CASES["tiny"], name="tiny-frozen", rows=150, states="prose", frozen=True)
+    drawn = torch.randn(200, case.width), torch.randn(case.vocab, case.width), torch.randint(case.vocab, (200,))
+    monkeypatch.setattr(states, "load", lambda kind: drawn)
+    monkeypatch.setitem(CASES, case.name, case)
+    made = order(case.name, tmp_path)
+    plain = perform(made)
+    assert plain["status"] == MEASURED and set(plain["errors"]) == {"loss", "hidden", ROWS, ROUNDED}
+    ours = perform(replace(made, candidate=SPARSE, yardstick=plain["errors"]))
+    assert ours["status"] == MEASURED, ours
+    worse = plain["errors"] | {ROWS: 1.01 * plain["errors"][ROUNDED]}
+    assert verdict(worse, plain["errors"], case, sparse=True).startswith("wrong: rows of hidden")
 
 
 @pytest.mark.parametrize("name", ("tiny", "tiny-dpo"))
