@@ -101,7 +101,7 @@ def _forms() -> dict[str, tuple[Callable, Callable]]:
     h, w, z = torch.ones(ROWS, WIDTH), torch.ones(VOCAB, WIDTH), torch.ones(ROWS, VOCAB)
     dh, dw = torch.empty(ROWS, WIDTH), torch.zeros(VOCAB, WIDTH)
     return {
-        LOGITS: (lambda: ops.logits_(h, w, z), lambda: torch.mm(h, w.t(), out=z)),
+        LOGITS: (lambda: ops.logits_(h, w, z), lambda: ops.logits_by_slices_(h, w, z)),
         HIDDEN: (lambda: ops.hidden_gradient_(z, w, None, dh), lambda: torch.mm(z, w, out=dh)),
         HEAD: (lambda: ops.add_weight_gradient_(dw, z, h, False), lambda: torch.addmm(dw, z.t(), h, out=dw)),
     }

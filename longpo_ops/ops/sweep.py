@@ -58,7 +58,7 @@ def scratch_bytes(
     upcast = UPCAST_BYTES if on_cpu and weight.dtype.itemsize == 2 and not native else 0
     fixed = 6 * tiles * max(BLOCK_BYTES, vocab * wide) + 64 * WINDOW + tiles * upcast + sparse
     shares = 6 * vocab * wide // BLOCK_SHARE if blocks and not on_cpu else 0
-    return fixed, tiles * (vocab * wide + shares + width * (2 * dtype.itemsize + 2 * wide) + 64)
+    return fixed, tiles * ((vocab + 32) * wide + shares + width * (2 * dtype.itemsize + 2 * wide) + 64)
 
 
 def sparse_bytes(weight: Tensor, dtype: torch.dtype, tiles: Tiles) -> int:

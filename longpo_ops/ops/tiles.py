@@ -178,9 +178,12 @@ class Tiles(Protocol):
 
 
 def empty_tile(rows: int, vocab: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(rows, V) without values. On CUDA rows begin at multiples of 16 numbers, so that any V is read in 16-byte units."""
-    pitch = vocab if device.type == "cpu" else -(-vocab // 16) * 16
-    return torch.empty(rows, pitch, device=device, dtype=dtype)[:, :vocab]
+    """(rows, V) without values. Rows begin at multiples of 16 numbers, so that any V is read in 16-byte units of a GPU or
+    lines of a CPU; there an odd number of them apart, or all rows of V = 49152 would share a few sets of its caches."""
+    lines = -(-vocab // 16)
+    if device.type == "cpu":
+        lines |= 1
+    return torch.empty(rows, 16 * lines, device=device, dtype=dtype)[:, :vocab]
 
 
 def _narrow(z: Tensor, dtype: torch.dtype) -> Tensor:

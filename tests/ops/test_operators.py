@@ -276,9 +276,11 @@ def test_numbers_of_any_strides(backend, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("products", ["blocks", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_same_bits_with_the_same_number_of_threads(dtype, backend, device):
-    """And in the C++ back-end's float32 with any number: every sum of its products and rows is one chain."""
+def test_the_same_bits_with_the_same_number_of_threads(dtype, products, backend, device, monkeypatch):
+    """And with csrc/cpu's float32 products with any number: every sum of theirs and of the rows is one chain."""
+    monkeypatch.setenv("LONGPO_OPS_PRODUCTS", products)
     n, vocab, width = 150, 1031, 70
     tensors = [torch.randn(shape).to(device, dtype) for shape in ((n, width), (vocab, width), (vocab,))]
     labels, pairs = torch.randint(vocab, (n,)), torch.arange(n) // 50 - 1
@@ -303,7 +305,8 @@ def test_the_same_bits_with_the_same_number_of_threads(dtype, backend, device):
         one, again, two, twice = (results(threads) for threads in (1, 1, 2, 2))
     finally:
         torch.set_num_threads(before)
-    same = [(one, again), (two, twice)] + [(one, two)] * (backend == "cpu" and dtype == torch.float32)
+    chains = backend == "cpu" and dtype == torch.float32 and products == "blocks"
+    same = [(one, again), (two, twice)] + [(one, two)] * chains
     assert all(torch.equal(a, b) for left, right in same for a, b in zip(left, right, strict=True))
 
 

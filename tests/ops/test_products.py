@@ -61,7 +61,8 @@ def test_products_are_float32_sums_of_exact_products(backend, dtype, n, vocab, w
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bitwise_equal_with_any_number_of_threads(backend, dtype):
+def test_bitwise_equal_with_any_number_of_threads(backend, dtype, monkeypatch):
+    monkeypatch.setenv("LONGPO_OPS_PRODUCTS", "blocks")
     n, vocab, width = 150, 1031, 70  # more threads than blocks of columns
     products = Products(torch.randn(vocab, width).to(dtype), dtype, backend)
     if not products.native:
