@@ -26,7 +26,7 @@ from .fastest import HEAD, HIDDEN, LOGITS, products_by_blocks
 UPCAST_BYTES = 8 << 20
 SLICE_BYTES = 4 << 20  # of a float32 weight per product on a CPU: 190 instead of 167 GFLOP/s at 384 rows, two threads
 SOME_ROWS = 32  # below this torch's products on a CPU may add in one chain as long as the depth; csrc/cpu's never do
-FEW_ROWS = 16  # below this two threads may add one number after another, as one does below 4: ten times the error at V = 128K
+FEW_ROWS = 4  # below this the CPU's products add one number after another: ten times the rounding error at V = 128K
 
 
 def multiplies_natively(weight: Tensor, dtype: torch.dtype, backend: str) -> bool:

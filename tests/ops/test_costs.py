@@ -55,6 +55,7 @@ PRODUCTS = {  # operator -> its left factor, its right one, and which dimension 
     "aten::addmm": (1, 2, 1),
     "aten::addmm_": (1, 2, 1),
     "longpo_cpu::logits_": (0, 1, 0),
+    "longpo_cpu::logits_by_slices_": (0, 1, 0),
     "longpo_cpu::hidden_gradient_": (0, 1, 1),
     "longpo_cpu::add_weight_gradient_": (1, 2, 1),
 }
@@ -177,30 +178,30 @@ class Cost(NamedTuple):
 
 
 COSTS = {
-    "cross-entropy": Cost(6 * N, (46, 546564), (18, 166404)),
-    "cross-entropy, frozen head": Cost(4 * N, (43, 546564), (14, 166404)),
-    "cross-entropy, frozen body": Cost(4 * N, (39, 546564), (11, 162692)),
-    "cross-entropy, no gradient": Cost(2 * N, (27, 546692), (7, 162692)),
-    "cross-entropy, half of the rows": Cost(6 * N // 2, (33, 453028), (15, 167908)),
-    "cross-entropy, smoothed, z-loss": Cost(6 * N, (79, 582268), (21, 182396)),
-    "cross-entropy, each row": Cost(8 * N, (73, 546848), (25, 166688)),
-    "cross-entropy, bfloat16": Cost(6 * N, (59, 614660)),
-    "log-probs": Cost(8 * N, (73, 546848), (25, 166688)),
-    "log-probs, frozen head": Cost(6 * N, (70, 546848), (21, 166688)),
-    "entropies": Cost(8 * N, (136, 582668), (28, 182284)),
-    "LongPO, a pair in one chunk": Cost(6 * IN_ONE, (35, 551014), (14, 170982)),
-    "LongPO, a pair in one chunk, frozen head": Cost(4 * IN_ONE, (33, 551014), (11, 170982)),
+    "cross-entropy": Cost(6 * N, (46, 547844), (18, 167684)),
+    "cross-entropy, frozen head": Cost(4 * N, (43, 547844), (14, 167684)),
+    "cross-entropy, frozen body": Cost(4 * N, (39, 547844), (11, 163972)),
+    "cross-entropy, no gradient": Cost(2 * N, (27, 547972), (7, 163972)),
+    "cross-entropy, half of the rows": Cost(6 * N // 2, (33, 454308), (15, 169188)),
+    "cross-entropy, smoothed, z-loss": Cost(6 * N, (79, 583548), (21, 183676)),
+    "cross-entropy, each row": Cost(8 * N, (73, 548128), (25, 167968)),
+    "cross-entropy, bfloat16": Cost(6 * N, (59, 615940)),
+    "log-probs": Cost(8 * N, (73, 548128), (25, 167968)),
+    "log-probs, frozen head": Cost(6 * N, (70, 548128), (21, 167968)),
+    "entropies": Cost(8 * N, (136, 583948), (28, 183564)),
+    "LongPO, a pair in one chunk": Cost(6 * IN_ONE, (35, 552294), (14, 172262)),
+    "LongPO, a pair in one chunk, frozen head": Cost(4 * IN_ONE, (33, 552294), (11, 172262)),
     "LongPO, a pair in chunks": Cost(
-        6 * IN_CHUNKS + 2 * 64, (51, 643484), (19, 173420)
+        6 * IN_CHUNKS + 2 * 64, (51, 644764), (19, 174700)
     ),  # 64 answer rows are scored first
-    "LongPO, a pair in chunks, frozen head": Cost(4 * IN_CHUNKS + 2 * 64, (49, 643484), (16, 173420)),
-    "LongPO, no gradient": Cost(2 * IN_ONE, (19, 551014), (6, 166758)),
-    "LongPO, float16": Cost(6 * IN_ONE + 2 * 32, (56, 615388)),  # scored first, in any chunk
-    "policy": Cost(6 * N, (58, 547236), (21, 167204)),
-    "policy, entropies": Cost(6 * N, (76, 548004), (21, 175524)),
-    "KL": Cost(8 * N, (98, 1385852), (26, 333308)),
-    "KL, frozen head": Cost(6 * N, (94, 1385852), (22, 333308)),
-    "KL, both learn": Cost(12 * N, (117, 1526140), (39, 473596)),
+    "LongPO, a pair in chunks, frozen head": Cost(4 * IN_CHUNKS + 2 * 64, (49, 644764), (16, 174700)),
+    "LongPO, no gradient": Cost(2 * IN_ONE, (19, 552294), (6, 168038)),
+    "LongPO, float16": Cost(6 * IN_ONE + 2 * 32, (56, 616668)),  # scored first, in any chunk
+    "policy": Cost(6 * N, (58, 548516), (21, 168484)),
+    "policy, entropies": Cost(6 * N, (76, 549284), (21, 176804)),
+    "KL": Cost(8 * N, (98, 1388412), (26, 335868)),
+    "KL, frozen head": Cost(6 * N, (94, 1388412), (22, 335868)),
+    "KL, both learn": Cost(12 * N, (117, 1528700), (39, 476156)),
 }
 
 
