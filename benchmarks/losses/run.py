@@ -5,6 +5,7 @@
     python -m benchmarks.losses.run ce-2k kl --rounds 3  some cases; rounds alternate between candidates, for a noisy machine
     python -m benchmarks.losses.run --out FOLDER         where results go (benchmarks/results)
     python -m benchmarks.losses.run ce-2k --tokens       without the errors of summed log-probs (sums.py)
+    python -m benchmarks.losses.run ce-8k --add          beside the other cases that today's file has
 
 `results/README.md` shows the latest table of each class of host between markers. Of CPUs: `make gpu-check` measures
 GPUs. Exit status 1 where our results are wrong, or the C++ back-end misses a target (`missed` in the JSON).
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokens", type=int, nargs="*", default=LENGTHS, help="of sequences whose log-probs are summed"
     )
+    parser.add_argument("--add", action="store_true", help="beside the cases that today's file of this host has")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     unknown = [name for name in options.cases if name not in CASES]
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     start, rows, sums = time.monotonic(), [], Sums(options.tokens)
     long = options.all or bool(options.cases)
+    before = earlier(options.out) if options.add else None
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(folder, "inductor")))  # compile once, not per process
         for name in names:
@@ -72,10 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             for threads in [options.threads] if options.threads else case.threads if long else case.threads[-1:]:
                 rows += sums.beside(case, measure_case(case, threads, options, LIMIT[long], truths))
-                report = stamp(took_s=round(time.monotonic() - start), load=os.getloadavg(), rows=rows)
-                report["missed"] = missed(rows, report["hardware"]["features"])
+                now = stamp(took_s=round(time.monotonic() - start), load=os.getloadavg(), rows=rows)
+                report = added(before, now)
+                report["missed"] = missed(report["rows"], report["hardware"]["features"])
                 path = write(report, options.out)  # each time: what was measured outlives an interruption
-    print(table(rows))
+    print(table(report["rows"]))
     print("\n".join(["", *report["missed"], f"{report['took_s']} s; {path.name}"]))
     wrong = any(ours(row["candidate"]) and row["status"].startswith("wrong") for row in rows)
     return int(wrong or bool(report["missed"]))
@@ -214,11 +218,39 @@ def _rivals(other: dict, row: dict) -> bool:
     return same and other["status"] == MEASURED and other["candidate"] != UPCAST and not ours(other["candidate"])
 
 
+def earlier(folder: Path) -> dict | None:
+    """Today's report of this host, if there is one. Raises ValueError where its hardware or versions are not those of now."""
+    now = stamp()
+    path = folder / file_of(now)
+    if not path.exists():
+        return None
+    before = json.loads(path.read_text())
+    for name in ("hardware", "versions"):
+        if before[name] != now[name]:
+            raise ValueError(f"{path.name} has other {name} than now: {before[name]}, {now[name]}; leave --add out")
+    return before
+
+
+def added(before: dict | None, now: dict) -> dict:
+    """One report: the rows of now, those of before whose case and threads are not among them, and under `earlier` how the
+    latter came to be."""
+    if before is None:
+        return now
+    told = [*before.get("earlier", []), {name: before[name] for name in ("date", "command", "commit", "changed_files")}]
+    new = {(row["case"], row["threads"]) for row in now["rows"]}
+    kept = [row for row in before["rows"] if (row["case"], row["threads"]) not in new]
+    return now | {"rows": [*kept, *now["rows"]], "earlier": told, "took_s": before["took_s"] + now["took_s"]}
+
+
+def file_of(report: dict) -> str:
+    return f"{report['date'][:10]}-cpu-{host_class()}.json"
+
+
 def write(report: dict, folder: Path) -> Path:
     """The JSON, and the table in the folder's README.md."""
     folder.mkdir(parents=True, exist_ok=True)
     name = host_class()
-    path = folder / f"{report['date'][:10]}-cpu-{name}.json"
+    path = folder / file_of(report)
     path.write_text(json.dumps(report, indent=1) + "\n")
     readme = folder / "README.md"
     text = readme.read_text() if readme.exists() else INTRODUCTION
@@ -251,9 +283,10 @@ def section(report: dict, path: Path) -> str:
     machine, versions = report["hardware"], report["versions"]
     commit = (report["commit"] or "unknown")[:12] + (" with changes" if report["changed_files"] else "")
     features = ", ".join(machine["features"])
+    commands = " and ".join(f"`{each['command']}`" for each in (*report.get("earlier", []), report))
     return (
         f"## {machine['processor']}, {machine['cores']} cores ({features})\n\n"
-        f"[{path.name}]({path.name}): `{report['command']}`, torch {versions['torch']}, commit {commit}, "
+        f"[{path.name}]({path.name}): {commands}, torch {versions['torch']}, commit {commit}, "
         f"{report['took_s']} s.\n\n{table(report['rows'])}"
     )
 

@@ -187,6 +187,21 @@ def test_what_misses_a_target_is_told():
     assert told == "ce-2k, 2 threads: 66 MiB of scratch, at most 64 required"
 
 
+def test_cases_are_added_to_a_file_of_today(report, tmp_path):
+    content, _, _ = report
+    row = content["rows"][0]
+    more = content | {"rows": [row | {"case": "tiny"}, row | {"case": "tiny-kl"}], "command": "python -m other"}
+    runner.write(content | {"rows": [row, row | {"case": "tiny"}]}, tmp_path)
+    path = runner.write(runner.added(runner.earlier(tmp_path), more), tmp_path)
+    both = json.loads(path.read_text())
+    assert [each["case"] for each in both["rows"]] == [row["case"], "tiny", "tiny-kl"]
+    assert both["took_s"] == 2 * content["took_s"] and both["earlier"][0]["command"] == content["command"]
+    assert f"`{content['command']}` and `python -m other`" in (tmp_path / "README.md").read_text()
+    path.write_text(json.dumps(content | {"versions": {}}))
+    with pytest.raises(ValueError, match="other versions than now"):
+        runner.earlier(tmp_path)
+
+
 def test_the_readme_keeps_what_is_outside_the_markers():
     once = runner.with_section("# Title\n", "a-host", "old")
     both = runner.with_section(once, "b-host", "other")
