@@ -26,7 +26,7 @@ from longpo_ops.ops.sweep import workspace_of
 from longpo_ops.ops.tiles import LOG_SUM, MEAN, PREDICTED, TOTAL, Beside, Divergence, LogitMap, Tiles, TorchTiles
 
 from ..budget import judge, worst
-from . import exponentials
+from . import exponentials, sparse
 from .rows import Row, unavailable
 from .setting import OPT_IN, Setting
 
@@ -455,6 +455,8 @@ def tiles(setting: Setting) -> Iterator[Row]:
             yield unavailable("tiles", backend, "all", found)
         else:
             yield from tile_rows(found, setting)
+            if backend != "cuda":  # csrc/cuda has none of its own
+                yield from sparse.rows(found, backend, setting, DTYPES, SECONDS)
             if backend == "triton":
                 yield from exponentials.rows(setting, MAPS, SECONDS)
 

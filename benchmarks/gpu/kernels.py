@@ -17,6 +17,7 @@ import longpo_ops
 from longpo_ops.ops.products import Products
 from longpo_ops.ops.tiles import Divergence, LogitMap, Tiles, empty_tile
 
+from . import sparse
 from .correctness import LOGPROB_LIMIT
 from .rows import Row, unavailable
 from .setting import GIB, OPT_IN, Setting, measure, measure_seconds
@@ -200,4 +201,5 @@ def rows(setting: Setting) -> Iterator[Row]:
     yield from _tile_functions(setting, vocab)
     yield from with_truth(some, (*_scoring(some), *_exponentials(some)))
     yield from _products(setting, vocab)
+    yield from sparse.timed_rows(some)
     yield from (preference(some, workspace=workspace) for workspace in WORKSPACES)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.losses.run                      the cases that finish in five minutes on two cores
     python -m benchmarks.losses.run --all                the long ones too
-    python -m benchmarks.losses.run ce-2k kl --rounds 3  some cases; rounds alternate between candidates, for a noisy machine
+    python -m benchmarks.losses.run ce-2k kl --rounds 3  some cases; rounds alternate, on a noisy machine
     python -m benchmarks.losses.run --out FOLDER         where results go (benchmarks/results)
     python -m benchmarks.losses.run ce-2k --tokens       without the errors of summed log-probs (sums.py)
     python -m benchmarks.losses.run ce-8k --add          beside the other cases that today's file has
@@ -39,6 +39,7 @@ TIMES = {
 }  # faster than the best peer, at least; 1.0 where the processor multiplies bfloat16
 SPARSE_TIMES = {False: 1.2, True: 1.4}  # on a real model's states, by whether the head is frozen
 SCRATCH = 64 << 20  # bytes beyond inputs, delivered gradients and the float32 gradient of the head, at most
+SLOW = 1.5  # times the fastest: from there on a candidate is visited once
 LIMIT = {False: 6.0, True: 60.0}  # seconds of timed runs of one measurement, by whether long cases are run
 
 
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
     parser.add_argument("--all", action="store_true", help="the long cases too")
-    parser.add_argument("--rounds", type=int, default=1, help="visits of each candidate, in alternation")
+    parser.add_argument("--rounds", type=int, default=1, help="visits of each candidate that is not SLOW")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each visit")
     parser.add_argument("--threads", type=int, help="only this many threads")
     parser.add_argument(
@@ -97,8 +98,10 @@ def write_truths(case: Case, folder: Path) -> dict[str, str]:
 def measure_case(case: Case, threads: int, options, limit: float, truths: dict[str, str]) -> list[dict]:
     """One row per candidate; the rounds' runs are put together."""
     rows, yardstick = {}, None
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name in candidates(case):
+            if number and _is_slow(name, rows):
+                continue
             order = Order(case.name, name, threads, options.repeats, limit, truths, yardstick)
             result = measure(order)
             yardstick = yardstick or result.get("errors")  # the first is plain PyTorch
@@ -107,6 +110,12 @@ def measure_case(case: Case, threads: int, options, limit: float, truths: dict[s
             print(f"{case.name}, {threads} threads, {name}: {told}", file=sys.stderr, flush=True)
     shape = {"case": case.name, "op": case.op, "N": case.rows, "H": case.width, "V": case.vocab, "dtype": case.dtype}
     return [shape | {"threads": threads, "candidate": name} | row for name, row in rows.items()]
+
+
+def _is_slow(name: str, rows: dict[str, dict]) -> bool:
+    """Whether nothing is decided by another visit: no time was measured, or one far behind the best."""
+    times = {name: row["median_s"] for name, row in rows.items() if "median_s" in row}
+    return name not in times or times[name] > SLOW * min(times.values())
 
 
 class Sums:

@@ -1,7 +1,7 @@
 """A pair as one sequence against a pair as two: seconds and peak memory of one training step, in the same run.
 
     python -m benchmarks.training.shared_prefix                      the tiny model and one of realistic width
-    python -m benchmarks.training.shared_prefix --cases tiny --rounds 5
+    python -m benchmarks.training.shared_prefix --cases tiny --rounds 5           exit status 1 where a target is missed
 
 Both steps read the same pair with the same model (random weights, float32 on CPU): forward, LongPO loss with NLL,
 backward. "two" is chosen and rejected sequence one after the other through the model's own sdpa attention, their
@@ -244,6 +244,16 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def missed(rows: list[dict], targets: dict[str, float]) -> list[str]:
+    """The targets that are not reached, in words: `faster` is at least its number, others at most theirs."""
+    return [
+        f"{row['case']}: {name} {row[name]:.2f}, {'at least' if name == 'faster' else 'at most'} {bound} required"
+        for row in rows
+        for name, bound in targets.items()
+        if (row[name] < bound if name == "faster" else row[name] > bound)
+    ]
+
+
 STUDY = Study("benchmarks.training.shared_prefix", "shared-prefix", CASES, ("two", "shared"), perform, table, TARGETS)
 
 
@@ -259,13 +269,13 @@ def main(study: Study, about: str | None, arguments: list[str] | None = None) ->
         return 0
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(study, name, options.rounds, Path(folder)) for name in options.cases]
-    result = stamp(rows=rows, rounds=options.rounds, targets=study.targets)
+    result = stamp(rows=rows, rounds=options.rounds, targets=study.targets, missed=missed(rows, study.targets))
     options.out.mkdir(parents=True, exist_ok=True)
     name = f"{study.file}-{result['date'][:10]}-{host_class()}"
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.out / f"{name}.md").write_text(study.table(rows) + "\n")
-    print(study.table(rows))
-    return 0
+    print("\n".join([study.table(rows), *result["missed"]]))
+    return int(bool(result["missed"]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +186,25 @@ def test_what_misses_a_target_is_told():
     assert runner.missed([peer, row], ["avx2"]) == [told]
     (told,) = runner.missed([peer, row | {"dtype": "float32", "extra_bytes": 66 * MIB}], ["avx2"])
     assert told == "ce-2k, 2 threads: 66 MiB of scratch, at most 64 required"
+
+
+def test_candidates_far_behind_are_visited_once(monkeypatch):
+    took = dict(zip(candidates(CASES["tiny"]), (1.0, 1.4, 1.6, 9.0, 1.2, 1.1), strict=True))
+    visits = []
+
+    def measured(order):
+        visits.append(order.candidate)
+        return {
+            "status": MEASURED,
+            "seconds": [took[order.candidate]],
+            "extra_bytes_runs": [0],
+            "median_s": took[order.candidate],
+        }
+
+    monkeypatch.setattr(runner, "measure", measured)
+    rows = runner.measure_case(CASES["tiny"], 1, SimpleNamespace(rounds=3, repeats=1), 1.0, {})
+    assert {name: visits.count(name) for name in took} == {name: 3 if s <= 1.5 else 1 for name, s in took.items()}
+    assert [len(row["seconds"]) for row in rows] == [visits.count(row["candidate"]) for row in rows]
 
 
 def test_cases_are_added_to_a_file_of_today(report, tmp_path):

@@ -31,3 +31,12 @@ def test_a_tree_and_separate_sequences_are_measured_and_have_the_same_gradients(
     results = {side: tree.perform("tiny", side, str(tmp_path / f"{side}.pt")) for side in ("separate", "tree")}
     assert (results["separate"]["rows"], results["tree"]["rows"]) == case.rows == (6 * 33, 24 + 2 * 3 + 6 * 6 + 5)
     assert compare(tmp_path / "separate.pt", tmp_path / "tree.pt") < 1e-4
+
+
+def test_a_target_that_is_missed_is_told():
+    row = {"case": "tiny", "faster": 1.69, "memory": 0.61}
+    assert shared_prefix.missed([row | {"faster": 1.7, "memory": 0.6}], shared_prefix.TARGETS) == []
+    assert shared_prefix.missed([row], shared_prefix.TARGETS) == [
+        "tiny: faster 1.69, at least 1.7 required", "tiny: memory 0.61, at most 0.6 required"
+    ]  # fmt: skip
+    assert len(shared_prefix.missed([{"case": "4x4", "faster": 7.9}], tree.TARGETS)) == 1
