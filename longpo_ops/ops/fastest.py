@@ -2,11 +2,12 @@
 
     logits   Z = h W^T          hidden   dh = dZ W          head   dW += dZ^T h
 
-Neither is the faster one everywhere: it differs between processors, and between the three. So at the first use with a number of
-threads each is timed both ways on ROWS rows (a tenth of a second), and the answer is kept beside the compiled library, for this
-processor, torch and number of threads: later processes compute the same bits. Where that folder cannot be written, each process
-measures by itself. LONGPO_OPS_PRODUCTS=blocks or torch forces one for all three; blocks gives the same bits with any number of
-threads.
+Neither is the faster one everywhere: it differs between processors, and between the three. torch's logits are its product of
+a slice of the head's rows by one thread each (csrc/cpu/products.cpp), its other two one call. So at the first use with a
+number of threads each is timed both ways on ROWS rows (a tenth of a second), and the answer is kept beside the compiled
+library, for this processor, torch and number of threads: later processes compute the same bits. Where that folder cannot be
+written, each process measures by itself. LONGPO_OPS_PRODUCTS=blocks or torch forces one for all three; blocks gives the same
+bits with any number of threads.
 
 Tests: tests/ops/test_fastest.py.
 """

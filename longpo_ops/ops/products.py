@@ -7,9 +7,9 @@
 and dh of some of dZ's columns, which meet as many rows of W (sparse.py).
 
 CUDA with 16-bit operands: the vendor's products with a float32 result. CPU with the C++ back-end: csrc/cpu/products.cpp for
-bfloat16 where the processor multiplies it, and for float32 each product by that or by torch's, whichever this processor is
-faster with (fastest.py). Elsewhere torch's products, 16-bit inputs in float32 (a bf16 product runs at 0.3 GFLOP/s on AVX2)
-with a weight upcast block by block of UPCAST_BYTES.
+bfloat16 where the processor multiplies it, and for float32 each product by that or by torch's (logits by slices of the head, a
+thread each), whichever this processor is faster with (fastest.py). Elsewhere torch's products, 16-bit inputs in float32 (a bf16
+product runs at 0.3 GFLOP/s on AVX2) with a weight upcast block by block of UPCAST_BYTES.
 
 Tests: tests/ops/test_products.py, tests/ops/test_fastest.py.
 """

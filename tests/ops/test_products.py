@@ -22,10 +22,12 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["torch", "cpu"])
-def backend(request):
+@pytest.fixture(params=["torch", "cpu", "cpu with torch's products"])
+def backend(request, monkeypatch):
+    name, _, products = request.param.partition(" with ")
+    monkeypatch.setenv("LONGPO_OPS_PRODUCTS", "torch" if products else "blocks")
     try:
-        return choose_backend(torch.device("cpu"), torch.float32, request.param).name
+        return choose_backend(torch.device("cpu"), torch.float32, name).name
     except ValueError as error:
         pytest.skip(str(error))
 
