@@ -86,10 +86,14 @@ def kept_once(path: Path, make: Callable[[], str]) -> str:
 
 def compile_cpu(destination: Path) -> Path:
     """Compiles csrc/cpu into the folder `destination`, for the torch and the CPU at hand. Raises BuildError."""
-    arguments = _cpu_arguments()
-    path = Path(destination) / _file_name(*arguments)
-    _compile(path, *arguments[1:])
+    path = Path(destination) / cpu_library_name()
+    _compile(path, *_cpu_arguments()[1:])
     return path
+
+
+def cpu_library_name() -> str:
+    """The file name of csrc/cpu compiled for the torch and the CPU at hand: another one for other sources or flags."""
+    return _file_name(*_cpu_arguments())
 
 
 @functools.cache

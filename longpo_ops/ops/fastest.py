@@ -5,7 +5,7 @@
 Neither is the faster one everywhere: it differs between processors, and between the three. torch's logits are its product of
 a slice of the head's rows by one thread each (csrc/cpu/products.cpp), its other two one call. So at the first use with a
 number of threads each is timed both ways on ROWS rows (a tenth of a second), and the answer is kept beside the compiled
-library, for this processor, torch and number of threads: later processes compute the same bits. Where that folder cannot be
+library, for that, this processor and number of threads: later processes compute the same bits. Where that folder cannot be
 written, each process measures by itself. LONGPO_OPS_PRODUCTS=blocks or torch forces one for all three; blocks gives the same
 bits with any number of threads.
 
@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 
 from ..kinds import check_choice
-from .build import BuildError, cache_folder, kept_once
+from .build import BuildError, cache_folder, cpu_library_name, kept_once
 
 LOGITS, HIDDEN, HEAD = PRODUCTS = ("logits", "hidden", "head")
 VARIABLE, FORMS = "LONGPO_OPS_PRODUCTS", ("blocks", "torch")
 ROWS, VOCAB, WIDTH = 256, 1024, 512  # half of the rows were not enough to tell logits apart in each of three tries
+SLICE = 512  # rows of the head that each thread has at least, as it has of a real one
 ROUNDS = 5  # of both forms in turn; the least time of each counts
 
 
@@ -70,7 +71,7 @@ def _remembered(threads: int) -> tuple[str, ...]:
 
 def file(threads: int) -> Path:
     """Where the answer for this processor is kept."""
-    known = (_processor(), torch.__version__, torch.backends.cpu.get_cpu_capability(), threads, ROWS, VOCAB, WIDTH)
+    known = (_processor(), cpu_library_name(), threads, ROWS, VOCAB, SLICE, WIDTH)
     return cache_folder() / f"products-{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}.json"
 
 
@@ -99,8 +100,9 @@ def measure() -> list[str]:
 def _forms() -> dict[str, tuple[Callable, Callable]]:
     """name -> the product by blocks, and torch's."""
     ops = torch.ops.longpo_cpu
-    h, w, z = torch.ones(ROWS, WIDTH), torch.ones(VOCAB, WIDTH), torch.ones(ROWS, VOCAB)
-    dh, dw = torch.empty(ROWS, WIDTH), torch.zeros(VOCAB, WIDTH)
+    vocab = max(VOCAB, SLICE * torch.get_num_threads())
+    h, w, z = torch.ones(ROWS, WIDTH), torch.ones(vocab, WIDTH), torch.ones(ROWS, vocab)
+    dh, dw = torch.empty(ROWS, WIDTH), torch.zeros(vocab, WIDTH)
     return {
         LOGITS: (lambda: ops.logits_(h, w, z), lambda: ops.logits_by_slices_(h, w, z)),
         HIDDEN: (lambda: ops.hidden_gradient_(z, w, None, dh), lambda: torch.mm(z, w, out=dh)),

@@ -179,7 +179,8 @@ class Tiles(Protocol):
 
 def empty_tile(rows: int, vocab: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(rows, V) without values. Rows begin at multiples of 16 numbers, so that any V is read in 16-byte units of a GPU or
-    lines of a CPU; there an odd number of them apart, or all rows of V = 49152 would share a few sets of its caches."""
+    lines of a CPU. There float32 rows are an odd number of lines apart, or all rows of V = 49152 would share a few sets of
+    its caches."""
     lines = -(-vocab // 16)
     if device.type == "cpu":
         lines |= 1

@@ -39,6 +39,12 @@ def test_the_answer_is_kept_for_a_number_of_threads():
     assert asked() == tuple(other)
 
 
+def test_another_library_is_asked_anew(monkeypatch):
+    before = fastest.file(1)
+    monkeypatch.setattr(fastest, "cpu_library_name", lambda: "cpu-torch-other.so")
+    assert fastest.file(1) != before
+
+
 def test_the_faster_form_of_each_is_taken(monkeypatch):
     slow = lambda: torch.mm(big, big)  # noqa: E731
     quick, big = (lambda: None), torch.randn(300, 300)

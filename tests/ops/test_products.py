@@ -130,6 +130,10 @@ def test_wrong_operands_are_refused():
     for arguments in ((h, w[:, :2], torch.empty(3, 5)), (h, w, torch.empty(3, 6)), (h, w, torch.empty(3, 5).double())):
         with pytest.raises(ValueError):
             ops.logits_(*arguments)
+        with pytest.raises(ValueError):
+            ops.logits_by_slices_(*(x.float() if x.dtype == torch.bfloat16 else x for x in arguments))
+    with pytest.raises(ValueError):
+        ops.logits_by_slices_(h, w, torch.empty(3, 5))
     for arguments in (
         (torch.empty(5, 4), h, h[:2]),
         (torch.empty(4, 4), h[:, :3], h),
