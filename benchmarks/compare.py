@@ -205,6 +205,11 @@ def missed_targets(report: dict) -> list[str]:
             missed.append(f"{about}: not within {row['targets']}")
         own = {name: row["target"] for name in ("times_kept", "share_of_one_copy") if name in row and "target" in row}
         for name, limit in (report.get("targets", {}) | own).items():
+            if isinstance(limit, dict):  # by measure, of one side beside TRL's
+                of = row["sides"][name]["of_trl"]
+                over = [(key, most) for key, most in limit.items() if of[key] > most]
+                missed += [f"{about}: {name} {key} {of[key]:.3f} of TRL's, at most {most}" for key, most in over]
+                continue
             told = row.get(name)
             told = told.get("ratio", told) if isinstance(told, dict) else told
             for value in told.values() if isinstance(told, dict) else [told]:

@@ -163,3 +163,13 @@ def test_two_processors_are_refused_unless_asked_for(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, old, {"rows": []})
     assert "says no hardware and versions" in capsys.readouterr().err
+
+
+def test_a_target_of_one_side_is_read():
+    side = {"of_trl": {"seconds": 0.13, "peak_bytes": 0.1}}
+    report = {"targets": {"LongPOTrainer": {"seconds": 0.125, "peak_bytes": 0.15}}, "rows": [{"case": "dpo-2k"}]}
+    report["rows"][0]["sides"] = {"LongPOTrainer": side}
+    (missed,) = missed_targets(report)
+    assert "LongPOTrainer seconds 0.130 of TRL's, at most 0.125" in missed
+    side["of_trl"]["seconds"] = 0.12
+    assert missed_targets(report) == []
